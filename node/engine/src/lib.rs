@@ -1,0 +1,18 @@
+//! Blocking compute: model definitions, kernels, KV cache, weight loading.
+//!
+//! Two seams. [`Engine`] (dynamic, coarse: one micro-batch through one stage) separates actors from
+//! compute and lets a mock stand in. [`model::Backend`] (static) separates the definition of a model
+//! from the arithmetic. Nothing here is asynchronous and nothing knows of a network: frames come in
+//! and go out as owned buffers, and only the engine's own threads compute.
+
+pub mod cpu;
+pub mod mock;
+pub mod model;
+mod seam;
+pub mod stage;
+pub mod thread;
+
+pub use seam::{
+    Engine, Isa, LoadError, LoadedStage, LogitsRow, StageInput, StageOutput, StageSpec, StepError,
+    TensorSource,
+};

@@ -1,0 +1,262 @@
+//! The engine seam: what a stage asks of whatever computes it.
+
+use std::fmt;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use millrace_shared::model::{ModelConfig, TensorEntry};
+use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
+use millrace_shared::wire::data::StepMeta;
+
+/// Instruction sets of the CPU engine. All give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Plain Rust: the reference.
+    Scalar,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F/BW/VL/VNNI.
+    Avx512,
+}
+
+impl Isa {
+    /// The best this machine runs, or what `MILLRACE_ISA` says where that is available.
+    pub fn detect() -> Self {
+        let best = Self::best();
+        match std::env::var(millrace_shared::names::env::ISA).ok().as_deref() {
+            Some("scalar") => Self::Scalar,
+            Some("avx2") => best.min(Self::Avx2),
+            _ => best,
+        }
+    }
+
+    /// The best this machine runs.
+    #[cfg(target_arch = "x86_64")]
+    pub fn best() -> Self {
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vnni");
+        match (avx2, avx512) {
+            (true, true) => Self::Avx512,
+            (true, false) => Self::Avx2,
+            _ => Self::Scalar,
+        }
+    }
+
+    /// The best this machine runs.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn best() -> Self {
+        Self::Scalar
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512-vnni",
+        })
+    }
+}
+
+/// What a stage is and how it runs.
+#[derive(Clone, Debug)]
+pub struct StageSpec {
+    /// The model's dimensions.
+    pub config: ModelConfig,
+    /// The stage's layers; may be empty for a stage that only holds the head.
+    pub layers: Range<u32>,
+    /// Whether input is token ids (first stage).
+    pub embed: bool,
+    /// Whether output is logits (last stage).
+    pub head: bool,
+    /// KV cache, dtypes and limits, the same on every stage of the pipeline.
+    pub settings: EngineSettings,
+    /// Compute threads.
+    pub threads: usize,
+    /// Instruction set.
+    pub isa: Isa,
+}
+
+/// Where the bytes of a tensor lie on this machine; already verified against the hash.
+#[derive(Clone, Debug)]
+pub struct TensorSource {
+    /// Name, type, dimensions. `entry.offset` is ignored: it is that of the original file.
+    pub entry: TensorEntry,
+    /// File that holds the bytes.
+    pub path: PathBuf,
+    /// Offset in that file.
+    pub offset: u64,
+}
+
+/// What a loaded stage takes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadedStage {
+    /// Bytes of weights in memory.
+    pub weight_bytes: u64,
+    /// Bytes of the KV cache.
+    pub kv_bytes: u64,
+}
+
+/// Input of a step: rows in the order of the metadata.
+#[derive(Clone, Copy, Debug)]
+pub enum StageInput<'a> {
+    /// Token ids, one per position (first stage).
+    Tokens(&'a [u32]),
+    /// Activations `positions x hidden`.
+    Hidden(&'a [f32]),
+}
+
+/// Logits of one position, handed out while they are still in cache.
+#[derive(Debug)]
+pub struct LogitsRow<'a> {
+    /// Index into `StepMeta::rows`.
+    pub row: usize,
+    /// Position in the sequence.
+    pub position: u32,
+    /// `vocab` logits; the receiver may change them.
+    pub logits: &'a mut [f32],
+}
+
+/// Where the output of a step goes.
+pub enum StageOutput<'a> {
+    /// Activations `positions x hidden` (every stage but the last).
+    Hidden(&'a mut [f32]),
+    /// Logits: called once per `Sample` row (last position) and once per position of each `Score`
+    /// row, in order (last stage).
+    Logits(&'a mut dyn FnMut(LogitsRow<'_>)),
+}
+
+impl fmt::Debug for StageOutput<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Hidden(_) => "StageOutput::Hidden",
+            Self::Logits(_) => "StageOutput::Logits",
+        })
+    }
+}
+
+/// Why a stage cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A tensor's storage type has no kernel.
+    #[error(
+        "tensor '{tensor}' has type {dtype}, which this engine does not compute with (supported: F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K)"
+    )]
+    UnsupportedType {
+        /// Name.
+        tensor: String,
+        /// Type.
+        dtype: String,
+    },
+    /// The model lacks a tensor.
+    #[error("the model has no tensor '{0}'")]
+    MissingTensor(String),
+    /// A tensor does not have the shape that the metadata implies.
+    #[error("tensor '{tensor}' has shape {found:?}, the model's metadata implies {expected:?}")]
+    Shape {
+        /// Name.
+        tensor: String,
+        /// In the file.
+        found: Vec<u64>,
+        /// Implied.
+        expected: Vec<u64>,
+    },
+    /// It does not fit.
+    #[error(
+        "the stage needs {needed_bytes} bytes for {what}, which this machine cannot give: {cause}"
+    )]
+    OutOfMemory {
+        /// What for.
+        what: &'static str,
+        /// How much.
+        needed_bytes: u64,
+        /// What the system said.
+        cause: String,
+    },
+    /// A file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Io {
+        /// File.
+        path: PathBuf,
+        /// Cause.
+        source: std::io::Error,
+    },
+    /// The settings make no sense for this engine.
+    #[error("{0}")]
+    Settings(String),
+}
+
+/// Why a step failed; the stage lives on.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// A NaN or an infinity.
+    #[error(
+        "non-finite value after {place} of layer {layer}, sequence {sequence}, position {position}"
+    )]
+    NonFinite {
+        /// Which operation.
+        place: &'static str,
+        /// Which layer.
+        layer: u32,
+        /// Whose.
+        sequence: u64,
+        /// Where in the sequence.
+        position: u32,
+    },
+    /// A kernel panicked.
+    #[error("the engine panicked: {0}")]
+    Panic(String),
+    /// The frame asks for what this stage cannot do.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// Computes one stage. Blocking; owned by one thread.
+pub trait Engine: Send {
+    /// Revision of everything in this engine that may change a token; part of the numerics id.
+    fn numerics_revision(&self) -> String;
+
+    /// Loads a stage: weights, KV cache and scratch for the largest step are allocated and touched.
+    /// `progress` gets the bytes of weights done so far.
+    ///
+    /// # Errors
+    /// If a tensor is missing, misshapen or unsupported, or memory runs out.
+    fn load(
+        &mut self,
+        spec: &StageSpec,
+        tensors: &[TensorSource],
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<LoadedStage, LoadError>;
+
+    /// Applies the table updates and computes the rows. Table updates are applied even where the
+    /// step then fails.
+    ///
+    /// # Errors
+    /// If the step cannot be computed; later steps are not harmed.
+    fn step(
+        &mut self,
+        meta: &StepMeta,
+        input: StageInput<'_>,
+        output: StageOutput<'_>,
+    ) -> Result<(), StepError>;
+
+    /// Applies only releases and table updates (a step that an earlier stage failed).
+    fn skip(&mut self, meta: &StepMeta);
+
+    /// Measures one layer and the head of a model on synthetic weights.
+    ///
+    /// # Errors
+    /// If memory runs out or a type is unsupported.
+    fn profile(&mut self, spec: &ProfileSpec) -> Result<StageProfile, LoadError>;
+
+    /// CPU time of the engine's threads inside `step`, spinning excluded; cumulative.
+    fn busy(&self) -> Duration;
+}

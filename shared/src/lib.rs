@@ -1,0 +1,23 @@
+//! The pure core of Millrace.
+//!
+//! Everything here is a value, a format or a state machine: no clocks, no sockets, no threads, and
+//! no randomness that was not handed in. Time is an argument; what happens next is a return value.
+//! Actors in `node/` and `coordinator/` only translate between these machines and the world, so
+//! each rule of the system can be tested without starting it.
+//!
+//! Layout: [`id`] and [`error`] are the vocabulary; [`wire`] is every format that crosses a socket;
+//! [`model`] describes models and reads GGUF directories; [`partition`] cuts a model into stages;
+//! [`kv`] and [`scheduler`] decide what runs next; [`membership`] tracks nodes; [`sampling`] turns
+//! logits into tokens; [`names`] spells every metric and environment variable.
+#![forbid(unsafe_code)]
+
+pub mod error;
+pub mod id;
+pub mod kv;
+pub mod membership;
+pub mod model;
+pub mod names;
+pub mod partition;
+pub mod sampling;
+pub mod scheduler;
+pub mod wire;

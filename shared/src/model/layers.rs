@@ -1,0 +1,51 @@
+//! Which tensors a range of layers needs.
+
+use std::ops::Range;
+
+use super::{ModelConfig, TensorEntry};
+
+/// Name of the embedding matrix.
+pub const fn embedding_name() -> &'static str {
+    "token_embd.weight"
+}
+
+/// Name of the matrix that the head multiplies with.
+pub fn head_name(config: &ModelConfig) -> &'static str {
+    if config.tied_head { embedding_name() } else { "output.weight" }
+}
+
+/// What part of a model a stage holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StageTensors {
+    /// The layers.
+    pub layers: Range<u32>,
+    /// Whether the embedding belongs to it (the first stage).
+    pub embed: bool,
+    /// Whether the final norm and the head belong to it (the last stage).
+    pub head: bool,
+}
+
+/// The tensors of a stage, in file order.
+pub fn stage_tensors<'a>(
+    config: &ModelConfig,
+    tensors: &'a [TensorEntry],
+    stage: &StageTensors,
+) -> Vec<&'a TensorEntry> {
+    let wanted = |name: &str| -> bool {
+        if let Some(rest) = name.strip_prefix("blk.") {
+            return rest
+                .split('.')
+                .next()
+                .and_then(|n| n.parse::<u32>().ok())
+                .is_some_and(|n| stage.layers.contains(&n));
+        }
+        match name {
+            "token_embd.weight" => stage.embed || (stage.head && config.tied_head),
+            "output.weight" => stage.head && !config.tied_head,
+            "output_norm.weight" => stage.head,
+            "rope_freqs.weight" => !stage.layers.is_empty(),
+            _ => false,
+        }
+    };
+    tensors.iter().filter(|t| wanted(&t.name)).collect()
+}

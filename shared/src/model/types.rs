@@ -1,0 +1,172 @@
+//! Element types, and a tensor as a file lists it.
+
+use serde::{Deserialize, Serialize};
+
+/// Types of activations and of the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[repr(u8)]
+pub enum Dtype {
+    /// 32-bit float.
+    F32 = 0,
+    /// IEEE half.
+    F16 = 1,
+    /// bfloat16.
+    Bf16 = 2,
+    /// Token ids.
+    U32 = 3,
+}
+
+impl Dtype {
+    /// Bytes per element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 | Self::U32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+    /// From the number on the wire.
+    pub fn from_wire(n: u8) -> Option<Self> {
+        Some(match n {
+            0 => Self::F32,
+            1 => Self::F16,
+            2 => Self::Bf16,
+            3 => Self::U32,
+            _ => return None,
+        })
+    }
+    /// As flags spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::U32 => "u32",
+        }
+    }
+}
+
+impl std::str::FromStr for Dtype {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "f32" => Ok(Self::F32),
+            "f16" => Ok(Self::F16),
+            "bf16" => Ok(Self::Bf16),
+            _ => Err(format!("unknown dtype '{s}': use f32, f16 or bf16")),
+        }
+    }
+}
+
+macro_rules! tensor_types {
+    ($($name:ident = $id:literal, $text:literal, $block:literal, $bytes:literal;)*) => {
+        /// Storage types of GGUF tensors, by ggml's numbers. All known ones are named, so that an
+        /// error can name what it does not support.
+        #[allow(non_camel_case_types, missing_docs)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        #[repr(u32)]
+        pub enum TensorType { $($name = $id,)* }
+
+        impl TensorType {
+            /// From ggml's number.
+            pub fn from_ggml(n: u32) -> Option<Self> {
+                match n { $($id => Some(Self::$name),)* _ => None }
+            }
+            /// As ggml spells it.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+            /// Elements per block.
+            pub fn block_elements(self) -> u64 {
+                match self { $(Self::$name => $block,)* }
+            }
+            /// Bytes per block.
+            pub fn block_bytes(self) -> u64 {
+                match self { $(Self::$name => $bytes,)* }
+            }
+        }
+    };
+}
+
+tensor_types! {
+    F32 = 0, "F32", 1, 4;
+    F16 = 1, "F16", 1, 2;
+    Q4_0 = 2, "Q4_0", 32, 18;
+    Q4_1 = 3, "Q4_1", 32, 20;
+    Q5_0 = 6, "Q5_0", 32, 22;
+    Q5_1 = 7, "Q5_1", 32, 24;
+    Q8_0 = 8, "Q8_0", 32, 34;
+    Q8_1 = 9, "Q8_1", 32, 36;
+    Q2_K = 10, "Q2_K", 256, 84;
+    Q3_K = 11, "Q3_K", 256, 110;
+    Q4_K = 12, "Q4_K", 256, 144;
+    Q5_K = 13, "Q5_K", 256, 176;
+    Q6_K = 14, "Q6_K", 256, 210;
+    Q8_K = 15, "Q8_K", 256, 292;
+    IQ2_XXS = 16, "IQ2_XXS", 256, 66;
+    IQ2_XS = 17, "IQ2_XS", 256, 74;
+    IQ3_XXS = 18, "IQ3_XXS", 256, 98;
+    IQ1_S = 19, "IQ1_S", 256, 50;
+    IQ4_NL = 20, "IQ4_NL", 32, 18;
+    IQ3_S = 21, "IQ3_S", 256, 110;
+    IQ2_S = 22, "IQ2_S", 256, 82;
+    IQ4_XS = 23, "IQ4_XS", 256, 136;
+    I8 = 24, "I8", 1, 1;
+    I16 = 25, "I16", 1, 2;
+    I32 = 26, "I32", 1, 4;
+    I64 = 27, "I64", 1, 8;
+    F64 = 28, "F64", 1, 8;
+    IQ1_M = 29, "IQ1_M", 256, 56;
+    BF16 = 30, "BF16", 1, 2;
+    TQ1_0 = 34, "TQ1_0", 256, 54;
+    TQ2_0 = 35, "TQ2_0", 256, 66;
+    MXFP4 = 39, "MXFP4", 32, 17;
+}
+
+impl TensorType {
+    /// Bytes of `elements` elements; `None` where they do not fill whole blocks or overflow.
+    pub fn bytes_of(self, elements: u64) -> Option<u64> {
+        if elements % self.block_elements() != 0 {
+            return None;
+        }
+        (elements / self.block_elements()).checked_mul(self.block_bytes())
+    }
+
+    /// Whether the CPU engine computes with it.
+    pub fn is_supported(self) -> bool {
+        matches!(
+            self,
+            Self::F32
+                | Self::F16
+                | Self::BF16
+                | Self::Q4_0
+                | Self::Q4_1
+                | Self::Q8_0
+                | Self::Q4_K
+                | Self::Q6_K
+        )
+    }
+}
+
+/// A tensor of a model file: where it lies, and what it must hash to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorEntry {
+    /// Name as in the file.
+    pub name: String,
+    /// Storage type.
+    pub dtype: TensorType,
+    /// Dimensions, fastest first: a matrix is `[inputs, outputs]`.
+    pub dims: Vec<u64>,
+    /// Offset in the file, from its first byte.
+    pub offset: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// BLAKE3 of the bytes; zero until hashed.
+    pub hash: [u8; 32],
+}
+
+impl TensorEntry {
+    /// Elements in all.
+    pub fn elements(&self) -> u64 {
+        self.dims.iter().product()
+    }
+}

@@ -1,0 +1,41 @@
+//! Every metric and environment variable name, spelled once.
+
+/// Environment variables. A flag wins over its variable.
+pub mod env {
+    /// `client.toml` of the cluster to talk to.
+    pub const CLUSTER: &str = "MILLRACE_CLUSTER";
+    /// Folder of fetched models and tensors.
+    pub const CACHE: &str = "MILLRACE_CACHE";
+    /// State folder of a coordinator or node (`--dir`).
+    pub const DIR: &str = "MILLRACE_DIR";
+    /// API key of a client.
+    pub const API_KEY: &str = "MILLRACE_API_KEY";
+    /// Join token of a node.
+    pub const TOKEN: &str = "MILLRACE_TOKEN";
+    /// Threads of an engine.
+    pub const THREADS: &str = "MILLRACE_THREADS";
+    /// Instruction set of the CPU engine: `scalar`, `avx2` or `avx512`; for tests and diagnosis.
+    pub const ISA: &str = "MILLRACE_ISA";
+}
+
+/// Prometheus metrics. Base units, `_total` on counters (the exporter adds it).
+pub mod metric {
+    pub const REQUESTS_RUNNING: &str = "millrace_num_requests_running";
+    pub const REQUESTS_WAITING: &str = "millrace_num_requests_waiting";
+    pub const KV_USAGE: &str = "millrace_kv_cache_usage_ratio";
+    pub const KV_BLOCKS_USED: &str = "millrace_kv_blocks_used";
+    pub const KV_BLOCKS: &str = "millrace_kv_blocks";
+    pub const PROMPT_TOKENS: &str = "millrace_prompt_tokens";
+    pub const GENERATION_TOKENS: &str = "millrace_generation_tokens";
+    pub const TTFT: &str = "millrace_time_to_first_token_seconds";
+    pub const ITL: &str = "millrace_inter_token_latency_seconds";
+    pub const E2E: &str = "millrace_e2e_request_latency_seconds";
+    pub const QUEUE_TIME: &str = "millrace_request_queue_time_seconds";
+    pub const REQUEST_SUCCESS: &str = "millrace_request_success";
+    pub const REQUEST_FAILURE: &str = "millrace_request_failure";
+    pub const PREEMPTIONS: &str = "millrace_preemptions";
+    pub const STAGE_BUSY: &str = "millrace_stage_busy_seconds";
+    pub const NODES: &str = "millrace_nodes";
+    pub const PLAN_EPOCH: &str = "millrace_plan_epoch";
+    pub const STALE_DROPPED: &str = "millrace_stale_epoch_dropped";
+}

@@ -1,0 +1,240 @@
+//! Control plane between a node and the coordinator (one bidirectional stream per node), and the
+//! blob plane. bincode, length-prefixed.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{Epoch, NodeId, PipelineId, StageIndex};
+use crate::model::{Dtype, ModelConfig, TensorEntry};
+
+/// What a node says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum NodeMessage {
+    /// First message: who, what and where.
+    Hello(Box<Hello>),
+    /// Every heartbeat interval, from outside the compute thread.
+    Heartbeat(Heartbeat),
+    /// Answer to [`CoordinatorMessage::Profile`].
+    Profiled {
+        /// What was measured.
+        profile: StageProfile,
+    },
+    /// The assignment is loaded; the stage accepts frames.
+    Ready {
+        /// Pipeline it belongs to.
+        pipeline: PipelineId,
+        /// Epoch of the assignment.
+        epoch: Epoch,
+        /// How the load went.
+        report: LoadReport,
+    },
+    /// The assignment cannot be loaded.
+    LoadFailed {
+        /// Pipeline it belongs to.
+        pipeline: PipelineId,
+        /// Epoch of the assignment.
+        epoch: Epoch,
+        /// Why, and what to do.
+        message: String,
+    },
+    /// A neighbour vanished or sent something malformed; the epoch is over.
+    EdgeLost {
+        /// Pipeline it belongs to.
+        pipeline: PipelineId,
+        /// Epoch of the edge.
+        epoch: Epoch,
+        /// What happened.
+        message: String,
+    },
+    /// The node leaves on purpose.
+    Leaving,
+}
+
+/// How a node introduces itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`super::WIRE_VERSION`].
+    pub wire_version: u16,
+    /// Revision of everything in the engine that may change a token.
+    pub numerics_revision: String,
+    /// Program version, for people.
+    pub version: String,
+    /// Name for people.
+    pub name: String,
+    /// `host:port` under which neighbours reach it.
+    pub advertise: String,
+    /// Name of the host, to tell which nodes share one.
+    pub host: String,
+    /// Engine: `cpu`, `mock`.
+    pub engine: String,
+    /// Threads the engine uses.
+    pub threads: u32,
+    /// Bytes of memory the node may use.
+    pub memory_bytes: u64,
+    /// Processor and instruction set, for people.
+    pub hardware: String,
+}
+
+/// Sign of life with cumulative counters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// CPU seconds of the engine's threads inside `step`.
+    pub busy_seconds: f64,
+    /// Wall seconds since the stage began.
+    pub wall_seconds: f64,
+    /// Micro-batches computed.
+    pub steps: u64,
+    /// Stale frames dropped.
+    pub stale_dropped: u64,
+    /// Echo of the coordinator's last ping, for the round trip.
+    pub echo: u64,
+}
+
+/// What the coordinator says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum CoordinatorMessage {
+    /// The hello is accepted.
+    Welcome {
+        /// The name from the certificate, for the log.
+        node_id: NodeId,
+        /// Milliseconds between heartbeats.
+        heartbeat_ms: u32,
+    },
+    /// The hello is refused; the connection closes.
+    Refused {
+        /// Why, and what to do.
+        message: String,
+    },
+    /// Measure one layer and the head of this model.
+    Profile(Box<ProfileSpec>),
+    /// Take this stage; drop any older one.
+    Assign(Box<Assignment>),
+    /// Give the stage up; its epoch is over.
+    Release {
+        /// Pipeline.
+        pipeline: PipelineId,
+        /// Every assignment up to this epoch.
+        epoch: Epoch,
+    },
+    /// For the round trip: comes back in the next heartbeat.
+    Ping(u64),
+    /// The cluster is shutting down.
+    Shutdown,
+}
+
+/// What to measure.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProfileSpec {
+    /// Dimensions.
+    pub config: ModelConfig,
+    /// Type of the layers' matrices.
+    pub layer_type: crate::model::TensorType,
+    /// Type of the head's matrix.
+    pub head_type: crate::model::TensorType,
+    /// Rows of the micro-batch.
+    pub batch: u32,
+}
+
+/// What was measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StageProfile {
+    /// Seconds of one layer.
+    pub layer_seconds: f64,
+    /// Seconds of the head.
+    pub head_seconds: f64,
+}
+
+/// A node's part in a plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// Pipeline.
+    pub pipeline: PipelineId,
+    /// Epoch of the plan.
+    pub epoch: Epoch,
+    /// Place in the pipeline.
+    pub stage: StageIndex,
+    /// Stages in all.
+    pub stages: u16,
+    /// First layer.
+    pub first_layer: u32,
+    /// One past the last layer.
+    pub end_layer: u32,
+    /// The model's dimensions.
+    pub config: ModelConfig,
+    /// The tensors of this stage, each with its content hash.
+    pub tensors: Vec<TensorEntry>,
+    /// Who sends activations: `None` for the first stage (the coordinator does).
+    pub previous: Option<NodeId>,
+    /// Who gets them: `None` for the last stage.
+    pub next: Option<Peer>,
+    /// Settings every stage shares.
+    pub settings: EngineSettings,
+    /// What the node's numerics must be.
+    pub numerics_id: [u8; 32],
+    /// Frames an edge may have unacknowledged.
+    pub credits: u32,
+}
+
+/// A neighbour.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// Its id, which its certificate must name.
+    pub node_id: NodeId,
+    /// Where it listens.
+    pub address: String,
+}
+
+/// Settings that all stages of a pipeline share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EngineSettings {
+    /// KV blocks to allocate.
+    pub kv_blocks: u32,
+    /// Positions per block; divides 64.
+    pub kv_block_size: u32,
+    /// Stored type of K and V.
+    pub kv_dtype: Dtype,
+    /// Type of activations at every layer boundary.
+    pub activation_dtype: Dtype,
+    /// Most tokens in one micro-batch.
+    pub max_batch_tokens: u32,
+    /// Most sequences open at once.
+    pub max_num_seqs: u32,
+    /// Longest sequence.
+    pub max_model_len: u32,
+}
+
+/// How a load went.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LoadReport {
+    /// Bytes of weights in memory.
+    pub weight_bytes: u64,
+    /// Bytes of KV cache.
+    pub kv_bytes: u64,
+    /// Bytes taken from the node's own file.
+    pub from_file: u64,
+    /// Bytes taken from the node's cache.
+    pub from_cache: u64,
+    /// Bytes fetched from the coordinator.
+    pub from_coordinator: u64,
+    /// Seconds it took.
+    pub seconds: f64,
+}
+
+/// First message on a blob stream. The answer is a [`BlobResponse`], then the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlobRequest {
+    /// BLAKE3 of the whole blob.
+    pub hash: [u8; 32],
+    /// First byte.
+    pub offset: u64,
+    /// How many; at most [`super::MAX_BLOB_RANGE_BYTES`].
+    pub len: u64,
+}
+
+/// Answer to a blob request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BlobResponse {
+    /// This many bytes follow.
+    Bytes(u64),
+    /// No.
+    Refused(String),
+}

@@ -1,0 +1,306 @@
+//! The client API: one bidirectional stream per call. The client sends one [`Call`]; the server
+//! answers with [`Reply`] frames, the last of which is `Done` or `Failed`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Status;
+use crate::id::{NodeId, RequestId};
+use crate::sampling::SamplingParams;
+
+/// The first and only message of a client on a stream.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Call {
+    /// Free-form pairs; `authorization: Bearer KEY` is required.
+    pub metadata: Vec<(String, String)>,
+    /// Milliseconds after which the caller no longer wants an answer.
+    pub deadline_ms: Option<u64>,
+    /// What is asked.
+    pub method: Method,
+}
+
+/// The methods.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Method {
+    /// Stream a continuation: replies `Started`, `Token`…, `Finished`, `Done`.
+    Generate(GenerateRequest),
+    /// Score given tokens: replies `Scores`…, `Done`.
+    Score(ScoreRequest),
+    /// Text to ids: reply `Tokens`.
+    Tokenize(TokenizeRequest),
+    /// Ids to text: reply `Text`.
+    Detokenize { ids: Vec<u32> },
+    /// What is served: reply `Models`.
+    Models,
+    /// Stop a request of this client: reply `Done`.
+    Cancel { request_id: RequestId },
+    /// The state of the cluster: reply `Status`.
+    Status,
+}
+
+/// What to continue.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Prompt {
+    /// Plain text; special tokens are parsed, none are added.
+    Text(String),
+    /// Ids as they are.
+    Tokens(Vec<u32>),
+    /// A conversation, rendered by the model's chat template.
+    Chat(Vec<ChatMessage>),
+}
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ChatMessage {
+    /// `system`, `user`, `assistant` or what else the template knows.
+    pub role: String,
+    /// What was said.
+    pub content: String,
+}
+
+/// A request for a continuation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GenerateRequest {
+    /// Served model name; empty means the only one.
+    pub model: String,
+    /// What to continue.
+    pub prompt: Prompt,
+    /// Sampling and stopping.
+    pub params: SamplingParams,
+}
+
+/// A request for the log-probabilities of given tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScoreRequest {
+    /// Served model name; empty means the only one.
+    pub model: String,
+    /// The tokens; position `i` is scored for token `i + 1`.
+    pub tokens: Vec<u32>,
+    /// How many of the largest logits to return per position, at most 64.
+    pub top_k: u8,
+}
+
+/// A request to tokenise.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenizeRequest {
+    /// Served model name; empty means the only one.
+    pub model: String,
+    /// Plain text or a conversation.
+    pub prompt: Prompt,
+}
+
+/// The log-probability of a token and its rivals, raw: before bias, penalties and temperature.
+#[derive(
+    Clone,
+    Debug,
+    PartialEq,
+    Default,
+    Serialize,
+    Deserialize,
+    rkyv::Archive,
+    rkyv::Serialize,
+    rkyv::Deserialize,
+)]
+pub struct TokenLogprobs {
+    /// Natural logarithm of the token's probability.
+    pub logprob: f32,
+    /// The most probable tokens, best first, with theirs.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What one position of a scored sequence says.
+#[derive(
+    Clone,
+    Debug,
+    PartialEq,
+    Default,
+    Serialize,
+    Deserialize,
+    rkyv::Archive,
+    rkyv::Serialize,
+    rkyv::Deserialize,
+)]
+pub struct PositionScore {
+    /// The position in the sequence.
+    pub position: u32,
+    /// Log-probability of the token that follows in the sequence; `None` at the last position.
+    pub next_logprob: Option<f32>,
+    /// The largest logits, best first.
+    pub top_logits: Vec<(u32, f32)>,
+    /// Log of the sum of the exponentials of all logits.
+    pub log_sum_exp: f32,
+}
+
+/// Why a continuation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// An end-of-text token or a stop string.
+    Stop,
+    /// `max_tokens`, or the end of the context.
+    Length,
+    /// Somebody cancelled it.
+    Cancelled,
+}
+
+impl FinishReason {
+    /// As JSON and metrics spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// Exact token counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated, the end token included.
+    pub completion_tokens: u32,
+    /// Prompt tokens found in the prefix cache.
+    pub cached_tokens: u32,
+}
+
+/// Where the time of a request went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Timings {
+    /// Milliseconds from submission to the first scheduled row.
+    pub queue_ms: f64,
+    /// Milliseconds from submission to the first token.
+    pub ttft_ms: f64,
+    /// Milliseconds from the first token to the last.
+    pub decode_ms: f64,
+}
+
+/// What a stream of a continuation carries.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum GenerateEvent {
+    /// Accepted and queued.
+    Started {
+        /// Name of the request, for `Cancel`.
+        request_id: RequestId,
+        /// The ids that the prompt became.
+        prompt_token_ids: Vec<u32>,
+        /// The seed in use, drawn by the coordinator where none was given.
+        seed: u64,
+    },
+    /// One more token. Text may lag behind: characters and stop strings are never split.
+    Token {
+        /// Index in the continuation, 0 first, without gaps.
+        index: u32,
+        /// The token.
+        token_id: u32,
+        /// Text that became certain with this token; often empty, never half a character.
+        text: String,
+        /// Present where asked for.
+        logprobs: Option<TokenLogprobs>,
+    },
+    /// The end.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// Text that was held back until now (for example a stop string half matched).
+        text: String,
+        /// Token counts.
+        usage: Usage,
+        /// Where the time went.
+        timings: Timings,
+    },
+}
+
+/// A frame from the server.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Reply {
+    /// Part of a continuation.
+    Event(GenerateEvent),
+    /// Scores of some positions, in order.
+    Scores(Vec<PositionScore>),
+    /// Ids.
+    Tokens(Vec<u32>),
+    /// Text.
+    Text(String),
+    /// Served models.
+    Models(Vec<ModelCard>),
+    /// State of the cluster.
+    Status(Box<ClusterStatus>),
+    /// The call is complete.
+    Done,
+    /// The call failed; nothing follows.
+    Failed(Status),
+}
+
+/// A served model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelCard {
+    /// Name clients use.
+    pub id: String,
+    /// Seconds since the epoch at which it began to be served.
+    pub created: u64,
+    /// Longest sequence, tokens.
+    pub max_model_len: u32,
+    /// Vocabulary size.
+    pub vocab: u32,
+    /// Weights in bytes.
+    pub weight_bytes: u64,
+}
+
+/// One stage as it runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StageStatus {
+    /// The node.
+    pub node_id: NodeId,
+    /// Its name for people.
+    pub node_name: String,
+    /// First layer.
+    pub first_layer: u32,
+    /// One past the last layer.
+    pub end_layer: u32,
+    /// Whether it holds the embedding.
+    pub embed: bool,
+    /// Whether it holds the head.
+    pub head: bool,
+    /// Bytes of weights in memory.
+    pub weight_bytes: u64,
+    /// CPU seconds of the engine's threads inside `step`, spinning excluded, since the stage began.
+    pub busy_seconds: f64,
+    /// Seconds of wall clock since the stage began.
+    pub wall_seconds: f64,
+    /// Micro-batches computed.
+    pub steps: u64,
+    /// Threads of the engine.
+    pub threads: u32,
+}
+
+/// The state of the cluster.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct ClusterStatus {
+    /// Whether requests are served now.
+    pub ready: bool,
+    /// What it waits for, when not.
+    pub detail: String,
+    /// Epoch of the pipeline.
+    pub epoch: u64,
+    /// The stages in order.
+    pub stages: Vec<StageStatus>,
+    /// Nodes joined, whether used or not.
+    pub nodes: u32,
+    /// Requests running.
+    pub running: u32,
+    /// Requests waiting.
+    pub waiting: u32,
+    /// KV blocks in all.
+    pub kv_blocks: u32,
+    /// KV blocks in use.
+    pub kv_blocks_used: u32,
+    /// Positions per KV block.
+    pub kv_block_size: u32,
+    /// Preemptions so far.
+    pub preemptions: u64,
+    /// Prompt tokens computed so far.
+    pub prompt_tokens: u64,
+    /// Tokens generated so far.
+    pub generation_tokens: u64,
+}
