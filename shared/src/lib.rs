@@ -17,6 +17,7 @@ pub mod kv;
 pub mod membership;
 pub mod model;
 pub mod names;
+pub mod options;
 pub mod partition;
 pub mod sampling;
 pub mod scheduler;

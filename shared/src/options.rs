@@ -1,0 +1,121 @@
+//! Engine options: the same flags on every command that starts an engine or a plan.
+
+use std::str::FromStr;
+
+use crate::model::Dtype;
+
+/// Micro-batches in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MicroBatches {
+    /// One more than there are stages, so that the hop between them is hidden.
+    Auto,
+    /// Exactly this many.
+    Fixed(u32),
+}
+
+impl MicroBatches {
+    /// The number for a pipeline of this many stages.
+    pub fn for_stages(self, stages: u32) -> u32 {
+        match self {
+            Self::Auto if stages <= 1 => 2,
+            Self::Auto => stages + 1,
+            Self::Fixed(n) => n,
+        }
+    }
+}
+
+impl FromStr for MicroBatches {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        if s == "auto" {
+            return Ok(Self::Auto);
+        }
+        match s.parse() {
+            Ok(n @ 1..=1024) => Ok(Self::Fixed(n)),
+            _ => Err(format!("'{s}' is neither 'auto' nor a number from 1 to 1024")),
+        }
+    }
+}
+
+/// Which engine computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum EngineKind {
+    /// The CPU engine.
+    #[default]
+    Cpu,
+    /// The deterministic mock: tokens are hashes. For tests of everything around the engine.
+    Mock,
+}
+
+impl EngineKind {
+    /// As flags and messages spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Mock => "mock",
+        }
+    }
+}
+
+impl FromStr for EngineKind {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "cpu" => Ok(Self::Cpu),
+            "mock" => Ok(Self::Mock),
+            _ => Err(format!("unknown engine '{s}': use cpu or mock")),
+        }
+    }
+}
+
+fn kv_dtype(s: &str) -> Result<Dtype, String> {
+    match s.parse()? {
+        d @ (Dtype::F16 | Dtype::F32) => Ok(d),
+        _ => Err(format!("the KV cache cannot be stored as '{s}': use f16 or f32")),
+    }
+}
+
+/// The options. Those that may change a token are part of the numerics id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "clap", derive(clap::Args))]
+#[cfg_attr(feature = "clap", command(next_help_heading = "Engine"))]
+pub struct EngineOptions {
+    /// Compute threads per stage [default: the cores this process may use, shared among its stages]
+    #[cfg_attr(feature = "clap", arg(long, short = 't', value_name = "N", env = crate::names::env::THREADS))]
+    pub threads: Option<usize>,
+    /// Layers at which to cut the model, for example 5,17 for three stages [default: planned]
+    #[cfg_attr(feature = "clap", arg(long, value_name = "L,L,…", value_delimiter = ','))]
+    pub cuts: Option<Vec<u32>>,
+    /// Most prompt tokens of a request in one micro-batch
+    #[cfg_attr(feature = "clap", arg(long, value_name = "TOKENS", default_value_t = DEFAULT_PREFILL_CHUNK))]
+    pub prefill_chunk: u32,
+    /// Micro-batches in flight: a number, or auto
+    #[cfg_attr(feature = "clap", arg(long, value_name = "N|auto", default_value = "auto"))]
+    pub micro_batches: MicroBatches,
+    /// Stored type of keys and values: f16 or f32
+    #[cfg_attr(feature = "clap", arg(long, value_name = "TYPE", default_value = "f16", value_parser = kv_dtype))]
+    pub kv_cache_dtype: Dtype,
+    /// Type of activations between layers: f32, bf16 or f16
+    #[cfg_attr(feature = "clap", arg(long, value_name = "TYPE", default_value = "f32"))]
+    pub activation_dtype: Dtype,
+    /// Engine: cpu, or mock for tests
+    #[cfg_attr(feature = "clap", arg(long, value_name = "ENGINE", default_value = "cpu"))]
+    pub engine: EngineKind,
+}
+
+/// 64 positions already saturate a CPU stage; more only lengthens the pipeline's bubbles.
+pub const DEFAULT_PREFILL_CHUNK: u32 = 64;
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            threads: None,
+            cuts: None,
+            prefill_chunk: DEFAULT_PREFILL_CHUNK,
+            micro_batches: MicroBatches::Auto,
+            kv_cache_dtype: Dtype::F16,
+            activation_dtype: Dtype::F32,
+            engine: EngineKind::Cpu,
+        }
+    }
+}
