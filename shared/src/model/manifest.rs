@@ -1,0 +1,138 @@
+//! What a model is to a cluster: dimensions, tensors and their hashes, without the file.
+//!
+//! Two files with the same manifest hash compute the same thing, whatever the order of their
+//! tensors or the rest of their metadata. Reading and hashing files happens elsewhere.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Dtype, Family, ModelConfig, RopeConfig, RopeStyle, TensorEntry};
+
+/// A model: dimensions, tensors, hashes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelManifest {
+    /// Name for people and clients.
+    pub name: String,
+    /// Dimensions.
+    pub config: ModelConfig,
+    /// Tensors in file order, each with the BLAKE3 of its bytes.
+    pub tensors: Vec<TensorEntry>,
+    /// [`content_hash`] of config and tensors.
+    pub content_hash: [u8; 32],
+    /// Length of the file that it was made from.
+    pub file_len: u64,
+}
+
+impl ModelManifest {
+    /// A manifest of hashed tensors.
+    pub fn new(
+        name: String,
+        config: ModelConfig,
+        tensors: Vec<TensorEntry>,
+        file_len: u64,
+    ) -> Self {
+        let content_hash = content_hash(&config, &tensors);
+        Self { name, config, tensors, content_hash, file_len }
+    }
+
+    /// Whether the hash fits the rest (a manifest that came from a peer).
+    pub fn is_consistent(&self) -> bool {
+        self.content_hash == content_hash(&self.config, &self.tensors)
+    }
+
+    /// The tensor of that name.
+    pub fn tensor(&self, name: &str) -> Option<&TensorEntry> {
+        self.tensors.iter().find(|t| t.name == name)
+    }
+
+    /// Bytes of all tensors.
+    pub fn weight_bytes(&self) -> u64 {
+        self.tensors.iter().map(|t| t.bytes).sum()
+    }
+}
+
+/// BLAKE3 over the dimensions and over name, type, shape and hash of each tensor, by name.
+pub fn content_hash(config: &ModelConfig, tensors: &[TensorEntry]) -> [u8; 32] {
+    let mut h = blake3::Hasher::new_derive_key("millrace model content 1");
+    hash_config(&mut h, config);
+    let mut order: Vec<&TensorEntry> = tensors.iter().collect();
+    order.sort_by(|a, b| a.name.cmp(&b.name));
+    h.update(&(order.len() as u64).to_le_bytes());
+    for t in order {
+        hash_str(&mut h, &t.name);
+        h.update(&(t.dtype as u32).to_le_bytes());
+        h.update(&(t.dims.len() as u64).to_le_bytes());
+        for d in &t.dims {
+            h.update(&d.to_le_bytes());
+        }
+        h.update(&t.hash);
+    }
+    h.finalize().into()
+}
+
+/// Everything that may change a token, in one id: two stages may work on one pipeline exactly only
+/// if theirs are equal. `engine_revision` is `Engine::numerics_revision`, which covers kernels,
+/// activation group and attention tile. Block sizes, cuts, threads and batches are absent on
+/// purpose: they change nothing.
+pub fn numerics_id(
+    content_hash: &[u8; 32],
+    engine_revision: &str,
+    kv_dtype: Dtype,
+    activation_dtype: Dtype,
+) -> [u8; 32] {
+    let mut h = blake3::Hasher::new_derive_key("millrace numerics 1");
+    h.update(content_hash);
+    hash_str(&mut h, engine_revision);
+    h.update(&[kv_dtype as u8, activation_dtype as u8]);
+    h.finalize().into()
+}
+
+fn hash_str(h: &mut blake3::Hasher, s: &str) {
+    h.update(&(s.len() as u64).to_le_bytes());
+    h.update(s.as_bytes());
+}
+
+/// Field by field, so that a new field cannot be forgotten here.
+fn hash_config(h: &mut blake3::Hasher, config: &ModelConfig) {
+    let ModelConfig {
+        family,
+        layers,
+        hidden,
+        heads,
+        kv_heads,
+        head_dim,
+        ffn,
+        vocab,
+        context,
+        rms_eps,
+        rope: RopeConfig { base, dim, style, linear_scale },
+        tied_head,
+        rope_factors,
+    } = config;
+    let family = match family {
+        Family::Llama => 0u32,
+    };
+    let style = match style {
+        RopeStyle::Interleaved => 0u32,
+        RopeStyle::Halves => 1,
+    };
+    for n in [
+        family,
+        *layers,
+        *hidden,
+        *heads,
+        *kv_heads,
+        *head_dim,
+        *ffn,
+        *vocab,
+        *context,
+        rms_eps.to_bits(),
+        base.to_bits(),
+        *dim,
+        style,
+        linear_scale.to_bits(),
+        u32::from(*tied_head),
+        u32::from(*rope_factors),
+    ] {
+        h.update(&n.to_le_bytes());
+    }
+}
