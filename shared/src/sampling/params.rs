@@ -65,11 +65,114 @@ impl Default for SamplingParams {
     }
 }
 
+/// Most rivals whose log-probabilities a request may ask for.
+pub const MAX_LOGPROBS: u8 = 64;
+/// Most stop strings of a request.
+pub const MAX_STOP_STRINGS: usize = 16;
+/// Longest stop string, in bytes of UTF-8.
+pub const MAX_STOP_BYTES: usize = 1024;
+/// Most further end ids of a request.
+pub const MAX_STOP_TOKENS: usize = 1024;
+/// Most biased tokens of a request.
+pub const MAX_LOGIT_BIASES: usize = 1024;
+
 impl SamplingParams {
     /// Greedy, everything else at its default.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
     }
+
+    /// Whether the most probable token is taken without a draw.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0
+    }
+
+    /// Checks every field against its range for a vocabulary of `vocab` tokens.
+    ///
+    /// # Errors
+    /// Names the first field that is out of range, and the range.
+    pub fn validate(&self, vocab: u32) -> Result<(), SamplingError> {
+        check_range("temperature", self.temperature, 0.0, 2.0)?;
+        check_range("top_p", self.top_p, 0.0, 1.0)?;
+        if self.top_p == 0.0 {
+            return Err(SamplingError::new("top_p", "must be greater than 0 and at most 1, got 0"));
+        }
+        check_range("min_p", self.min_p, 0.0, 1.0)?;
+        let repetition = self.repetition_penalty;
+        if !repetition.is_finite() || repetition <= 0.0 {
+            let message = format!("must be a finite number greater than 0, got {repetition}");
+            return Err(SamplingError::new("repetition_penalty", message));
+        }
+        check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
+        check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
+        self.validate_bias(vocab)?;
+        self.validate_stops(vocab)?;
+        if self.max_tokens == Some(0) {
+            return Err(SamplingError::new("max_tokens", "must be at least 1, got 0"));
+        }
+        match self.logprobs {
+            Some(k) if k > MAX_LOGPROBS => Err(SamplingError::new(
+                "logprobs",
+                format!("at most {MAX_LOGPROBS} can be returned, got {k}"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn validate_bias(&self, vocab: u32) -> Result<(), SamplingError> {
+        check_count("logit_bias", "tokens", self.logit_bias.len(), MAX_LOGIT_BIASES)?;
+        for &(id, bias) in &self.logit_bias {
+            check_id("logit_bias", id, vocab)?;
+            check_range("logit_bias", bias, -100.0, 100.0)?;
+        }
+        Ok(())
+    }
+
+    fn validate_stops(&self, vocab: u32) -> Result<(), SamplingError> {
+        check_count("stop", "strings", self.stop.len(), MAX_STOP_STRINGS)?;
+        for stop in &self.stop {
+            if stop.is_empty() {
+                return Err(SamplingError::new("stop", "a stop string must not be empty"));
+            }
+            if stop.len() > MAX_STOP_BYTES {
+                let message = format!(
+                    "a stop string may have at most {MAX_STOP_BYTES} bytes, got {}",
+                    stop.len()
+                );
+                return Err(SamplingError::new("stop", message));
+            }
+        }
+        check_count("stop_token_ids", "ids", self.stop_token_ids.len(), MAX_STOP_TOKENS)?;
+        self.stop_token_ids.iter().try_for_each(|&id| check_id("stop_token_ids", id, vocab))
+    }
+}
+
+fn check_range(param: &'static str, x: f32, low: f32, high: f32) -> Result<(), SamplingError> {
+    // NaN is in no range.
+    if (low..=high).contains(&x) {
+        return Ok(());
+    }
+    Err(SamplingError::new(param, format!("must be between {low} and {high}, got {x}")))
+}
+
+fn check_count(
+    param: &'static str,
+    what: &str,
+    count: usize,
+    limit: usize,
+) -> Result<(), SamplingError> {
+    if count <= limit {
+        return Ok(());
+    }
+    Err(SamplingError::new(param, format!("at most {limit} {what} are allowed, got {count}")))
+}
+
+fn check_id(param: &'static str, id: u32, vocab: u32) -> Result<(), SamplingError> {
+    if id < vocab {
+        return Ok(());
+    }
+    let message = format!("token id {id} is outside the vocabulary of {vocab}");
+    Err(SamplingError::new(param, message))
 }
 
 /// A parameter outside its range.
@@ -80,4 +183,10 @@ pub struct SamplingError {
     pub param: &'static str,
     /// What is wrong and what is allowed.
     pub message: String,
+}
+
+impl SamplingError {
+    fn new(param: &'static str, message: impl Into<String>) -> Self {
+        Self { param, message: message.into() }
+    }
 }

@@ -1,0 +1,259 @@
+//! One token from the logits of one position.
+//!
+//! In this order:
+//! 1. raw log-probabilities, where asked for, from the untouched logits;
+//! 2. `logit_bias` is added;
+//! 3. penalties: repetition (tokens of prompt and answer), then frequency and presence (tokens of
+//!    the answer);
+//! 4. temperature 0: the largest logit, the lowest id among equals;
+//! 5. else probabilities at that temperature; then `top_k` largest logits (equal ones by lower id),
+//!    `min_p` (relative to the most probable), `top_p` (of what is left, most probable first; the
+//!    token that reaches the mass is kept);
+//! 6. a number in `[0, 1)` from (seed, position) picks from the running sum of probabilities in
+//!    ascending order of ids.
+//!
+//! Probabilities are f64, unnormalised, relative to the largest; sums run in ascending order of ids
+//! except the running sum of `top_p`. So the result is defined to the last bit.
+
+use super::draw::uniform;
+use super::params::SamplingParams;
+use super::score::log_sum_exp;
+use super::top::{self, Candidate, best_first};
+use crate::wire::rpc::TokenLogprobs;
+
+/// What was chosen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// The token.
+    pub token: u32,
+    /// Raw log-probabilities, where `params.logprobs` asks for them.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// Why no token can be chosen.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum SampleError {
+    /// The model's output is broken.
+    #[error("logit {value} of token {id} is not finite; the model's output is unusable")]
+    NonFinite {
+        /// The first such token.
+        id: usize,
+        /// NaN or an infinity.
+        value: f32,
+    },
+    /// There is nothing to choose from.
+    #[error("no logits")]
+    Empty,
+    /// A token that the model does not have.
+    #[error("token id {id} is outside the vocabulary of {vocab}")]
+    OutsideVocabulary {
+        /// The id.
+        id: u32,
+        /// Ids are below this.
+        vocab: usize,
+    },
+}
+
+impl SampleError {
+    /// Names the first logit that is not finite.
+    pub(super) fn non_finite(logits: &[f32]) -> Self {
+        match logits.iter().position(|x| !x.is_finite()) {
+            Some(id) => Self::NonFinite { id, value: logits[id] },
+            None => Self::Empty,
+        }
+    }
+}
+
+/// Memory that is used again from call to call; holds nothing that matters.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    pub(super) candidates: Vec<Candidate>,
+    raw: Vec<f32>,
+    weights: Vec<(u32, f64)>,
+    counts: Vec<u32>,
+}
+
+/// Chooses the token that follows `history`.
+///
+/// `logits` are the `vocab` logits of the last position; they are changed. `history` is the token
+/// log up to and including that position, of which the first `prompt_len` are the prompt. `position`
+/// is that of the last token of `history`; with `seed` it names the random number. `params` must
+/// have passed [`SamplingParams::validate`].
+///
+/// # Errors
+/// If a logit is not finite, or there are none.
+pub fn sample(
+    logits: &mut [f32],
+    params: &SamplingParams,
+    history: &[u32],
+    prompt_len: usize,
+    seed: u64,
+    position: u32,
+    scratch: &mut Scratch,
+) -> Result<Sampled, SampleError> {
+    let adjusts = adjusts(params);
+    let mut raw = None;
+    if let Some(k) = params.logprobs {
+        let total = log_sum_exp(logits).ok_or_else(|| SampleError::non_finite(logits))?;
+        top::largest(logits, usize::from(k), &mut scratch.candidates);
+        let logprob = |logit: f32| (f64::from(logit) - total) as f32;
+        let top = scratch.candidates.iter().map(|&(id, logit)| (id, logprob(logit))).collect();
+        raw = Some((total, top));
+        if adjusts {
+            scratch.raw.clear();
+            scratch.raw.extend_from_slice(logits);
+        }
+    } else if adjusts && top::argmax(logits).is_none() {
+        return Err(SampleError::non_finite(logits));
+    }
+    if adjusts {
+        adjust(logits, params, history, prompt_len, &mut scratch.counts);
+    }
+    let (best, max) = top::argmax(logits).ok_or_else(|| SampleError::non_finite(logits))?;
+    let token = if params.is_greedy() || params.top_k == 1 {
+        best
+    } else {
+        draw(logits, max, params, uniform(seed, position), scratch)
+    };
+    let logprobs = raw.map(|(total, top)| {
+        let untouched = if adjusts { &scratch.raw[..] } else { &*logits };
+        let logprob = (f64::from(untouched[token as usize]) - total) as f32;
+        TokenLogprobs { logprob, top }
+    });
+    Ok(Sampled { token, logprobs })
+}
+
+fn penalises(params: &SamplingParams) -> bool {
+    params.repetition_penalty != 1.0
+        || params.presence_penalty != 0.0
+        || params.frequency_penalty != 0.0
+}
+
+fn adjusts(params: &SamplingParams) -> bool {
+    !params.logit_bias.is_empty() || penalises(params)
+}
+
+/// Back to f32, finite whatever the penalty was.
+fn finite(x: f64) -> f32 {
+    x.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32
+}
+
+/// Adds the bias and applies the penalties; each logit is computed in f64 and rounded once.
+fn adjust(
+    logits: &mut [f32],
+    params: &SamplingParams,
+    history: &[u32],
+    prompt_len: usize,
+    counts: &mut Vec<u32>,
+) {
+    for &(id, bias) in &params.logit_bias {
+        if let Some(logit) = logits.get_mut(id as usize) {
+            *logit = finite(f64::from(*logit) + f64::from(bias));
+        }
+    }
+    if !penalises(params) {
+        return;
+    }
+    // Occurrences in the answer; `SEEN` marks a token that is still to be penalised.
+    const SEEN: u32 = 1 << 31;
+    counts.clear();
+    counts.resize(logits.len(), 0);
+    for (index, &id) in history.iter().enumerate() {
+        if let Some(count) = counts.get_mut(id as usize) {
+            *count = (*count | SEEN) + u32::from(index >= prompt_len);
+        }
+    }
+    let repetition = f64::from(params.repetition_penalty);
+    for &id in history {
+        let Some(count) = counts.get_mut(id as usize).filter(|c| **c & SEEN != 0) else { continue };
+        *count &= !SEEN;
+        let logit = &mut logits[id as usize];
+        let mut x = f64::from(*logit);
+        x = if x > 0.0 { x / repetition } else { x * repetition };
+        if *count > 0 {
+            x -= f64::from(params.frequency_penalty) * f64::from(*count);
+            x -= f64::from(params.presence_penalty);
+        }
+        *logit = finite(x);
+    }
+}
+
+/// Draws from the filtered distribution; `max` is the largest logit, `u` the random number.
+fn draw(logits: &[f32], max: f32, params: &SamplingParams, u: f64, scratch: &mut Scratch) -> u32 {
+    let Scratch { candidates, weights, .. } = scratch;
+    let temperature = f64::from(params.temperature);
+    let weight = |logit: f32| libm::exp((f64::from(logit) - f64::from(max)) / temperature);
+    let min_p = f64::from(params.min_p);
+    let k = params.top_k as usize;
+    weights.clear();
+    if k > 0 && k < logits.len() {
+        top::largest(logits, k, candidates);
+        candidates.sort_unstable_by_key(|c| c.0);
+        weights.extend(candidates.iter().map(|&(id, logit)| (id, weight(logit))));
+    } else {
+        weights.extend(logits.iter().enumerate().map(|(id, &logit)| (id as u32, weight(logit))));
+    }
+    if min_p > 0.0 {
+        weights.retain(|&(_, w)| w >= min_p);
+    }
+    if params.top_p < 1.0 {
+        cut_to_mass(logits, f64::from(params.top_p), weights, candidates);
+    }
+    pick(weights, u)
+}
+
+/// Keeps the most probable of `weights` (in ascending order of ids) that together reach `top_p` of
+/// their sum.
+fn cut_to_mass(
+    logits: &[f32],
+    top_p: f64,
+    weights: &mut Vec<(u32, f64)>,
+    candidates: &mut Vec<Candidate>,
+) {
+    let total: f64 = weights.iter().map(|w| w.1).sum();
+    let mass = top_p * total;
+    // Nearly always a few tokens reach the mass: order only as many as it takes.
+    let by_logit = |a: &(u32, f64), b: &(u32, f64)| {
+        best_first(&(a.0, logits[a.0 as usize]), &(b.0, logits[b.0 as usize]))
+    };
+    candidates.clear();
+    let mut sum = 0.0;
+    let mut ordered = 0;
+    let mut next = 64;
+    'reached: while ordered < weights.len() {
+        let rest = &mut weights[ordered..];
+        let take = next.min(rest.len());
+        if take < rest.len() {
+            rest.select_nth_unstable_by(take - 1, by_logit);
+        }
+        rest[..take].sort_unstable_by(by_logit);
+        for &(_, w) in &rest[..take] {
+            ordered += 1;
+            sum += w;
+            if sum >= mass {
+                break 'reached;
+            }
+        }
+        next *= 8;
+    }
+    weights.truncate(ordered);
+    weights.sort_unstable_by_key(|w| w.0);
+}
+
+/// The first token at which the running sum of weights exceeds `u` times their sum.
+fn pick(weights: &[(u32, f64)], u: f64) -> u32 {
+    let total: f64 = weights.iter().map(|w| w.1).sum();
+    let target = u * total;
+    let mut sum = 0.0;
+    let mut last = weights[0].0;
+    for &(id, w) in weights {
+        if w > 0.0 {
+            sum += w;
+            last = id;
+            if sum > target {
+                break;
+            }
+        }
+    }
+    last
+}
