@@ -1,0 +1,87 @@
+//! Micro-batches in flight.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::id::{MicroBatchId, SequenceId};
+use crate::wire::data::{Row, RowResult, Want};
+
+/// A row that was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct IssuedRow {
+    pub(super) sequence: SequenceId,
+    pub(super) epoch: u32,
+    pub(super) position: u32,
+    pub(super) count: u32,
+    pub(super) want: Want,
+}
+
+impl IssuedRow {
+    /// One past the last position.
+    pub(super) fn end(&self) -> u32 {
+        self.position + self.count
+    }
+
+    pub(super) fn is_answered_by(&self, result: &RowResult) -> bool {
+        self.sequence == result.sequence
+            && self.epoch == result.sequence_epoch
+            && self.position == result.position
+            && self.count == result.count
+    }
+}
+
+impl From<&Row> for IssuedRow {
+    fn from(row: &Row) -> Self {
+        Self {
+            sequence: row.sequence,
+            epoch: row.sequence_epoch,
+            position: row.position,
+            count: row.count,
+            want: row.want,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct MicroBatch {
+    issued: Duration,
+    rows: Vec<IssuedRow>,
+}
+
+/// The window of micro-batches that were issued and not answered. Bounded by the scheduler.
+#[derive(Debug, Default)]
+pub(super) struct InFlight {
+    batches: BTreeMap<MicroBatchId, MicroBatch>,
+    last_id: u64,
+}
+
+impl InFlight {
+    pub(super) fn len(&self) -> usize {
+        self.batches.len()
+    }
+
+    /// A fresh id, without an entry.
+    pub(super) fn next_id(&mut self) -> MicroBatchId {
+        self.last_id += 1;
+        MicroBatchId(self.last_id)
+    }
+
+    pub(super) fn insert(&mut self, id: MicroBatchId, issued: Duration, rows: &[Row]) {
+        let rows = rows.iter().map(IssuedRow::from).collect();
+        self.batches.insert(id, MicroBatch { issued, rows });
+    }
+
+    /// When it was issued, and its rows.
+    pub(super) fn take(&mut self, id: MicroBatchId) -> Option<(Duration, Vec<IssuedRow>)> {
+        self.batches.remove(&id).map(|b| (b.issued, b.rows))
+    }
+
+    pub(super) fn oldest(&self) -> Option<(MicroBatchId, Duration)> {
+        self.batches.first_key_value().map(|(&id, b)| (id, b.issued))
+    }
+
+    /// Forgets all; ids go on, so that answers to the forgotten stay unknown.
+    pub(super) fn clear(&mut self) {
+        self.batches.clear();
+    }
+}

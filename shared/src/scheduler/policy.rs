@@ -1,0 +1,96 @@
+//! The rules in numbers: what is accepted, how large cohorts are, what admission leaves free, who
+//! is preempted.
+
+use super::MAX_TOP_LOGITS;
+use super::sequence::Sequence;
+use super::types::{Kind, NewSequence, Rejected, SchedulerConfig};
+use crate::id::SequenceId;
+use crate::kv::KvBlockManager;
+
+/// Share of a micro-batch that decodes leave to prefill while prompts wait: one part in this many.
+/// A quarter keeps prompts moving where `max_batch_tokens` is small, at little cost to decodes.
+const PREFILL_SHARE: u32 = 4;
+/// Admission leaves one block per running sequence free, but no more than one part in this many of
+/// the cache: enough that a newcomer does not cause a preemption at the next block boundary.
+const RESERVE_SHARE: u32 = 8;
+
+/// Length of prompt and answer at the end.
+pub(super) fn final_len(new: &NewSequence, max_model_len: u32) -> u32 {
+    let prompt = new.prompt.len() as u32;
+    match new.kind {
+        Kind::Generate => prompt.saturating_add(new.max_new_tokens).min(max_model_len),
+        Kind::Score { .. } => prompt,
+    }
+}
+
+/// Whether a sequence can ever run.
+pub(super) fn check(
+    config: &SchedulerConfig,
+    kv: &KvBlockManager,
+    new: &NewSequence,
+) -> Result<(), Rejected> {
+    let len = u32::try_from(new.prompt.len()).unwrap_or(u32::MAX);
+    let max = match new.kind {
+        Kind::Generate => config.max_model_len - 1,
+        Kind::Score { .. } => config.max_model_len,
+    };
+    if len == 0 {
+        return Err(Rejected::EmptyPrompt);
+    }
+    if len > max {
+        return Err(Rejected::PromptTooLong { len, max });
+    }
+    match new.kind {
+        Kind::Generate if new.max_new_tokens == 0 => return Err(Rejected::NothingToGenerate),
+        Kind::Score { top_k } if top_k > MAX_TOP_LOGITS => {
+            return Err(Rejected::TooManyTopLogits { top_k });
+        }
+        _ => {}
+    }
+    // The last token is never fed back, so it needs no position; counting it is the safe side.
+    let needed = kv.blocks_for(final_len(new, config.max_model_len));
+    if needed > kv.total() {
+        return Err(Rejected::NeedsMoreBlocksThanExist { needed, exist: kv.total() });
+    }
+    Ok(())
+}
+
+/// Decodes in the next micro-batch, of `decoding` in all: an equal share per slot, the remainder
+/// spread by `rotation` (0..slots), at least one.
+pub(super) fn decode_cohort(decoding: u32, slots: u32, rotation: u32) -> u32 {
+    ((decoding + rotation) / slots).max(1)
+}
+
+/// Tokens of a micro-batch that decodes may take. `turn` alternates where there is room for one.
+pub(super) fn decode_limit(config: &SchedulerConfig, prefill_waits: bool, turn: u32) -> u32 {
+    let all = config.max_batch_tokens;
+    match (prefill_waits, all) {
+        (false, _) => all,
+        (true, 1) => turn % 2,
+        (true, _) => all - (all / PREFILL_SHARE).clamp(1, config.prefill_chunk),
+    }
+}
+
+/// Blocks that admission leaves free while `running` sequences run.
+pub(super) fn admission_reserve(blocks: u32, running: u32) -> u32 {
+    running.min(blocks / RESERVE_SHARE)
+}
+
+/// A sequence that could give its blocks up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Candidate {
+    pub(super) id: SequenceId,
+    pub(super) order: u64,
+    pub(super) in_flight: bool,
+}
+
+impl From<&Sequence> for Candidate {
+    fn from(s: &Sequence) -> Self {
+        Self { id: s.id, order: s.order, in_flight: s.rows_in_flight > 0 }
+    }
+}
+
+/// The youngest without a row in flight, else the youngest.
+pub(super) fn victim(candidates: impl Iterator<Item = Candidate>) -> Option<SequenceId> {
+    candidates.max_by_key(|c| (!c.in_flight, c.order)).map(|c| c.id)
+}

@@ -1,0 +1,195 @@
+//! What goes in and comes out.
+
+use std::time::Duration;
+
+use crate::id::{MicroBatchId, SequenceId};
+use crate::wire::data::StepMeta;
+use crate::wire::rpc::{PositionScore, TokenLogprobs};
+
+/// Limits; the same for the life of a pipeline's epoch. Zero counts as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    /// KV blocks that every stage can hold.
+    pub num_blocks: u32,
+    /// Positions per block.
+    pub block_size: u32,
+    /// Sequences with blocks at once.
+    pub max_num_seqs: u32,
+    /// Sequences that may wait for admission.
+    pub max_waiting: u32,
+    /// Micro-batches in flight: the number of stages, or one more where links are slow.
+    pub max_in_flight: u32,
+    /// Prompt tokens per micro-batch.
+    pub prefill_chunk: u32,
+    /// Tokens per micro-batch, decodes included.
+    pub max_batch_tokens: u32,
+    /// Longest sequence, prompt and answer.
+    pub max_model_len: u32,
+}
+
+impl SchedulerConfig {
+    pub(super) fn at_least_one(self) -> Self {
+        Self {
+            num_blocks: self.num_blocks.max(1),
+            block_size: self.block_size.max(1),
+            max_num_seqs: self.max_num_seqs.max(1),
+            max_waiting: self.max_waiting.max(1),
+            max_in_flight: self.max_in_flight.max(1),
+            prefill_chunk: self.prefill_chunk.max(1),
+            max_batch_tokens: self.max_batch_tokens.max(1),
+            max_model_len: self.max_model_len.max(1),
+        }
+    }
+}
+
+/// What a sequence is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Continue the prompt.
+    Generate,
+    /// Score every position of the prompt.
+    Score {
+        /// Largest logits to return per position, at most 64.
+        top_k: u8,
+    },
+}
+
+/// A sequence to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewSequence {
+    /// Its name; never used again for another one.
+    pub id: SequenceId,
+    /// Token ids, at least one.
+    pub prompt: Vec<u32>,
+    /// Most tokens to generate, at least 1; ignored for [`Kind::Score`].
+    pub max_new_tokens: u32,
+    /// What for.
+    pub kind: Kind,
+    /// When the client asked.
+    pub submitted: Duration,
+}
+
+/// A micro-batch to send to the first stage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Its number: from 1, increasing, never repeated in the scheduler's lifetime.
+    pub id: MicroBatchId,
+    /// Rows (one per sequence at most), table updates, ended sequences. Without rows it only
+    /// carries `released`, and needs no result.
+    pub meta: StepMeta,
+    /// Token ids of all positions of all rows, in order.
+    pub tokens: Vec<u32>,
+    /// Sequences that have their first row here: the last stage must be told about them first.
+    pub opens: Vec<SequenceId>,
+}
+
+/// What came of a result. After `last` or `Failed` the scheduler has already forgotten the sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// The whole prompt has been computed; once per sequence.
+    PrefillDone {
+        /// Which.
+        sequence: SequenceId,
+    },
+    /// A token of the continuation.
+    Token {
+        /// Which.
+        sequence: SequenceId,
+        /// Index in the continuation: 0 first, without gaps.
+        index: u32,
+        /// The token.
+        token: u32,
+        /// Where asked for.
+        logprobs: Option<TokenLogprobs>,
+        /// Whether this was the last one that the limits allow.
+        last: bool,
+    },
+    /// Scores of the next positions, in order and without gaps.
+    Scores {
+        /// Which.
+        sequence: SequenceId,
+        /// One per position.
+        scores: Vec<PositionScore>,
+        /// Whether this was the end of the sequence.
+        last: bool,
+    },
+    /// The sequence cannot go on.
+    Failed {
+        /// Which.
+        sequence: SequenceId,
+        /// Why.
+        message: String,
+    },
+}
+
+/// Why a sequence is not accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Rejected {
+    /// Try again later.
+    #[error("{limit} requests are waiting already, which is the limit; try again later")]
+    QueueFull {
+        /// Most that may wait.
+        limit: u32,
+    },
+    /// Nothing to start from.
+    #[error("the prompt is empty: at least one token is needed")]
+    EmptyPrompt,
+    /// Longer than the model serves.
+    #[error("the prompt has {len} tokens, at most {max} are possible; shorten it")]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        len: u32,
+        /// Most possible.
+        max: u32,
+    },
+    /// `max_new_tokens` is zero.
+    #[error("no tokens are to be generated: ask for at least one")]
+    NothingToGenerate,
+    /// Over the wire format's limit.
+    #[error("{top_k} logits per position were asked for, at most 64 are possible")]
+    TooManyTopLogits {
+        /// Asked for.
+        top_k: u8,
+    },
+    /// Prompt and answer together do not fit the KV cache, even alone.
+    #[error(
+        "prompt and answer need {needed} KV blocks, the cache has {exist}; ask for fewer tokens or raise --kv-cache-tokens"
+    )]
+    NeedsMoreBlocksThanExist {
+        /// Blocks needed at the end.
+        needed: u32,
+        /// Blocks in all.
+        exist: u32,
+    },
+    /// The id is in use.
+    #[error("sequence {id} exists already")]
+    Duplicate {
+        /// Which.
+        id: SequenceId,
+    },
+}
+
+/// Gauges and counters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SchedulerStats {
+    /// Sequences with blocks.
+    pub running: u32,
+    /// Sequences without.
+    pub waiting: u32,
+    /// Micro-batches not answered yet.
+    pub in_flight: u32,
+    /// KV blocks in use.
+    pub blocks_used: u32,
+    /// KV blocks in all.
+    pub blocks: u32,
+    /// Sequences whose blocks were taken, so far.
+    pub preemptions: u64,
+    /// Rows dropped because their sequence had ended or been preempted, so far.
+    pub stale_dropped: u64,
+    /// Prompt tokens computed, so far; recomputation is not counted.
+    pub prompt_tokens: u64,
+    /// Tokens generated, so far.
+    pub generated_tokens: u64,
+    /// From issue to result of the micro-batch answered last.
+    pub round_trip: Duration,
+}
