@@ -1,0 +1,425 @@
+//! The epochs of one pipeline.
+//!
+//! ```text
+//!           enough nodes           all profiled          order given          all ready
+//!  Waiting ──────────────▶ Profiling ──────────▶ Planning ─────────▶ Assigning ─────────▶ Running
+//!     ▲   Profile each         │      Plan           │     Assign        │      Start        │
+//!     │                        │ node lost, timeout  │ cannot be cut     │ node or edge lost,│
+//!     └────────────────────────┴─────────────────────┴───────────────────┴─ load failed ─────┘
+//!     from Planning on: epoch + 1; from Assigning on: Release to the survivors; from Running: Stop
+//! ```
+//!
+//! Nodes are taken in the order in which they joined; the rest stand by. A node that cannot measure
+//! or load is passed over for [`RETRY_NODE`]; a model that cannot be cut waits for other nodes.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use crate::id::{Epoch, NodeId};
+use crate::wire::control::StageProfile;
+
+/// For measuring one layer and the head: seconds on slow machines.
+pub const PROFILE_TIMEOUT: Duration = Duration::from_secs(30);
+/// For fetching, checking and loading a stage's weights: gigabytes over a slow link.
+pub const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
+/// A node that failed is not asked again for this long: it may have been short of memory for a
+/// moment, but asking it at once would fail at once.
+pub const RETRY_NODE: Duration = Duration::from_secs(5);
+/// Between the end of an epoch and the next try: stages let go of their edges meanwhile, and of a
+/// node that died the silence begins to show.
+pub const RETRY_PIPELINE: Duration = Duration::from_millis(500);
+
+/// What a pipeline needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PipelineConfig {
+    /// Stages, each on its own node; at least 1.
+    pub stages: u16,
+    /// See [`PROFILE_TIMEOUT`].
+    pub profile_timeout: Duration,
+    /// See [`LOAD_TIMEOUT`].
+    pub load_timeout: Duration,
+    /// See [`RETRY_NODE`].
+    pub retry_node: Duration,
+    /// See [`RETRY_PIPELINE`].
+    pub retry_pipeline: Duration,
+}
+
+impl PipelineConfig {
+    /// `stages` stages and the default times.
+    pub fn new(stages: u16) -> Self {
+        Self {
+            stages: stages.max(1),
+            profile_timeout: PROFILE_TIMEOUT,
+            load_timeout: LOAD_TIMEOUT,
+            retry_node: RETRY_NODE,
+            retry_pipeline: RETRY_PIPELINE,
+        }
+    }
+}
+
+/// Where a pipeline stands; see the transition table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PipelinePhase {
+    /// For nodes.
+    Waiting,
+    /// For measurements.
+    Profiling,
+    /// For the cut.
+    Planning,
+    /// For stages to load.
+    Assigning,
+    /// Serving.
+    Running,
+}
+
+/// What the coordinator must do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Ask a node to measure; answer with `handle_profiled` or `handle_profile_failed`.
+    Profile {
+        /// Whom.
+        node: NodeId,
+    },
+    /// Cut the model; answer with `handle_planned` or `handle_plan_failed`.
+    Plan {
+        /// For this epoch.
+        epoch: Epoch,
+        /// Over these nodes, in the order in which they joined.
+        nodes: Vec<(NodeId, StageProfile)>,
+    },
+    /// Send assignments; nodes answer with `handle_ready` or `handle_load_failed`.
+    Assign {
+        /// For this epoch.
+        epoch: Epoch,
+        /// In the order of the stages.
+        nodes: Vec<NodeId>,
+    },
+    /// All stages are loaded: open the edges and serve.
+    Start {
+        /// This epoch.
+        epoch: Epoch,
+        /// In the order of the stages.
+        nodes: Vec<NodeId>,
+    },
+    /// The epoch is over: end what is in flight as unavailable.
+    Stop {
+        /// That epoch.
+        epoch: Epoch,
+        /// Why.
+        reason: String,
+    },
+    /// Tell nodes to give their stages up.
+    Release {
+        /// Every assignment up to this epoch.
+        epoch: Epoch,
+        /// Whom: those of the epoch that are still there.
+        nodes: Vec<NodeId>,
+    },
+}
+
+#[derive(Clone, Debug)]
+struct Candidate {
+    order: u64,
+    profile: Option<StageProfile>,
+    suspect: bool,
+    barred_until: Duration,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct PipelineState {
+    config: PipelineConfig,
+    phase: PipelinePhase,
+    epoch: Epoch,
+    nodes: BTreeMap<NodeId, Candidate>,
+    next_order: u64,
+    /// The nodes of this attempt; from `Assigning` on in the order of the stages.
+    chosen: Vec<NodeId>,
+    ready: BTreeSet<NodeId>,
+    /// End of patience in `Profiling` and `Assigning`.
+    deadline: Option<Duration>,
+    /// No try before.
+    retry_at: Duration,
+    /// The same nodes cannot be cut again.
+    unplannable: bool,
+    /// Why the last attempt ended.
+    trouble: Option<String>,
+    actions: VecDeque<Action>,
+}
+
+impl PipelineState {
+    /// Waits for nodes; the first epoch is 1.
+    pub fn new(config: PipelineConfig) -> Self {
+        Self {
+            config: PipelineConfig { stages: config.stages.max(1), ..config },
+            phase: PipelinePhase::Waiting,
+            epoch: Epoch(1),
+            nodes: BTreeMap::new(),
+            next_order: 0,
+            chosen: Vec::new(),
+            ready: BTreeSet::new(),
+            deadline: None,
+            retry_at: Duration::ZERO,
+            unplannable: false,
+            trouble: None,
+            actions: VecDeque::new(),
+        }
+    }
+
+    /// Where it stands.
+    pub fn phase(&self) -> PipelinePhase {
+        self.phase
+    }
+
+    /// The epoch that runs, or that is being formed.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The nodes of the epoch; from `Assigning` on in the order of the stages.
+    pub fn chosen(&self) -> &[NodeId] {
+        &self.chosen
+    }
+
+    /// For people: what it waits for.
+    pub fn detail(&self) -> String {
+        let need = usize::from(self.config.stages);
+        let state = match self.phase {
+            PipelinePhase::Waiting => {
+                format!("waiting for nodes: {} of {need} are there", self.nodes.len())
+            }
+            PipelinePhase::Profiling => "nodes are measuring".to_owned(),
+            PipelinePhase::Planning => "the model is being cut".to_owned(),
+            PipelinePhase::Assigning => {
+                format!("stages are loading: {} of {need} are ready", self.ready.len())
+            }
+            PipelinePhase::Running => return "running".to_owned(),
+        };
+        match &self.trouble {
+            Some(trouble) => format!("{state}; {trouble}"),
+            None => state,
+        }
+    }
+
+    /// A node is there.
+    pub fn handle_joined(&mut self, node: NodeId, now: Duration) {
+        let order = self.next_order;
+        self.next_order += 1;
+        let candidate =
+            Candidate { order, profile: None, suspect: false, barred_until: Duration::ZERO };
+        self.nodes.insert(node, candidate);
+        self.unplannable = false;
+        self.advance(now);
+    }
+
+    /// A node is gone.
+    pub fn handle_lost(&mut self, node: NodeId, reason: &str, now: Duration) {
+        if self.nodes.remove(&node).is_none() {
+            return;
+        }
+        self.unplannable = false;
+        if self.chosen.contains(&node) {
+            self.abort(format!("node {node} was lost: {reason}"), now);
+        }
+    }
+
+    /// A node became silent, or stopped being so; a silent one is not chosen.
+    pub fn handle_suspect(&mut self, node: NodeId, suspect: bool, now: Duration) {
+        if let Some(candidate) = self.nodes.get_mut(&node) {
+            candidate.suspect = suspect;
+            self.advance(now);
+        }
+    }
+
+    /// A node measured.
+    pub fn handle_profiled(&mut self, node: NodeId, profile: StageProfile, now: Duration) {
+        if let Some(candidate) = self.nodes.get_mut(&node) {
+            candidate.profile = Some(profile);
+            self.advance(now);
+        }
+    }
+
+    /// A node could not measure.
+    pub fn handle_profile_failed(&mut self, node: NodeId, message: &str, now: Duration) {
+        if self.phase == PipelinePhase::Profiling && self.chosen.contains(&node) {
+            self.bar(node, now);
+            self.abort(format!("node {node} could not measure: {message}"), now);
+        }
+    }
+
+    /// The model is cut: the chosen nodes in the order of the stages.
+    pub fn handle_planned(&mut self, epoch: Epoch, order: Vec<NodeId>, now: Duration) {
+        if self.phase != PipelinePhase::Planning || epoch != self.epoch {
+            return;
+        }
+        self.chosen = order;
+        self.ready.clear();
+        self.phase = PipelinePhase::Assigning;
+        self.deadline = Some(now + self.config.load_timeout);
+        self.actions.push_back(Action::Assign { epoch, nodes: self.chosen.clone() });
+    }
+
+    /// The model cannot be cut over these nodes; tried again when a node joins or goes.
+    pub fn handle_plan_failed(&mut self, epoch: Epoch, message: &str, now: Duration) {
+        if self.phase == PipelinePhase::Planning && epoch == self.epoch {
+            self.unplannable = true;
+            self.abort(message.to_owned(), now);
+        }
+    }
+
+    /// A node has loaded its stage.
+    pub fn handle_ready(&mut self, node: NodeId, epoch: Epoch, now: Duration) {
+        if self.is_assigned(node, epoch) {
+            self.ready.insert(node);
+            self.advance(now);
+        }
+    }
+
+    /// A node cannot load its stage.
+    pub fn handle_load_failed(&mut self, node: NodeId, epoch: Epoch, message: &str, now: Duration) {
+        if self.is_assigned(node, epoch) {
+            self.bar(node, now);
+            self.abort(format!("node {node} could not load its stage: {message}"), now);
+        }
+    }
+
+    /// An edge broke, or carried something malformed.
+    pub fn handle_edge_lost(&mut self, epoch: Epoch, message: &str, now: Duration) {
+        let active = matches!(self.phase, PipelinePhase::Assigning | PipelinePhase::Running);
+        if active && epoch == self.epoch {
+            self.abort(format!("an edge was lost: {message}"), now);
+        }
+    }
+
+    /// Time has passed; call at [`Self::next_timeout`].
+    pub fn handle_timeout(&mut self, now: Duration) {
+        if self.deadline.is_some_and(|deadline| now >= deadline) {
+            let late: Vec<NodeId> =
+                self.chosen.iter().copied().filter(|&n| !self.has_answered(n)).collect();
+            for &node in &late {
+                self.bar(node, now);
+            }
+            let what = match self.phase {
+                PipelinePhase::Profiling => "measure",
+                _ => "load its stage",
+            };
+            let names: Vec<String> = late.iter().map(ToString::to_string).collect();
+            self.abort(format!("node {} did not {what} in time", names.join(", ")), now);
+        }
+        self.advance(now);
+    }
+
+    /// When [`Self::handle_timeout`] has something to do.
+    pub fn next_timeout(&self) -> Option<Duration> {
+        if self.phase != PipelinePhase::Waiting {
+            return self.deadline;
+        }
+        if self.unplannable {
+            return None;
+        }
+        // The moment at which enough nodes may be chosen, if no other joins.
+        let mut times: Vec<Duration> = (self.nodes.values())
+            .filter(|c| !c.suspect)
+            .map(|c| c.barred_until.max(self.retry_at))
+            .collect();
+        times.sort_unstable();
+        times.get(usize::from(self.config.stages) - 1).copied()
+    }
+
+    /// What to do next, in order. Call until `None` after every `handle_*`.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    fn is_assigned(&self, node: NodeId, epoch: Epoch) -> bool {
+        self.phase == PipelinePhase::Assigning && epoch == self.epoch && self.chosen.contains(&node)
+    }
+
+    fn has_answered(&self, node: NodeId) -> bool {
+        match self.phase {
+            PipelinePhase::Profiling => self.nodes.get(&node).is_some_and(|c| c.profile.is_some()),
+            _ => self.ready.contains(&node),
+        }
+    }
+
+    fn bar(&mut self, node: NodeId, now: Duration) {
+        if let Some(candidate) = self.nodes.get_mut(&node) {
+            candidate.barred_until = now + self.config.retry_node;
+        }
+    }
+
+    /// Takes every step that needs no further input.
+    fn advance(&mut self, now: Duration) {
+        if self.phase == PipelinePhase::Waiting {
+            self.choose(now);
+        }
+        if self.phase == PipelinePhase::Profiling {
+            self.plan();
+        }
+        if self.phase == PipelinePhase::Assigning && self.ready.len() == self.chosen.len() {
+            self.phase = PipelinePhase::Running;
+            self.deadline = None;
+            self.trouble = None;
+            let nodes = self.chosen.clone();
+            self.actions.push_back(Action::Start { epoch: self.epoch, nodes });
+        }
+    }
+
+    fn choose(&mut self, now: Duration) {
+        if self.unplannable || now < self.retry_at {
+            return;
+        }
+        let mut eligible: Vec<(u64, NodeId)> = (self.nodes.iter())
+            .filter(|(_, c)| !c.suspect && c.barred_until <= now)
+            .map(|(&node, c)| (c.order, node))
+            .collect();
+        let need = usize::from(self.config.stages);
+        if eligible.len() < need {
+            return;
+        }
+        eligible.sort_unstable();
+        self.chosen = eligible.into_iter().take(need).map(|(_, node)| node).collect();
+        self.phase = PipelinePhase::Profiling;
+        self.deadline = Some(now + self.config.profile_timeout);
+        for &node in &self.chosen {
+            if self.nodes.get(&node).is_some_and(|c| c.profile.is_none()) {
+                self.actions.push_back(Action::Profile { node });
+            }
+        }
+    }
+
+    fn plan(&mut self) {
+        let profiles: Option<Vec<_>> = (self.chosen.iter())
+            .map(|&node| Some((node, self.nodes.get(&node)?.profile?)))
+            .collect();
+        if let Some(nodes) = profiles {
+            self.phase = PipelinePhase::Planning;
+            self.deadline = None;
+            self.actions.push_back(Action::Plan { epoch: self.epoch, nodes });
+        }
+    }
+
+    /// The attempt or the epoch is over.
+    fn abort(&mut self, reason: String, now: Duration) {
+        let phase = std::mem::replace(&mut self.phase, PipelinePhase::Waiting);
+        let chosen = std::mem::take(&mut self.chosen);
+        self.ready.clear();
+        self.deadline = None;
+        let epoch = self.epoch;
+        if matches!(phase, PipelinePhase::Planning) {
+            // A cut that is under way must not meet other nodes.
+            self.epoch = Epoch(epoch.0 + 1);
+        }
+        if matches!(phase, PipelinePhase::Assigning | PipelinePhase::Running) {
+            self.epoch = Epoch(epoch.0 + 1);
+            self.retry_at = now + self.config.retry_pipeline;
+            if phase == PipelinePhase::Running {
+                self.actions.push_back(Action::Stop { epoch, reason: reason.clone() });
+            }
+            let nodes = chosen.into_iter().filter(|n| self.nodes.contains_key(n)).collect();
+            self.actions.push_back(Action::Release { epoch, nodes });
+        }
+        self.trouble = Some(reason);
+        self.advance(now);
+    }
+}
