@@ -1,0 +1,202 @@
+//! What the last stage knows of each open sequence, and the sampling of its rows.
+//!
+//! The history of a sequence is its token log. A sampled token enters it at the index after the
+//! row's last position; whatever was there (a step that is tried again) is cut off first, so running
+//! a row twice gives the same token.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+
+use millrace_shared::id::SequenceId;
+use millrace_shared::sampling::{SamplingParams, Scratch, sample, score};
+use millrace_shared::wire::data::{OpenMeta, Row, RowOutcome, SequenceOpen, StepMeta, Want};
+
+use super::StageError;
+use crate::seam::{LogitsRow, StageSpec};
+
+/// Sequences that were released before they were opened: the two travel on different streams. Only
+/// the latest are remembered; forgetting one leaves an unused entry until the next load.
+const REMEMBERED_RELEASES: usize = 1024;
+
+struct Sequence {
+    params: SamplingParams,
+    seed: u64,
+    prompt_len: usize,
+    history: Vec<u32>,
+}
+
+/// A sequence, or why its rows cannot be sampled.
+type Entry = Result<Sequence, String>;
+
+pub(super) struct Sequences {
+    vocab: u32,
+    max_len: usize,
+    limit: usize,
+    open: HashMap<SequenceId, Entry>,
+    early: HashSet<SequenceId>,
+    early_order: VecDeque<SequenceId>,
+    scratch: Scratch,
+}
+
+/// Outcome of a row as it grows: `None` where logits are still to come.
+pub(super) type Outcomes = Vec<Option<RowOutcome>>;
+
+impl Sequences {
+    pub(super) fn new(spec: &StageSpec) -> Self {
+        Self {
+            vocab: spec.config.vocab,
+            max_len: spec.settings.max_model_len as usize,
+            // Those running, those whose release is still under way, those preempted.
+            limit: 4 * spec.settings.max_num_seqs as usize + 64,
+            open: HashMap::new(),
+            early: HashSet::new(),
+            early_order: VecDeque::new(),
+            scratch: Scratch::default(),
+        }
+    }
+
+    pub(super) fn open(&mut self, opens: OpenMeta) -> Result<(), StageError> {
+        let new = opens.opens.iter().filter(|o| !self.open.contains_key(&o.sequence)).count();
+        let open = self.open.len() + new;
+        if open > self.limit {
+            return Err(StageError::TooManySequences { open, limit: self.limit });
+        }
+        for open in opens.opens {
+            if self.early.remove(&open.sequence) {
+                self.early_order.retain(|id| *id != open.sequence);
+                continue;
+            }
+            let id = open.sequence;
+            let entry = self.check(&open).map(|()| Sequence {
+                params: open.params,
+                seed: open.seed,
+                prompt_len: open.prompt_len as usize,
+                history: open.tokens,
+            });
+            self.open.insert(id, entry);
+        }
+        Ok(())
+    }
+
+    fn check(&self, open: &SequenceOpen) -> Result<(), String> {
+        open.params.validate(self.vocab).map_err(|e| format!("sampling parameters: {e}"))?;
+        if open.tokens.len() > self.max_len || open.prompt_len as usize > open.tokens.len() {
+            return Err(format!(
+                "opened with {} tokens, {} of them the prompt; the limit is {}",
+                open.tokens.len(),
+                open.prompt_len,
+                self.max_len
+            ));
+        }
+        match open.tokens.iter().find(|&&id| id >= self.vocab) {
+            Some(id) => Err(format!("token id {id} is outside the vocabulary of {}", self.vocab)),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn release(&mut self, id: SequenceId) {
+        if self.open.remove(&id).is_some() || !self.early.insert(id) {
+            return;
+        }
+        self.early_order.push_back(id);
+        if self.early_order.len() > REMEMBERED_RELEASES
+            && let Some(oldest) = self.early_order.pop_front()
+        {
+            self.early.remove(&oldest);
+        }
+    }
+
+    /// The outcomes that are known before the engine has run.
+    pub(super) fn begin(&mut self, meta: &StepMeta) -> Outcomes {
+        meta.rows
+            .iter()
+            .map(|row| match row.want {
+                Want::None => Some(RowOutcome::Done),
+                Want::Sample | Want::Score { .. } => self.ready(row).err().map(RowOutcome::Failed),
+            })
+            .collect()
+    }
+
+    fn ready(&self, row: &Row) -> Result<(), String> {
+        let sequence = self.get(row)?;
+        let end = (row.position + row.count) as usize;
+        if sequence.history.len() < end {
+            return Err(format!(
+                "sequence {} has {} tokens at the last stage, the row ends at {end}",
+                row.sequence,
+                sequence.history.len()
+            ));
+        }
+        Ok(())
+    }
+
+    fn get(&self, row: &Row) -> Result<&Sequence, String> {
+        match self.open.get(&row.sequence) {
+            None => Err(format!("sequence {} was never opened at the last stage", row.sequence)),
+            Some(Err(cause)) => Err(cause.clone()),
+            Some(Ok(sequence)) => Ok(sequence),
+        }
+    }
+
+    /// Takes the logits of one position.
+    pub(super) fn take(&mut self, meta: &StepMeta, outcomes: &mut Outcomes, got: LogitsRow<'_>) {
+        let (Some(row), Some(slot)) = (meta.rows.get(got.row), outcomes.get_mut(got.row)) else {
+            return;
+        };
+        if matches!(slot, Some(RowOutcome::Failed(_) | RowOutcome::Done)) {
+            return;
+        }
+        if let Err(cause) = self.outcome(row, slot, got) {
+            *slot = Some(RowOutcome::Failed(cause));
+        }
+    }
+
+    fn outcome(
+        &mut self,
+        row: &Row,
+        slot: &mut Option<RowOutcome>,
+        got: LogitsRow<'_>,
+    ) -> Result<(), String> {
+        // Again, now in order: an earlier row of this step may have changed the history.
+        self.ready(row)?;
+        let Self { open, scratch, .. } = self;
+        let Some(Ok(sequence)) = open.get_mut(&row.sequence) else {
+            return Err("the sequence is gone".to_owned());
+        };
+        let Sequence { params, seed, prompt_len, history } = sequence;
+        match row.want {
+            Want::None => {}
+            Want::Sample => {
+                history.truncate((row.position + row.count) as usize);
+                let last = got.position;
+                let sampled =
+                    sample(got.logits, params, history, *prompt_len, *seed, last, scratch)
+                        .map_err(|e| e.to_string())?;
+                history.push(sampled.token);
+                *slot =
+                    Some(RowOutcome::Token { token: sampled.token, logprobs: sampled.logprobs });
+            }
+            Want::Score { top_k } => {
+                let next = history.get(got.position as usize + 1).copied();
+                let scored = score(got.logits, got.position, next, top_k, scratch)
+                    .map_err(|e| e.to_string())?;
+                match slot {
+                    Some(RowOutcome::Scores(scores)) => scores.push(scored),
+                    _ => *slot = Some(RowOutcome::Scores(vec![scored])),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Every row's outcome; one for which the engine gave too little has failed.
+pub(super) fn finish(meta: &StepMeta, outcomes: Outcomes) -> Vec<RowOutcome> {
+    let complete = |row: &Row, outcome: Option<RowOutcome>| match outcome {
+        Some(RowOutcome::Scores(scores)) if scores.len() != row.count as usize => {
+            RowOutcome::Failed(format!("the engine scored {} of {}", scores.len(), row.count))
+        }
+        Some(outcome) => outcome,
+        None => RowOutcome::Failed("the engine gave no logits".to_owned()),
+    };
+    meta.rows.iter().zip(outcomes).map(|(row, outcome)| complete(row, outcome)).collect()
+}
