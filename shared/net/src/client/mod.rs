@@ -1,0 +1,264 @@
+//! The client SDK: calls over QUIC to a coordinator.
+//!
+//! One connection carries all calls of a [`Client`], one stream each; a lost connection is made
+//! again at the next call, and a call that was running on it fails with `UNAVAILABLE`. Nothing is
+//! retried by itself.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use millrace_net::client::{Client, ClientConfig};
+//! use millrace_shared::sampling::SamplingParams;
+//! use millrace_shared::wire::rpc::{GenerateEvent, GenerateRequest, Prompt};
+//!
+//! let config = ClientConfig::load("client.toml".as_ref())?;
+//! let client = Client::connect(&config).await?;
+//! let mut answer = client
+//!     .generate(GenerateRequest {
+//!         model: String::new(),
+//!         prompt: Prompt::Text("Why is the sky blue?".into()),
+//!         params: SamplingParams::default(),
+//!     })
+//!     .await?;
+//! while let Some(event) = answer.next().await {
+//!     if let GenerateEvent::Token { text, .. } = event? {
+//!         eprint!("{text}");
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+mod call;
+mod config;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::RequestId;
+use millrace_shared::wire::COORDINATOR_NAME;
+use millrace_shared::wire::rpc::{
+    Call, ClusterStatus, GenerateRequest, Method, ModelCard, PositionScore, Reply, ScoreRequest,
+    TokenizeRequest,
+};
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+pub use call::GenerateStream;
+use call::Replies;
+pub use config::ClientConfig;
+
+use crate::endpoint::resolve;
+use crate::identity::parse_certificates;
+use crate::{ClientTls, Connection, Endpoint, MessageSender, NetError, timing, tls};
+
+/// A client of one cluster. Clones share the connection.
+#[derive(Clone, Debug)]
+pub struct Client {
+    shared: Arc<Shared>,
+    deadline: Option<Duration>,
+}
+
+struct Shared {
+    endpoint: Endpoint,
+    tls: ClientTls,
+    address: String,
+    api_key: String,
+    connection: Mutex<Option<Connection>>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Client({})", self.address)
+    }
+}
+
+impl Client {
+    /// Connects to the cluster that the configuration names. Must run inside a tokio runtime.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE`, naming the address, if it cannot be reached; `FAILED_PRECONDITION` if the
+    /// configuration is unusable.
+    pub async fn connect(config: &ClientConfig) -> Result<Self, Status> {
+        let unusable = |what: String| {
+            Status::new(ErrorCode::FailedPrecondition, format!("client configuration: {what}"))
+        };
+        let ca = parse_certificates(config.ca_pem.as_bytes())
+            .map_err(|e| unusable(format!("ca_pem: {e}")))?
+            .into_iter()
+            .next()
+            .ok_or_else(|| unusable("ca_pem holds no certificate".into()))?;
+        let tls = tls::api_client(&ca).map_err(|e| unusable(e.to_string()))?;
+        let failed = |e: NetError| unreachable_status(&config.quic, &e);
+        let remote = resolve(&config.quic).await.map_err(failed)?;
+        let first = remote.first().ok_or_else(|| unusable("quic names no address".into()))?;
+        let endpoint = Endpoint::client(*first).map_err(failed)?;
+        let client = Self {
+            shared: Arc::new(Shared {
+                endpoint,
+                tls,
+                address: config.quic.clone(),
+                api_key: config.api_key.clone(),
+                connection: Mutex::new(None),
+            }),
+            deadline: None,
+        };
+        client.connection().await?;
+        Ok(client)
+    }
+
+    /// The same client whose calls end with `DEADLINE_EXCEEDED` after this long.
+    #[must_use]
+    pub fn with_deadline(&self, deadline: Duration) -> Self {
+        Self { shared: self.shared.clone(), deadline: Some(deadline) }
+    }
+
+    /// Streams a continuation. Dropping the stream cancels the request.
+    ///
+    /// # Errors
+    /// If the call cannot be made; errors of the request come from the stream.
+    pub async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, Status> {
+        Ok(GenerateStream::new(self.call(Method::Generate(request), timing::STREAM_SILENCE).await?))
+    }
+
+    /// Scores given tokens: one entry per position, in order.
+    ///
+    /// # Errors
+    /// What the server says, or `UNAVAILABLE`.
+    pub async fn score(&self, request: ScoreRequest) -> Result<Vec<PositionScore>, Status> {
+        let mut replies = self.call(Method::Score(request), timing::STREAM_SILENCE).await?;
+        let mut scores = Vec::new();
+        loop {
+            match replies.next().await? {
+                Reply::Scores(more) => scores.extend(more),
+                Reply::Done => return Ok(scores),
+                other => return Err(replies.unexpected(&other)),
+            }
+        }
+    }
+
+    /// Turns text or a conversation into ids.
+    ///
+    /// # Errors
+    /// What the server says, or `UNAVAILABLE`.
+    pub async fn tokenize(&self, request: TokenizeRequest) -> Result<Vec<u32>, Status> {
+        self.unary(Method::Tokenize(request), |reply| match reply {
+            Reply::Tokens(ids) => Ok(ids),
+            other => Err(other),
+        })
+        .await
+    }
+
+    /// Turns ids into text.
+    ///
+    /// # Errors
+    /// What the server says, or `UNAVAILABLE`.
+    pub async fn detokenize(&self, ids: Vec<u32>) -> Result<String, Status> {
+        self.unary(Method::Detokenize { ids }, |reply| match reply {
+            Reply::Text(text) => Ok(text),
+            other => Err(other),
+        })
+        .await
+    }
+
+    /// What is served.
+    ///
+    /// # Errors
+    /// What the server says, or `UNAVAILABLE`.
+    pub async fn models(&self) -> Result<Vec<ModelCard>, Status> {
+        self.unary(Method::Models, |reply| match reply {
+            Reply::Models(cards) => Ok(cards),
+            other => Err(other),
+        })
+        .await
+    }
+
+    /// The state of the cluster.
+    ///
+    /// # Errors
+    /// What the server says, or `UNAVAILABLE`.
+    pub async fn status(&self) -> Result<ClusterStatus, Status> {
+        self.unary(Method::Status, |reply| match reply {
+            Reply::Status(status) => Ok(*status),
+            other => Err(other),
+        })
+        .await
+    }
+
+    /// Stops a request of this client.
+    ///
+    /// # Errors
+    /// `NOT_FOUND` if there is none of this name, what else the server says, or `UNAVAILABLE`.
+    pub async fn cancel(&self, request_id: RequestId) -> Result<(), Status> {
+        let mut replies = self.call(Method::Cancel { request_id }, timing::UNARY_CALL).await?;
+        match replies.next().await? {
+            Reply::Done => Ok(()),
+            other => Err(replies.unexpected(&other)),
+        }
+    }
+
+    /// Closes the connection and waits until the server has been told. Other clones lose it too.
+    pub async fn close(&self) {
+        self.shared.endpoint.close("client closed");
+        self.shared.endpoint.drain().await;
+    }
+
+    async fn unary<T>(
+        &self,
+        method: Method,
+        pick: impl FnOnce(Reply) -> Result<T, Reply>,
+    ) -> Result<T, Status> {
+        let mut replies = self.call(method, timing::UNARY_CALL).await?;
+        let first = replies.next().await?;
+        let value = pick(first).map_err(|other| replies.unexpected(&other))?;
+        match replies.next().await? {
+            Reply::Done => Ok(value),
+            other => Err(replies.unexpected(&other)),
+        }
+    }
+
+    /// Opens a stream and sends the call; `silence` bounds the wait for each reply where the
+    /// client has no deadline.
+    async fn call(&self, method: Method, silence: Duration) -> Result<Replies, Status> {
+        let ends = self.deadline.map(|d| (Instant::now() + d, d));
+        let call = Call {
+            metadata: vec![("authorization".to_owned(), format!("Bearer {}", self.shared.api_key))],
+            deadline_ms: self.deadline.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+            method,
+        };
+        let address = &self.shared.address;
+        let open = async {
+            let connection = self.connection().await?;
+            let failed = |e: NetError| unreachable_status(address, &e);
+            let (send, recv) = connection.open_bare().await.map_err(failed)?;
+            let mut out = MessageSender::new(send);
+            // A server that refuses early says why on its half.
+            let _ = out.send(&call).await;
+            out.finish();
+            Ok(Replies::new(out.into_stream(), recv, address.clone(), ends, silence))
+        };
+        let limit = self.deadline.unwrap_or(timing::UNARY_CALL);
+        tokio::time::timeout(limit, open).await.unwrap_or_else(|_| Err(call::late(limit)))
+    }
+
+    /// The connection, made again if it was lost.
+    async fn connection(&self) -> Result<Connection, Status> {
+        let shared = &self.shared;
+        let mut slot = shared.connection.lock().await;
+        if let Some(connection) = slot.as_ref().filter(|c| c.close_reason().is_none()) {
+            return Ok(connection.clone());
+        }
+        let connection = shared
+            .endpoint
+            .connect_host(&shared.address, COORDINATOR_NAME, &shared.tls, timing::HANDSHAKE)
+            .await
+            .map_err(|e| unreachable_status(&shared.address, &e))?;
+        *slot = Some(connection.clone());
+        Ok(connection)
+    }
+}
+
+/// Connection trouble, as a client sees it.
+fn unreachable_status(address: &str, e: &NetError) -> Status {
+    Status::unavailable(format!("the cluster at {address} cannot be reached: {e}"), 1000)
+}

@@ -1,0 +1,276 @@
+//! Join-token records on disk: one file per use, named by the SHA-256 of the secret.
+//!
+//! `HASH-INDEX.free` is a use that is left; spending renames it to `HASH-INDEX.KEY.NODE.spent`,
+//! which binds it to the public key that was presented. A rename succeeds for exactly one
+//! contender, also across processes, so the command line can create tokens beside a running
+//! server. The secret itself is never stored. Time is an argument.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use millrace_shared::id::NodeId;
+use sha2::{Digest, Sha256};
+use uuid::Uuid;
+
+use super::JoinToken;
+use crate::{NetError, private_file};
+
+/// Most uses of one token; each is a small file.
+const MAX_USES: u32 = 1000;
+
+/// Why a token is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum SpendError {
+    /// Nobody made it, or it was purged.
+    #[error("unknown join token: create one with `millrace-coordinator token create`")]
+    Unknown,
+    /// Too late.
+    #[error("the join token has expired: create another with `millrace-coordinator token create`")]
+    Expired,
+    /// Other keys have used it.
+    #[error(
+        "the join token has been used: create another with `millrace-coordinator token create`"
+    )]
+    Used,
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] NetError),
+}
+
+/// The folder of join-token records.
+#[derive(Debug)]
+pub struct TokenStore {
+    dir: PathBuf,
+    /// Requests of one process take turns, so that one key never takes two uses.
+    turn: Mutex<()>,
+}
+
+#[derive(Clone, Debug)]
+enum State {
+    Free,
+    Spent { key: String, node: NodeId },
+}
+
+#[derive(Clone, Debug)]
+struct Slot {
+    index: u32,
+    path: PathBuf,
+    state: State,
+}
+
+impl TokenStore {
+    /// The store in `dir/tokens`, which is made if needed.
+    ///
+    /// # Errors
+    /// If the folder cannot be made.
+    pub fn open(dir: &Path) -> Result<Self, NetError> {
+        let dir = dir.join("tokens");
+        private_file::create_dir(&dir)?;
+        Ok(Self { dir, turn: Mutex::new(()) })
+    }
+
+    /// Makes a token of `uses` uses that is refused from `expires` (Unix seconds) on.
+    ///
+    /// # Errors
+    /// If `uses` is not between 1 and 1000, or a record cannot be written.
+    pub fn create(
+        &self,
+        addr: &str,
+        ca_sha256: [u8; 32],
+        uses: u32,
+        expires: u64,
+    ) -> Result<JoinToken, NetError> {
+        if !(1..=MAX_USES).contains(&uses) {
+            return Err(NetError::Protocol(format!(
+                "a join token can have 1 to {MAX_USES} uses, not {uses}"
+            )));
+        }
+        let secret = private_file::random::<32>()?;
+        let hash = hash_of(&secret);
+        for index in 0..uses {
+            let path = self.dir.join(format!("{hash}-{index}.free"));
+            private_file::write(&path, expires.to_string().as_bytes())?;
+        }
+        Ok(JoinToken { addr: addr.to_owned(), ca_sha256, secret, expires })
+    }
+
+    /// Spends a use for the key with this SHA-256 (of its SubjectPublicKeyInfo), or finds the use
+    /// that the same key has spent before. Returns the node's id, which is the same then.
+    ///
+    /// # Errors
+    /// If the token is unknown, expired, or other keys have used it up.
+    pub fn spend(&self, secret: &[u8; 32], key: [u8; 32], now: u64) -> Result<NodeId, SpendError> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let hash = hash_of(secret);
+        let key = private_file::hex(&key);
+        let slots = self.slots(&hash)?;
+        let first = slots.first().ok_or(SpendError::Unknown)?;
+        if expiry(&first.path)? <= now {
+            return Err(SpendError::Expired);
+        }
+        if let Some(node) = bound(&slots, &key) {
+            return Ok(node);
+        }
+        for slot in slots.iter().filter(|s| matches!(s.state, State::Free)) {
+            let node = NodeId(Uuid::now_v7());
+            let spent = self.dir.join(format!("{hash}-{}.{key}.{node}.spent", slot.index));
+            match fs::rename(&slot.path, &spent) {
+                Ok(()) => {
+                    self.sync()?;
+                    // Another process may have served the same key: the lowest use counts.
+                    return Ok(bound(&self.slots(&hash)?, &key).unwrap_or(node));
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(NetError::file(&slot.path, e).into()),
+            }
+        }
+        Err(SpendError::Used)
+    }
+
+    /// Deletes the records of tokens that had expired by `now`; returns how many.
+    ///
+    /// # Errors
+    /// If the folder cannot be read.
+    pub fn purge(&self, now: u64) -> Result<usize, NetError> {
+        let mut purged = 0;
+        for slot in self.slots("")? {
+            // A record that vanishes or changes name meanwhile is somebody else's business.
+            if expiry(&slot.path).is_ok_and(|e| e <= now) && fs::remove_file(&slot.path).is_ok() {
+                purged += 1;
+            }
+        }
+        Ok(purged)
+    }
+
+    /// The records whose names begin with `prefix`, by index.
+    fn slots(&self, prefix: &str) -> Result<Vec<Slot>, NetError> {
+        let failed = |e| NetError::file(&self.dir, e);
+        let mut slots = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name.starts_with(prefix)
+                && let Some((index, state)) = parse(&name)
+            {
+                slots.push(Slot { index, path, state });
+            }
+        }
+        slots.sort_by_key(|s| s.index);
+        Ok(slots)
+    }
+
+    fn sync(&self) -> Result<(), NetError> {
+        fs::File::open(&self.dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(|e| NetError::file(&self.dir, e))
+    }
+}
+
+fn hash_of(secret: &[u8; 32]) -> String {
+    private_file::hex(&Sha256::digest(secret))
+}
+
+fn parse(name: &str) -> Option<(u32, State)> {
+    let (_, rest) = name.split_once('-')?;
+    let (index, rest) = rest.split_once('.')?;
+    let index = index.parse().ok()?;
+    if rest == "free" {
+        return Some((index, State::Free));
+    }
+    let (key, node) = rest.strip_suffix(".spent")?.split_once('.')?;
+    Some((index, State::Spent { key: key.to_owned(), node: node.parse().ok()? }))
+}
+
+fn bound(slots: &[Slot], key: &str) -> Option<NodeId> {
+    slots.iter().find_map(|s| match &s.state {
+        State::Spent { key: k, node } if k == key => Some(*node),
+        _ => None,
+    })
+}
+
+fn expiry(path: &Path) -> Result<u64, NetError> {
+    let bytes = private_file::read(path)?;
+    std::str::from_utf8(&bytes).ok().and_then(|s| s.trim().parse().ok()).ok_or_else(|| {
+        NetError::Identity(format!("{}: not a join-token record; delete it", path.display()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: u64 = 1_000;
+
+    fn store() -> (tempfile::TempDir, TokenStore) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = TokenStore::open(dir.path()).unwrap();
+        (dir, store)
+    }
+
+    #[test]
+    fn one_use_is_bound_to_one_key() {
+        let (dir, store) = store();
+        let token = store.create("h:1", [0; 32], 1, NOW + 10).unwrap();
+        let node = store.spend(&token.secret, [1; 32], NOW).unwrap();
+        assert_eq!(store.spend(&token.secret, [1; 32], NOW + 9).unwrap(), node, "may be repeated");
+        assert!(matches!(store.spend(&token.secret, [2; 32], NOW), Err(SpendError::Used)));
+        assert!(matches!(store.spend(&token.secret, [1; 32], NOW + 10), Err(SpendError::Expired)));
+        // Another process sees the same.
+        let other = TokenStore::open(dir.path()).unwrap();
+        assert_eq!(other.spend(&token.secret, [1; 32], NOW).unwrap(), node);
+    }
+
+    #[test]
+    fn several_uses() {
+        let (_dir, store) = store();
+        let token = store.create("h:1", [0; 32], 2, NOW + 10).unwrap();
+        let a = store.spend(&token.secret, [1; 32], NOW).unwrap();
+        let b = store.spend(&token.secret, [2; 32], NOW).unwrap();
+        assert_ne!(a, b);
+        assert!(matches!(store.spend(&token.secret, [3; 32], NOW), Err(SpendError::Used)));
+        assert_eq!(store.spend(&token.secret, [2; 32], NOW).unwrap(), b);
+    }
+
+    #[test]
+    fn unknown_expired_and_purged() {
+        let (dir, store) = store();
+        assert!(matches!(store.spend(&[9; 32], [1; 32], NOW), Err(SpendError::Unknown)));
+        let token = store.create("h:1", [0; 32], 3, NOW).unwrap();
+        assert!(matches!(store.spend(&token.secret, [1; 32], NOW), Err(SpendError::Expired)));
+        assert_eq!(store.purge(NOW).unwrap(), 3);
+        assert_eq!(fs::read_dir(dir.path().join("tokens")).unwrap().count(), 0);
+        assert!(store.create("h:1", [0; 32], 0, NOW).is_err());
+    }
+
+    #[test]
+    fn secrets_are_not_stored() {
+        let (dir, store) = store();
+        let token = store.create("h:1", [0; 32], 1, NOW + 10).unwrap();
+        let text = private_file::hex(&token.secret);
+        for entry in fs::read_dir(dir.path().join("tokens")).unwrap() {
+            let path = entry.unwrap().path();
+            assert!(!path.display().to_string().contains(&text));
+            assert!(!fs::read_to_string(&path).unwrap().contains(&token.secret_text()));
+        }
+    }
+
+    /// Many contenders, two stores on one folder: each use goes to exactly one key.
+    #[test]
+    fn contention_never_spends_a_use_twice() {
+        let (dir, store) = store();
+        let other = TokenStore::open(dir.path()).unwrap();
+        let token = store.create("h:1", [0; 32], 3, NOW + 10).unwrap();
+        let won = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8u8)
+                .map(|i| {
+                    let store = if i % 2 == 0 { &store } else { &other };
+                    let secret = token.secret;
+                    scope.spawn(move || store.spend(&secret, [i; 32], NOW).is_ok())
+                })
+                .collect();
+            threads.into_iter().filter(|_| true).map(|t| t.join().unwrap()).filter(|w| *w).count()
+        });
+        assert_eq!(won, 3);
+    }
+}
