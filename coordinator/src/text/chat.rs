@@ -1,0 +1,170 @@
+//! Renders conversations by the chat template in the model file.
+//!
+//! Templates are programs from an untrusted file: they run with a budget of instructions and of
+//! output, see nothing but the conversation, and cannot reach files.
+
+use std::io::{self, Write};
+
+use millrace_shared::model::gguf::Gguf;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{Environment, Error, ErrorKind, context};
+
+use super::{ChatMessage, TextError, clock};
+
+/// Instructions that a template may run, besides some per message.
+const FUEL: u64 = 1_000_000;
+const FUEL_PER_MESSAGE: u64 = 10_000;
+/// Longest prompt in bytes.
+const MAX_OUTPUT: usize = 64 << 20;
+const NAME: &str = "chat";
+
+/// A model's chat template.
+#[derive(Clone, Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    bos: String,
+    eos: String,
+}
+
+impl ChatTemplate {
+    /// Compiles the template in a model file.
+    ///
+    /// # Errors
+    /// If the file has none, or one that is not valid.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self, TextError> {
+        let source = gguf.opt_str("tokenizer.chat_template")?.ok_or(TextError::NoTemplate)?;
+        let tokens = gguf.opt_strings("tokenizer.ggml.tokens")?.unwrap_or_default();
+        let token = |key: &str| -> Result<String, TextError> {
+            let id = gguf.opt_u32(key)?;
+            let text = id.and_then(|id| tokens.get(id as usize));
+            Ok(text.cloned().unwrap_or_default())
+        };
+        let bos = token("tokenizer.ggml.bos_token_id")?;
+        let eos = token("tokenizer.ggml.eos_token_id")?;
+        Self::new(source, bos, eos)
+    }
+
+    /// Compiles a template; `bos` and `eos` are what its variables `bos_token` and `eos_token` are.
+    ///
+    /// # Errors
+    /// If it is not valid.
+    pub fn new(source: &str, bos: String, eos: String) -> Result<Self, TextError> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|e| TextError::Template(describe(&e)))?);
+        environment.set_unknown_method_callback(
+            minijinja_contrib::pycompat::unknown_method_callback,
+        );
+        environment.add_function("raise_exception", |message: String| -> Result<(), Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_function("strftime_now", |format: String| clock::strftime_now(&format));
+        environment
+            .add_template_owned(NAME, source.to_owned())
+            .map_err(|e| TextError::Template(describe(&e)))?;
+        Ok(Self { environment, bos, eos })
+    }
+
+    /// The prompt of a conversation; with `add_generation_prompt` it ends where the model's answer
+    /// begins. The template may add a system message of its own.
+    ///
+    /// # Errors
+    /// If the template refuses the conversation (such as roles out of turn), or runs too long.
+    pub fn render(
+        &self,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+    ) -> Result<String, TextError> {
+        let failed = |e: &Error| TextError::Render(describe(e));
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(FUEL + FUEL_PER_MESSAGE * messages.len() as u64));
+        let template = environment.get_template(NAME).map_err(|e| failed(&e))?;
+        let mut out = Bounded(Vec::new());
+        let rendered = template.render_captured_to(
+            context! {
+                messages => Serde(messages),
+                add_generation_prompt,
+                bos_token => self.bos.as_str(),
+                eos_token => self.eos.as_str(),
+            },
+            &mut out,
+        );
+        rendered.map_err(|e| failed(&e))?;
+        String::from_utf8(out.0).map_err(|e| TextError::Render(e.to_string()))
+    }
+}
+
+/// An error with its causes, without the template's source.
+fn describe(error: &Error) -> String {
+    let mut text = match (error.kind(), error.detail()) {
+        (ErrorKind::OutOfFuel, _) => "it runs for too long".to_owned(),
+        (ErrorKind::InvalidOperation, Some(detail)) => detail.to_owned(),
+        (kind, Some(detail)) => format!("{kind}: {detail}"),
+        (kind, None) => kind.to_string(),
+    };
+    if let Some(line) = error.line() {
+        text.push_str(&format!(" (line {line} of the template)"));
+    }
+    let mut cause = std::error::Error::source(error);
+    while let Some(e) = cause {
+        text.push_str(&format!(": {e}"));
+        cause = e.source();
+    }
+    text
+}
+
+struct Bounded(Vec<u8>);
+
+impl Write for Bounded {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        if self.0.len() + data.len() > MAX_OUTPUT {
+            return Err(io::Error::other(format!("the prompt exceeds {MAX_OUTPUT} bytes")));
+        }
+        self.0.extend_from_slice(data);
+        Ok(data.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn user(content: &str) -> ChatMessage {
+        ChatMessage { role: "user".to_owned(), content: content.to_owned() }
+    }
+
+    fn render(source: &str, messages: &[ChatMessage]) -> Result<String, TextError> {
+        ChatTemplate::new(source, "<s>".to_owned(), "</s>".to_owned())?.render(messages, true)
+    }
+
+    #[test]
+    fn python_methods_and_tokens() {
+        let source = "{{ bos_token }}{% for m in messages %}\n{{ m['content'].strip().upper() }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}>{% endif %}";
+        assert_eq!(render(source, &[user(" hi "), user("x")]).unwrap(), "<s>HI</s>X</s>>");
+    }
+
+    #[test]
+    fn refusals_carry_the_templates_words() {
+        let source = "{{ raise_exception('roles must alternate') }}";
+        let message = render(source, &[user("a")]).unwrap_err().to_string();
+        assert!(message.contains("refused the conversation: roles must alternate"), "{message}");
+    }
+
+    #[test]
+    fn invalid_and_endless_templates() {
+        assert!(matches!(render("{% for %}", &[]), Err(TextError::Template(_))));
+        let source = "{% for i in range(9999) %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}";
+        let message = render(source, &[user("a")]).unwrap_err().to_string();
+        assert!(message.contains("too long"), "{message}");
+    }
+
+    #[test]
+    fn dates() {
+        let text = render("{{ strftime_now('%Y') }}", &[]).unwrap();
+        assert!(text.parse::<u32>().unwrap() >= 2024);
+    }
+}
