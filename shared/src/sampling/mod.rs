@@ -9,6 +9,7 @@
 //! temperature, everywhere.
 
 mod draw;
+mod exp;
 mod params;
 mod sample;
 mod score;

@@ -12,13 +12,14 @@
 //! 6. a number in `[0, 1)` from (seed, position) picks from the running sum of probabilities in
 //!    ascending order of ids.
 //!
-//! Probabilities are f64, unnormalised, relative to the largest; sums run in ascending order of ids
-//! except the running sum of `top_p`. So the result is defined to the last bit.
+//! Probabilities are f64, unnormalised, relative to the largest, and exactly 0 below e^-60; every sum
+//! has one fixed order. So the result is defined to the last bit.
 
 use super::draw::uniform;
+use super::exp;
 use super::params::SamplingParams;
 use super::score::log_sum_exp;
-use super::top::{self, Candidate, best_first};
+use super::top::{self, Candidate};
 use crate::wire::rpc::TokenLogprobs;
 
 /// What was chosen.
@@ -69,7 +70,7 @@ impl SampleError {
 pub struct Scratch {
     pub(super) candidates: Vec<Candidate>,
     raw: Vec<f32>,
-    weights: Vec<(u32, f64)>,
+    weights: Vec<f64>,
     counts: Vec<u32>,
 }
 
@@ -182,78 +183,88 @@ fn adjust(
 fn draw(logits: &[f32], max: f32, params: &SamplingParams, u: f64, scratch: &mut Scratch) -> u32 {
     let Scratch { candidates, weights, .. } = scratch;
     let temperature = f64::from(params.temperature);
-    let weight = |logit: f32| libm::exp((f64::from(logit) - f64::from(max)) / temperature);
-    let min_p = f64::from(params.min_p);
+    let (min_p, top_p) = (f64::from(params.min_p), f64::from(params.top_p));
+    let weight = |c: &Candidate| exp::weight(c.1, max, temperature);
     let k = params.top_k as usize;
-    weights.clear();
     if k > 0 && k < logits.len() {
         top::largest(logits, k, candidates);
-        candidates.sort_unstable_by_key(|c| c.0);
-        weights.extend(candidates.iter().map(|&(id, logit)| (id, weight(logit))));
+        weights.clear();
+        weights.extend(candidates.iter().map(weight));
+        // Best first: what min_p drops is at the end.
+        weights.truncate(weights.iter().take_while(|&&w| w >= min_p).count());
+        let mass = if top_p < 1.0 { top_p * exp::sum(weights) } else { f64::INFINITY };
+        let (kept, _) = prefix(weights.iter().copied(), mass);
+        candidates.truncate(kept);
     } else {
-        weights.extend(logits.iter().enumerate().map(|(id, &logit)| (id as u32, weight(logit))));
+        exp::weights(logits, max, temperature, weights);
+        if min_p > 0.0 {
+            weights.iter_mut().filter(|w| **w < min_p).for_each(|w| *w = 0.0);
+        }
+        if top_p >= 1.0 {
+            return pick(weights, u) as u32;
+        }
+        nucleus(logits, weights, top_p, candidates);
     }
-    if min_p > 0.0 {
-        weights.retain(|&(_, w)| w >= min_p);
-    }
-    if params.top_p < 1.0 {
-        cut_to_mass(logits, f64::from(params.top_p), weights, candidates);
-    }
-    pick(weights, u)
+    candidates.sort_unstable_by_key(|c| c.0);
+    weights.clear();
+    weights.extend(candidates.iter().map(weight));
+    candidates[pick(weights, u)].0
 }
 
-/// Keeps the most probable of `weights` (in ascending order of ids) that together reach `top_p` of
-/// their sum.
-fn cut_to_mass(
-    logits: &[f32],
-    top_p: f64,
-    weights: &mut Vec<(u32, f64)>,
-    candidates: &mut Vec<Candidate>,
-) {
-    let total: f64 = weights.iter().map(|w| w.1).sum();
-    let mass = top_p * total;
+/// How many of the first weights together reach `mass` (all, if none do), and whether they do. Stops
+/// at a weight of 0.
+fn prefix(weights: impl Iterator<Item = f64>, mass: f64) -> (usize, bool) {
+    let mut sum = 0.0;
+    let mut count = 0;
+    for w in weights {
+        if w == 0.0 {
+            return (count, true);
+        }
+        sum += w;
+        count += 1;
+        if sum >= mass {
+            return (count, true);
+        }
+    }
+    (count, false)
+}
+
+/// Fills `candidates` with the most probable tokens that together reach `top_p` of all `weights`.
+fn nucleus(logits: &[f32], weights: &[f64], top_p: f64, candidates: &mut Vec<Candidate>) {
+    let mass = top_p * exp::sum(weights);
     // Nearly always a few tokens reach the mass: order only as many as it takes.
-    let by_logit = |a: &(u32, f64), b: &(u32, f64)| {
-        best_first(&(a.0, logits[a.0 as usize]), &(b.0, logits[b.0 as usize]))
-    };
-    candidates.clear();
-    let mut sum = 0.0;
-    let mut ordered = 0;
-    let mut next = 64;
-    'reached: while ordered < weights.len() {
-        let rest = &mut weights[ordered..];
-        let take = next.min(rest.len());
-        if take < rest.len() {
-            rest.select_nth_unstable_by(take - 1, by_logit);
+    let mut k = 64;
+    loop {
+        top::largest(logits, k, candidates);
+        let ordered = candidates.iter().map(|c| weights[c.0 as usize]);
+        let (kept, reached) = prefix(ordered, mass);
+        if reached || k >= logits.len() {
+            candidates.truncate(kept);
+            return;
         }
-        rest[..take].sort_unstable_by(by_logit);
-        for &(_, w) in &rest[..take] {
-            ordered += 1;
-            sum += w;
-            if sum >= mass {
-                break 'reached;
-            }
-        }
-        next *= 8;
+        k *= 16;
     }
-    weights.truncate(ordered);
-    weights.sort_unstable_by_key(|w| w.0);
 }
 
-/// The first token at which the running sum of weights exceeds `u` times their sum.
-fn pick(weights: &[(u32, f64)], u: f64) -> u32 {
-    let total: f64 = weights.iter().map(|w| w.1).sum();
-    let target = u * total;
-    let mut sum = 0.0;
-    let mut last = weights[0].0;
-    for &(id, w) in weights {
-        if w > 0.0 {
-            sum += w;
-            last = id;
-            if sum > target {
-                break;
+/// Index of the first weight at which the running sum exceeds `u < 1` times the sum of all; never that
+/// of a weight of 0. The largest weight is 1, so there is one.
+fn pick(weights: &[f64], u: f64) -> usize {
+    let target = u * exp::sum(weights);
+    let mut before = 0.0;
+    for (block, values) in weights.chunks(exp::BLOCK).enumerate() {
+        let after = before + exp::block_sum(values);
+        if after > target {
+            let mut sum = 0.0;
+            let found = values.iter().position(|&w| {
+                sum += w;
+                w > 0.0 && before + sum > target
+            });
+            if let Some(index) = found {
+                return block * exp::BLOCK + index;
             }
         }
+        before = after;
     }
-    last
+    // Only if `u` were 1.
+    weights.iter().rposition(|&w| w > 0.0).unwrap_or(0)
 }

@@ -1,25 +1,22 @@
 //! Raw log-probabilities of given tokens.
 
 use super::sample::{SampleError, Scratch};
-use super::top;
+use super::{exp, top};
 use crate::wire::rpc::PositionScore;
 
-/// Terms smaller than this (as an exponent below the largest) vanish in an f64 sum anyway.
-const NEGLIGIBLE: f64 = -60.0;
-
-/// Natural logarithm of the sum of the exponentials, in f64, added in ascending order of ids.
-/// `None` if a logit is not finite or there are none.
+/// Natural logarithm of the sum of the exponentials, in f64 and in one fixed order. `None` if a logit
+/// is not finite or there are none.
 pub fn log_sum_exp(logits: &[f32]) -> Option<f64> {
     let (_, max) = top::argmax(logits)?;
-    let max = f64::from(max);
     let mut sum = 0.0f64;
-    for &logit in logits {
-        let exponent = f64::from(logit) - max;
-        if exponent > NEGLIGIBLE {
-            sum += libm::exp(exponent);
+    let mut weights = [0.0f64; exp::BLOCK];
+    for block in logits.chunks(exp::BLOCK) {
+        for (weight, &logit) in weights.iter_mut().zip(block) {
+            *weight = exp::weight(logit, max, 1.0);
         }
+        sum += exp::block_sum(&weights[..block.len()]);
     }
-    Some(max + libm::log(sum))
+    Some(f64::from(max) + libm::log(sum))
 }
 
 /// Scores one position: log-probability of the token that follows (`next`), the `top_k` largest
