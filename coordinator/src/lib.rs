@@ -1,1 +1,26 @@
-//! placeholder
+//! The Millrace coordinator: membership, planning, scheduling, client APIs.
+//!
+//! [`start`] runs one inside the current actix system, for the `millrace-coordinator` binary and
+//! for programs that embed it. Layout: [`actors`] translate between the machines of
+//! `millrace-shared` and the world; [`plan`] turns a cut into assignments; [`request`] is one
+//! request's way; [`serving`] implements the [`service`] that [`api`] offers over QUIC and HTTP;
+//! [`text`] tokenises; [`models`] finds and hashes model files; [`blobs`] hands weights to nodes;
+//! [`state`] is the cluster's folder.
+
+pub mod actors;
+pub mod api;
+pub mod blobs;
+pub mod cli;
+pub mod config;
+pub mod metrics;
+pub mod models;
+pub mod plan;
+pub mod request;
+pub mod service;
+pub mod serving;
+pub mod start;
+pub mod state;
+pub mod text;
+
+pub use config::Config;
+pub use start::{Running, start};

@@ -1,1 +1,90 @@
-fn main() {}
+//! The `millrace-coordinator` binary: parse, run, exit code (0 clean, 1 failure, 2 usage,
+//! 130 interrupted twice).
+#![forbid(unsafe_code)]
+
+use std::io::Write;
+use std::process::exit;
+use std::time::Duration;
+
+use clap::Parser;
+use millrace_coordinator::cli::{Cli, Command, create_token, init, key, token};
+use millrace_coordinator::{Config, start};
+use millrace_net::telemetry;
+
+/// How long the token that `serve` prints is valid.
+const SERVE_TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
+fn main() {
+    let cli = Cli::parse();
+    if let Err(message) = telemetry::init(cli.log_format) {
+        eprintln!("error: {message}");
+        exit(2);
+    }
+    let result = match cli.command {
+        Command::Init(args) => init(&args).and_then(|text| print(&text)),
+        Command::Token(command) => token(&command).and_then(|text| print(&text)),
+        Command::Key(command) => key(&command).and_then(|text| print(&text)),
+        Command::Serve(args) => match args.resolve() {
+            Ok(config) => actix_rt::System::new().block_on(serve(config)),
+            Err(e) => Err(e),
+        },
+    };
+    if let Err(e) = result {
+        eprintln!("error: {e:#}");
+        exit(1);
+    }
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
+    writeln!(std::io::stdout(), "{text}")?;
+    Ok(())
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    let stages = config.stages;
+    let running = start(config).await?;
+    let uses = u32::from(stages.unwrap_or(16)).max(1);
+    let token = create_token(&running.dir, uses, SERVE_TOKEN_LIFETIME)?;
+    eprintln!(
+        "HTTP     {}\nclients  {}/udp\nmembers  {}/udp\nfolder   {}\n\n\
+         On every other machine ({uses} in all, within 24 hours), paste:\n",
+        running.client().http,
+        running.quic,
+        running.cluster,
+        running.dir.path.display(),
+    );
+    eprintln!("  millrace-node run --coordinator {} --token {token}\n", running.client().quic);
+    let stop = signals();
+    tokio::pin!(stop);
+    tokio::select! {
+        ready = running.ready() => {
+            ready?;
+            eprint!("{}", millrace_coordinator::start::how_to_call(&running));
+            stop.await;
+        }
+        () = &mut stop => {}
+    }
+    eprintln!("stopping; once more to stop at once");
+    actix_rt::spawn(async {
+        signals().await;
+        exit(130);
+    });
+    running.stop().await;
+    Ok(())
+}
+
+/// Completes at Ctrl-C or SIGTERM.
+async fn signals() {
+    let terminate = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut signal) => {
+                signal.recv().await;
+            }
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        () = terminate => {}
+    }
+}

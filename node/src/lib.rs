@@ -1,1 +1,196 @@
-//! placeholder
+//! A Millrace node: joins a cluster, loads a stage, passes activations on.
+//!
+//! [`start`] runs one inside the current actix system or arbiter, for the `millrace-node` binary
+//! and for programs that embed nodes. No maths here: `millrace-engine` computes, on its own thread.
+
+pub mod actors;
+pub mod cli;
+pub mod config;
+pub mod enrol;
+pub mod hardware;
+pub mod loader;
+mod progress;
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use actix::{Actor, Addr};
+use anyhow::Context as _;
+use millrace_engine::cpu::CpuEngine;
+use millrace_engine::mock::{self, MockConfig, MockEngine};
+use millrace_engine::thread::{EngineFactory, EngineHandle};
+use millrace_engine::{Engine as _, Isa};
+use millrace_net::{Endpoint, PeerName, timing, tls};
+use millrace_shared::options::EngineKind;
+use millrace_shared::wire::WIRE_VERSION;
+use millrace_shared::wire::control::Hello;
+use tokio::sync::oneshot;
+
+use actors::link::{self, LinkParts};
+use actors::node::{Leave, Parts};
+pub use config::Config;
+use enrol::Membership;
+use hardware::Hardware;
+
+/// Steps that may wait for the engine: credits of an edge and some, see the stage actor.
+const ENGINE_QUEUE: usize = 64;
+
+/// A running node.
+#[derive(Debug)]
+pub struct Running {
+    /// Where it listens.
+    pub listen: SocketAddr,
+    endpoint: Endpoint,
+    node: Addr<actors::Node>,
+    refused: Option<oneshot::Receiver<String>>,
+}
+
+impl Running {
+    /// Completes when the coordinator refuses the node for good, with its reason.
+    pub async fn refused(&mut self) -> String {
+        match self.refused.as_mut() {
+            Some(refused) => refused.await.unwrap_or_else(|_| "the link task ended".into()),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Says good-bye and closes the endpoint.
+    pub async fn stop(self) {
+        let _ = self.node.send(Leave).await;
+        // The farewell leaves with the close frame's packets, if at all; the lease covers the rest.
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        self.endpoint.close("the node is shutting down");
+        self.endpoint.drain().await;
+    }
+}
+
+/// Starts a node that is a member already.
+///
+/// # Errors
+/// If the endpoint cannot be bound or the engine's thread cannot be started.
+pub async fn start(config: Config, membership: Membership) -> anyhow::Result<Running> {
+    let hardware = Hardware::probe();
+    let server = tls::cluster_server(&membership.identity)?;
+    let endpoint = if config.next_free_port {
+        Endpoint::bind_next_free(config.listen, config::PORT_TRIES, Some(&server))
+    } else {
+        Endpoint::bind(config.listen, Some(server))
+    }
+    .context("--listen")?;
+    let listen = endpoint.local_addr()?;
+    let threads = config.threads.unwrap_or(hardware.cores).max(1);
+    let (numerics, factory) = engine(config.engine);
+    let engine = Arc::new(EngineHandle::spawn("engine", ENGINE_QUEUE, factory)?);
+    let hello = hello(&config, &hardware, listen, threads, numerics.clone(), &membership);
+    let client = tls::cluster_client(&membership.identity)?;
+    if config.show_progress {
+        announce(&config, &hardware, &hello, listen);
+    }
+    let link = LinkParts {
+        endpoint: endpoint.clone(),
+        tls: client.clone(),
+        coordinator: membership.coordinator,
+        hello,
+    };
+    let parts =
+        Parts { config, endpoint: endpoint.clone(), tls: client, engine, numerics, threads };
+    let node = actors::Node::new(Rc::new(parts)).start();
+    actix_rt::spawn(accept_neighbours(endpoint.clone(), node.clone()));
+    let (sender, refused) = oneshot::channel();
+    let linked = node.clone();
+    actix_rt::spawn(async move {
+        let _ = sender.send(link::run(link, linked).await);
+    });
+    Ok(Running { listen, endpoint, node, refused: Some(refused) })
+}
+
+fn engine(kind: EngineKind) -> (String, EngineFactory) {
+    match kind {
+        EngineKind::Cpu => {
+            (millrace_engine::cpu::numerics_revision(), Box::new(|| Box::new(CpuEngine::new())))
+        }
+        EngineKind::Mock => {
+            let revision = MockEngine::new(MockConfig::default()).numerics_revision();
+            (revision, mock::factory(MockConfig::default()))
+        }
+    }
+}
+
+fn hello(
+    config: &Config,
+    hardware: &Hardware,
+    listen: SocketAddr,
+    threads: usize,
+    numerics_revision: String,
+    membership: &Membership,
+) -> Hello {
+    Hello {
+        wire_version: WIRE_VERSION,
+        numerics_revision,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        name: config.name.clone(),
+        advertise: advertise(config, listen, &membership.coordinator),
+        host: hardware.host.clone(),
+        engine: config.engine.as_str().to_owned(),
+        threads: threads as u32,
+        memory_bytes: config
+            .memory_bytes
+            .map_or(hardware.memory_bytes, |m| m.min(hardware.memory_bytes)),
+        hardware: format!("{}, {}", hardware.processor, Isa::detect()),
+    }
+}
+
+/// `host:port` for neighbours: as told, else the bound address, else the one that this machine uses
+/// towards the coordinator.
+fn advertise(config: &Config, listen: SocketAddr, coordinator: &str) -> String {
+    match &config.advertise {
+        Some(told) if told.rsplit_once(':').is_some_and(|(_, p)| p.parse::<u16>().is_ok()) => {
+            told.clone()
+        }
+        Some(host) => format!("{host}:{}", listen.port()),
+        None if !listen.ip().is_unspecified() => listen.to_string(),
+        None => {
+            let towards = || {
+                let socket =
+                    std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0)).ok()?;
+                // Connecting a UDP socket sends nothing; it asks the routing table.
+                socket.connect(coordinator).ok()?;
+                Some(socket.local_addr().ok()?.ip())
+            };
+            let ip = towards().unwrap_or(std::net::Ipv4Addr::LOCALHOST.into());
+            SocketAddr::new(ip, listen.port()).to_string()
+        }
+    }
+}
+
+fn announce(config: &Config, hardware: &Hardware, hello: &Hello, listen: SocketAddr) {
+    let why = match config.threads {
+        Some(_) => "as --threads says".to_owned(),
+        None => hardware.cores_reason.clone(),
+    };
+    tracing::info!(
+        name = %hello.name, listen = %listen, advertise = %hello.advertise,
+        "millrace-node {}: {} threads ({why}), {}, numerics {}",
+        hello.version, hello.threads, hello.hardware, hello.numerics_revision
+    );
+}
+
+/// Accepts neighbours until the endpoint closes.
+async fn accept_neighbours(endpoint: Endpoint, node: Addr<actors::Node>) {
+    while let Some(incoming) = endpoint.accept().await {
+        let node = node.clone();
+        actix_rt::spawn(async move {
+            match incoming.handshake(timing::HANDSHAKE).await {
+                Ok(connection) => match connection.peer_name() {
+                    Ok(PeerName::Node(_)) => {
+                        let end = link::accept_edges(&connection, &node).await;
+                        tracing::debug!("a neighbour's connection ended: {end}");
+                    }
+                    _ => connection.close("only nodes connect here"),
+                },
+                Err(e) => tracing::warn!("refused: {e}"),
+            }
+        });
+    }
+}

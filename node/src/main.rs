@@ -1,1 +1,79 @@
-fn main() {}
+//! The `millrace-node` binary: parse, run, exit code (0 clean, 1 failure, 2 usage, 130 interrupted
+//! twice).
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::io::Write;
+use std::process::exit;
+
+use anyhow::{Context as _, anyhow};
+use clap::Parser;
+use millrace_net::telemetry;
+use millrace_node::cli::{Cli, Command, probe};
+use millrace_node::{Config, enrol, start};
+
+fn main() {
+    let cli = Cli::parse();
+    if let Err(message) = telemetry::init(cli.log_format) {
+        eprintln!("error: {message}");
+        exit(2);
+    }
+    let result = match cli.command {
+        Command::Run(args) => match args.resolve() {
+            Ok(config) => actix_rt::System::new().block_on(run(config)),
+            Err(e) => Err(e),
+        },
+        Command::Probe => writeln!(std::io::stdout(), "{}", probe()).map_err(Into::into),
+    };
+    if let Err(e) = result {
+        eprintln!("error: {e:#}");
+        exit(1);
+    }
+}
+
+/// Two nodes with one identity would fight for the coordinator's link.
+fn lock(config: &Config) -> anyhow::Result<File> {
+    std::fs::create_dir_all(&config.dir).with_context(|| config.dir.display().to_string())?;
+    let path = config.dir.join("lock");
+    let file = File::create(&path).with_context(|| path.display().to_string())?;
+    file.try_lock().map_err(|_| {
+        anyhow!(
+            "{} is in use by another millrace-node: give each node on a host its own --dir",
+            config.dir.display()
+        )
+    })?;
+    Ok(file)
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    let _lock = lock(&config)?;
+    let membership = enrol::membership(&config).await?;
+    let mut running = start(config, membership).await?;
+    tokio::select! {
+        reason = running.refused() => return Err(anyhow!("the coordinator refuses this node: {reason}")),
+        () = signals() => {}
+    }
+    eprintln!("stopping; once more to stop at once");
+    actix_rt::spawn(async {
+        signals().await;
+        exit(130);
+    });
+    running.stop().await;
+    Ok(())
+}
+
+/// Completes at Ctrl-C or SIGTERM.
+async fn signals() {
+    let terminate = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut signal) => {
+                signal.recv().await;
+            }
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        () = terminate => {}
+    }
+}

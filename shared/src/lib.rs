@@ -11,6 +11,7 @@
 //! logits into tokens; [`names`] spells every metric and environment variable.
 #![forbid(unsafe_code)]
 
+pub mod dirs;
 pub mod error;
 pub mod id;
 pub mod kv;

@@ -27,6 +27,13 @@ pub enum NodeMessage {
         /// How the load went.
         report: LoadReport,
     },
+    /// The edges out of the stage are connected.
+    Started {
+        /// Pipeline it belongs to.
+        pipeline: PipelineId,
+        /// Epoch of the assignment.
+        epoch: Epoch,
+    },
     /// The assignment cannot be loaded.
     LoadFailed {
         /// Pipeline it belongs to.
@@ -108,6 +115,13 @@ pub enum CoordinatorMessage {
     Profile(Box<ProfileSpec>),
     /// Take this stage; drop any older one.
     Assign(Box<Assignment>),
+    /// Every stage of this epoch is loaded: connect the edges out.
+    Start {
+        /// Pipeline.
+        pipeline: PipelineId,
+        /// Epoch of the assignment.
+        epoch: Epoch,
+    },
     /// Give the stage up; its epoch is over.
     Release {
         /// Pipeline.
@@ -168,7 +182,9 @@ pub struct Assignment {
     pub next: Option<Peer>,
     /// Settings every stage shares.
     pub settings: EngineSettings,
-    /// What the node's numerics must be.
+    /// Content hash of the model.
+    pub content_hash: [u8; 32],
+    /// What the stage's numerics must be.
     pub numerics_id: [u8; 32],
     /// Frames an edge may have unacknowledged.
     pub credits: u32,

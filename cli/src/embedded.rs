@@ -1,0 +1,229 @@
+//! A whole cluster inside this process: a coordinator and its nodes, over QUIC on loopback.
+//!
+//! The same parts as in separate processes, with the same wire between them; only papers are issued
+//! directly instead of by token. Each node has a thread of its own for its actors, beside the
+//! engine's.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use actix_rt::Arbiter;
+use anyhow::{Context as _, anyhow};
+use millrace_coordinator::cli::{LimitArgs, deployment};
+use millrace_coordinator::{Config as CoordinatorConfig, Running as Coordinator, start};
+use millrace_net::client::ClientConfig;
+use millrace_node::Config as NodeConfig;
+use millrace_node::enrol::Issued;
+use millrace_node::hardware::Hardware;
+use millrace_shared::dirs;
+use millrace_shared::id::NodeId;
+use millrace_shared::options::EngineOptions;
+use tokio::sync::oneshot;
+
+/// What to start.
+#[derive(Debug)]
+pub struct EmbeddedOptions {
+    /// The model file.
+    pub model: PathBuf,
+    /// Name that clients use.
+    pub model_name: String,
+    /// Stages, each on its own node.
+    pub stages: u32,
+    /// Engine options.
+    pub engine: EngineOptions,
+    /// The cluster's folder; `None` for a throw-away CA.
+    pub dir: Option<PathBuf>,
+    /// QUIC endpoint of clients; `None` for any loopback port.
+    pub quic: Option<SocketAddr>,
+    /// HTTP endpoint; `None` for none.
+    pub http: Option<SocketAddr>,
+    /// Names that HTTP answers to besides loopback and the bound address.
+    pub http_hosts: Vec<String>,
+    /// Longest sequence.
+    pub max_model_len: Option<u32>,
+    /// Sequences at once.
+    pub max_num_seqs: u32,
+    /// Positions of KV cache.
+    pub kv_cache_tokens: Option<u32>,
+}
+
+/// A running cluster.
+#[derive(Debug)]
+pub struct EmbeddedCluster {
+    coordinator: Coordinator,
+    nodes: Vec<(Arbiter, oneshot::Sender<oneshot::Sender<()>>)>,
+    /// Removed when the cluster is dropped.
+    _throw_away: Option<tempfile::TempDir>,
+}
+
+impl EmbeddedCluster {
+    /// Starts coordinator and nodes and waits until requests are served. `progress` gets a line for
+    /// each step.
+    ///
+    /// # Errors
+    /// If the model cannot be served or a port is taken.
+    pub async fn start(options: EmbeddedOptions, progress: impl Fn(&str)) -> anyhow::Result<Self> {
+        let stages = stages(&options)?;
+        let throw_away = match options.dir {
+            Some(_) => None,
+            None => Some(tempfile::Builder::new().prefix("millrace-").tempdir()?),
+        };
+        let dir = options
+            .dir
+            .clone()
+            .or_else(|| throw_away.as_ref().map(|t| t.path().to_owned()))
+            .context("no folder for the cluster")?;
+        progress("reading the model");
+        let coordinator = start(coordinator_config(&options, dir.clone(), stages)).await?;
+        progress(&format!("loading {stages} {}", if stages == 1 { "stage" } else { "stages" }));
+        let mut nodes = Vec::new();
+        for index in 0..stages {
+            let identity = coordinator.dir.ca.issue_node(NodeId(uuid::Uuid::now_v7()))?;
+            let cluster = format!("127.0.0.1:{}", coordinator.cluster.port());
+            let papers = Issued { identity, coordinator: cluster };
+            nodes.push(start_node(node_config(&options, &dir, index, stages)?, papers).await?);
+        }
+        let cluster = Self { coordinator, nodes, _throw_away: throw_away };
+        cluster.wait_until_ready().await?;
+        Ok(cluster)
+    }
+
+    /// A cluster in one process cannot gain nodes: what fails to load now will not load later.
+    async fn wait_until_ready(&self) -> anyhow::Result<()> {
+        let mut readiness = self.coordinator.readiness.clone();
+        let settled = readiness
+            .wait_for(|r| {
+                r.ready || r.detail.contains("could not load") || r.detail.contains("does not fit")
+            })
+            .await
+            .context("the coordinator stopped")?
+            .clone();
+        if settled.ready { Ok(()) } else { Err(anyhow!("{}", settled.detail)) }
+    }
+
+    /// What a client needs.
+    pub fn client_config(&self) -> &ClientConfig {
+        self.coordinator.client()
+    }
+
+    /// The running coordinator.
+    pub fn coordinator(&self) -> &Coordinator {
+        &self.coordinator
+    }
+
+    /// Where the HTTP API listens.
+    pub fn http_addr(&self) -> Option<SocketAddr> {
+        self.coordinator.http
+    }
+
+    /// Where clients connect.
+    pub fn quic_addr(&self) -> SocketAddr {
+        self.coordinator.quic
+    }
+
+    /// Lets answers finish, then stops nodes and coordinator.
+    pub async fn stop(self) {
+        self.coordinator.stop().await;
+        for (arbiter, stop) in self.nodes {
+            let (done, stopped) = oneshot::channel();
+            if stop.send(done).is_ok() {
+                let _ = stopped.await;
+            }
+            arbiter.stop();
+        }
+    }
+}
+
+fn stages(options: &EmbeddedOptions) -> anyhow::Result<u32> {
+    match &options.engine.cuts {
+        None => Ok(options.stages.max(1)),
+        Some(cuts) if cuts.len() + 1 == options.stages as usize => Ok(options.stages),
+        Some(cuts) => Err(anyhow!(
+            "--cuts names {} cuts, which makes {} stages, but --stages is {}",
+            cuts.len(),
+            cuts.len() + 1,
+            options.stages
+        )),
+    }
+}
+
+fn coordinator_config(options: &EmbeddedOptions, dir: PathBuf, stages: u32) -> CoordinatorConfig {
+    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let limits = LimitArgs {
+        max_model_len: options.max_model_len,
+        max_num_seqs: options.max_num_seqs,
+        kv_cache_tokens: options.kv_cache_tokens,
+        ..LimitArgs::default()
+    };
+    CoordinatorConfig {
+        dir,
+        model: options.model.clone(),
+        served_name: options.model_name.clone(),
+        stages: Some(stages as u16),
+        deployment: deployment(&options.engine, &limits),
+        http: options.http,
+        http_hosts: options.http_hosts.clone(),
+        quic: options.quic.unwrap_or(loopback),
+        cluster: loopback,
+        advertise: None,
+        show_progress: false,
+    }
+}
+
+fn node_config(
+    options: &EmbeddedOptions,
+    dir: &std::path::Path,
+    index: u32,
+    stages: u32,
+) -> anyhow::Result<NodeConfig> {
+    let cache = dirs::cache(&|name| std::env::var_os(name)).unwrap_or_else(|| dir.join("cache"));
+    // All stages share this machine's cores.
+    let share = (Hardware::probe().cores / stages as usize).max(1);
+    Ok(NodeConfig {
+        dir: dir.join(format!("node-{index}")),
+        cache,
+        token: None,
+        coordinator: None,
+        listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        next_free_port: false,
+        advertise: None,
+        name: format!("local-{index}"),
+        weights: Some(options.model.clone()),
+        threads: Some(options.engine.threads.unwrap_or(share)),
+        memory_bytes: None,
+        engine: options.engine.engine,
+        require_kv_dtype: None,
+        require_activation_dtype: None,
+        show_progress: false,
+    })
+}
+
+/// Starts a node on an arbiter of its own; the channel stops it.
+async fn start_node(
+    config: NodeConfig,
+    papers: Issued,
+) -> anyhow::Result<(Arbiter, oneshot::Sender<oneshot::Sender<()>>)> {
+    let arbiter = Arbiter::new();
+    let (started, starting) = oneshot::channel();
+    let (stop, stopping) = oneshot::channel::<oneshot::Sender<()>>();
+    arbiter.spawn(async move {
+        let running = match papers.membership() {
+            Ok(membership) => millrace_node::start(config, membership).await,
+            Err(e) => Err(e),
+        };
+        match running {
+            Err(e) => {
+                let _ = started.send(Err(e));
+            }
+            Ok(running) => {
+                let _ = started.send(Ok(()));
+                if let Ok(done) = stopping.await {
+                    running.stop().await;
+                    let _ = done.send(());
+                }
+            }
+        }
+    });
+    starting.await.map_err(|_| anyhow!("a node's thread ended"))??;
+    Ok((arbiter, stop))
+}

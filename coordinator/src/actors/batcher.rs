@@ -1,0 +1,511 @@
+//! Drives the scheduler of one pipeline.
+//!
+//! States: *down* (no pipeline: submissions are refused with `UNAVAILABLE` and a hint) and *up*
+//! (one epoch of one pipeline). Going down ends every request in flight. Inbox: `Submit*`, `Cancel`,
+//! `PipelineUp`, `PipelineDown`, `ResultFrame`, `GetCounters`. Held by the service (APIs) and by
+//! [`super::Cluster`].
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use actix::prelude::*;
+use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::{Epoch, MicroBatchId, PipelineId, RequestId, SequenceId};
+use millrace_shared::model::Dtype;
+use millrace_shared::sampling::{SamplingParams, choice_seed};
+use millrace_shared::scheduler::{
+    Kind, NewSequence, Outcome, Rejected, Scheduler, SchedulerConfig, SchedulerStats, Step,
+};
+use millrace_shared::wire::data::{FrameHeader, FrameKind, OpenMeta, ResultMeta, SequenceOpen};
+use millrace_shared::wire::frame::{Frame, FrameMeta};
+use millrace_shared::wire::rpc::{GenerateEvent, PositionScore};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::metrics::Metrics;
+use crate::request::{Generation, Request, Scoring, Verdict, Work, event_capacity};
+use crate::service::EventStream;
+use crate::text::Tokenizer;
+
+/// Deadlines and vanished clients are looked for this often: well under what a person notices.
+const SWEEP: Duration = Duration::from_millis(25);
+/// Hint to clients when no pipeline is up: a lost node is noticed and replaced in a few seconds.
+pub const RETRY_PIPELINE_MS: u32 = 2000;
+/// Hint when the queue is full: about the time a short answer takes.
+const RETRY_QUEUE_MS: u32 = 1000;
+
+/// An epoch in which requests can run.
+struct Active {
+    pipeline: PipelineId,
+    epoch: Epoch,
+    scheduler: Scheduler,
+    /// To the first stage; capacity covers every micro-batch in flight.
+    steps: mpsc::Sender<Frame>,
+    /// To the last stage.
+    opens: mpsc::Sender<Frame>,
+}
+
+/// See the module's documentation.
+pub struct Batcher {
+    started: Instant,
+    tokenizer: Arc<Tokenizer>,
+    metrics: Arc<Metrics>,
+    active: Option<Active>,
+    /// Why nothing is up.
+    detail: String,
+    requests: HashMap<SequenceId, Request>,
+    by_id: HashMap<RequestId, SequenceId>,
+    next_sequence: u64,
+    /// Totals of epochs that are over.
+    past: SchedulerStats,
+    stale_frames: u64,
+}
+
+impl std::fmt::Debug for Batcher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Batcher").field("requests", &self.requests.len()).finish_non_exhaustive()
+    }
+}
+
+impl Batcher {
+    /// A batcher that waits for a pipeline.
+    pub fn new(tokenizer: Arc<Tokenizer>, metrics: Arc<Metrics>) -> Self {
+        Self {
+            started: Instant::now(),
+            tokenizer,
+            metrics,
+            active: None,
+            detail: "the cluster is starting".into(),
+            requests: HashMap::new(),
+            by_id: HashMap::new(),
+            next_sequence: 1,
+            past: SchedulerStats::default(),
+            stale_frames: 0,
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn unavailable(&self) -> Status {
+        Status::unavailable(format!("no pipeline is ready: {}", self.detail), RETRY_PIPELINE_MS)
+    }
+
+    /// Sends every micro-batch the scheduler has ready.
+    fn pump(&mut self) {
+        let now = self.now();
+        while let Some(step) = self.active.as_mut().and_then(|a| a.scheduler.poll_step(now)) {
+            if let Err(message) = self.issue(&step, now) {
+                // Only a frame over the wire's limits, or an edge that is being lost (its task has
+                // told the cluster). The micro-batch cannot be answered, so its rows fail.
+                tracing::warn!(micro_batch = %step.id, %message, "a micro-batch was not sent");
+                let outcomes = match self.active.as_mut() {
+                    Some(active) => active.scheduler.handle_step_failed(step.id, &message),
+                    None => return,
+                };
+                self.apply(outcomes, now);
+            }
+        }
+    }
+
+    fn issue(&mut self, step: &Step, now: Duration) -> Result<(), String> {
+        for id in &step.opens {
+            if let Some(request) = self.requests.get_mut(id) {
+                request.on_scheduled(now);
+            }
+        }
+        let Some(active) = self.active.as_ref() else { return Ok(()) };
+        let send = |channel: &mpsc::Sender<Frame>, frame: Frame| {
+            channel.try_send(frame).map_err(|_| "the pipeline's edge is lost".to_owned())
+        };
+        if !step.opens.is_empty() {
+            let opens = step.opens.iter().filter_map(|id| self.open(&active.scheduler, *id));
+            let meta = OpenMeta { opens: opens.collect() };
+            let frame = frame(active, FrameKind::Sequences, MicroBatchId(0), &meta, &[])?;
+            send(&active.opens, frame)?;
+        }
+        let frame = frame(active, FrameKind::Step, step.id, &step.meta, &step.tokens)?;
+        send(&active.steps, frame)
+    }
+
+    fn open(&self, scheduler: &Scheduler, id: SequenceId) -> Option<SequenceOpen> {
+        let (tokens, prompt_len) = scheduler.tokens(id)?;
+        let request = self.requests.get(&id)?;
+        let params = match &request.work {
+            Work::Generate(g) => g.params().clone(),
+            Work::Score(_) => SamplingParams::greedy(),
+        };
+        Some(SequenceOpen {
+            sequence: id,
+            tokens: tokens.to_vec(),
+            prompt_len: prompt_len as u32,
+            params,
+            seed: request.seed,
+        })
+    }
+
+    fn apply(&mut self, outcomes: Vec<Outcome>, now: Duration) {
+        for outcome in outcomes {
+            match outcome {
+                Outcome::PrefillDone { .. } => {}
+                Outcome::Token { sequence, index, token, logprobs, last } => {
+                    self.on_token(sequence, (index, token, last), logprobs, now);
+                }
+                Outcome::Scores { sequence, scores, last } => {
+                    if let Some(request) = self.requests.get_mut(&sequence) {
+                        request.on_scores(scores, last);
+                        if last {
+                            self.forget(sequence);
+                        }
+                    }
+                }
+                Outcome::Failed { sequence, message } => {
+                    if let Some(request) = self.forget(sequence) {
+                        self.metrics.on_failed(ErrorCode::Internal);
+                        request.fail(Status::internal(message));
+                    }
+                }
+            }
+        }
+    }
+
+    fn on_token(
+        &mut self,
+        sequence: SequenceId,
+        (index, token, last): (u32, u32, bool),
+        logprobs: Option<millrace_shared::wire::rpc::TokenLogprobs>,
+        now: Duration,
+    ) {
+        let Some(request) = self.requests.get_mut(&sequence) else { return };
+        let since = now.saturating_sub(request.submitted);
+        match request.last_token() {
+            Some(previous) => self.metrics.on_token(since.saturating_sub(previous)),
+            None => {
+                self.metrics.on_first_token(request.queue_time().unwrap_or_default(), since);
+            }
+        }
+        let Work::Generate(generation) = &mut request.work else { return };
+        match generation.on_token(index, token, logprobs, last, since) {
+            Verdict::Continue => {}
+            Verdict::Finished(reason) => {
+                self.metrics.on_finished(reason, since);
+                self.end(sequence);
+            }
+            Verdict::Gone => {
+                self.end(sequence);
+            }
+        }
+    }
+
+    /// Ends a sequence everywhere: the scheduler frees its blocks, the stages forget it.
+    fn end(&mut self, sequence: SequenceId) -> Option<Request> {
+        if let Some(active) = self.active.as_mut() {
+            active.scheduler.handle_finish(sequence);
+        }
+        self.forget(sequence)
+    }
+
+    fn forget(&mut self, sequence: SequenceId) -> Option<Request> {
+        let request = self.requests.remove(&sequence)?;
+        self.by_id.remove(&request.id);
+        Some(request)
+    }
+
+    fn sweep(&mut self) {
+        let now = self.now();
+        let due: Vec<_> = self
+            .requests
+            .values()
+            .filter(|r| r.is_abandoned() || r.deadline.is_some_and(|d| d <= now))
+            .map(|r| r.sequence)
+            .collect();
+        for sequence in due {
+            let Some(request) = self.end(sequence) else { continue };
+            let code = if request.is_abandoned() {
+                ErrorCode::Cancelled
+            } else {
+                ErrorCode::DeadlineExceeded
+            };
+            self.metrics.on_failed(code);
+            request.fail(Status::new(code, "the request's deadline passed"));
+        }
+        self.pump();
+    }
+
+    /// Queues a sequence; on success its id.
+    fn submit(
+        &mut self,
+        tokens: Vec<u32>,
+        kind: Kind,
+        max_new_tokens: u32,
+    ) -> Result<SequenceId, Status> {
+        let now = self.now();
+        let Some(active) = self.active.as_mut() else { return Err(self.unavailable()) };
+        let id = SequenceId(self.next_sequence);
+        self.next_sequence += 1;
+        let prompt_tokens = tokens.len();
+        active
+            .scheduler
+            .handle_submit(NewSequence { id, prompt: tokens, max_new_tokens, kind, submitted: now })
+            .map_err(|e| match e {
+                Rejected::QueueFull { .. } => Status::exhausted(e.to_string(), RETRY_QUEUE_MS),
+                Rejected::TooManyTopLogits { .. } => Status::invalid("top_k", e.to_string()),
+                Rejected::NothingToGenerate => Status::invalid("max_tokens", e.to_string()),
+                _ => Status::invalid("prompt", e.to_string()),
+            })?;
+        self.metrics.on_submit();
+        self.metrics.on_prompt_tokens(prompt_tokens as u64);
+        Ok(id)
+    }
+
+    fn register(&mut self, request: Request) {
+        self.by_id.insert(request.id, request.sequence);
+        self.requests.insert(request.sequence, request);
+        self.pump();
+    }
+
+    fn stats(&self) -> SchedulerStats {
+        let mut stats = self.active.as_ref().map(|a| a.scheduler.stats()).unwrap_or_default();
+        stats.preemptions += self.past.preemptions;
+        stats.stale_dropped += self.past.stale_dropped + self.stale_frames;
+        stats.prompt_tokens += self.past.prompt_tokens;
+        stats.generated_tokens += self.past.generated_tokens;
+        stats
+    }
+}
+
+fn frame<M: FrameMeta>(
+    active: &Active,
+    kind: FrameKind,
+    micro_batch: MicroBatchId,
+    meta: &M,
+    tokens: &[u32],
+) -> Result<Frame, String> {
+    let header = FrameHeader {
+        kind,
+        dtype: Dtype::U32,
+        pipeline: active.pipeline,
+        epoch: active.epoch,
+        micro_batch,
+        rows: tokens.len() as u32,
+        meta_len: 0,
+        payload_len: 0,
+        crc: 0,
+    };
+    let mut frame = Frame::build(header, meta, tokens.len() * 4).map_err(|e| e.to_string())?;
+    for (bytes, token) in frame.payload_mut().chunks_exact_mut(4).zip(tokens) {
+        bytes.copy_from_slice(&token.to_le_bytes());
+    }
+    Ok(frame.seal())
+}
+
+impl Actor for Batcher {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        // A result per micro-batch in flight, submissions and cancellations of every API task.
+        ctx.set_mailbox_capacity(1024);
+        ctx.run_interval(SWEEP, |actor, _| actor.sweep());
+    }
+}
+
+/// A continuation to produce. The prompt is tokenised, the parameters are validated.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<EventStream, Status>")]
+pub struct Submit {
+    /// Name of the request.
+    pub id: RequestId,
+    /// Prompt ids.
+    pub tokens: Vec<u32>,
+    /// Parameters.
+    pub params: SamplingParams,
+    /// The seed, given or drawn.
+    pub seed: u64,
+    /// From now.
+    pub deadline: Option<Duration>,
+}
+
+impl Handler<Submit> for Batcher {
+    type Result = Result<EventStream, Status>;
+
+    fn handle(&mut self, m: Submit, _: &mut Context<Self>) -> Self::Result {
+        let Some(active) = self.active.as_ref() else { return Err(self.unavailable()) };
+        let prompt_tokens = m.tokens.len() as u32;
+        let room = active.scheduler.max_sequence_len().saturating_sub(prompt_tokens).max(1);
+        let max_new = m.params.max_tokens.unwrap_or(room).min(room);
+        let prompt_token_ids = m.tokens.clone();
+        let sequence = self.submit(m.tokens, Kind::Generate, max_new)?;
+        let (events, stream) = EventStream::new(m.id, event_capacity(max_new));
+        let started = GenerateEvent::Started { request_id: m.id, prompt_token_ids, seed: m.seed };
+        let _ = events.try_send(Ok(started));
+        let now = self.now();
+        let generation = Generation::new(m.params, events, &self.tokenizer, prompt_tokens);
+        self.register(Request {
+            id: m.id,
+            sequence,
+            work: Work::Generate(Box::new(generation)),
+            seed: choice_seed(m.seed, 0),
+            submitted: now,
+            deadline: m.deadline.map(|d| now + d),
+        });
+        Ok(stream)
+    }
+}
+
+/// Tokens to score.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<oneshot::Receiver<Result<Vec<PositionScore>, Status>>, Status>")]
+pub struct SubmitScore {
+    /// Name of the request.
+    pub id: RequestId,
+    /// Ids.
+    pub tokens: Vec<u32>,
+    /// Largest logits per position.
+    pub top_k: u8,
+    /// From now.
+    pub deadline: Option<Duration>,
+}
+
+impl Handler<SubmitScore> for Batcher {
+    type Result = Result<oneshot::Receiver<Result<Vec<PositionScore>, Status>>, Status>;
+
+    fn handle(&mut self, m: SubmitScore, _: &mut Context<Self>) -> Self::Result {
+        let sequence = self.submit(m.tokens, Kind::Score { top_k: m.top_k }, 1)?;
+        let (reply, receiver) = oneshot::channel();
+        let now = self.now();
+        self.register(Request {
+            id: m.id,
+            sequence,
+            work: Work::Score(Scoring::new(reply)),
+            seed: 0,
+            submitted: now,
+            deadline: m.deadline.map(|d| now + d),
+        });
+        Ok(receiver)
+    }
+}
+
+/// Stop a request.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<(), Status>")]
+pub struct Cancel(pub RequestId);
+
+impl Handler<Cancel> for Batcher {
+    type Result = Result<(), Status>;
+
+    fn handle(&mut self, Cancel(id): Cancel, _: &mut Context<Self>) -> Self::Result {
+        let sequence = self.by_id.get(&id).copied();
+        let request = sequence.and_then(|s| self.end(s)).ok_or_else(|| {
+            Status::new(ErrorCode::NotFound, format!("no request {id} is running or waiting"))
+        })?;
+        request.cancelled();
+        self.pump();
+        Ok(())
+    }
+}
+
+/// A pipeline is ready.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct PipelineUp {
+    /// Which.
+    pub pipeline: PipelineId,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Limits.
+    pub config: SchedulerConfig,
+    /// To the first stage.
+    pub steps: mpsc::Sender<Frame>,
+    /// To the last stage.
+    pub opens: mpsc::Sender<Frame>,
+}
+
+impl Handler<PipelineUp> for Batcher {
+    type Result = ();
+
+    fn handle(&mut self, m: PipelineUp, _: &mut Context<Self>) {
+        self.active = Some(Active {
+            pipeline: m.pipeline,
+            epoch: m.epoch,
+            scheduler: Scheduler::new(m.config),
+            steps: m.steps,
+            opens: m.opens,
+        });
+    }
+}
+
+/// The pipeline is lost, or not formed yet.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct PipelineDown {
+    /// Why, and what it waits for.
+    pub detail: String,
+}
+
+impl Handler<PipelineDown> for Batcher {
+    type Result = ();
+
+    fn handle(&mut self, m: PipelineDown, _: &mut Context<Self>) {
+        self.detail = m.detail;
+        if self.active.is_none() {
+            return;
+        }
+        let stats = self.stats();
+        self.active = None;
+        self.past = stats;
+        self.stale_frames = 0;
+        let lost: Vec<_> = self.requests.drain().map(|(_, request)| request).collect();
+        self.by_id.clear();
+        for request in lost {
+            self.metrics.on_failed(ErrorCode::Unavailable);
+            request.fail(Status::unavailable(
+                format!("the pipeline was lost while the request ran: {}", self.detail),
+                RETRY_PIPELINE_MS,
+            ));
+        }
+    }
+}
+
+/// A frame from the last stage.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<(), String>")]
+pub struct ResultFrame(pub Frame);
+
+impl Handler<ResultFrame> for Batcher {
+    type Result = Result<(), String>;
+
+    fn handle(&mut self, ResultFrame(frame): ResultFrame, _: &mut Context<Self>) -> Self::Result {
+        let now = self.now();
+        let header = frame.header();
+        let Some(active) = self
+            .active
+            .as_mut()
+            .filter(|a| a.pipeline == header.pipeline && a.epoch == header.epoch)
+        else {
+            self.stale_frames += 1;
+            return Ok(());
+        };
+        if header.kind != FrameKind::Results {
+            return Err(format!("a {:?} frame on the results edge", header.kind));
+        }
+        let meta: ResultMeta = frame.meta().map_err(|e| e.to_string())?;
+        let outcomes = active.scheduler.handle_result(header.micro_batch, &meta.rows, now);
+        self.apply(outcomes, now);
+        self.pump();
+        Ok(())
+    }
+}
+
+/// The scheduler's counters.
+#[derive(Debug, Message)]
+#[rtype(result = "SchedulerStats")]
+pub struct GetCounters;
+
+impl Handler<GetCounters> for Batcher {
+    type Result = MessageResult<GetCounters>;
+
+    fn handle(&mut self, _: GetCounters, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.stats())
+    }
+}

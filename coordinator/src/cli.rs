@@ -1,0 +1,345 @@
+//! Flags of `millrace-coordinator`, and the commands that only touch the cluster's folder.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use clap::{Args, Parser, Subcommand};
+use millrace_net::telemetry::LogFormat;
+use millrace_shared::dirs;
+use millrace_shared::names::env;
+use millrace_shared::options::EngineOptions;
+
+use crate::config::{
+    Config, DEFAULT_CLUSTER_PORT, DEFAULT_HTTP_PORT, DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_WAITING,
+    DEFAULT_QUIC_PORT, host_port, own_address,
+};
+use crate::models::{ConsoleProgress, resolve};
+use crate::plan::Deployment;
+use crate::state::{ClusterDir, unix_now};
+
+/// Coordinates a Millrace cluster: admits nodes, cuts the model, schedules, serves clients.
+#[derive(Debug, Parser)]
+#[command(name = "millrace-coordinator", version, max_term_width = 100, after_help = EXAMPLES)]
+pub struct Cli {
+    /// Log lines: text or json
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  millrace-coordinator serve --model smollm2:135m --stages 3
+      make the cluster's folder, print the line to paste on every other machine, serve
+  millrace-coordinator token create --uses 5 --expires 2h
+      another join token, beside the running coordinator
+  millrace-coordinator key create --label alice
+      an API key for a client
+
+Ports: HTTP 8000/tcp (loopback unless --host says otherwise), 8001/udp for clients and joining
+nodes, 8002/udp for members.";
+
+/// Commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make the cluster's CA, the coordinator's identity and the first client's key
+    Init(InitArgs),
+    /// Serve a model; makes the folder too where it is missing
+    Serve(Box<ServeArgs>),
+    /// Join tokens of nodes
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// API keys of clients
+    #[command(subcommand)]
+    Key(KeyCommand),
+}
+
+/// The cluster's folder.
+#[derive(Clone, Debug, Args)]
+pub struct DirArg {
+    /// The cluster's folder [default: the XDG data folder millrace]
+    #[arg(long, value_name = "DIR", env = env::DIR)]
+    pub dir: Option<PathBuf>,
+}
+
+impl DirArg {
+    /// The folder.
+    ///
+    /// # Errors
+    /// If none is given and there is no home.
+    pub fn resolve(&self) -> anyhow::Result<PathBuf> {
+        self.dir
+            .clone()
+            .or_else(|| dirs::data(&|name| std::env::var_os(name)))
+            .ok_or_else(|| anyhow!("no --dir given and $HOME is not set"))
+    }
+}
+
+/// Flags of `init`.
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    #[command(flatten)]
+    dir: DirArg,
+    /// Host under which others reach this machine [default: its address]
+    #[arg(long, value_name = "HOST")]
+    advertise: Option<String>,
+}
+
+/// Flags of `serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    dir: DirArg,
+    /// Model: the path of a GGUF file or a catalogue name
+    #[arg(long, short, value_name = "MODEL")]
+    model: String,
+    /// Name that clients use [default: the model's name]
+    #[arg(long, alias = "alias", value_name = "NAME")]
+    served_model_name: Option<String>,
+    /// Stages to wait for [default: the nodes that join within two quiet seconds]
+    #[arg(long, alias = "pipeline-parallel-size", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    stages: Option<u16>,
+    /// Address of the HTTP API
+    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), help_heading = "Network")]
+    host: IpAddr,
+    /// TCP port of the HTTP API
+    #[arg(long, default_value_t = DEFAULT_HTTP_PORT, help_heading = "Network")]
+    port: u16,
+    /// A further name that the HTTP API answers to
+    #[arg(long, value_name = "NAME", help_heading = "Network")]
+    http_host: Vec<String>,
+    /// Address of clients and joining nodes, UDP
+    #[arg(long, value_name = "ADDR", default_value_t = SocketAddr::from((Ipv4Addr::UNSPECIFIED, DEFAULT_QUIC_PORT)), help_heading = "Network")]
+    quic: SocketAddr,
+    /// Address of members, UDP
+    #[arg(long, value_name = "ADDR", default_value_t = SocketAddr::from((Ipv4Addr::UNSPECIFIED, DEFAULT_CLUSTER_PORT)), help_heading = "Network")]
+    cluster: SocketAddr,
+    /// Host under which others reach this machine [default: its address]
+    #[arg(long, value_name = "HOST", help_heading = "Network")]
+    advertise: Option<String>,
+    #[command(flatten)]
+    limits: LimitArgs,
+    #[command(flatten)]
+    engine: EngineOptions,
+}
+
+/// Limits of what is served.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Scheduling")]
+pub struct LimitArgs {
+    /// Longest sequence, tokens [default: the model's context]
+    #[arg(long, short = 'c', alias = "ctx-size", value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_model_len: Option<u32>,
+    /// Sequences computed at once
+    #[arg(long, alias = "parallel", value_name = "N", default_value_t = DEFAULT_MAX_NUM_SEQS, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_num_seqs: u32,
+    /// Requests that may wait; more are told to come back
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_WAITING)]
+    pub max_waiting: u32,
+    /// Positions of KV cache over all sequences [default: 32768, less where memory is short]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub kv_cache_tokens: Option<u32>,
+}
+
+impl Default for LimitArgs {
+    fn default() -> Self {
+        Self {
+            max_model_len: None,
+            max_num_seqs: DEFAULT_MAX_NUM_SEQS,
+            max_waiting: DEFAULT_MAX_WAITING,
+            kv_cache_tokens: None,
+        }
+    }
+}
+
+/// Engine options and limits as plans need them.
+pub fn deployment(engine: &EngineOptions, limits: &LimitArgs) -> Deployment {
+    Deployment {
+        cuts: engine.cuts.clone(),
+        prefill_chunk: engine.prefill_chunk.max(1),
+        micro_batches: engine.micro_batches,
+        kv_dtype: engine.kv_cache_dtype,
+        activation_dtype: engine.activation_dtype,
+        max_model_len: limits.max_model_len,
+        max_num_seqs: limits.max_num_seqs,
+        max_waiting: limits.max_waiting,
+        kv_cache_tokens: limits.kv_cache_tokens,
+    }
+}
+
+impl ServeArgs {
+    /// Fetches the model where needed, and validates.
+    ///
+    /// # Errors
+    /// If the model cannot be had, or flags contradict each other.
+    pub fn resolve(&self) -> anyhow::Result<Config> {
+        let stages = match (self.stages, &self.engine.cuts) {
+            (Some(n), Some(cuts)) if usize::from(n) != cuts.len() + 1 => {
+                return Err(anyhow!(
+                    "--cuts names {} cuts, which makes {} stages, but --stages is {n}",
+                    cuts.len(),
+                    cuts.len() + 1
+                ));
+            }
+            (None, Some(cuts)) => Some(cuts.len() as u16 + 1),
+            (stages, _) => stages,
+        };
+        let dir = self.dir.resolve()?;
+        let model = resolve(&self.model, &mut ConsoleProgress::new())?;
+        Ok(Config {
+            dir,
+            served_name: served_name(&self.model, self.served_model_name.as_deref()),
+            model,
+            stages,
+            deployment: deployment(&self.engine, &self.limits),
+            http: Some(SocketAddr::new(self.host, self.port)),
+            http_hosts: self.http_host.clone(),
+            quic: self.quic,
+            cluster: self.cluster,
+            advertise: self.advertise.clone(),
+            show_progress: true,
+        })
+    }
+}
+
+/// The name that clients use: as given, else the catalogue name, else the file's stem.
+pub fn served_name(model: &str, given: Option<&str>) -> String {
+    let stem = || {
+        let path = std::path::Path::new(model);
+        match path.extension() {
+            Some(_) => path.file_stem().map(|s| s.to_string_lossy().into_owned()),
+            None => None,
+        }
+    };
+    given.map(str::to_owned).or_else(stem).unwrap_or_else(|| model.to_owned())
+}
+
+/// Commands about join tokens.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Print a join token
+    Create {
+        #[command(flatten)]
+        dir: DirArg,
+        /// Nodes that may join with it
+        #[arg(long, default_value_t = 1)]
+        uses: u32,
+        /// How long it is valid: 30m, 24h, 7d
+        #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
+        expires: Duration,
+    },
+}
+
+/// Commands about API keys.
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Print a new key; it is shown this once
+    Create {
+        #[command(flatten)]
+        dir: DirArg,
+        /// Whose it is
+        #[arg(long, default_value = "client")]
+        label: String,
+    },
+    /// List keys
+    List {
+        #[command(flatten)]
+        dir: DirArg,
+    },
+    /// Make a key invalid
+    Revoke {
+        #[command(flatten)]
+        dir: DirArg,
+        /// As `list` shows it
+        id: String,
+    },
+}
+
+fn duration(s: &str) -> Result<Duration, String> {
+    let wrong = || format!("'{s}' is not a time such as 30m, 24h or 7d");
+    let unit_at = s.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+    let n: u64 = s[..unit_at].parse().map_err(|_| wrong())?;
+    let seconds = match &s[unit_at..] {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err(wrong()),
+    };
+    n.checked_mul(seconds).filter(|&s| s > 0).map(Duration::from_secs).ok_or_else(wrong)
+}
+
+/// Makes the folder.
+///
+/// # Errors
+/// If it cannot be written.
+pub fn init(args: &InitArgs) -> anyhow::Result<String> {
+    let path = args.dir.resolve()?;
+    let host = args.advertise.clone().unwrap_or_else(|| own_address().to_string());
+    let quic = host_port(&host, DEFAULT_QUIC_PORT);
+    let http = format!("http://127.0.0.1:{DEFAULT_HTTP_PORT}");
+    let dir = ClusterDir::open_or_init(&path, &quic, &http)?;
+    let what = if dir.created { "made" } else { "is there already" };
+    Ok(format!(
+        "The cluster's folder {} {what}.\nNext: millrace-coordinator serve --dir {} --model MODEL",
+        path.display(),
+        path.display()
+    ))
+}
+
+/// Makes a join token.
+///
+/// # Errors
+/// If the folder is not a cluster's.
+pub fn token(command: &TokenCommand) -> anyhow::Result<String> {
+    let TokenCommand::Create { dir, uses, expires } = command;
+    let dir = ClusterDir::open(&dir.resolve()?)?;
+    create_token(&dir, *uses, *expires)
+}
+
+/// Makes a join token for the address in `client.toml`.
+///
+/// # Errors
+/// If it cannot be written.
+pub fn create_token(dir: &ClusterDir, uses: u32, expires: Duration) -> anyhow::Result<String> {
+    let until = unix_now().saturating_add(expires.as_secs());
+    let token = dir.tokens.create(&dir.client.quic, dir.ca.fingerprint(), uses, until)?;
+    Ok(token.to_string())
+}
+
+/// Makes, lists or revokes keys.
+///
+/// # Errors
+/// If the folder is not a cluster's, or no key has the id.
+pub fn key(command: &KeyCommand) -> anyhow::Result<String> {
+    match command {
+        KeyCommand::Create { dir, label } => {
+            let dir = ClusterDir::open(&dir.resolve()?)?;
+            let (_, secret) = dir.keys.create(label, unix_now())?;
+            Ok(secret)
+        }
+        KeyCommand::List { dir } => {
+            let keys = ClusterDir::open(&dir.resolve()?)?.keys.list()?;
+            let mut table = format!("{:<14}  {:<20}  created (Unix time)", "id", "label");
+            for key in keys {
+                table.push_str(&format!("\n{:<14}  {:<20}  {}", key.id, key.label, key.created));
+            }
+            Ok(table)
+        }
+        KeyCommand::Revoke { dir, id } => {
+            let path = dir.resolve()?;
+            let revoked = ClusterDir::open(&path)?.keys.revoke(id).context("cannot revoke")?;
+            if revoked {
+                return Ok(format!("key {id} is no longer valid"));
+            }
+            Err(anyhow!(
+                "no key has the id '{id}': 'millrace-coordinator key list --dir {}' shows them",
+                path.display()
+            ))
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! From a model, measured nodes and settings to assignments. Pure: the partitioner decides the cut,
+//! this page counts bytes and writes the result down.
+
+use millrace_shared::id::{Epoch, NodeId, PipelineId, StageIndex};
+use millrace_shared::model::{
+    Dtype, ModelConfig, ModelManifest, StageTensors, TensorType, head_name, numerics_id,
+    stage_tensors,
+};
+use millrace_shared::options::MicroBatches;
+use millrace_shared::partition::{
+    LayerRange, ModelCost, NodeCapacity, PartitionError, check_memory, from_cuts, partition,
+};
+use millrace_shared::scheduler::SchedulerConfig;
+use millrace_shared::wire::control::{
+    Assignment, EngineSettings, Hello, Peer, ProfileSpec, StageProfile,
+};
+
+/// KV cache, in positions, where nothing else is said: a few long conversations or many short ones.
+pub const DEFAULT_KV_TOKENS: u32 = 32_768;
+/// Positions per KV block: the attention tile, so that a tile is one run of memory.
+pub const DEFAULT_BLOCK_SIZE: u32 = 64;
+/// Rows at which layer and head are measured: between decode and a prefill chunk.
+const PROFILE_BATCH: u32 = 16;
+/// Share of a host's memory that plans use: the rest is for scratch, buffers and the system.
+const MEMORY_SHARE: f64 = 0.9;
+
+/// What the operator asked for.
+#[derive(Clone, Debug)]
+pub struct Deployment {
+    /// Layers at which to cut.
+    pub cuts: Option<Vec<u32>>,
+    /// Prompt tokens per micro-batch.
+    pub prefill_chunk: u32,
+    /// Micro-batches in flight.
+    pub micro_batches: MicroBatches,
+    /// Type of the KV cache.
+    pub kv_dtype: Dtype,
+    /// Type of activations.
+    pub activation_dtype: Dtype,
+    /// Longest sequence; `None` for the model's context.
+    pub max_model_len: Option<u32>,
+    /// Sequences with KV blocks at once.
+    pub max_num_seqs: u32,
+    /// Requests that may wait.
+    pub max_waiting: u32,
+    /// Positions of KV cache; `None` for [`DEFAULT_KV_TOKENS`], less where memory is short.
+    pub kv_cache_tokens: Option<u32>,
+}
+
+impl Deployment {
+    /// Longest sequence served of this model.
+    pub fn max_model_len(&self, config: &ModelConfig) -> u32 {
+        let own = self.max_model_len.unwrap_or(config.context).min(config.context);
+        match self.kv_cache_tokens {
+            Some(tokens) => own.min(tokens),
+            None => own,
+        }
+    }
+
+    /// Tokens in one micro-batch: a prefill chunk and every decode.
+    fn max_batch_tokens(&self) -> u32 {
+        // Scored rows have up to 64 positions whatever the chunk.
+        self.prefill_chunk.max(64) + self.max_num_seqs
+    }
+}
+
+/// A node as plans see it.
+#[derive(Clone, Debug)]
+pub struct PlanNode {
+    /// Which.
+    pub id: NodeId,
+    /// What it said of itself.
+    pub hello: Hello,
+    /// What it measured.
+    pub profile: StageProfile,
+}
+
+/// A cut model.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The epoch it is for.
+    pub epoch: Epoch,
+    /// In the order of the stages.
+    pub assignments: Vec<(NodeId, Assignment)>,
+    /// For the scheduler.
+    pub scheduler: SchedulerConfig,
+    /// What the head costs, in layers.
+    pub head_in_layers: f64,
+}
+
+/// What nodes are asked to measure.
+pub fn profile_spec(manifest: &ModelManifest) -> ProfileSpec {
+    let dtype = |name: &str| manifest.tensor(name).map_or(TensorType::F32, |t| t.dtype);
+    ProfileSpec {
+        config: manifest.config.clone(),
+        layer_type: dtype("blk.0.ffn_down.weight"),
+        head_type: dtype(head_name(&manifest.config)),
+        batch: PROFILE_BATCH,
+    }
+}
+
+/// Cuts the model over the nodes, in their order.
+///
+/// # Errors
+/// If it does not fit, or the operator's cuts make no sense.
+pub fn plan(
+    manifest: &ModelManifest,
+    deployment: &Deployment,
+    (pipeline, epoch): (PipelineId, Epoch),
+    nodes: &[PlanNode],
+) -> Result<Plan, PartitionError> {
+    let config = &manifest.config;
+    let max_model_len = deployment.max_model_len(config);
+    let head_in_layers = head_in_layers(nodes);
+    let capacities = capacities(nodes);
+    let mut kv_tokens =
+        deployment.kv_cache_tokens.unwrap_or_else(|| DEFAULT_KV_TOKENS.max(max_model_len));
+    let (ranges, blocks) = loop {
+        let blocks = kv_tokens.div_ceil(DEFAULT_BLOCK_SIZE).max(1);
+        let cost = model_cost(manifest, deployment, blocks, head_in_layers);
+        let cut = match &deployment.cuts {
+            None => partition(&cost, &capacities, nodes.len()),
+            Some(cuts) => from_cuts(config.layers, cuts)
+                .and_then(|ranges| check_memory(&cost, &capacities, &ranges).map(|()| ranges)),
+        };
+        match cut {
+            Ok(ranges) => break (ranges, blocks),
+            // Less cache than usual is better than no service; one full sequence must fit.
+            Err(_) if deployment.kv_cache_tokens.is_none() && kv_tokens / 2 >= max_model_len => {
+                kv_tokens /= 2;
+            }
+            Err(e) => return Err(e),
+        }
+    };
+    let settings = EngineSettings {
+        kv_blocks: blocks,
+        kv_block_size: DEFAULT_BLOCK_SIZE,
+        kv_dtype: deployment.kv_dtype,
+        activation_dtype: deployment.activation_dtype,
+        max_batch_tokens: deployment.max_batch_tokens(),
+        max_num_seqs: deployment.max_num_seqs,
+        max_model_len,
+    };
+    let scheduler = SchedulerConfig {
+        num_blocks: blocks,
+        block_size: DEFAULT_BLOCK_SIZE,
+        max_num_seqs: deployment.max_num_seqs,
+        max_waiting: deployment.max_waiting,
+        max_in_flight: deployment.micro_batches.for_stages(nodes.len() as u32),
+        prefill_chunk: deployment.prefill_chunk,
+        max_batch_tokens: settings.max_batch_tokens,
+        max_model_len,
+    };
+    // One more than micro-batches, for frames that only carry releases.
+    let credits = scheduler.max_in_flight + 1;
+    let assignments = assign(manifest, (pipeline, epoch), nodes, &ranges, &settings, credits);
+    Ok(Plan { epoch, assignments, scheduler, head_in_layers })
+}
+
+/// The head's time in layers, averaged over the nodes.
+fn head_in_layers(nodes: &[PlanNode]) -> f64 {
+    let ratios = nodes.iter().map(|n| n.profile.head_seconds / n.profile.layer_seconds.max(1e-9));
+    ratios.sum::<f64>() / nodes.len().max(1) as f64
+}
+
+/// Nodes of one host share its memory.
+fn capacities(nodes: &[PlanNode]) -> Vec<NodeCapacity> {
+    let sharing = |host: &str| nodes.iter().filter(|n| n.hello.host == host).count().max(1);
+    nodes
+        .iter()
+        .map(|n| NodeCapacity {
+            node: n.id,
+            memory_bytes: (n.hello.memory_bytes as f64 * MEMORY_SHARE) as u64
+                / sharing(&n.hello.host) as u64,
+            speed: 1.0 / n.profile.layer_seconds.max(1e-9),
+        })
+        .collect()
+}
+
+fn model_cost(
+    manifest: &ModelManifest,
+    deployment: &Deployment,
+    blocks: u32,
+    head_cost_in_layers: f64,
+) -> ModelCost {
+    let config = &manifest.config;
+    let bytes = |stage: StageTensors| -> u64 {
+        stage_tensors(config, &manifest.tensors, &stage).iter().map(|t| t.bytes).sum()
+    };
+    let positions = u64::from(blocks) * u64::from(DEFAULT_BLOCK_SIZE);
+    ModelCost {
+        layers: config.layers,
+        layer_bytes: (0..config.layers)
+            .map(|l| bytes(StageTensors { layers: l..l + 1, embed: false, head: false }))
+            .collect(),
+        embed_bytes: bytes(StageTensors { layers: 0..0, embed: true, head: false }),
+        head_bytes: bytes(StageTensors { layers: 0..0, embed: false, head: true }),
+        tied_head: config.tied_head,
+        kv_bytes_per_layer: positions * config.kv_bytes_per_position(deployment.kv_dtype),
+        layer_cost: 1.0,
+        head_cost_in_layers,
+    }
+}
+
+fn assign(
+    manifest: &ModelManifest,
+    (pipeline, epoch): (PipelineId, Epoch),
+    nodes: &[PlanNode],
+    ranges: &[LayerRange],
+    settings: &EngineSettings,
+    credits: u32,
+) -> Vec<(NodeId, Assignment)> {
+    let last = ranges.len().saturating_sub(1);
+    let stages = nodes.iter().zip(ranges).enumerate();
+    let one = |(i, (node, range)): (usize, (&PlanNode, &LayerRange))| {
+        let stage = StageTensors { layers: range.range(), embed: i == 0, head: i == last };
+        let tensors = stage_tensors(&manifest.config, &manifest.tensors, &stage);
+        let assignment = Assignment {
+            pipeline,
+            epoch,
+            stage: StageIndex(i as u16),
+            stages: ranges.len() as u16,
+            first_layer: range.first,
+            end_layer: range.end,
+            config: manifest.config.clone(),
+            tensors: tensors.into_iter().cloned().collect(),
+            previous: i.checked_sub(1).map(|p| nodes[p].id),
+            next: nodes
+                .get(i + 1)
+                .filter(|_| i < last)
+                .map(|n| Peer { node_id: n.id, address: n.hello.advertise.clone() }),
+            settings: settings.clone(),
+            content_hash: manifest.content_hash,
+            numerics_id: numerics_id(
+                &manifest.content_hash,
+                &node.hello.numerics_revision,
+                settings.kv_dtype,
+                settings.activation_dtype,
+            ),
+            credits,
+        };
+        (node.id, assignment)
+    };
+    stages.map(one).collect()
+}

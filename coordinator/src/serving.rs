@@ -1,0 +1,213 @@
+//! The [`Service`] that real clients get: validates, tokenises, and hands sequences to the batcher.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use actix::{Addr, MailboxError};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use millrace_net::keys::ApiKeyStore;
+use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::RequestId;
+use millrace_shared::wire::rpc::{
+    ClusterStatus, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
+};
+use uuid::Uuid;
+
+use crate::actors::batcher::{Cancel, GetCounters, Submit, SubmitScore};
+use crate::actors::cluster::GetStatus;
+use crate::actors::{Batcher, Cluster};
+use crate::service::{EventStream, Service};
+use crate::text::{ChatTemplate, Tokenizer};
+
+/// Most logits per scored position.
+const MAX_TOP_LOGITS: u8 = 64;
+
+/// What is served and by whom.
+#[derive(Debug)]
+pub struct Serving {
+    /// Driver of the scheduler.
+    pub batcher: Addr<Batcher>,
+    /// Members and plan.
+    pub cluster: Addr<Cluster>,
+    /// The model's tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// The model's chat template, where it has one.
+    pub template: Result<ChatTemplate, String>,
+    /// What `/v1/models` says.
+    pub card: ModelCard,
+    /// Keys of clients.
+    pub keys: ApiKeyStore,
+    /// Distinguishes seeds drawn within one clock tick.
+    pub draws: AtomicU64,
+}
+
+fn crossed(e: MailboxError) -> Status {
+    match e {
+        MailboxError::Timeout => Status::exhausted("the scheduler is busy", 1000),
+        MailboxError::Closed => Status::unavailable("the coordinator is shutting down", 5000),
+    }
+}
+
+impl Serving {
+    fn check_model(&self, model: &str) -> Result<(), Status> {
+        if model.is_empty() || model == self.card.id {
+            return Ok(());
+        }
+        Err(Status {
+            param: Some("model".into()),
+            ..Status::new(
+                ErrorCode::NotFound,
+                format!("model '{model}' is not served here; served: '{}'", self.card.id),
+            )
+        })
+    }
+
+    fn check_ids(&self, param: &str, ids: &[u32]) -> Result<(), Status> {
+        match ids.iter().find(|&&id| id >= self.card.vocab) {
+            None => Ok(()),
+            Some(id) => Err(Status::invalid(
+                param,
+                format!("token id {id} is outside the vocabulary of {} tokens", self.card.vocab),
+            )),
+        }
+    }
+
+    fn prompt_ids(&self, prompt: &Prompt) -> Result<Vec<u32>, Status> {
+        let ids = match prompt {
+            Prompt::Tokens(ids) => {
+                self.check_ids("prompt", ids)?;
+                ids.clone()
+            }
+            Prompt::Text(text) => self.encode("prompt", text)?,
+            Prompt::Chat(messages) => {
+                let template =
+                    self.template.as_ref().map_err(|e| Status::invalid("messages", e.clone()))?;
+                let text = template
+                    .render(messages, true)
+                    .map_err(|e| Status::invalid("messages", e.to_string()))?;
+                self.encode("messages", &text)?
+            }
+        };
+        Ok(ids)
+    }
+
+    fn encode(&self, param: &str, text: &str) -> Result<Vec<u32>, Status> {
+        // A token covers at least one byte only on average; still, text a hundred times longer than
+        // the context cannot fit, and is not worth tokenising.
+        let limit = self.card.max_model_len as usize * 100;
+        if text.len() > limit {
+            return Err(Status::invalid(
+                param,
+                format!(
+                    "{} bytes of text cannot fit a context of {} tokens; shorten it",
+                    text.len(),
+                    self.card.max_model_len
+                ),
+            ));
+        }
+        self.tokenizer.encode(text, true).map_err(|e| Status::invalid(param, e.to_string()))
+    }
+
+    /// A seed for a request that gave none: from the random bits of its version 7 id.
+    fn draw_seed(&self, id: RequestId) -> u64 {
+        let bits = id.0.as_u128();
+        let n = self.draws.fetch_add(1, Ordering::Relaxed);
+        ((bits >> 64) as u64 ^ bits as u64).wrapping_add(n.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+}
+
+impl Service for Serving {
+    fn generate(
+        &self,
+        request: GenerateRequest,
+        deadline: Option<Duration>,
+    ) -> BoxFuture<'_, Result<EventStream, Status>> {
+        async move {
+            self.check_model(&request.model)?;
+            request
+                .params
+                .validate(self.card.vocab)
+                .map_err(|e| Status::invalid(e.param, e.to_string()))?;
+            let tokens = self.prompt_ids(&request.prompt)?;
+            let id = RequestId(Uuid::now_v7());
+            let seed = request.params.seed.unwrap_or_else(|| self.draw_seed(id));
+            let submit = Submit { id, tokens, params: request.params, seed, deadline };
+            self.batcher.send(submit).await.map_err(crossed)?
+        }
+        .boxed()
+    }
+
+    fn score(
+        &self,
+        request: ScoreRequest,
+        deadline: Option<Duration>,
+    ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
+        async move {
+            self.check_model(&request.model)?;
+            self.check_ids("tokens", &request.tokens)?;
+            if request.top_k > MAX_TOP_LOGITS {
+                return Err(Status::invalid(
+                    "top_k",
+                    format!("{} logits per position, at most {MAX_TOP_LOGITS}", request.top_k),
+                ));
+            }
+            let id = RequestId(Uuid::now_v7());
+            let submit = SubmitScore { id, tokens: request.tokens, top_k: request.top_k, deadline };
+            let reply = self.batcher.send(submit).await.map_err(crossed)??;
+            reply.await.unwrap_or_else(|_| {
+                Err(Status::unavailable("the coordinator is shutting down", 5000))
+            })
+        }
+        .boxed()
+    }
+
+    fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {
+        self.check_model(model)?;
+        self.prompt_ids(prompt)
+    }
+
+    fn detokenize(&self, ids: &[u32]) -> Result<String, Status> {
+        self.check_ids("tokens", ids)?;
+        Ok(self.tokenizer.decode(ids, false))
+    }
+
+    fn models(&self) -> Vec<ModelCard> {
+        vec![self.card.clone()]
+    }
+
+    fn cancel(&self, request_id: RequestId) -> BoxFuture<'_, Result<(), Status>> {
+        async move { self.batcher.send(Cancel(request_id)).await.map_err(crossed)? }.boxed()
+    }
+
+    fn status(&self) -> BoxFuture<'_, ClusterStatus> {
+        async move {
+            let mut status = self.cluster.send(GetStatus).await.unwrap_or_default();
+            if let Ok(counters) = self.batcher.send(GetCounters).await {
+                status.running = counters.running;
+                status.waiting = counters.waiting;
+                status.kv_blocks_used = counters.blocks_used;
+                status.preemptions = counters.preemptions;
+                status.prompt_tokens = counters.prompt_tokens;
+                status.generation_tokens = counters.generated_tokens;
+            }
+            status
+        }
+        .boxed()
+    }
+
+    fn authenticate(&self, key: Option<&str>) -> Result<(), Status> {
+        let refused = |message: &str| Err(Status::new(ErrorCode::Unauthenticated, message));
+        match key {
+            None => refused(
+                "an API key is required: send 'Authorization: Bearer KEY' (keys are made with \
+                 'millrace-coordinator key create')",
+            ),
+            Some(key) => match self.keys.verify(key) {
+                Some(_) => Ok(()),
+                None => refused("the API key is not valid (unknown or revoked)"),
+            },
+        }
+    }
+}

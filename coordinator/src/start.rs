@@ -1,0 +1,205 @@
+//! Puts a coordinator together and runs it in the current actix system.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use actix::{Actor, Addr};
+use anyhow::Context as _;
+use millrace_net::client::ClientConfig;
+use millrace_net::join::JoinDesk;
+use millrace_net::{Alpn, Endpoint, timing, tls};
+use millrace_shared::model::gguf::Gguf;
+use millrace_shared::wire::rpc::ModelCard;
+use tokio::sync::watch;
+
+use crate::actors::cluster::{Readiness, Shutdown};
+use crate::actors::{Batcher, Cluster, member};
+use crate::api;
+use crate::api::http::{HttpConfig, HttpServerHandle};
+use crate::blobs::Blobs;
+use crate::config::{Config, host_port};
+use crate::metrics::Metrics;
+use crate::models::{ConsoleProgress, NoProgress, Progress, hash_manifest};
+use crate::service::Service;
+use crate::serving::Serving;
+use crate::state::{ClusterDir, unix_now};
+use crate::text::{ChatTemplate, Tokenizer};
+
+/// A running coordinator.
+#[derive(Debug)]
+pub struct Running {
+    /// The cluster's folder.
+    pub dir: ClusterDir,
+    /// Where clients and joining nodes connect.
+    pub quic: SocketAddr,
+    /// Where members connect.
+    pub cluster: SocketAddr,
+    /// Where the HTTP API listens.
+    pub http: Option<SocketAddr>,
+    /// Whether requests are served.
+    pub readiness: watch::Receiver<Readiness>,
+    /// Name that clients use.
+    pub served_name: String,
+    public: Endpoint,
+    members: Endpoint,
+    server: Option<HttpServerHandle>,
+    actor: Addr<Cluster>,
+}
+
+impl Running {
+    /// What a client needs.
+    pub fn client(&self) -> &ClientConfig {
+        &self.dir.client
+    }
+
+    /// Waits until requests are served for the first time.
+    ///
+    /// # Errors
+    /// If the coordinator is shutting down.
+    pub async fn ready(&self) -> anyhow::Result<()> {
+        let mut readiness = self.readiness.clone();
+        readiness.wait_for(|r| r.ready).await.context("the coordinator stopped")?;
+        Ok(())
+    }
+
+    /// Stops accepting, lets HTTP answers finish, tells the nodes, closes the endpoints.
+    pub async fn stop(self) {
+        if let Some(server) = &self.server {
+            server.stop().await;
+        }
+        let _ = self.actor.send(Shutdown).await;
+        self.public.close("the coordinator is shutting down");
+        self.members.close("the coordinator is shutting down");
+        self.public.drain().await;
+        self.members.drain().await;
+    }
+}
+
+/// Starts a coordinator: reads the model, binds, serves. Nodes may join as soon as it returns.
+///
+/// # Errors
+/// If the model cannot be served, the folder cannot be used, or a port is taken.
+pub async fn start(config: Config) -> anyhow::Result<Running> {
+    let gguf = Gguf::open(&config.model)
+        .with_context(|| format!("cannot serve {}", config.model.display()))?;
+    let model_config = gguf.config().context("cannot serve this model")?;
+    gguf.check_supported_types().context("cannot serve this model")?;
+    let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf).context("cannot serve this model")?);
+    let template = ChatTemplate::from_gguf(&gguf).map_err(|e| e.to_string());
+    let mut console = ConsoleProgress::new();
+    let progress: &mut dyn Progress =
+        if config.show_progress { &mut console } else { &mut NoProgress };
+    let manifest = Arc::new(hash_manifest(&config.model, &config.served_name, progress)?);
+    let blobs = Arc::new(Blobs::open(&config.model, &manifest)?);
+
+    let host = config.advertised_host();
+    let (quic, http) = (host_port(&host, config.quic.port()), http_url(config.http));
+    let mut dir = ClusterDir::open_or_init(&config.dir, &quic, &http)?;
+    let public =
+        Endpoint::bind(config.quic, Some(tls::public_server(&dir.identity)?)).context("--quic")?;
+    let members = Endpoint::bind(config.cluster, Some(tls::cluster_server(&dir.identity)?))
+        .context("--cluster")?;
+    let (quic_addr, cluster_addr) = (public.local_addr()?, members.local_addr()?);
+
+    let metrics = Arc::new(Metrics::new(&config.served_name));
+    let (readiness, watching) = watch::channel(Readiness::default());
+    let batcher = Batcher::new(Arc::clone(&tokenizer), Arc::clone(&metrics)).start();
+    let card = ModelCard {
+        id: config.served_name.clone(),
+        created: unix_now(),
+        max_model_len: config.deployment.max_model_len(&model_config),
+        vocab: model_config.vocab,
+        weight_bytes: manifest.weight_bytes(),
+    };
+    let cluster =
+        Cluster::new(manifest, config.deployment, config.stages, batcher.clone(), readiness);
+    let actor = cluster.start();
+    let service: Arc<dyn Service> = Arc::new(Serving {
+        batcher,
+        cluster: actor.clone(),
+        tokenizer,
+        template,
+        card,
+        keys: millrace_net::keys::ApiKeyStore::open(&dir.path)?,
+        draws: AtomicU64::new(0),
+    });
+
+    let server = match config.http {
+        None => None,
+        Some(bind) => {
+            let mut http = HttpConfig::new(bind);
+            http.allowed_hosts = config.http_hosts;
+            Some(api::http::start(http, Arc::clone(&service), metrics)?)
+        }
+    };
+    let http_addr = server.as_ref().map(|s| s.addr);
+    dir.set_addresses(&host_port(&host, quic_addr.port()), &http_url(http_addr))?;
+
+    actix_rt::spawn(member::accept_members(members.clone(), actor.clone(), blobs));
+    let desk = JoinDesk::new(Arc::clone(&dir.ca), Arc::clone(&dir.tokens), cluster_addr.port());
+    actix_rt::spawn(accept_public(public.clone(), Arc::new(desk), service));
+    Ok(Running {
+        dir,
+        quic: quic_addr,
+        cluster: cluster_addr,
+        http: http_addr,
+        readiness: watching,
+        served_name: config.served_name,
+        public,
+        members,
+        server,
+        actor,
+    })
+}
+
+fn http_url(addr: Option<SocketAddr>) -> String {
+    match addr {
+        None => String::new(),
+        Some(addr) if addr.ip().is_unspecified() => format!("http://127.0.0.1:{}", addr.port()),
+        Some(addr) => format!("http://{addr}"),
+    }
+}
+
+/// Accepts clients and joining nodes until the endpoint closes.
+async fn accept_public(endpoint: Endpoint, desk: Arc<JoinDesk>, service: Arc<dyn Service>) {
+    while let Some(incoming) = endpoint.accept().await {
+        let (desk, service) = (Arc::clone(&desk), Arc::clone(&service));
+        actix_rt::spawn(async move {
+            let connection = match incoming.handshake(timing::HANDSHAKE).await {
+                Ok(connection) => connection,
+                Err(e) => return tracing::warn!("refused on the public endpoint: {e}"),
+            };
+            match connection.alpn() {
+                Alpn::Join => match desk.serve(&connection, unix_now()).await {
+                    Ok(Some(node)) => tracing::info!(%node, "a node enrolled"),
+                    Ok(None) => {}
+                    Err(e) => tracing::warn!(peer = %connection.remote_address(), "join: {e}"),
+                },
+                Alpn::Client => api::quic::serve_connection(connection, service).await,
+                Alpn::Cluster => connection.close("members connect to the cluster endpoint"),
+            }
+        });
+    }
+}
+
+/// Lines to paste: curl and Python, with the real address and key file.
+pub fn how_to_call(running: &Running) -> String {
+    let client = running.client();
+    let file = running.dir.path.join(crate::state::CLIENT_FILE);
+    let (url, key, model) = (&client.http, &client.api_key, &running.served_name);
+    format!(
+        r#"Ready. The API key is in {file}. Paste:
+
+  curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' -d '{{"model":"{model}","messages":[{{"role":"user","content":"Why is the sky blue?"}}],"max_tokens":64}}'
+
+  import json, urllib.request as u
+  body = {{"model": "{model}", "messages": [{{"role": "user", "content": "Why is the sky blue?"}}], "max_tokens": 64}}
+  head = {{"Authorization": "Bearer {key}", "Content-Type": "application/json"}}
+  answer = u.urlopen(u.Request("{url}/v1/chat/completions", json.dumps(body).encode(), head))
+  print(json.load(answer)["choices"][0]["message"]["content"])
+
+"#,
+        file = file.display()
+    )
+}

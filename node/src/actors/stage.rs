@@ -1,0 +1,235 @@
+//! One assignment: checks epoch and order of frames and passes them to the engine.
+//!
+//! States: *loaded* (edges out are not connected: no frame may come), *started*. Inbox: `Inbound`,
+//! `Connect`. Held by [`super::Node`], which drops it when the epoch is over; the engine then
+//! refuses what is left as stale.
+//!
+//! Frames run in issue order. At the last stage a frame whose sequences were not announced yet
+//! waits for their `SequenceOpen`, which comes on another stream, for at most [`OPEN_WAIT`]; every
+//! later frame waits behind it. Then it runs as it is: the engine fails those rows alone.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use actix::prelude::*;
+use millrace_engine::stage::StageError;
+use millrace_engine::thread::{EngineHandle, Job};
+use millrace_net::pump::Ticket;
+use millrace_shared::id::{MicroBatchId, SequenceId};
+use millrace_shared::wire::control::Assignment;
+use millrace_shared::wire::data::{FrameKind, OpenMeta, StepMeta, Want};
+use millrace_shared::wire::frame::Frame;
+use tokio::sync::mpsc;
+
+/// Longest wait of a frame for the announcement of its sequences.
+const OPEN_WAIT: Duration = Duration::from_secs(1);
+/// How often waiting frames are looked at.
+const OPEN_SWEEP: Duration = Duration::from_millis(100);
+
+/// Something that ends the epoch: a bad frame or a lost edge.
+#[derive(Clone, Debug)]
+pub struct Loss(pub String);
+
+/// See the module's documentation.
+pub struct Stage {
+    assignment: Arc<Assignment>,
+    engine: Arc<EngineHandle>,
+    /// To the outbound edge.
+    out: mpsc::Sender<Frame>,
+    /// Ends the epoch.
+    losses: mpsc::Sender<Loss>,
+    last: MicroBatchId,
+    opened: HashSet<SequenceId>,
+    held: VecDeque<Held>,
+    stale: Arc<AtomicU64>,
+}
+
+impl std::fmt::Debug for Stage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stage").field("stage", &self.assignment.stage).finish_non_exhaustive()
+    }
+}
+
+/// A frame that waits for announcements.
+struct Held {
+    frame: Frame,
+    ticket: Ticket,
+    meta: StepMeta,
+    since: Instant,
+}
+
+impl Stage {
+    /// A stage whose results go to `out`.
+    pub fn new(
+        assignment: Arc<Assignment>,
+        engine: Arc<EngineHandle>,
+        out: mpsc::Sender<Frame>,
+        losses: mpsc::Sender<Loss>,
+        stale: Arc<AtomicU64>,
+    ) -> Self {
+        Self {
+            assignment,
+            engine,
+            out,
+            losses,
+            last: MicroBatchId(0),
+            opened: HashSet::new(),
+            held: VecDeque::new(),
+            stale,
+        }
+    }
+
+    fn is_last(&self) -> bool {
+        self.assignment.next.is_none()
+    }
+
+    fn lose(&self, message: String) {
+        // One loss ends the epoch; more of them say nothing new.
+        let _ = self.losses.try_send(Loss(message));
+    }
+
+    fn on_frame(&mut self, frame: Frame, ticket: Ticket) -> Result<(), String> {
+        let header = frame.header();
+        if header.pipeline != self.assignment.pipeline || header.epoch != self.assignment.epoch {
+            self.stale.fetch_add(1, Ordering::Relaxed);
+            return Ok(());
+        }
+        match header.kind {
+            FrameKind::Sequences => {
+                let opens: OpenMeta = frame.meta().map_err(|e| e.to_string())?;
+                self.on_opens(opens, ticket)
+            }
+            FrameKind::Step | FrameKind::Activations => {
+                // Releases travel without a row; their number increases all the same.
+                if header.micro_batch <= self.last {
+                    return Err(format!(
+                        "micro-batch {} came after {}",
+                        header.micro_batch, self.last
+                    ));
+                }
+                self.last = header.micro_batch;
+                if !self.is_last() {
+                    return self.submit(frame, ticket);
+                }
+                let meta: StepMeta = frame.meta().map_err(|e| e.to_string())?;
+                self.held.push_back(Held { frame, ticket, meta, since: Instant::now() });
+                self.drain()
+            }
+            FrameKind::Results => Err("a results frame on an inbound edge".into()),
+        }
+    }
+
+    fn on_opens(&mut self, opens: OpenMeta, ticket: Ticket) -> Result<(), String> {
+        self.opened.extend(opens.opens.iter().map(|o| o.sequence));
+        let losses = self.losses.clone();
+        let job = Job::Open {
+            epoch: self.assignment.epoch,
+            opens,
+            done: Box::new(move |result| {
+                drop(ticket);
+                report(&losses, result);
+            }),
+        };
+        self.engine.try_submit(job).map_err(|e| e.to_string())?;
+        self.drain()
+    }
+
+    /// Submits frames from the front as long as all their sequences are known.
+    fn drain(&mut self) -> Result<(), String> {
+        while let Some(front) = self.held.front() {
+            let known = front
+                .meta
+                .rows
+                .iter()
+                .all(|r| r.want == Want::None || self.opened.contains(&r.sequence));
+            if !known && front.since.elapsed() < OPEN_WAIT {
+                break;
+            }
+            let Some(held) = self.held.pop_front() else { break };
+            for id in &held.meta.released {
+                self.opened.remove(id);
+            }
+            self.submit(held.frame, held.ticket)?;
+        }
+        Ok(())
+    }
+
+    fn submit(&self, frame: Frame, ticket: Ticket) -> Result<(), String> {
+        let (out, losses) = (self.out.clone(), self.losses.clone());
+        let job = Job::Step {
+            frame,
+            // On the engine's thread: hands over and returns.
+            done: Box::new(move |result| {
+                drop(ticket);
+                match result {
+                    Ok(frame) => {
+                        if out.try_send(frame).is_err() {
+                            let _ = losses.try_send(Loss("the outbound edge is lost".into()));
+                        }
+                    }
+                    Err(e) => report(&losses, Err(e)),
+                }
+            }),
+        };
+        self.engine.try_submit(job).map_err(|e| e.to_string())
+    }
+}
+
+/// Reports what ends the epoch; stale work does not.
+fn report(losses: &mpsc::Sender<Loss>, result: Result<(), StageError>) {
+    if let Err(e) = result
+        && !e.is_stale()
+    {
+        let _ = losses.try_send(Loss(e.to_string()));
+    }
+}
+
+impl Actor for Stage {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        ctx.set_mailbox_capacity(256);
+        if self.is_last() {
+            ctx.run_interval(OPEN_SWEEP, |stage, _| {
+                if let Err(message) = stage.drain() {
+                    stage.lose(message);
+                }
+            });
+        }
+    }
+}
+
+/// A frame of an inbound edge.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Inbound {
+    /// The frame.
+    pub frame: Frame,
+    /// Its credit.
+    pub ticket: Ticket,
+}
+
+impl Handler<Inbound> for Stage {
+    type Result = ();
+
+    fn handle(&mut self, m: Inbound, _: &mut Context<Self>) {
+        if let Err(message) = self.on_frame(m.frame, m.ticket) {
+            self.lose(message);
+        }
+    }
+}
+
+/// The epoch is over.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Stop;
+
+impl Handler<Stop> for Stage {
+    type Result = ();
+
+    fn handle(&mut self, _: Stop, ctx: &mut Context<Self>) {
+        ctx.stop();
+    }
+}

@@ -1,0 +1,185 @@
+//! Flags of `millrace-node`.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use anyhow::{Context as _, anyhow};
+use clap::{Args, Parser, Subcommand};
+use millrace_net::join::JoinToken;
+use millrace_net::telemetry::LogFormat;
+use millrace_shared::dirs;
+use millrace_shared::model::Dtype;
+use millrace_shared::names::env;
+use millrace_shared::options::{EngineOptions, MicroBatches};
+
+use crate::config::{Config, DEFAULT_PORT};
+use crate::hardware::Hardware;
+
+/// One machine of a Millrace cluster: computes a stage of the model.
+#[derive(Debug, Parser)]
+#[command(name = "millrace-node", version, max_term_width = 100, after_help = EXAMPLES)]
+pub struct Cli {
+    /// Log lines: text or json
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  millrace-node run --coordinator 10.0.0.1:8001 --token mlrj1.…    join, then work
+  millrace-node run                                               work again; no token needed
+  millrace-node run --weights model.gguf                          take weights from an own file
+  millrace-node probe                                             what this machine offers
+
+Ports: 8010/udp, or the next free one. Several nodes on one host need a --dir each.";
+
+/// Commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Join the cluster and compute
+    Run(Box<RunArgs>),
+    /// Show what this machine offers
+    Probe,
+}
+
+/// Flags of `run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The coordinator's address for joining nodes [default: the one in the token]
+    #[arg(long, value_name = "HOST:PORT", help_heading = "Cluster")]
+    coordinator: Option<String>,
+    /// Join token, needed the first time
+    #[arg(long, value_name = "TOKEN", env = env::TOKEN, hide_env_values = true, help_heading = "Cluster")]
+    token: Option<String>,
+    /// The node's folder [default: 'node' in the XDG data folder millrace]
+    #[arg(long, value_name = "DIR", env = env::DIR, help_heading = "Cluster")]
+    dir: Option<PathBuf>,
+    /// Name for people [default: the host's name]
+    #[arg(long, value_name = "NAME", help_heading = "Cluster")]
+    name: Option<String>,
+    /// Address to bind, UDP [default: 0.0.0.0:8010, or the next free port]
+    #[arg(long, value_name = "ADDR", help_heading = "Cluster")]
+    listen: Option<SocketAddr>,
+    /// Host, or host and port, that neighbours dial [default: the address towards the coordinator]
+    #[arg(long, value_name = "HOST[:PORT]", help_heading = "Cluster")]
+    advertise: Option<String>,
+    /// Model file to take weights from, instead of fetching them
+    #[arg(long, value_name = "PATH", help_heading = "Resources")]
+    weights: Option<PathBuf>,
+    /// Most memory to use, for example 8GiB [default: what is available]
+    #[arg(long, value_name = "BYTES", value_parser = bytes, help_heading = "Resources")]
+    memory: Option<u64>,
+    #[command(flatten)]
+    engine: EngineOptions,
+}
+
+fn bytes(s: &str) -> Result<u64, String> {
+    let wrong = || format!("'{s}' is not a size such as 8GiB, 512MiB or 1000000");
+    let unit_at = s.find(|c: char| !c.is_ascii_digit()).unwrap_or(s.len());
+    let n: u64 = s[..unit_at].parse().map_err(|_| wrong())?;
+    let scale = match s[unit_at..].trim() {
+        "" | "B" => 1,
+        "KiB" | "K" => 1 << 10,
+        "MiB" | "M" => 1 << 20,
+        "GiB" | "G" => 1 << 30,
+        "TiB" | "T" => 1_u64 << 40,
+        _ => return Err(wrong()),
+    };
+    n.checked_mul(scale).filter(|&b| b > 0).ok_or_else(wrong)
+}
+
+impl RunArgs {
+    /// Validates.
+    ///
+    /// # Errors
+    /// If the token is malformed, or no folder can be found.
+    pub fn resolve(self) -> anyhow::Result<Config> {
+        let lookup = |name: &str| std::env::var_os(name);
+        let dir = match self.dir {
+            Some(dir) => dir,
+            None => dirs::data(&lookup)
+                .ok_or_else(|| anyhow!("no --dir given and $HOME is not set"))?
+                .join("node"),
+        };
+        let cache = dirs::cache(&lookup)
+            .ok_or_else(|| anyhow!("set MILLRACE_CACHE to a folder: $HOME is not set"))?;
+        let token = self.token.map(|t| t.parse::<JoinToken>().context("--token")).transpose()?;
+        self.engine.warn_foreign();
+        let given = |dtype: Dtype, default: Dtype| (dtype != default).then_some(dtype);
+        let defaults = EngineOptions::default();
+        let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, DEFAULT_PORT));
+        Ok(Config {
+            dir,
+            cache,
+            token,
+            coordinator: self.coordinator,
+            next_free_port: self.listen.is_none(),
+            listen: self.listen.unwrap_or(any),
+            advertise: self.advertise,
+            name: self.name.unwrap_or_else(|| Hardware::probe().host),
+            weights: self.weights,
+            threads: self.engine.threads,
+            memory_bytes: self.memory,
+            engine: self.engine.engine,
+            require_kv_dtype: given(self.engine.kv_cache_dtype, defaults.kv_cache_dtype),
+            require_activation_dtype: given(
+                self.engine.activation_dtype,
+                defaults.activation_dtype,
+            ),
+            show_progress: true,
+        })
+    }
+}
+
+/// Says which options a node leaves to the coordinator.
+trait WarnForeign {
+    fn warn_foreign(&self);
+}
+
+impl WarnForeign for EngineOptions {
+    fn warn_foreign(&self) {
+        let defaults = Self::default();
+        let foreign = [
+            (self.cuts.is_some(), "--cuts"),
+            (self.prefill_chunk != defaults.prefill_chunk, "--prefill-chunk"),
+            (self.micro_batches != MicroBatches::Auto, "--micro-batches"),
+        ];
+        for (given, flag) in foreign {
+            if given {
+                tracing::warn!("{flag} is the coordinator's to decide: it has no effect on a node");
+            }
+        }
+    }
+}
+
+/// What this machine offers, as a table.
+pub fn probe() -> String {
+    let h = Hardware::probe();
+    format!(
+        "host       {}\nprocessor  {}, {}\nthreads    {} ({})\nmemory     {:.1} GiB available\nnumerics   {}",
+        h.host,
+        h.processor,
+        millrace_engine::Isa::detect(),
+        h.cores,
+        h.cores_reason,
+        h.memory_bytes as f64 / f64::from(1 << 30),
+        millrace_engine::cpu::numerics_revision(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(bytes("8GiB"), Ok(8 << 30));
+        assert_eq!(bytes("1000"), Ok(1000));
+        assert!(bytes("many").is_err());
+        assert!(bytes("0").is_err());
+        assert!(bytes("99999999999999TiB").is_err());
+    }
+}

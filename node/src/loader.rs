@@ -1,0 +1,222 @@
+//! Gets the tensors of a stage onto this machine: from the node's own model file, else from its
+//! cache, else from the coordinator. Whatever the source, a tensor is used only if its bytes have
+//! the hash that the plan names; half-fetched files have other names and are never used.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use millrace_engine::TensorSource;
+use millrace_net::{Connection, MessageReceiver, MessageSender, NetError};
+use millrace_shared::model::TensorEntry;
+use millrace_shared::model::gguf::Gguf;
+use millrace_shared::wire::control::{BlobRequest, BlobResponse, LoadReport};
+use millrace_shared::wire::{MAX_BLOB_RANGE_BYTES, Plane};
+
+/// Longest wait for one range: 4 MiB at 1 Mbit/s.
+const RANGE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(40);
+/// Longest answer before the bytes.
+const MAX_RESPONSE_BYTES: usize = 4096;
+/// Read size while hashing.
+const HASH_CHUNK: usize = 1 << 20;
+
+/// Why a tensor is not here.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// The file given with `--weights` is unusable.
+    #[error("cannot use --weights {path}: {message}")]
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        message: String,
+    },
+    /// The cache folder cannot be written.
+    #[error("cannot write the cache folder {path}: {source}; set MILLRACE_CACHE to a writable one")]
+    Cache {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The coordinator did not deliver.
+    #[error("cannot fetch tensor '{tensor}' from the coordinator: {message}")]
+    Coordinator {
+        /// Which.
+        tensor: String,
+        /// Why.
+        message: String,
+    },
+}
+
+/// Where tensors come from.
+#[derive(Debug)]
+pub struct Loader {
+    weights: Option<PathBuf>,
+    cache: PathBuf,
+    connection: Connection,
+}
+
+impl Loader {
+    /// A loader that asks the coordinator on `connection` last.
+    pub fn new(weights: Option<PathBuf>, cache: &Path, connection: Connection) -> Self {
+        Self { weights, cache: cache.join("tensors"), connection }
+    }
+
+    /// Makes every tensor available; `progress` gets the bytes done so far.
+    ///
+    /// # Errors
+    /// If one cannot be had from anywhere.
+    pub async fn fetch(
+        &self,
+        tensors: &[TensorEntry],
+        mut progress: impl FnMut(u64),
+    ) -> Result<(Vec<TensorSource>, LoadReport), FetchError> {
+        let started = Instant::now();
+        let mut report = LoadReport::default();
+        let mut sources = self.local(tensors, &mut report).await?;
+        let mut done = report.from_file + report.from_cache;
+        progress(done);
+        for (slot, entry) in sources.iter_mut().zip(tensors) {
+            if slot.is_none() {
+                *slot = Some(self.from_coordinator(entry).await?);
+                report.from_coordinator += entry.bytes;
+                done += entry.bytes;
+                progress(done);
+            }
+        }
+        report.seconds = started.elapsed().as_secs_f64();
+        Ok((sources.into_iter().flatten().collect(), report))
+    }
+
+    /// What the model file and the cache hold; hashing runs off the actors' thread.
+    async fn local(
+        &self,
+        tensors: &[TensorEntry],
+        report: &mut LoadReport,
+    ) -> Result<Vec<Option<TensorSource>>, FetchError> {
+        let (weights, cache, tensors) =
+            (self.weights.clone(), self.cache.clone(), tensors.to_vec());
+        let found = tokio::task::spawn_blocking(move || {
+            let file =
+                weights.map(|path| open_weights(&path).map(|gguf| (path, gguf))).transpose()?;
+            let mut counts = LoadReport::default();
+            let mut sources = Vec::with_capacity(tensors.len());
+            for entry in &tensors {
+                let from_file = file.as_ref().and_then(|(path, gguf)| in_file(path, gguf, entry));
+                let source = from_file.inspect(|_| counts.from_file += entry.bytes).or_else(|| {
+                    let path = cache.join(hex(&entry.hash));
+                    let source = TensorSource { entry: entry.clone(), path, offset: 0 };
+                    verified(&source)
+                        .then_some(source)
+                        .inspect(|_| counts.from_cache += entry.bytes)
+                });
+                sources.push(source);
+            }
+            Ok((sources, counts))
+        });
+        let (sources, counts) = found.await.unwrap_or_else(|e| {
+            Err(FetchError::Cache { path: self.cache.clone(), source: std::io::Error::other(e) })
+        })?;
+        *report = counts;
+        Ok(sources)
+    }
+
+    async fn from_coordinator(&self, entry: &TensorEntry) -> Result<TensorSource, FetchError> {
+        let failed =
+            |message: String| FetchError::Coordinator { tensor: entry.name.clone(), message };
+        let cache_error = |source| FetchError::Cache { path: self.cache.clone(), source };
+        std::fs::create_dir_all(&self.cache).map_err(cache_error)?;
+        let name = hex(&entry.hash);
+        let part = self.cache.join(format!("{name}.{}.part", uuid::Uuid::now_v7().simple()));
+        let mut file = File::create(&part).map_err(cache_error)?;
+        let mut hasher = blake3::Hasher::new();
+        let result = async {
+            let mut offset = 0;
+            while offset < entry.bytes {
+                let len = (entry.bytes - offset).min(MAX_BLOB_RANGE_BYTES);
+                let range = BlobRequest { hash: entry.hash, offset, len };
+                let bytes = tokio::time::timeout(RANGE_DEADLINE, self.range(range))
+                    .await
+                    .map_err(|_| failed(format!("no answer within {RANGE_DEADLINE:?}")))?
+                    .map_err(|e| failed(e.to_string()))?;
+                hasher.update(&bytes);
+                file.write_all(&bytes).map_err(cache_error)?;
+                offset += len;
+            }
+            if hasher.finalize().as_bytes() != &entry.hash {
+                return Err(failed("the bytes do not have the announced hash".into()));
+            }
+            file.sync_data().map_err(cache_error)?;
+            let path = self.cache.join(&name);
+            std::fs::rename(&part, &path).map_err(cache_error)?;
+            Ok(TensorSource { entry: entry.clone(), path, offset: 0 })
+        }
+        .await;
+        if result.is_err() {
+            let _ = std::fs::remove_file(&part);
+        }
+        result
+    }
+
+    async fn range(&self, request: BlobRequest) -> Result<Vec<u8>, NetError> {
+        let (send, recv) = self.connection.open_stream(&Plane::Blob).await?;
+        let (mut send, mut recv) = (MessageSender::new(send), MessageReceiver::new(recv));
+        send.send(&request).await?;
+        send.finish();
+        match recv.recv_one::<BlobResponse>(MAX_RESPONSE_BYTES).await? {
+            BlobResponse::Bytes(len) if len == request.len => {
+                let mut bytes = vec![0; len as usize];
+                recv.recv_bytes(&mut bytes).await?;
+                Ok(bytes)
+            }
+            BlobResponse::Bytes(len) => {
+                Err(NetError::Protocol(format!("{len} bytes announced, {} asked for", request.len)))
+            }
+            BlobResponse::Refused(message) => Err(NetError::Protocol(message)),
+        }
+    }
+}
+
+fn open_weights(path: &Path) -> Result<Gguf, FetchError> {
+    Gguf::open(path)
+        .map_err(|e| FetchError::Weights { path: path.to_owned(), message: e.to_string() })
+}
+
+/// The tensor in the node's own file, if it is there and has the hash.
+fn in_file(path: &Path, gguf: &Gguf, entry: &TensorEntry) -> Option<TensorSource> {
+    let own = gguf.tensor(&entry.name)?;
+    if own.dtype != entry.dtype || own.dims != entry.dims {
+        return None;
+    }
+    let source = TensorSource { entry: entry.clone(), path: path.to_owned(), offset: own.offset };
+    if verified(&source) {
+        return Some(source);
+    }
+    tracing::warn!(tensor = %entry.name, path = %path.display(), "the file's tensor differs from the model's, not used");
+    None
+}
+
+/// Whether the bytes at the source have the hash of its entry.
+fn verified(source: &TensorSource) -> bool {
+    let hash = || -> std::io::Result<blake3::Hash> {
+        let mut file = File::open(&source.path)?;
+        file.seek(SeekFrom::Start(source.offset))?;
+        let mut hasher = blake3::Hasher::new();
+        let mut rest = source.entry.bytes as usize;
+        let mut chunk = vec![0; HASH_CHUNK.min(rest.max(1))];
+        while rest > 0 {
+            let n = chunk.len().min(rest);
+            file.read_exact(&mut chunk[..n])?;
+            hasher.update(&chunk[..n]);
+            rest -= n;
+        }
+        Ok(hasher.finalize())
+    };
+    hash().is_ok_and(|h| h.as_bytes() == &source.entry.hash)
+}
+
+fn hex(hash: &[u8; 32]) -> String {
+    blake3::Hash::from_bytes(*hash).to_hex().to_string()
+}

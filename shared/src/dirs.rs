@@ -1,0 +1,48 @@
+//! Where files live, by the XDG convention. The environment is handed in.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use crate::names;
+
+/// Looks up an environment variable.
+pub type Lookup<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
+fn xdg(env: Lookup<'_>, own: &str, xdg: &str, fallback: &str) -> Option<PathBuf> {
+    let set = |name: &str| env(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    set(own)
+        .or_else(|| set(xdg).map(|p| p.join("millrace")))
+        .or_else(|| set("HOME").map(|p| p.join(fallback).join("millrace")))
+}
+
+/// Fetched models and tensors: `$MILLRACE_CACHE`, else the XDG cache folder. `None` without a home.
+pub fn cache(env: Lookup<'_>) -> Option<PathBuf> {
+    xdg(env, names::env::CACHE, "XDG_CACHE_HOME", ".cache")
+}
+
+/// State of coordinators, nodes and clients: `$MILLRACE_DIR`, else the XDG data folder. `None`
+/// without a home.
+pub fn data(env: Lookup<'_>) -> Option<PathBuf> {
+    xdg(env, names::env::DIR, "XDG_DATA_HOME", ".local/share")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn precedence() {
+        let home = |name: &str| (name == "HOME").then(|| OsString::from("/h"));
+        assert_eq!(cache(&home), Some("/h/.cache/millrace".into()));
+        assert_eq!(data(&home), Some("/h/.local/share/millrace".into()));
+        let all = |name: &str| match name {
+            "MILLRACE_CACHE" => Some(OsString::from("/own")),
+            "XDG_DATA_HOME" => Some(OsString::from("/data")),
+            "HOME" => Some(OsString::from("/h")),
+            _ => None,
+        };
+        assert_eq!(cache(&all), Some("/own".into()));
+        assert_eq!(data(&all), Some("/data/millrace".into()));
+        assert_eq!(cache(&|_| None), None);
+    }
+}
