@@ -169,13 +169,11 @@ impl EdgeReceiver {
     /// with the next call.
     ///
     /// # Errors
-    /// If the edge is lost.
-    ///
-    /// # Panics
-    /// If more is released than was received: a fault of the caller.
+    /// If the edge is lost, or more is released than was received.
     pub async fn release(&mut self, n: u32) -> Result<(), NetError> {
-        assert!(n <= self.outstanding, "invariant: only received frames are released");
-        self.outstanding -= n;
+        self.outstanding = self.outstanding.checked_sub(n).ok_or_else(|| {
+            NetError::Protocol(format!("{n} frames released, {} are held", self.outstanding))
+        })?;
         self.returns.send(&Credit(n)).await
     }
 }

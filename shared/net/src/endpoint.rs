@@ -353,7 +353,7 @@ fn open_socket(addr: SocketAddr) -> io::Result<(std::net::UdpSocket, u32)> {
 
 fn server_config(tls: &ServerTls, transport: &Arc<TransportConfig>) -> quinn::ServerConfig {
     let mut config = quinn::ServerConfig::with_crypto(tls.config.clone());
-    config.transport_config(transport.clone()).max_incoming(MAX_WAITING).migration(false);
+    config.transport_config(transport.clone()).max_incoming(MAX_WAITING).migration(tls.public);
     config
 }
 

@@ -266,7 +266,9 @@ impl ClusterCa {
         let key = KeyPair::generate().map_err(unexpected)?;
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
-        params.distinguished_name.push(DnType::CommonName, "Millrace cluster CA");
+        // Each CA has its own name, so that a peer of another cluster is told "unknown issuer".
+        let serial = private_file::hex(&private_file::random::<8>()?);
+        params.distinguished_name.push(DnType::CommonName, format!("Millrace cluster CA {serial}"));
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         set_validity(&mut params, CA_LIFETIME);

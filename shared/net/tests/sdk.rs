@@ -1,0 +1,299 @@
+//! The client SDK against a server that answers by rote.
+
+mod common;
+
+use std::time::Duration;
+
+use common::*;
+use millrace_net::client::{Client, ClientConfig};
+use millrace_net::rpc_server::{ReplySender, accept_call, bearer};
+use millrace_net::{Alpn, Connection, Endpoint, MessageSender, tls};
+use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::RequestId;
+use millrace_shared::sampling::SamplingParams;
+use millrace_shared::wire::rpc::{
+    Call, FinishReason, GenerateEvent, GenerateRequest, Method, PositionScore, Prompt, Reply,
+    ScoreRequest, Timings, TokenizeRequest, Usage,
+};
+use tokio::sync::mpsc;
+
+struct Server {
+    endpoint: Endpoint,
+    config: ClientConfig,
+    ca_der: Vec<u8>,
+}
+
+fn server() -> Server {
+    let cluster = cluster();
+    let tls = tls::public_server(&cluster.coordinator).unwrap();
+    let endpoint = Endpoint::bind(loopback(), Some(tls)).unwrap();
+    let config = ClientConfig {
+        quic: endpoint.local_addr().unwrap().to_string(),
+        http: "http://127.0.0.1:8000".into(),
+        api_key: "mlr-test".into(),
+        ca_pem: cluster.ca.ca_pem(),
+    };
+    Server { endpoint, config, ca_der: cluster.ca.ca_der().to_vec() }
+}
+
+impl Server {
+    async fn accept(&self) -> Connection {
+        let connection = self.endpoint.accept().await.unwrap().handshake(DEADLINE).await.unwrap();
+        assert_eq!(connection.alpn(), Alpn::Client);
+        connection
+    }
+
+    /// A connected client and the server's end.
+    async fn connect(&self) -> (Client, Connection) {
+        let (client, connection) =
+            soon(async { tokio::join!(Client::connect(&self.config), self.accept()) }).await;
+        (client.unwrap(), connection)
+    }
+}
+
+async fn next_call(connection: &Connection) -> (Call, ReplySender) {
+    accept_call(connection.accept_incoming().await.unwrap()).await.unwrap()
+}
+
+fn request() -> GenerateRequest {
+    GenerateRequest {
+        model: String::new(),
+        prompt: Prompt::Text("hello".into()),
+        params: SamplingParams::default(),
+    }
+}
+
+fn token(index: u32) -> GenerateEvent {
+    GenerateEvent::Token { index, token_id: 100 + index, text: "x".into(), logprobs: None }
+}
+
+fn finished() -> GenerateEvent {
+    GenerateEvent::Finished {
+        reason: FinishReason::Length,
+        text: String::new(),
+        usage: Usage::default(),
+        timings: Timings::default(),
+    }
+}
+
+#[tokio::test]
+async fn a_continuation_streams() {
+    let server = server();
+    let (client, connection) = server.connect().await;
+    let serving = async {
+        let (call, mut replies) = next_call(&connection).await;
+        assert_eq!(bearer(&call), Some("mlr-test"));
+        assert_eq!(call.deadline_ms, None);
+        assert!(matches!(call.method, Method::Generate(r) if r == request()));
+        for i in 0..3 {
+            replies.event(token(i)).await.unwrap();
+        }
+        replies.event(finished()).await.unwrap();
+        replies.done().await.unwrap();
+    };
+    let asking = async {
+        let mut answer = client.generate(request()).await.unwrap();
+        let mut events = Vec::new();
+        while let Some(event) = answer.next().await {
+            events.push(event.unwrap());
+        }
+        assert!(answer.next().await.is_none());
+        events
+    };
+    let ((), events) = soon(async { tokio::join!(serving, asking) }).await;
+    assert_eq!(events, vec![token(0), token(1), token(2), finished()]);
+}
+
+#[tokio::test]
+async fn unary_calls() {
+    let server = server();
+    let (client, connection) = server.connect().await;
+    let scores = vec![PositionScore { position: 3, ..PositionScore::default() }];
+    let serving = async {
+        for _ in 0..6 {
+            let (call, mut replies) = next_call(&connection).await;
+            let reply = match call.method {
+                Method::Tokenize(_) => Reply::Tokens(vec![1, 2]),
+                Method::Detokenize { ids } => Reply::Text(format!("{ids:?}")),
+                Method::Models => Reply::Models(Vec::new()),
+                Method::Status => Reply::Status(Box::default()),
+                Method::Score(_) => {
+                    replies.reply(&Reply::Scores(scores.clone())).await.unwrap();
+                    Reply::Scores(scores.clone())
+                }
+                Method::Cancel { .. } => {
+                    replies.done().await.unwrap();
+                    continue;
+                }
+                Method::Generate(_) => panic!("not asked for"),
+            };
+            replies.reply(&reply).await.unwrap();
+            replies.done().await.unwrap();
+        }
+    };
+    let asking = async {
+        let text = TokenizeRequest { model: String::new(), prompt: Prompt::Text("a".into()) };
+        assert_eq!(client.tokenize(text).await.unwrap(), vec![1, 2]);
+        assert_eq!(client.detokenize(vec![5]).await.unwrap(), "[5]");
+        assert!(client.models().await.unwrap().is_empty());
+        assert!(!client.status().await.unwrap().ready);
+        let ask = ScoreRequest { model: String::new(), tokens: vec![1, 2], top_k: 0 };
+        assert_eq!(client.score(ask).await.unwrap().len(), 2);
+        client.cancel(RequestId(uuid::Uuid::now_v7())).await.unwrap();
+    };
+    soon(async { tokio::join!(serving, asking) }).await;
+}
+
+#[tokio::test]
+async fn errors_come_as_the_server_says_them() {
+    let server = server();
+    let (client, connection) = server.connect().await;
+    let status = Status::exhausted("the queue is full", 250);
+    let serving = async {
+        for _ in 0..2 {
+            let (_, replies) = next_call(&connection).await;
+            replies.fail(status.clone()).await.unwrap();
+        }
+        // Dropped without an end.
+        let (_, replies) = next_call(&connection).await;
+        drop(replies);
+        // An answer to another question.
+        let (_, mut replies) = next_call(&connection).await;
+        replies.reply(&Reply::Text("?".into())).await.unwrap();
+        replies.done().await.unwrap();
+    };
+    let asking = async {
+        assert_eq!(client.models().await.unwrap_err(), status);
+        let mut answer = client.generate(request()).await.unwrap();
+        assert_eq!(answer.next().await.unwrap().unwrap_err(), status);
+        assert!(answer.next().await.is_none());
+        let cut = client.models().await.unwrap_err();
+        assert_eq!(cut.code, ErrorCode::Unavailable);
+        assert_eq!(client.models().await.unwrap_err().code, ErrorCode::Internal);
+    };
+    soon(async { tokio::join!(serving, asking) }).await;
+}
+
+/// Dropping the stream tells the server, which can free what the request holds.
+#[tokio::test]
+async fn dropping_a_stream_cancels() {
+    let server = server();
+    let (client, connection) = server.connect().await;
+    let (tell, mut told) = mpsc::channel::<()>(1);
+    let serving = async {
+        let (_, mut replies) = next_call(&connection).await;
+        let closed = replies.closed();
+        replies.event(token(0)).await.unwrap();
+        closed.await;
+        assert!(replies.event(token(1)).await.is_err());
+        tell.send(()).await.unwrap();
+    };
+    let asking = async {
+        let mut answer = client.generate(request()).await.unwrap();
+        assert_eq!(answer.next().await.unwrap().unwrap(), token(0));
+        drop(answer);
+        told.recv().await.unwrap();
+    };
+    soon(async { tokio::join!(serving, asking) }).await;
+}
+
+#[tokio::test]
+async fn deadlines_end_calls() {
+    let server = server();
+    let (client, connection) = server.connect().await;
+    let hurried = client.with_deadline(Duration::from_millis(100));
+    let serving = async {
+        let (call, replies) = next_call(&connection).await;
+        assert_eq!(call.deadline_ms, Some(100));
+        replies.closed().await;
+    };
+    let asking = async { hurried.status().await.unwrap_err() };
+    let ((), status) = soon(async { tokio::join!(serving, asking) }).await;
+    assert_eq!(status.code, ErrorCode::DeadlineExceeded);
+}
+
+#[tokio::test]
+async fn a_lost_connection_is_made_again() {
+    let server = server();
+    let (client, connection) = server.connect().await;
+    let serving = async {
+        let (_, replies) = next_call(&connection).await;
+        connection.close("restarting");
+        drop(replies);
+        let connection = server.accept().await;
+        let (_, mut replies) = next_call(&connection).await;
+        replies.reply(&Reply::Tokens(vec![9])).await.unwrap();
+        replies.done().await.unwrap();
+        connection
+    };
+    let asking = async {
+        let lost = client.models().await.unwrap_err();
+        assert_eq!(lost.code, ErrorCode::Unavailable);
+        assert!(lost.message.contains("restarting"), "{lost}");
+        assert!(lost.message.contains(&server.config.quic), "{lost}");
+        let text = TokenizeRequest { model: String::new(), prompt: Prompt::Text("a".into()) };
+        assert_eq!(client.tokenize(text).await.unwrap(), vec![9]);
+    };
+    soon(async { tokio::join!(serving, asking) }).await;
+}
+
+#[tokio::test]
+async fn nobody_there() {
+    let server = server();
+    server.endpoint.close("");
+    soon(server.endpoint.drain()).await;
+    let config = server.config.clone();
+    drop(server);
+    let status = soon(Client::connect(&config)).await.unwrap_err();
+    assert_eq!(status.code, ErrorCode::Unavailable);
+    assert!(status.message.contains(&config.quic), "{status}");
+}
+
+/// A call over the limit, and one that is no call, get an answer, and the connection lives on.
+#[tokio::test]
+async fn bad_calls_harm_nobody() {
+    let server = server();
+    let addr = server.endpoint.local_addr().unwrap();
+    let client = Endpoint::client(addr).unwrap();
+    let tls = tls::api_client(&server.ca_der).unwrap();
+    let name = millrace_shared::wire::COORDINATOR_NAME;
+    let (ours, theirs) =
+        soon(async { tokio::join!(client.connect(addr, name, &tls, DEADLINE), server.accept()) })
+            .await;
+    let ours = ours.unwrap();
+    for bytes in [&b"\xff\xff\xff\xff"[..], &b"\x04\0\0\0abcd"[..]] {
+        let (send, recv) = ours.open_bare().await.unwrap();
+        let mut out = MessageSender::new(send);
+        out.send_bytes(bytes::Bytes::copy_from_slice(bytes)).await.unwrap();
+        out.finish();
+        let stream = soon(theirs.accept_incoming()).await.unwrap();
+        assert!(soon(accept_call(stream)).await.is_err());
+        let mut replies = millrace_net::MessageReceiver::new(recv);
+        let reply: Reply = soon(replies.recv_one(1 << 20)).await.unwrap();
+        assert!(matches!(reply, Reply::Failed(s) if s.code == ErrorCode::InvalidArgument));
+    }
+    assert!(ours.close_reason().is_none());
+}
+
+#[test]
+fn configurations_survive_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("client.toml");
+    let config = ClientConfig {
+        quic: "127.0.0.1:4700".into(),
+        http: "http://127.0.0.1:8000".into(),
+        api_key: "mlr-x".into(),
+        ca_pem: "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n".into(),
+    };
+    config.save(&path).unwrap();
+    assert_eq!(ClientConfig::load(&path).unwrap(), config);
+    assert!(!format!("{config:?}").contains("mlr-x"));
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+    std::fs::write(&path, "quic = 5\n").unwrap();
+    let error = ClientConfig::load(&path).unwrap_err().to_string();
+    assert!(error.contains("client.toml"), "{error}");
+}
