@@ -1,1 +1,40 @@
-//! placeholder
+//! The CPU engine: one stage in this machine's memory, computed by its own threads.
+//!
+//! **Placement changes nothing**: the same bits whatever the instruction set, the threads, the rest
+//! of the batch, the chunks and the cuts. Only correctly rounded operations (`+ - * / fma sqrt`,
+//! conversions) are used, and each result has one order:
+//!
+//! | operation | order |
+//! |---|---|
+//! | quantised product | integer dot product inside a block of 32 (exact), then blocks in order, one lane per output row: `acc = fma(d_w * dot, d_x, acc)`, then `acc = fma(min, d_x * sum_x, acc)` |
+//! | float product | one lane per output row, `acc = fma(w, x, acc)`, inputs in order |
+//! | activation int8 | per 32: `d = absmax / 127`, `q = round_even(x * (127 / absmax))` |
+//! | RMS norm | squares in 16 lanes by fma, tree 8-4-2-1; `(x * (1 / sqrt(mean + eps))) * gain` |
+//! | RoPE | tables in f64 by `libm`'s own code; `fma(a, cos, -(b sin))`, `fma(a, sin, b cos)` |
+//! | attention | tiles of 64 positions in order; a score is one lane over the head's elements; probabilities summed in 16 lanes over the tile, tree 8-4-2-1; an output is one lane over positions |
+//! | exp | own polynomial of degree 6 over fma, [`kernels::elementwise::exp`] |
+//! | gate | `(g / (1 + exp(-g))) * u` |
+//! | residual | `x + w y`, one addition; rounded to the activation dtype at each layer boundary |
+//!
+//! K and V are read back after rounding to the cache's dtype, also inside the current chunk. A step
+//! allocates nothing; unsafe code is in `kernels`, `pool` and `buffer` alone.
+
+mod backend;
+mod buffer;
+mod engine;
+mod kernels;
+mod kv;
+mod pack;
+mod pool;
+mod profile;
+mod rope;
+mod tensor;
+
+pub use backend::CpuBackend;
+pub use engine::CpuEngine;
+
+/// Revision of everything in this engine that may change a token. Raise the first number with any
+/// change of an order or formula in the table above.
+pub fn numerics_revision() -> String {
+    format!("cpu/1;act32;tile{};exp1", kernels::attention::TILE)
+}

@@ -1,0 +1,247 @@
+//! The CPU's [`Backend`]: tensors, weights and the KV cache in the engine's own memory.
+
+use std::ops::Range;
+
+use millrace_shared::model::{Dtype, ModelConfig, TensorType};
+use millrace_shared::wire::control::EngineSettings;
+
+use super::buffer::{Arena, Buf, Shared};
+use super::kernels::rows::Compute;
+use super::kernels::{attention, group_rows, matmul};
+use super::kv::{Kv, KvShape};
+use super::pack::{Packed, kind_of};
+use super::pool::Pool;
+use super::rope::Rope;
+use super::tensor::Tensor;
+use crate::model::{Backend, BlockTables, Source, Span};
+use crate::{Isa, LoadError};
+
+/// Matrices that share their input, one below the other.
+#[derive(Debug)]
+pub struct Matrices(Vec<Packed>);
+
+/// A vector of f32.
+#[derive(Debug)]
+pub struct Vector(Buf<f32>);
+
+/// The KV cache and what goes with it.
+#[derive(Debug)]
+pub struct CpuKv {
+    store: Kv,
+    rope: Rope,
+    heads: usize,
+}
+
+/// Arithmetic and memory of one stage.
+#[derive(Debug)]
+pub struct CpuBackend {
+    pub(crate) compute: Compute,
+    weights: Arena,
+    cache: Arena,
+    scratch: Arena,
+    /// Attention's, for every thread.
+    attention: Option<Buf<f32>>,
+}
+
+impl CpuBackend {
+    /// An empty backend with its own threads.
+    pub(crate) fn new(isa: Isa, threads: usize) -> Self {
+        Self {
+            compute: Compute { pool: Pool::new(threads), isa },
+            weights: Arena::new("weights"),
+            cache: Arena::new("the KV cache"),
+            scratch: Arena::new("activations"),
+            attention: None,
+        }
+    }
+
+    /// Bytes of weights loaded so far.
+    pub(crate) fn weight_bytes(&self) -> u64 {
+        self.weights.taken()
+    }
+
+    /// Bytes of the KV cache.
+    pub(crate) fn kv_bytes(&self) -> u64 {
+        self.cache.taken()
+    }
+
+    fn product(
+        &mut self,
+        x: &Tensor,
+        rows: Range<usize>,
+        w: &Matrices,
+        out: &mut Tensor,
+        add: bool,
+    ) {
+        let stride = out.width;
+        let out = matmul::Output { data: Shared::new(&mut out.data), stride, add };
+        let Compute { pool, isa } = &mut self.compute;
+        matmul::matmul(pool, *isa, &w.0, x, rows, out);
+    }
+}
+
+/// A vector of f32 from its file.
+fn read_vector(source: &Source) -> Result<Vec<f32>, LoadError> {
+    let mut bytes = vec![0u8; source.entry().elements() as usize * 4];
+    source.open()?.read(0, &mut bytes)?;
+    Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+}
+
+/// Rounds in place.
+fn round(x: &mut [f32], dtype: Dtype) {
+    match dtype {
+        Dtype::F32 | Dtype::U32 => {}
+        Dtype::F16 => x.iter_mut().for_each(|x| *x = half::f16::from_f32(*x).to_f32()),
+        Dtype::Bf16 => x.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32()),
+    }
+}
+
+impl Backend for CpuBackend {
+    type Tensor = Tensor;
+    type Weight = Matrices;
+    type Vector = Vector;
+    type Kv = CpuKv;
+
+    fn tensor(&mut self, rows: usize, width: usize, input: bool) -> Result<Tensor, LoadError> {
+        Tensor::new(&mut self.scratch, rows, width, input)
+    }
+
+    fn weight(&mut self, parts: &[&Source]) -> Result<Matrices, LoadError> {
+        let pack = |source: &&Source| {
+            let entry = source.entry();
+            let kind = kind_of(entry.dtype).ok_or_else(|| LoadError::UnsupportedType {
+                tensor: entry.name.clone(),
+                dtype: entry.dtype.as_str().to_owned(),
+            })?;
+            let (cols, rows) = source.matrix()?;
+            let row_bytes = entry.dtype.bytes_of(cols as u64).unwrap_or(0);
+            let mut reader = source.open()?;
+            let mut read = |row: usize, out: &mut [u8]| reader.read(row as u64 * row_bytes, out);
+            let r = group_rows(self.compute.isa);
+            Packed::pack(kind, (rows, cols), r, &mut self.weights, &mut read)
+        };
+        parts.iter().map(pack).collect::<Result<_, _>>().map(Matrices)
+    }
+
+    fn vector(&mut self, source: &Source) -> Result<Vector, LoadError> {
+        debug_assert_eq!(source.entry().dtype, TensorType::F32);
+        let values = read_vector(source)?;
+        let mut out = self.weights.take(values.len())?;
+        out.copy_from_slice(&values);
+        Ok(Vector(out))
+    }
+
+    fn kv(
+        &mut self,
+        layers: usize,
+        config: &ModelConfig,
+        settings: &EngineSettings,
+        factors: Option<&Source>,
+    ) -> Result<CpuKv, LoadError> {
+        let (heads, dim) = (config.heads as usize, config.head_dim as usize);
+        let shape = KvShape {
+            layers,
+            blocks: settings.kv_blocks as usize,
+            block_size: settings.kv_block_size as usize,
+            heads: config.kv_heads as usize,
+            dim,
+        };
+        let store = Kv::new(&mut self.cache, shape, settings.kv_dtype)?;
+        let factors = factors.map(read_vector).transpose()?;
+        let positions = if layers == 0 { 0 } else { settings.max_model_len as usize };
+        let scratch = &mut self.scratch;
+        let rope = Rope::new(scratch, &config.rope, dim, positions, factors.as_deref())?;
+        let per_thread = attention::scratch_len(heads / shape.heads, dim);
+        self.attention = Some(scratch.take(per_thread * self.compute.pool.threads())?);
+        Ok(CpuKv { store, rope, heads })
+    }
+
+    fn embed(&mut self, table: &Matrices, tokens: &[u32], out: &mut Tensor) {
+        out.rows = tokens.len();
+        let width = out.width;
+        for (&token, row) in tokens.iter().zip(out.data.chunks_exact_mut(width)) {
+            table.0[0].unpack(token as usize, row);
+        }
+    }
+
+    fn upload(&mut self, rows: &[f32], out: &mut Tensor) {
+        out.rows = rows.len() / out.width;
+        out.data[..rows.len()].copy_from_slice(rows);
+    }
+
+    fn download(&mut self, x: &Tensor, out: &mut [f32]) {
+        out.copy_from_slice(&x.data[..x.rows * x.width]);
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, gain: &Vector, eps: f32, out: &mut Tensor) {
+        self.compute.rms_norm(x, &gain.0, eps, out);
+    }
+
+    fn linear(&mut self, x: &Tensor, w: &Matrices, out: &mut Tensor) {
+        out.rows = x.rows;
+        self.product(x, 0..x.rows, w, out, false);
+    }
+
+    fn linear_add(&mut self, x: &Tensor, w: &Matrices, out: &mut Tensor) {
+        self.product(x, 0..x.rows, w, out, true);
+    }
+
+    fn rope(&mut self, qkv: &mut Tensor, kv: &CpuKv, spans: &[Span]) {
+        self.compute.rope(qkv, kv.heads + kv.store.shape.heads, &kv.rope, spans);
+    }
+
+    fn write_kv(
+        &mut self,
+        qkv: &Tensor,
+        kv: &mut CpuKv,
+        layer: usize,
+        spans: &[Span],
+        tables: &BlockTables,
+    ) {
+        self.compute.write_kv(qkv, &mut kv.store, layer, kv.heads, spans, tables);
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &Tensor,
+        kv: &CpuKv,
+        layer: usize,
+        spans: &[Span],
+        tables: &BlockTables,
+        out: &mut Tensor,
+    ) {
+        let scratch = self.attention.as_mut().expect("invariant: set with the KV cache");
+        self.compute.attention(qkv, &kv.store, layer, kv.heads, spans, tables, out, scratch);
+    }
+
+    fn act_mul(&mut self, gate_up: &Tensor, out: &mut Tensor) {
+        self.compute.silu_mul(gate_up, out);
+    }
+
+    fn settle(&mut self, x: &mut Tensor, dtype: Dtype) -> Option<usize> {
+        let used = x.rows * x.width;
+        round(&mut x.data[..used], dtype);
+        self.compute.first_not_finite(x)
+    }
+
+    fn gather_rows(&mut self, rows: &[usize], x: &mut Tensor) {
+        let width = x.width;
+        for (to, &from) in rows.iter().enumerate() {
+            x.data.copy_within(from * width..(from + 1) * width, to * width);
+        }
+        x.rows = rows.len();
+    }
+
+    fn logits<'t>(
+        &mut self,
+        x: &Tensor,
+        rows: Range<usize>,
+        head: &Matrices,
+        out: &'t mut Tensor,
+    ) -> &'t mut [f32] {
+        out.rows = rows.len();
+        self.product(x, rows, head, out, false);
+        let used = out.rows * out.width;
+        &mut out.data[..used]
+    }
+}

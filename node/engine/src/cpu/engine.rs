@@ -1,0 +1,199 @@
+//! [`CpuEngine`]: the engine seam over [`Llama`] and [`CpuBackend`].
+
+use std::time::Duration;
+
+use millrace_shared::model::{ModelConfig, StageTensors, TensorEntry, stage_tensors};
+use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
+use millrace_shared::wire::data::StepMeta;
+
+use super::backend::CpuBackend;
+use super::kernels::group_rows;
+use super::pack::{kind_of, packed_bytes};
+use super::{buffer, numerics_revision, profile};
+use crate::model::weights::Sources;
+use crate::model::{Batch, BlockTables, Llama, Source};
+use crate::{
+    Engine, Isa, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError,
+    TensorSource,
+};
+
+/// Left to the rest of the machine when checking whether a stage fits.
+const MEMORY_RESERVE: u64 = 64 << 20;
+
+/// Computes a stage on the processor.
+#[derive(Debug, Default)]
+pub struct CpuEngine {
+    stage: Option<Stage>,
+    /// Of stages loaded before.
+    busy: Duration,
+}
+
+/// What is loaded.
+#[derive(Debug)]
+struct Stage {
+    backend: CpuBackend,
+    model: Llama<CpuBackend>,
+    tables: BlockTables,
+    batch: Batch,
+}
+
+impl CpuEngine {
+    /// An engine with nothing loaded.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn unload(&mut self) {
+        if let Some(stage) = self.stage.take() {
+            self.busy += stage.backend.compute.pool.busy();
+        }
+    }
+
+    /// As [`Engine::load`], for tensors of any source.
+    pub(super) fn load_sources(
+        &mut self,
+        spec: &StageSpec,
+        sources: &[Source],
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<LoadedStage, LoadError> {
+        self.unload();
+        check(spec)?;
+        let checked = Sources::new(&spec.config, sources)?;
+        check_memory(spec, sources)?;
+        let mut backend = CpuBackend::new(spec.isa, spec.threads);
+        let model = Llama::load(&mut backend, spec, &checked, &mut |b: &CpuBackend| {
+            progress(b.weight_bytes());
+        })?;
+        let loaded =
+            LoadedStage { weight_bytes: backend.weight_bytes(), kv_bytes: backend.kv_bytes() };
+        let tables = BlockTables::new(&spec.settings);
+        let batch = Batch::new(&spec.settings);
+        self.stage = Some(Stage { backend, model, tables, batch });
+        Ok(loaded)
+    }
+}
+
+impl Engine for CpuEngine {
+    fn numerics_revision(&self) -> String {
+        numerics_revision()
+    }
+
+    fn load(
+        &mut self,
+        spec: &StageSpec,
+        tensors: &[TensorSource],
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<LoadedStage, LoadError> {
+        let sources: Vec<Source> = tensors.iter().cloned().map(Source::File).collect();
+        self.load_sources(spec, &sources, progress)
+    }
+
+    fn step(
+        &mut self,
+        meta: &StepMeta,
+        input: StageInput<'_>,
+        output: StageOutput<'_>,
+    ) -> Result<(), StepError> {
+        let Some(Stage { backend, model, tables, batch }) = &mut self.stage else {
+            return Err(StepError::Invalid("no stage is loaded".to_owned()));
+        };
+        tables.apply(meta);
+        batch.fill(meta, tables)?;
+        if batch.positions == 0 {
+            return Ok(());
+        }
+        backend.compute.pool.begin_step();
+        let result = model.step(backend, meta, batch, tables, input, output);
+        backend.compute.pool.end_step();
+        result
+    }
+
+    fn skip(&mut self, meta: &StepMeta) {
+        if let Some(stage) = &mut self.stage {
+            stage.tables.apply(meta);
+        }
+    }
+
+    fn profile(&mut self, spec: &ProfileSpec) -> Result<StageProfile, LoadError> {
+        profile::profile(spec)
+    }
+
+    fn busy(&self) -> Duration {
+        let now = self.stage.as_ref().map_or(Duration::ZERO, |s| s.backend.compute.pool.busy());
+        self.busy + now
+    }
+}
+
+/// Whether settings make sense for this engine and machine.
+fn check(spec: &StageSpec) -> Result<(), LoadError> {
+    let bad = |what: String| Err(LoadError::Settings(what));
+    let s = &spec.settings;
+    if s.kv_block_size == 0 || 64 % s.kv_block_size != 0 {
+        return bad(format!("a KV block of {} positions does not divide 64", s.kv_block_size));
+    }
+    if s.max_batch_tokens == 0 || s.max_num_seqs == 0 || s.max_model_len == 0 {
+        return bad("batch tokens, sequences and sequence length must be at least 1".to_owned());
+    }
+    if spec.isa > Isa::best() {
+        return bad(format!("this machine does not run {}", spec.isa));
+    }
+    if spec.layers.start > spec.layers.end || spec.layers.end > spec.config.layers {
+        return bad(format!(
+            "layers {:?} of a model of {} layers",
+            spec.layers, spec.config.layers
+        ));
+    }
+    if spec.layers.is_empty() && !spec.head && !spec.embed {
+        return bad("a stage without layers, embedding and head".to_owned());
+    }
+    Ok(())
+}
+
+/// Whether everything the stage will allocate fits in what is free, before any of it is touched.
+fn check_memory(spec: &StageSpec, sources: &[Source]) -> Result<(), LoadError> {
+    let entries: Vec<TensorEntry> = sources.iter().map(|s| s.entry().clone()).collect();
+    let part = StageTensors { layers: spec.layers.clone(), embed: spec.embed, head: spec.head };
+    let r = group_rows(spec.isa);
+    let weights: u64 = stage_tensors(&spec.config, &entries, &part)
+        .iter()
+        .filter_map(|t| match (kind_of(t.dtype), t.dims.as_slice()) {
+            (Some(kind), &[cols, rows]) if rows < 1 << 40 && cols < 1 << 40 => {
+                Some(packed_bytes(kind, rows as usize, cols as usize, r))
+            }
+            _ => t.elements().checked_mul(4),
+        })
+        .fold(0, u64::saturating_add);
+    let kv = kv_bytes(&spec.config, &spec.settings, spec.layers.len() as u64);
+    let needed = weights.saturating_add(kv).saturating_add(scratch_bytes(spec));
+    match buffer::available_bytes() {
+        Some(free) if needed.saturating_add(MEMORY_RESERVE) > free => {
+            Err(LoadError::OutOfMemory {
+                what: "weights, KV cache and activations",
+                needed_bytes: needed,
+                cause: format!(
+                    "{free} bytes are free ({weights} for weights, {kv} for the KV cache); use more \
+                     stages, fewer KV blocks or a smaller model"
+                ),
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn kv_bytes(config: &ModelConfig, settings: &EngineSettings, layers: u64) -> u64 {
+    [layers, u64::from(settings.kv_blocks), u64::from(settings.kv_block_size)]
+        .into_iter()
+        .fold(config.kv_bytes_per_position(settings.kv_dtype), u64::saturating_mul)
+}
+
+/// Activations of the largest step, logits and RoPE tables; a little more than is taken.
+fn scratch_bytes(spec: &StageSpec) -> u64 {
+    let c = &spec.config;
+    let [hidden, heads, kv_heads, dim, ffn, vocab] =
+        [c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab].map(u64::from);
+    let plain = hidden + (heads + 2 * kv_heads) * dim + 2 * ffn;
+    let quantised = hidden + heads * dim + ffn;
+    u64::from(spec.settings.max_batch_tokens) * (plain * 4 + quantised * 6)
+        + u64::from(spec.settings.max_model_len) * u64::from(c.rope.dim) * 4
+        + if spec.head { vocab * 64 } else { 0 }
+}

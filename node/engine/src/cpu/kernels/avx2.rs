@@ -1,0 +1,160 @@
+//! Quantised matrix tiles with AVX2: 8 rows times up to 4 columns.
+
+use std::arch::x86_64::*;
+
+use super::Tile;
+use super::format::Format;
+
+/// Rows of a group.
+pub(super) const ROWS: usize = 8;
+/// Most columns of a tile: 8 x 4 fills the 16 registers without spilling.
+pub(super) const COLS: usize = 4;
+
+/// One group of rows times `cols` columns.
+///
+/// # Safety
+/// As [`Tile`] says; AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn tile<F: Format>(t: &Tile, cols: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match cols {
+            1 => columns::<F, 1>(t),
+            2 => columns::<F, 2>(t),
+            3 => columns::<F, 3>(t),
+            _ => columns::<F, 4>(t),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn scale<F: Format>(p: *const u8) -> __m256 {
+    // SAFETY: 8 scales at `p`.
+    unsafe {
+        if F::WIDE_SCALE {
+            _mm256_loadu_ps(p.cast())
+        } else {
+            _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))
+        }
+    }
+}
+
+/// Four consecutive activations in every lane.
+#[inline(always)]
+unsafe fn quad(x: *const i8, i: usize) -> __m256i {
+    // SAFETY: the block has 8 quads.
+    unsafe { _mm256_set1_epi32(x.add(i * 4).cast::<i32>().read_unaligned()) }
+}
+
+/// Dot products of one block for `N` columns, bias not yet subtracted; two halves where asked for.
+#[inline(always)]
+unsafe fn dots<F: Format, const N: usize>(
+    w: *const u8,
+    x: *const i8,
+    stride: usize,
+) -> [[__m256i; 2]; N] {
+    // SAFETY: `w` holds the quants of a block, `x` 32 activations per column.
+    unsafe {
+        let ones = _mm256_set1_epi16(1);
+        let zero = _mm256_setzero_si256();
+        let mut dot = [[zero; 2]; N];
+        if F::NIBBLES {
+            // At most 8 x 2 x 15 x 127 = 30480: fits i16.
+            let low = _mm256_set1_epi8(15);
+            let mut sum = [zero; N];
+            for v in 0..4 {
+                let packed = _mm256_loadu_si256(w.add(v * 32).cast());
+                let a = _mm256_and_si256(packed, low);
+                let b = _mm256_and_si256(_mm256_srli_epi16::<4>(packed), low);
+                for c in 0..N {
+                    let x = x.add(c * stride);
+                    let p = _mm256_maddubs_epi16(a, quad(x, v));
+                    let q = _mm256_maddubs_epi16(b, quad(x, v + 4));
+                    sum[c] = _mm256_add_epi16(sum[c], _mm256_add_epi16(p, q));
+                }
+            }
+            for c in 0..N {
+                dot[c][0] = _mm256_madd_epi16(sum[c], ones);
+            }
+        } else if F::HALVES {
+            // At most 2 x 2 x 63 x 127 = 32004: fits i16.
+            for v in 0..4 {
+                let a = _mm256_loadu_si256(w.add(v * 64).cast());
+                let b = _mm256_loadu_si256(w.add(v * 64 + 32).cast());
+                for c in 0..N {
+                    let x = x.add(c * stride);
+                    let p = _mm256_maddubs_epi16(a, quad(x, v * 2));
+                    let q = _mm256_maddubs_epi16(b, quad(x, v * 2 + 1));
+                    let s = _mm256_madd_epi16(_mm256_add_epi16(p, q), ones);
+                    dot[c][v / 2] = _mm256_add_epi32(dot[c][v / 2], s);
+                }
+            }
+        } else {
+            // Signed weights: magnitudes times activations that take the weights' signs. At most
+            // 2 x 128 x 127 = 32512: fits i16.
+            for v in 0..8 {
+                let stored = _mm256_loadu_si256(w.add(v * 32).cast());
+                let a = _mm256_xor_si256(stored, _mm256_set1_epi8(-128));
+                let magnitude = _mm256_abs_epi8(a);
+                for c in 0..N {
+                    let x = _mm256_sign_epi8(quad(x.add(c * stride), v), a);
+                    let s = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, x), ones);
+                    dot[c][0] = _mm256_add_epi32(dot[c][0], s);
+                }
+            }
+        }
+        dot
+    }
+}
+
+#[inline(always)]
+unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
+    // SAFETY: blocks `0..t.blocks` of the group and of `N` columns exist; outputs as `Tile` says.
+    unsafe {
+        let mut acc = [_mm256_setzero_ps(); N];
+        let mut w = t.w;
+        for b in 0..t.blocks {
+            if N == 1 {
+                for line in 0..F::block_bytes(ROWS).div_ceil(64) {
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(2048 + line * 64).cast());
+                }
+            }
+            let dot = dots::<F, N>(w.add(F::quants_at(ROWS)), t.q.add(b * 32), t.blocks * 32);
+            let d = scale::<F>(w);
+            for c in 0..N {
+                let i = c * t.blocks + b;
+                let sums = *t.sums.add(i);
+                let dot = if F::HALVES {
+                    let sub = |h: usize| {
+                        let p = w.add(F::sub_at(ROWS) + h * ROWS);
+                        _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))
+                    };
+                    let half = |h: usize| {
+                        let bias = _mm256_set1_epi32(F::BIAS * sums[h]);
+                        _mm256_mullo_epi32(_mm256_sub_epi32(dot[c][h], bias), sub(h))
+                    };
+                    _mm256_add_epi32(half(0), half(1))
+                } else if F::BIAS != 0 && F::NIBBLES {
+                    let bias = _mm256_set1_epi32(F::BIAS * (sums[0] + sums[1]));
+                    _mm256_sub_epi32(dot[c][0], bias)
+                } else {
+                    dot[c][0]
+                };
+                let scaled = _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot));
+                acc[c] = _mm256_fmadd_ps(scaled, _mm256_set1_ps(*t.scale.add(i)), acc[c]);
+                if F::MIN {
+                    let m = scale::<F>(w.add(F::min_at(ROWS)));
+                    acc[c] = _mm256_fmadd_ps(m, _mm256_set1_ps(*t.scaled_sum.add(i)), acc[c]);
+                }
+            }
+            w = w.add(F::block_bytes(ROWS));
+        }
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(t.rows as i32), lanes);
+        for (c, &acc) in acc.iter().enumerate() {
+            let out = t.out.add(c * t.stride);
+            let sum = if t.add { _mm256_add_ps(_mm256_maskload_ps(out, mask), acc) } else { acc };
+            _mm256_maskstore_ps(out, mask, sum);
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Quantised matrix tiles with AVX-512 VNNI: 16 rows times up to 8 columns.
+
+use std::arch::x86_64::*;
+
+use super::Tile;
+use super::format::Format;
+
+/// Rows of a group.
+pub(super) const ROWS: usize = 16;
+/// Most columns of a tile.
+pub(super) const COLS: usize = 8;
+
+/// One group of rows times `cols` columns.
+///
+/// # Safety
+/// As [`Tile`] says; AVX-512 F, BW, VL, DQ and VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+pub(super) unsafe fn tile<F: Format>(t: &Tile, cols: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match cols {
+            1 => columns::<F, 1>(t),
+            2 => columns::<F, 2>(t),
+            3 => columns::<F, 3>(t),
+            4 => columns::<F, 4>(t),
+            5 => columns::<F, 5>(t),
+            6 => columns::<F, 6>(t),
+            7 => columns::<F, 7>(t),
+            _ => columns::<F, 8>(t),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn scale<F: Format>(p: *const u8) -> __m512 {
+    // SAFETY: 16 scales at `p`.
+    unsafe {
+        if F::WIDE_SCALE {
+            _mm512_loadu_ps(p.cast())
+        } else {
+            _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))
+        }
+    }
+}
+
+/// The eight quads of a block as unsigned bytes.
+#[inline(always)]
+unsafe fn quads<F: Format>(w: *const u8) -> [__m512i; 8] {
+    // SAFETY: `w` holds the quants of a block.
+    unsafe {
+        let mut quads = [_mm512_setzero_si512(); 8];
+        if F::NIBBLES {
+            let low = _mm512_set1_epi8(15);
+            for v in 0..4 {
+                let packed = _mm512_loadu_si512(w.add(v * 64).cast());
+                quads[v] = _mm512_and_si512(packed, low);
+                quads[v + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(packed), low);
+            }
+        } else {
+            for (v, quad) in quads.iter_mut().enumerate() {
+                *quad = _mm512_loadu_si512(w.add(v * 64).cast());
+            }
+        }
+        quads
+    }
+}
+
+/// `start` plus the dot products of four quads from `first`.
+#[inline(always)]
+unsafe fn dot4(start: __m512i, w: &[__m512i; 8], x: *const i8, first: usize) -> __m512i {
+    let mut sum = start;
+    for v in first..first + 4 {
+        // SAFETY: the block has 8 quads.
+        unsafe {
+            let x = _mm512_set1_epi32(x.add(v * 4).cast::<i32>().read_unaligned());
+            sum = _mm512_dpbusd_epi32(sum, w[v], x);
+        }
+    }
+    sum
+}
+
+#[inline(always)]
+unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
+    // SAFETY: blocks `0..t.blocks` of the group and of `N` columns exist; outputs as `Tile` says.
+    unsafe {
+        let mut acc = [_mm512_setzero_ps(); N];
+        let mut w = t.w;
+        for b in 0..t.blocks {
+            if N == 1 {
+                for line in 0..F::block_bytes(ROWS).div_ceil(64) {
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(4096 + line * 64).cast());
+                }
+            }
+            let quads = quads::<F>(w.add(F::quants_at(ROWS)));
+            let d = scale::<F>(w);
+            for c in 0..N {
+                let i = c * t.blocks + b;
+                let x = t.q.add(i * 32);
+                let start = |h: usize| {
+                    if F::BIAS == 0 {
+                        _mm512_setzero_si512()
+                    } else {
+                        _mm512_set1_epi32(-F::BIAS * (*t.sums.add(i))[h])
+                    }
+                };
+                let (low, high) = (dot4(start(0), &quads, x, 0), dot4(start(1), &quads, x, 4));
+                let dot = if F::HALVES {
+                    let sub = |h: usize| {
+                        let p = w.add(F::sub_at(ROWS) + h * ROWS);
+                        _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))
+                    };
+                    _mm512_add_epi32(_mm512_mullo_epi32(low, sub(0)), _mm512_mullo_epi32(high, sub(1)))
+                } else {
+                    _mm512_add_epi32(low, high)
+                };
+                let scaled = _mm512_mul_ps(d, _mm512_cvtepi32_ps(dot));
+                acc[c] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(*t.scale.add(i)), acc[c]);
+                if F::MIN {
+                    let m = scale::<F>(w.add(F::min_at(ROWS)));
+                    acc[c] = _mm512_fmadd_ps(m, _mm512_set1_ps(*t.scaled_sum.add(i)), acc[c]);
+                }
+            }
+            w = w.add(F::block_bytes(ROWS));
+        }
+        let mask = ((1u32 << t.rows) - 1) as __mmask16;
+        for (c, &acc) in acc.iter().enumerate() {
+            let out = t.out.add(c * t.stride);
+            let sum = if t.add { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), acc) } else { acc };
+            _mm512_mask_storeu_ps(out, mask, sum);
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Matrix products: tiles over groups of rows and columns of activations, split over threads by
+//! rows.
+//!
+//! An output is one lane: blocks (or, for float weights, inputs) in order, so it does not depend on
+//! the tile, the panel or the thread it was computed in.
+
+use std::ops::Range;
+
+use super::format::{Format, Kind, with_format};
+use super::lanes::Lanes;
+use super::{Tile, dispatch, scalar};
+use crate::Isa;
+use crate::cpu::buffer::Shared;
+use crate::cpu::pack::Packed;
+use crate::cpu::pool::Pool;
+use crate::cpu::tensor::Tensor;
+
+/// Columns that one pass over the weights serves: their int8 form stays in the level-2 cache.
+const PANEL: usize = 64;
+
+/// Where results go: `out[column * stride + row]`, added or stored.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Output<'a> {
+    pub(crate) data: Shared<'a, f32>,
+    pub(crate) stride: usize,
+    pub(crate) add: bool,
+}
+
+/// `out = w x` for the given rows of `x`; the parts of `w` lie one after the other in the output.
+pub(crate) fn matmul(
+    pool: &mut Pool,
+    isa: Isa,
+    parts: &[Packed],
+    x: &Tensor,
+    columns: Range<usize>,
+    out: Output<'_>,
+) {
+    let height: usize = parts.iter().map(|p| p.rows).sum();
+    assert!(columns.end <= x.rows && height <= out.stride, "invariant: shapes fit");
+    assert!(columns.is_empty() || (columns.len() - 1) * out.stride + height <= out.data.len());
+    assert!(parts.iter().all(|p| p.cols == x.width), "invariant: inner dimensions agree");
+    let groups: usize = parts.iter().map(Packed::groups).sum();
+    let threads = pool.threads();
+    pool.run(&|member| {
+        let mine = groups * member / threads..groups * (member + 1) / threads;
+        for panel in columns.clone().step_by(PANEL) {
+            let panel = panel..columns.end.min(panel + PANEL);
+            let (mut first, mut row) = (0, 0);
+            for part in parts {
+                let start = mine.start.clamp(first, first + part.groups()) - first;
+                let end = mine.end.clamp(first, first + part.groups()) - first;
+                // SAFETY: shapes were checked above; members write rows of disjoint groups.
+                unsafe { panel_rows(isa, part, start..end, x, &panel, columns.start, row, out) };
+                first += part.groups();
+                row += part.rows;
+            }
+        }
+    });
+}
+
+/// Groups `groups` of one matrix times the columns of one panel.
+#[allow(clippy::too_many_arguments)]
+unsafe fn panel_rows(
+    isa: Isa,
+    w: &Packed,
+    groups: Range<usize>,
+    x: &Tensor,
+    panel: &Range<usize>,
+    first_column: usize,
+    first_row: usize,
+    out: Output<'_>,
+) {
+    let widest = match (w.kind, isa) {
+        (Kind::F32 | Kind::F16 | Kind::Bf16, _) => 4,
+        #[cfg(target_arch = "x86_64")]
+        (_, Isa::Avx512) => super::avx512::COLS,
+        #[cfg(target_arch = "x86_64")]
+        (_, Isa::Avx2) => super::avx2::COLS,
+        _ => 4,
+    };
+    // Columns in tiles of nearly equal width.
+    let tiles = panel.len().div_ceil(widest);
+    let blocks = x.width / 32;
+    for g in groups {
+        for i in 0..tiles {
+            let start = panel.start + panel.len() * i / tiles;
+            let cols = panel.start + panel.len() * (i + 1) / tiles - start;
+            // SAFETY: offsets are of a group, of existing columns and of their outputs.
+            unsafe {
+                let group = w.data.as_ptr().add(g * w.group_bytes);
+                let at = (start - first_column) * out.stride + first_row + g * w.r;
+                let mut tile = Tile {
+                    w: group,
+                    blocks,
+                    q: x.quant.q.as_ptr(),
+                    scale: x.quant.scale.as_ptr(),
+                    scaled_sum: x.quant.scaled_sum.as_ptr(),
+                    sums: x.quant.sums.as_ptr(),
+                    out: out.data.as_mut_ptr().add(at),
+                    stride: out.stride,
+                    rows: w.r.min(w.rows - g * w.r),
+                    add: out.add,
+                };
+                match w.kind {
+                    Kind::F32 | Kind::F16 | Kind::Bf16 => {
+                        let x = x.data.as_ptr().add(start * x.width);
+                        float_tile(isa, &tile, x, blocks * 32, w.kind, cols);
+                    }
+                    kind => {
+                        tile.q = tile.q.add(start * blocks * 32);
+                        tile.scale = tile.scale.add(start * blocks);
+                        tile.scaled_sum = tile.scaled_sum.add(start * blocks);
+                        tile.sums = tile.sums.add(start * blocks);
+                        with_format!(kind, quant_tile(isa, &tile, cols, w.r), {});
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One tile in the given instruction set.
+///
+/// # Safety
+/// As [`Tile`] says, for weights packed in groups of `r`.
+pub(super) unsafe fn quant_tile<F: Format>(isa: Isa, tile: &Tile, cols: usize, r: usize) {
+    // SAFETY: the caller's promise; an `Isa` above scalar is only used where the machine has it.
+    unsafe {
+        match (isa, r) {
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512, super::avx512::ROWS) => super::avx512::tile::<F>(tile, cols),
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, super::avx2::ROWS) => super::avx2::tile::<F>(tile, cols),
+            _ => scalar::tile::<F>(tile, cols, r),
+        }
+    }
+}
+
+dispatch! {
+    /// One group of 16 float rows times up to 4 columns of f32, `width` apart.
+    fn float_tile = float_tile_generic(
+        tile: &Tile, x: *const f32, width: usize, kind: Kind, cols: usize,
+    );
+}
+
+#[inline(always)]
+unsafe fn float_tile_generic<V: Lanes>(
+    t: &Tile,
+    x: *const f32,
+    width: usize,
+    kind: Kind,
+    cols: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match cols {
+            1 => float_columns::<V, 1>(t, x, width, kind),
+            2 => float_columns::<V, 2>(t, x, width, kind),
+            3 => float_columns::<V, 3>(t, x, width, kind),
+            _ => float_columns::<V, 4>(t, x, width, kind),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn float_columns<V: Lanes, const N: usize>(
+    t: &Tile,
+    x: *const f32,
+    width: usize,
+    kind: Kind,
+) {
+    // SAFETY: `width` inputs of 16 rows and of `N` columns exist; outputs as `Tile` says.
+    unsafe {
+        let mut acc = [V::splat(0.0); N];
+        for k in 0..width {
+            let w = match kind {
+                Kind::F32 => V::load(t.w.cast::<f32>().add(k * 16)),
+                Kind::F16 => V::load_f16(t.w.cast::<u16>().add(k * 16)),
+                _ => V::load_bf16(t.w.cast::<u16>().add(k * 16)),
+            };
+            for (c, acc) in acc.iter_mut().enumerate() {
+                *acc = w.fma(V::splat(*x.add(c * width + k)), *acc);
+            }
+        }
+        for (c, acc) in acc.iter().enumerate() {
+            let mut sums = [0f32; 16];
+            acc.store(sums.as_mut_ptr());
+            for (lane, sum) in sums.iter().enumerate().take(t.rows) {
+                let out = t.out.add(c * t.stride + lane);
+                *out = if t.add { *out + sum } else { *sum };
+            }
+        }
+    }
+}

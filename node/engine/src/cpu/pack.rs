@@ -1,0 +1,315 @@
+//! Load-time repacking: from the rows of a model file to the layout of `kernels::format`.
+//!
+//! Values do not change: quants and scales are moved, and for Q4_K the products of scales, exact in
+//! f32, are formed once. Also unpacks single rows, for the embedding.
+
+use millrace_shared::model::TensorType;
+
+use super::buffer::{Arena, Buf};
+use super::kernels::format::{Format, Kind, with_format};
+use crate::LoadError;
+
+/// Rows of a float matrix that lie interleaved, whatever the instruction set.
+pub(crate) const FLOAT_ROWS: usize = 16;
+
+/// A matrix `rows x cols`, packed.
+#[derive(Debug)]
+pub(crate) struct Packed {
+    pub(crate) kind: Kind,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    /// Rows per group.
+    pub(crate) r: usize,
+    /// Bytes of one group of rows.
+    pub(crate) group_bytes: usize,
+    pub(crate) data: Buf<u8>,
+}
+
+/// Thirty-two weights as every quantised format reduces to: `scale * sub * (q - bias) + min`.
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    scale_bits: u16,
+    min_bits: u16,
+    scale: f32,
+    min: f32,
+    sub: [i8; 2],
+    /// As stored: with the bias.
+    q: [u8; 32],
+}
+
+/// The packed kind of a file's type; `None` where the engine has none.
+pub(crate) fn kind_of(dtype: TensorType) -> Option<Kind> {
+    Some(match dtype {
+        TensorType::F32 => Kind::F32,
+        TensorType::F16 => Kind::F16,
+        TensorType::BF16 => Kind::Bf16,
+        TensorType::Q4_0 => Kind::Q4_0,
+        TensorType::Q4_1 => Kind::Q4_1,
+        TensorType::Q8_0 => Kind::Q8_0,
+        TensorType::Q4_K => Kind::Q4K,
+        TensorType::Q6_K => Kind::Q6K,
+        _ => return None,
+    })
+}
+
+fn block_bytes<F: Format>(r: usize) -> usize {
+    F::block_bytes(r)
+}
+
+/// Rows per group and bytes of a group, for rows of `cols` weights. `r` is that of quantised kinds.
+pub(crate) fn group_layout(kind: Kind, cols: usize, r: usize) -> (usize, usize) {
+    match kind {
+        Kind::F32 => (FLOAT_ROWS, FLOAT_ROWS * cols * 4),
+        Kind::F16 | Kind::Bf16 => (FLOAT_ROWS, FLOAT_ROWS * cols * 2),
+        _ => {
+            let bytes = with_format!(kind, block_bytes(r), 0);
+            (r, cols / 32 * bytes)
+        }
+    }
+}
+
+/// Bytes of a packed matrix.
+pub(crate) fn packed_bytes(kind: Kind, rows: usize, cols: usize, r: usize) -> u64 {
+    let (r, group) = group_layout(kind, cols, r);
+    rows.div_ceil(r) as u64 * group as u64
+}
+
+fn u16_at(b: &[u8], i: usize) -> u16 {
+    u16::from_le_bytes([b[i], b[i + 1]])
+}
+
+fn f16_at(b: &[u8], i: usize) -> f32 {
+    half::f16::from_bits(u16_at(b, i)).to_f32()
+}
+
+/// Nibbles of 16 bytes: element `j` low in byte `j`, element `j + 16` high.
+fn nibbles(b: &[u8]) -> [u8; 32] {
+    std::array::from_fn(|j| if j < 16 { b[j] & 15 } else { b[j - 16] >> 4 })
+}
+
+/// 6-bit scale and minimum `j` of a Q4_K block.
+fn q4k_scales(s: &[u8], j: usize) -> (u8, u8) {
+    if j < 4 {
+        (s[j] & 63, s[j + 4] & 63)
+    } else {
+        ((s[j + 4] & 15) | ((s[j - 4] >> 6) << 4), (s[j + 4] >> 4) | ((s[j] >> 6) << 4))
+    }
+}
+
+/// Element `e` of a Q6_K block, 0..=63.
+fn q6k_quant(b: &[u8], e: usize) -> u8 {
+    let (half, e) = (e / 128, e % 128);
+    let (part, l) = (e / 32, e % 32);
+    let low = b[half * 64 + (part % 2) * 32 + l];
+    let low = if part < 2 { low & 15 } else { low >> 4 };
+    let high = b[128 + half * 32 + l] >> (2 * part);
+    low | ((high & 3) << 4)
+}
+
+/// Weights `32 i ..` of a row in the file's layout.
+fn read_block(kind: Kind, row: &[u8], i: usize) -> Block {
+    let mut block =
+        Block { scale_bits: 0, min_bits: 0, scale: 0.0, min: 0.0, sub: [1, 1], q: [0; 32] };
+    match kind {
+        Kind::Q4_0 => {
+            let b = &row[i * 18..][..18];
+            block.scale_bits = u16_at(b, 0);
+            block.q = nibbles(&b[2..]);
+        }
+        Kind::Q4_1 => {
+            let b = &row[i * 20..][..20];
+            (block.scale_bits, block.min_bits) = (u16_at(b, 0), u16_at(b, 2));
+            block.q = nibbles(&b[4..]);
+        }
+        Kind::Q8_0 => {
+            let b = &row[i * 34..][..34];
+            block.scale_bits = u16_at(b, 0);
+            block.q = std::array::from_fn(|j| b[2 + j] ^ 0x80);
+        }
+        Kind::Q4K => {
+            let (b, sub) = (&row[i / 8 * 144..][..144], i % 8);
+            let (scale, min) = q4k_scales(&b[4..16], sub);
+            block.scale = f16_at(b, 0) * f32::from(scale);
+            block.min = -(f16_at(b, 2) * f32::from(min));
+            let qs = &b[16 + sub / 2 * 32..][..32];
+            block.q = std::array::from_fn(|j| if sub % 2 == 0 { qs[j] & 15 } else { qs[j] >> 4 });
+        }
+        Kind::Q6K => {
+            let (b, sub) = (&row[i / 8 * 210..][..210], i % 8);
+            block.scale_bits = u16_at(b, 208);
+            block.sub = [b[192 + sub * 2] as i8, b[193 + sub * 2] as i8];
+            block.q = std::array::from_fn(|j| q6k_quant(b, sub * 32 + j));
+        }
+        Kind::F32 | Kind::F16 | Kind::Bf16 => unreachable!("float rows have no blocks"),
+    }
+    block
+}
+
+/// Where element `j` of a block lies among the quants of lane `lane`: byte, and whether high.
+fn quant_at<F: Format>(r: usize, lane: usize, j: usize) -> (usize, bool) {
+    let (quad, byte) = (j / 4, j % 4);
+    if F::NIBBLES {
+        ((quad % 4) * r * 4 + lane * 4 + byte, quad >= 4)
+    } else {
+        (quad * r * 4 + lane * 4 + byte, false)
+    }
+}
+
+/// Writes a block as lane `lane` of a packed block.
+fn write_block<F: Format>(out: &mut [u8], r: usize, lane: usize, block: &Block) {
+    if F::WIDE_SCALE {
+        out[lane * 4..][..4].copy_from_slice(&block.scale.to_le_bytes());
+        out[F::min_at(r) + lane * 4..][..4].copy_from_slice(&block.min.to_le_bytes());
+    } else {
+        out[lane * 2..][..2].copy_from_slice(&block.scale_bits.to_le_bytes());
+        if F::MIN {
+            out[F::min_at(r) + lane * 2..][..2].copy_from_slice(&block.min_bits.to_le_bytes());
+        }
+    }
+    if F::HALVES {
+        out[F::sub_at(r) + lane] = block.sub[0] as u8;
+        out[F::sub_at(r) + r + lane] = block.sub[1] as u8;
+    }
+    let quants = &mut out[F::quants_at(r)..];
+    for quad in 0..8 {
+        let (at, high) = quant_at::<F>(r, lane, quad * 4);
+        for byte in 0..4 {
+            let q = block.q[quad * 4 + byte];
+            if high {
+                quants[at + byte] |= q << 4;
+            } else {
+                quants[at + byte] = q;
+            }
+        }
+    }
+}
+
+/// Reads lane `lane` of a packed block back: dequantised values.
+fn unpack_block<F: Format>(data: &[u8], r: usize, lane: usize, out: &mut [f32]) {
+    let value = |at: usize| {
+        if F::WIDE_SCALE {
+            let at = at + lane * 4;
+            f32::from_le_bytes([data[at], data[at + 1], data[at + 2], data[at + 3]])
+        } else {
+            f16_at(data, at + lane * 2)
+        }
+    };
+    let scale = value(0);
+    let quants = &data[F::quants_at(r)..];
+    for (j, out) in out.iter_mut().enumerate() {
+        let (at, high) = quant_at::<F>(r, lane, j);
+        let q = if F::NIBBLES { (quants[at] >> if high { 4 } else { 0 }) & 15 } else { quants[at] };
+        let q = (i32::from(q) - F::BIAS) as f32;
+        *out = if F::MIN {
+            scale.mul_add(q, value(F::min_at(r)))
+        } else if F::HALVES {
+            (scale * f32::from(data[F::sub_at(r) + (j / 16) * r + lane] as i8)) * q
+        } else {
+            scale * q
+        };
+    }
+}
+
+fn pack_quant_rows<F: Format>(kind: Kind, src: &[u8], r: usize, cols: usize, out: &mut [u8]) {
+    let rows = src.chunks_exact(row_bytes(kind, cols));
+    for (lane, row) in rows.enumerate() {
+        for i in 0..cols / 32 {
+            let at = i * F::block_bytes(r);
+            write_block::<F>(&mut out[at..][..F::block_bytes(r)], r, lane, &read_block(kind, row, i));
+        }
+    }
+}
+
+fn unpack_row<F: Format>(group: &[u8], r: usize, lane: usize, out: &mut [f32]) {
+    for (i, out) in out.chunks_exact_mut(32).enumerate() {
+        unpack_block::<F>(&group[i * F::block_bytes(r)..], r, lane, out);
+    }
+}
+
+/// Bytes of a row in the file.
+fn row_bytes(kind: Kind, cols: usize) -> usize {
+    match kind {
+        Kind::Q4_0 => cols / 32 * 18,
+        Kind::Q4_1 => cols / 32 * 20,
+        Kind::Q8_0 => cols / 32 * 34,
+        Kind::Q4K => cols / 256 * 144,
+        Kind::Q6K => cols / 256 * 210,
+        Kind::F32 => cols * 4,
+        Kind::F16 | Kind::Bf16 => cols * 2,
+    }
+}
+
+impl Packed {
+    /// Packs a matrix. `read(first_row, bytes)` fills `bytes` with whole rows of the file from
+    /// `first_row` on.
+    ///
+    /// # Errors
+    /// If memory runs out or `read` fails.
+    pub(crate) fn pack(
+        kind: Kind,
+        (rows, cols): (usize, usize),
+        r: usize,
+        arena: &mut Arena,
+        read: &mut dyn FnMut(usize, &mut [u8]) -> Result<(), LoadError>,
+    ) -> Result<Self, LoadError> {
+        let (r, group_bytes) = group_layout(kind, cols, r);
+        let mut data = arena.take::<u8>(rows.div_ceil(r) * group_bytes)?;
+        let row_bytes = row_bytes(kind, cols);
+        // About a megabyte at a time.
+        let batch = ((1 << 20) / (row_bytes * r).max(1)).max(1) * r;
+        let mut source = vec![0u8; batch.min(rows) * row_bytes];
+        for first in (0..rows).step_by(batch) {
+            let count = batch.min(rows - first);
+            let source = &mut source[..count * row_bytes];
+            read(first, source)?;
+            for (i, source) in source.chunks(r * row_bytes).enumerate() {
+                let out = &mut data[(first / r + i) * group_bytes..][..group_bytes];
+                match kind {
+                    Kind::F32 => pack_float_rows::<4>(source, cols, out),
+                    Kind::F16 | Kind::Bf16 => pack_float_rows::<2>(source, cols, out),
+                    _ => with_format!(kind, pack_quant_rows(kind, source, r, cols, out), {}),
+                }
+            }
+        }
+        Ok(Self { kind, rows, cols, r, group_bytes, data })
+    }
+
+    /// Groups of rows.
+    pub(crate) fn groups(&self) -> usize {
+        self.rows.div_ceil(self.r)
+    }
+
+    /// Row `row`, dequantised, into `out` of `cols`.
+    pub(crate) fn unpack(&self, row: usize, out: &mut [f32]) {
+        let (r, lane) = (self.r, row % self.r);
+        let group = &self.data[row / r * self.group_bytes..][..self.group_bytes];
+        let half = |k: usize| u16_at(group, (k * r + lane) * 2);
+        match self.kind {
+            Kind::F32 => {
+                for (k, out) in out.iter_mut().enumerate() {
+                    let b = &group[(k * r + lane) * 4..][..4];
+                    *out = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                }
+            }
+            Kind::F16 => {
+                for (k, out) in out.iter_mut().enumerate() {
+                    *out = half::f16::from_bits(half(k)).to_f32();
+                }
+            }
+            Kind::Bf16 => {
+                for (k, out) in out.iter_mut().enumerate() {
+                    *out = half::bf16::from_bits(half(k)).to_f32();
+                }
+            }
+            _ => with_format!(self.kind, unpack_row(group, r, lane, out), {}),
+        }
+    }
+}
+
+fn pack_float_rows<const B: usize>(source: &[u8], cols: usize, out: &mut [u8]) {
+    for (lane, row) in source.chunks_exact(cols * B).enumerate() {
+        for (k, element) in row.chunks_exact(B).enumerate() {
+            out[(k * FLOAT_ROWS + lane) * B..][..B].copy_from_slice(element);
+        }
+    }
+}

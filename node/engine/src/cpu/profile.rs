@@ -1,0 +1,127 @@
+//! Measuring a model's layers and head on made-up weights.
+//!
+//! Several layers are measured together, enough that they do not all stay in the caches.
+
+use std::time::{Duration, Instant};
+
+use millrace_shared::id::SequenceId;
+use millrace_shared::model::{Dtype, ModelConfig, TensorEntry, TensorType, head_name};
+use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
+use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
+
+use super::CpuEngine;
+use crate::model::Source;
+use crate::{Engine, Isa, LoadError, StageInput, StageOutput, StageSpec};
+
+/// Weights to run through, so that caches do not flatter.
+const LAYER_BYTES: u64 = 16 << 20;
+/// Measurements; the fastest counts.
+const RUNS: u32 = 3;
+
+/// Seconds of one layer and of the head for a decode of `spec.batch` rows, with as many threads as
+/// there are processors.
+pub(super) fn profile(spec: &ProfileSpec) -> Result<StageProfile, LoadError> {
+    let one: u64 = layer_entries(&spec.config, spec.layer_type, 0).iter().map(|t| t.bytes).sum();
+    let layers = (LAYER_BYTES / one.max(1)).clamp(1, 8) as u32;
+    let config = ModelConfig { layers, rope_factors: false, ..spec.config.clone() };
+    let mut entries: Vec<TensorEntry> = Vec::new();
+    for layer in 0..layers {
+        entries.extend(layer_entries(&config, spec.layer_type, layer));
+    }
+    let width = u64::from(config.hidden);
+    entries.push(entry("output_norm.weight".to_owned(), TensorType::F32, &[width]));
+    let head_dims = [width, u64::from(config.vocab)];
+    entries.push(entry(head_name(&config).to_owned(), spec.head_type, &head_dims));
+    let sources: Vec<Source> = entries.into_iter().map(Source::Synthetic).collect();
+    let measure = |layers: u32, head: bool| {
+        let stage = stage_spec(&config, layers, head, spec.batch);
+        time(&stage, &sources, spec.batch).map(|d| d.as_secs_f64())
+    };
+    Ok(StageProfile {
+        layer_seconds: measure(layers, false)? / f64::from(layers),
+        head_seconds: measure(0, true)?,
+    })
+}
+
+fn stage_spec(config: &ModelConfig, layers: u32, head: bool, batch: u32) -> StageSpec {
+    let batch = batch.max(1);
+    StageSpec {
+        config: config.clone(),
+        layers: 0..layers,
+        embed: false,
+        head,
+        settings: EngineSettings {
+            kv_blocks: batch,
+            kv_block_size: 16,
+            kv_dtype: Dtype::F16,
+            activation_dtype: Dtype::F32,
+            max_batch_tokens: batch,
+            max_num_seqs: batch,
+            max_model_len: 16,
+        },
+        threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        isa: Isa::detect(),
+    }
+}
+
+/// The fastest of a few steps.
+fn time(spec: &StageSpec, sources: &[Source], batch: u32) -> Result<Duration, LoadError> {
+    let mut engine = CpuEngine::new();
+    engine.load_sources(spec, sources, &mut |_| {})?;
+    let sequences = || (0..batch.max(1)).map(|i| (SequenceId(u64::from(i)), i));
+    let meta = StepMeta {
+        rows: sequences()
+            .map(|(sequence, _)| Row {
+                sequence,
+                sequence_epoch: 0,
+                position: 0,
+                count: 1,
+                want: Want::Sample,
+            })
+            .collect(),
+        tables: sequences()
+            .map(|(sequence, i)| TableUpdate { sequence, first: 0, blocks: vec![i] })
+            .collect(),
+        ..StepMeta::default()
+    };
+    let width = spec.config.hidden as usize;
+    let input: Vec<f32> =
+        (0..meta.rows.len() * width).map(|i| (i % 13) as f32 / 13.0 - 0.5).collect();
+    let mut out = vec![0f32; input.len()];
+    let mut best = Duration::MAX;
+    for _ in 0..RUNS {
+        let start = Instant::now();
+        let output = if spec.head {
+            StageOutput::Logits(&mut |_| {})
+        } else {
+            StageOutput::Hidden(&mut out)
+        };
+        // Made-up weights may overflow; the time is the same but for the error.
+        let _ = engine.step(&meta, StageInput::Hidden(&input), output);
+        best = best.min(start.elapsed());
+    }
+    Ok(best)
+}
+
+fn entry(name: String, dtype: TensorType, dims: &[u64]) -> TensorEntry {
+    let elements: u64 = dims.iter().product();
+    let bytes = dtype.bytes_of(elements).unwrap_or(0);
+    TensorEntry { name, dtype, dims: dims.to_vec(), offset: 0, bytes, hash: [0; 32] }
+}
+
+fn layer_entries(c: &ModelConfig, dtype: TensorType, layer: u32) -> Vec<TensorEntry> {
+    let [h, q, kv, f] =
+        [c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.ffn].map(u64::from);
+    let matrices = [
+        ("attn_q", [h, q]),
+        ("attn_k", [h, kv]),
+        ("attn_v", [h, kv]),
+        ("attn_output", [q, h]),
+        ("ffn_gate", [h, f]),
+        ("ffn_up", [h, f]),
+        ("ffn_down", [f, h]),
+    ];
+    let name = |part: &str| format!("blk.{layer}.{part}.weight");
+    let norms = ["attn_norm", "ffn_norm"].map(|n| entry(name(n), TensorType::F32, &[h]));
+    matrices.iter().map(|(n, dims)| entry(name(n), dtype, dims)).chain(norms).collect()
+}

@@ -1,0 +1,327 @@
+//! The decoder of the Llama family, over any backend.
+//!
+//! One stage: optionally the embedding, a range of layers, optionally the head. Reads top to bottom.
+//! The residual stream is rounded to the activation dtype at every layer boundary, whether the
+//! pipeline is cut there or not. On the last stage the last layer is finished only for the positions
+//! that the head is for.
+
+use std::ops::Range;
+
+use millrace_shared::model::Dtype;
+use millrace_shared::wire::data::StepMeta;
+
+use super::weights::Sources;
+use super::{Backend, Batch, BlockTables};
+use crate::{LoadError, LogitsRow, StageInput, StageOutput, StageSpec, StepError};
+
+/// Positions whose logits are computed together.
+const HEAD_ROWS: usize = 16;
+
+/// One layer's weights.
+struct Layer<B: Backend> {
+    attn_norm: B::Vector,
+    /// `q | k | v`.
+    qkv: B::Weight,
+    attn_output: B::Weight,
+    ffn_norm: B::Vector,
+    /// `gate | up`.
+    gate_up: B::Weight,
+    down: B::Weight,
+}
+
+/// The embedding, the head, or both in one matrix.
+enum Ends<B: Backend> {
+    Neither,
+    Embed(B::Weight),
+    Head(B::Weight),
+    Tied(B::Weight),
+    Both(B::Weight, B::Weight),
+}
+
+/// Activations of a step; `n` is the most positions of a micro-batch.
+struct Scratch<B: Backend> {
+    /// The residual stream: `n x hidden`.
+    x: B::Tensor,
+    /// Normalised: `n x hidden`.
+    normed: B::Tensor,
+    /// `n x (heads + 2 kv_heads) head_dim`.
+    qkv: B::Tensor,
+    /// `n x heads head_dim`.
+    attended: B::Tensor,
+    /// `n x 2 ffn`.
+    gate_up: B::Tensor,
+    /// `n x ffn`.
+    act: B::Tensor,
+    /// `16 x vocab`.
+    logits: B::Tensor,
+}
+
+/// A loaded stage.
+pub struct Llama<B: Backend> {
+    layers: Vec<Layer<B>>,
+    kv: B::Kv,
+    ends: Ends<B>,
+    final_norm: Option<B::Vector>,
+    scratch: Scratch<B>,
+    range: Range<u32>,
+    hidden: usize,
+    vocab: u32,
+    eps: f32,
+    dtype: Dtype,
+}
+
+impl<B: Backend> std::fmt::Debug for Llama<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Llama").field("layers", &self.range).finish_non_exhaustive()
+    }
+}
+
+impl<B: Backend> Llama<B> {
+    /// Loads the stage; `progress` is told after each layer.
+    ///
+    /// # Errors
+    /// If a tensor is missing, misshapen or unsupported, or memory runs out.
+    pub fn load(
+        backend: &mut B,
+        spec: &StageSpec,
+        sources: &Sources<'_>,
+        progress: &mut dyn FnMut(&B),
+    ) -> Result<Self, LoadError> {
+        let config = &spec.config;
+        let n = spec.settings.max_batch_tokens as usize;
+        let factors = if spec.layers.is_empty() { None } else { sources.rope_factors()? };
+        let kv = backend.kv(spec.layers.len(), config, &spec.settings, factors)?;
+        let scratch = Self::scratch(backend, spec, n)?;
+        let ends = Self::ends(backend, spec, sources)?;
+        progress(backend);
+        let final_norm =
+            if spec.head { Some(backend.vector(sources.head()?.0)?) } else { None };
+        let mut layers = Vec::with_capacity(spec.layers.len());
+        for layer in spec.layers.clone() {
+            let s = sources.layer(layer)?;
+            layers.push(Layer {
+                attn_norm: backend.vector(s.attn_norm)?,
+                qkv: backend.weight(&s.qkv)?,
+                attn_output: backend.weight(&[s.attn_output])?,
+                ffn_norm: backend.vector(s.ffn_norm)?,
+                gate_up: backend.weight(&s.gate_up)?,
+                down: backend.weight(&[s.down])?,
+            });
+            progress(backend);
+        }
+        Ok(Self {
+            layers,
+            kv,
+            ends,
+            final_norm,
+            scratch,
+            range: spec.layers.clone(),
+            hidden: config.hidden as usize,
+            vocab: config.vocab,
+            eps: config.rms_eps,
+            dtype: spec.settings.activation_dtype,
+        })
+    }
+
+    fn scratch(backend: &mut B, spec: &StageSpec, n: usize) -> Result<Scratch<B>, LoadError> {
+        let c = &spec.config;
+        let [hidden, heads, kv_heads, dim, ffn] =
+            [c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn].map(|x| x as usize);
+        let inner = if spec.layers.is_empty() { 0 } else { n };
+        let head_rows = if spec.head { HEAD_ROWS } else { 0 };
+        Ok(Scratch {
+            x: backend.tensor(n, hidden, false)?,
+            normed: backend.tensor(n, hidden, true)?,
+            qkv: backend.tensor(inner, (heads + 2 * kv_heads) * dim, false)?,
+            attended: backend.tensor(inner, heads * dim, true)?,
+            gate_up: backend.tensor(inner, 2 * ffn, false)?,
+            act: backend.tensor(inner, ffn, true)?,
+            logits: backend.tensor(head_rows, c.vocab as usize, false)?,
+        })
+    }
+
+    fn ends(
+        backend: &mut B,
+        spec: &StageSpec,
+        sources: &Sources<'_>,
+    ) -> Result<Ends<B>, LoadError> {
+        Ok(match (spec.embed, spec.head) {
+            (false, false) => Ends::Neither,
+            (true, false) => Ends::Embed(backend.weight(&[sources.embedding()?])?),
+            (false, true) => Ends::Head(backend.weight(&[sources.head()?.1])?),
+            (true, true) if spec.config.tied_head => {
+                Ends::Tied(backend.weight(&[sources.embedding()?])?)
+            }
+            (true, true) => Ends::Both(
+                backend.weight(&[sources.embedding()?])?,
+                backend.weight(&[sources.head()?.1])?,
+            ),
+        })
+    }
+
+    /// Computes one micro-batch.
+    ///
+    /// # Errors
+    /// If input or output do not suit the stage or a value is not finite.
+    pub fn step(
+        &mut self,
+        b: &mut B,
+        meta: &StepMeta,
+        batch: &Batch,
+        tables: &BlockTables,
+        input: StageInput<'_>,
+        output: StageOutput<'_>,
+    ) -> Result<(), StepError> {
+        self.check(batch, &input, &output)?;
+        self.enter(b, input);
+        self.settle(b, meta, batch, "the input", self.range.start, false)?;
+        let pruned = matches!(output, StageOutput::Logits(_));
+        let last = self.layers.len();
+        for index in 0..last {
+            let prune = pruned && index + 1 == last;
+            self.layer(b, index, batch, tables, prune);
+            if prune && batch.keep.is_empty() {
+                return Ok(());
+            }
+            let layer = self.range.start + index as u32;
+            self.settle(b, meta, batch, "the feed-forward part", layer, prune)?;
+        }
+        match output {
+            StageOutput::Hidden(out) => b.download(&self.scratch.x, out),
+            StageOutput::Logits(sink) => {
+                if last == 0 {
+                    b.gather_rows(&batch.keep, &mut self.scratch.x);
+                }
+                self.head(b, batch, sink);
+            }
+        }
+        Ok(())
+    }
+
+    /// One transformer layer on the residual stream; with `prune` only the wanted positions go on
+    /// after their keys and values are stored.
+    fn layer(
+        &mut self,
+        b: &mut B,
+        index: usize,
+        batch: &Batch,
+        tables: &BlockTables,
+        prune: bool,
+    ) {
+        let (layer, s) = (&self.layers[index], &mut self.scratch);
+        // Attention: normalise, project, rotate, remember.
+        b.rms_norm(&s.x, &layer.attn_norm, self.eps, &mut s.normed);
+        b.linear(&s.normed, &layer.qkv, &mut s.qkv);
+        b.rope(&mut s.qkv, &self.kv, &batch.spans);
+        b.write_kv(&s.qkv, &mut self.kv, index, &batch.spans, tables);
+        let spans = if prune {
+            b.gather_rows(&batch.keep, &mut s.qkv);
+            b.gather_rows(&batch.keep, &mut s.x);
+            if batch.keep.is_empty() {
+                return;
+            }
+            &batch.wanted
+        } else {
+            &batch.spans
+        };
+        // Attend, project back.
+        b.attention(&s.qkv, &self.kv, index, spans, tables, &mut s.attended);
+        b.linear_add(&s.attended, &layer.attn_output, &mut s.x);
+        // Feed forward: normalise, gate and project, activate, project back.
+        b.rms_norm(&s.x, &layer.ffn_norm, self.eps, &mut s.normed);
+        b.linear(&s.normed, &layer.gate_up, &mut s.gate_up);
+        b.act_mul(&s.gate_up, &mut s.act);
+        b.linear_add(&s.act, &layer.down, &mut s.x);
+    }
+
+    /// Final norm, and logits a few rows at a time.
+    fn head(&mut self, b: &mut B, batch: &Batch, sink: &mut dyn FnMut(LogitsRow<'_>)) {
+        let (Some(norm), Ends::Head(head) | Ends::Tied(head) | Ends::Both(_, head)) =
+            (&self.final_norm, &self.ends)
+        else {
+            return;
+        };
+        let s = &mut self.scratch;
+        b.rms_norm(&s.x, norm, self.eps, &mut s.normed);
+        let vocab = self.vocab as usize;
+        for first in (0..batch.outputs.len()).step_by(HEAD_ROWS) {
+            let end = batch.outputs.len().min(first + HEAD_ROWS);
+            let logits = b.logits(&s.normed, first..end, head, &mut s.logits);
+            for (out, logits) in batch.outputs[first..end].iter().zip(logits.chunks_mut(vocab)) {
+                sink(LogitsRow { row: out.row, position: out.position, logits });
+            }
+        }
+    }
+
+    /// Fills the residual stream.
+    fn enter(&mut self, b: &mut B, input: StageInput<'_>) {
+        match (input, &self.ends) {
+            (
+                StageInput::Tokens(tokens),
+                Ends::Embed(table) | Ends::Tied(table) | Ends::Both(table, _),
+            ) => b.embed(table, tokens, &mut self.scratch.x),
+            (StageInput::Hidden(rows), _) => b.upload(rows, &mut self.scratch.x),
+            (StageInput::Tokens(_), _) => {}
+        }
+    }
+
+    /// Rounds the residual stream; an error names the first value that is not finite.
+    fn settle(
+        &mut self,
+        b: &mut B,
+        meta: &StepMeta,
+        batch: &Batch,
+        place: &'static str,
+        layer: u32,
+        gathered: bool,
+    ) -> Result<(), StepError> {
+        let Some(row) = b.settle(&mut self.scratch.x, self.dtype) else { return Ok(()) };
+        let (row, position) = batch.locate(row, gathered);
+        let sequence = meta.rows.get(row).map_or(0, |r| r.sequence.0);
+        Err(StepError::NonFinite { place, layer, sequence, position })
+    }
+
+    /// Whether input and output suit this stage and have the right sizes.
+    fn check(
+        &self,
+        batch: &Batch,
+        input: &StageInput<'_>,
+        output: &StageOutput<'_>,
+    ) -> Result<(), StepError> {
+        let invalid = |e: String| Err(StepError::Invalid(e));
+        let embeds = matches!(self.ends, Ends::Embed(_) | Ends::Tied(_) | Ends::Both(..));
+        let n = batch.positions;
+        match input {
+            StageInput::Tokens(_) if !embeds => {
+                return invalid("token ids sent to a stage without the embedding".to_owned());
+            }
+            StageInput::Hidden(_) if embeds => {
+                return invalid("activations sent to the first stage".to_owned());
+            }
+            StageInput::Tokens(t) if t.len() != n => {
+                return invalid(format!("{} token ids for {n} positions", t.len()));
+            }
+            StageInput::Hidden(x) if x.len() != n * self.hidden => {
+                return invalid(format!("{} activations for {n} positions", x.len()));
+            }
+            StageInput::Tokens(t) => {
+                if let Some(id) = t.iter().find(|&&id| id >= self.vocab) {
+                    return invalid(format!("token id {id} outside the vocabulary"));
+                }
+            }
+            StageInput::Hidden(_) => {}
+        }
+        match output {
+            StageOutput::Hidden(_) if self.final_norm.is_some() => {
+                invalid("activations asked of the last stage".to_owned())
+            }
+            StageOutput::Logits(_) if self.final_norm.is_none() => {
+                invalid("logits asked of a stage without the head".to_owned())
+            }
+            StageOutput::Hidden(out) if out.len() != n * self.hidden => {
+                invalid(format!("room for {} activations for {n} positions", out.len()))
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Canonical tensor names, their shapes, and where their bytes come from.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use millrace_shared::model::{ModelConfig, TensorEntry, TensorType, head_name};
+
+use crate::{LoadError, TensorSource};
+
+/// Bytes of one tensor.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// In a file.
+    File(TensorSource),
+    /// Made up, for measurements: never NaN, never denormal.
+    Synthetic(TensorEntry),
+}
+
+impl Source {
+    /// Name, type, dimensions.
+    pub fn entry(&self) -> &TensorEntry {
+        match self {
+            Self::File(source) => &source.entry,
+            Self::Synthetic(entry) => entry,
+        }
+    }
+
+    /// Opens it for reading.
+    ///
+    /// # Errors
+    /// If the file cannot be opened.
+    pub fn open(&self) -> Result<Reader<'_>, LoadError> {
+        Ok(match self {
+            Self::File(source) => {
+                let file = File::open(&source.path)
+                    .map_err(|e| LoadError::Io { path: source.path.clone(), source: e })?;
+                Reader::File(file, source)
+            }
+            Self::Synthetic(_) => Reader::Synthetic(0x9e37_79b9_7f4a_7c15),
+        })
+    }
+
+    /// Inputs and outputs of a matrix.
+    ///
+    /// # Errors
+    /// If it is no matrix or too large to address.
+    pub fn matrix(&self) -> Result<(usize, usize), LoadError> {
+        let dims = &self.entry().dims;
+        match dims.as_slice() {
+            &[cols, rows] if cols.checked_mul(rows).is_some_and(|n| n < 1 << 40) => {
+                Ok((cols as usize, rows as usize))
+            }
+            _ => Err(LoadError::Settings(format!(
+                "tensor '{}' of shape {dims:?} is no matrix that fits in memory",
+                self.entry().name
+            ))),
+        }
+    }
+}
+
+/// An open tensor.
+#[derive(Debug)]
+pub enum Reader<'a> {
+    /// A file, and where in it.
+    File(File, &'a TensorSource),
+    /// State of the generator.
+    Synthetic(u64),
+}
+
+impl Reader<'_> {
+    /// Fills `bytes` from `offset` of the tensor on.
+    ///
+    /// # Errors
+    /// If the file ends first or cannot be read.
+    pub fn read(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), LoadError> {
+        match self {
+            Self::File(file, source) => file
+                .read_exact_at(bytes, source.offset.saturating_add(offset))
+                .map_err(|e| LoadError::Io { path: source.path.clone(), source: e }),
+            Self::Synthetic(state) => {
+                for chunk in bytes.chunks_mut(8) {
+                    *state ^= *state << 13;
+                    *state ^= *state >> 7;
+                    *state ^= *state << 17;
+                    // No exponent of all ones, whatever the type.
+                    let bits = (*state & 0x0f0f_0f0f_0f0f_0f0f) | 0x2020_2020_2020_2020;
+                    chunk.copy_from_slice(&bits.to_le_bytes()[..chunk.len()]);
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Tensors of one layer.
+#[derive(Debug)]
+pub struct LayerSources<'a> {
+    /// `[hidden]`.
+    pub attn_norm: &'a Source,
+    /// `[hidden, heads * head_dim]`, `[hidden, kv_heads * head_dim]` twice.
+    pub qkv: [&'a Source; 3],
+    /// `[heads * head_dim, hidden]`.
+    pub attn_output: &'a Source,
+    /// `[hidden]`.
+    pub ffn_norm: &'a Source,
+    /// `[hidden, ffn]` twice.
+    pub gate_up: [&'a Source; 2],
+    /// `[ffn, hidden]`.
+    pub down: &'a Source,
+}
+
+/// A stage's tensors by name, checked against the dimensions.
+#[derive(Debug)]
+pub struct Sources<'a> {
+    config: &'a ModelConfig,
+    all: Vec<&'a Source>,
+}
+
+impl<'a> Sources<'a> {
+    /// Checks that the dimensions suit the kernels.
+    ///
+    /// # Errors
+    /// If a width is no multiple of 32, a head none of 16, or heads do not divide.
+    pub fn new(config: &'a ModelConfig, all: &'a [Source]) -> Result<Self, LoadError> {
+        let bad = |what: String| Err(LoadError::Settings(what));
+        let c = config;
+        for (what, width) in [("hidden", c.hidden), ("ffn", c.ffn)] {
+            if width == 0 || width % 32 != 0 {
+                return bad(format!("{what} size {width} is not a multiple of 32"));
+            }
+        }
+        let queries = u64::from(c.heads) * u64::from(c.head_dim);
+        if c.head_dim == 0 || c.head_dim % 16 != 0 || queries % 32 != 0 || queries > 1 << 24 {
+            return bad(format!("{} heads of {} elements are not supported", c.heads, c.head_dim));
+        }
+        if c.kv_heads == 0 || c.heads == 0 || c.heads % c.kv_heads != 0 {
+            return bad(format!("{} heads do not share {} KV heads", c.heads, c.kv_heads));
+        }
+        if c.rope.dim > c.head_dim || c.rope.dim % 2 != 0 {
+            return bad(format!("{} rotated of {} head elements", c.rope.dim, c.head_dim));
+        }
+        Ok(Self { config, all: all.iter().collect() })
+    }
+
+    fn find(&self, name: &str, dims: &[u32]) -> Result<&'a Source, LoadError> {
+        let found = self.all.iter().find(|s| s.entry().name == name);
+        let source = *found.ok_or_else(|| LoadError::MissingTensor(name.to_owned()))?;
+        let entry = source.entry();
+        let expected: Vec<u64> = dims.iter().map(|&d| u64::from(d)).collect();
+        if entry.dims != expected {
+            return Err(LoadError::Shape {
+                tensor: name.to_owned(),
+                found: entry.dims.clone(),
+                expected,
+            });
+        }
+        if !entry.dtype.is_supported() || (dims.len() == 1 && entry.dtype != TensorType::F32) {
+            return Err(LoadError::UnsupportedType {
+                tensor: name.to_owned(),
+                dtype: entry.dtype.as_str().to_owned(),
+            });
+        }
+        if !expected[0].is_multiple_of(entry.dtype.block_elements()) {
+            return Err(LoadError::Settings(format!(
+                "rows of tensor '{name}' ({} elements) are no whole {} blocks",
+                expected[0],
+                entry.dtype.as_str()
+            )));
+        }
+        Ok(source)
+    }
+
+    /// The embedding matrix.
+    ///
+    /// # Errors
+    /// If it is missing or misshapen.
+    pub fn embedding(&self) -> Result<&'a Source, LoadError> {
+        self.find("token_embd.weight", &[self.config.hidden, self.config.vocab])
+    }
+
+    /// The head's gain and matrix.
+    ///
+    /// # Errors
+    /// If one is missing or misshapen.
+    pub fn head(&self) -> Result<(&'a Source, &'a Source), LoadError> {
+        let norm = self.find("output_norm.weight", &[self.config.hidden])?;
+        Ok((norm, self.find(head_name(self.config), &[self.config.hidden, self.config.vocab])?))
+    }
+
+    /// RoPE frequency factors, where the model has them.
+    ///
+    /// # Errors
+    /// If they are missing or misshapen.
+    pub fn rope_factors(&self) -> Result<Option<&'a Source>, LoadError> {
+        if !self.config.rope_factors {
+            return Ok(None);
+        }
+        self.find("rope_freqs.weight", &[self.config.rope.dim / 2]).map(Some)
+    }
+
+    /// Everything of one layer.
+    ///
+    /// # Errors
+    /// If a tensor is missing or misshapen.
+    pub fn layer(&self, layer: u32) -> Result<LayerSources<'a>, LoadError> {
+        let c = self.config;
+        let (h, q, kv) = (c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let get = |part: &str, dims: &[u32]| self.find(&format!("blk.{layer}.{part}.weight"), dims);
+        Ok(LayerSources {
+            attn_norm: get("attn_norm", &[h])?,
+            qkv: [
+                get("attn_q", &[h, q])?,
+                get("attn_k", &[h, kv])?,
+                get("attn_v", &[h, kv])?,
+            ],
+            attn_output: get("attn_output", &[q, h])?,
+            ffn_norm: get("ffn_norm", &[h])?,
+            gate_up: [get("ffn_gate", &[h, c.ffn])?, get("ffn_up", &[h, c.ffn])?],
+            down: get("ffn_down", &[c.ffn, h])?,
+        })
+    }
+}
