@@ -1,16 +1,19 @@
 //! Stage edges: credits hold the sender back, over QUIC and inside one process alike.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
 use std::time::Duration;
 
 use common::*;
+use millrace_net::pump::{pump_in, pump_out};
 use millrace_net::{
     EdgeReceiver, EdgeSender, FramePool, FrameSender, MessageSender, NetError, local_stream_pair,
 };
 use millrace_shared::id::{Epoch, MicroBatchId, PipelineId};
 use millrace_shared::wire::data::Credit;
 use millrace_shared::wire::{Edge, Plane};
+use tokio::sync::mpsc;
 
 const CREDITS: u32 = 2;
 const MAX_FRAME: usize = 1 << 20;
@@ -97,6 +100,36 @@ async fn many_frames_flow() {
     streams(sender, receiver).await;
     let (sender, receiver) = local_edge();
     streams(sender, receiver).await;
+}
+
+/// Frames pass through both pumps; a frame's credit returns when its ticket is dropped.
+#[tokio::test]
+async fn pumps_join_channels_to_edges() {
+    let (left, right, _server) = pair().await;
+    let (sender, receiver) = quic_edge(&left, &right).await;
+    let (feed, frames) = mpsc::channel(1);
+    let (deliver, mut delivered) = mpsc::channel(CREDITS as usize);
+    let out = pump_out(sender, frames);
+    let into = pump_in(receiver, CREDITS, |frame, ticket| {
+        let deliver = deliver.clone();
+        async move { deliver.send((frame, ticket)).await.is_ok() }
+    });
+    let feeding = async {
+        for i in 0..20 {
+            feed.send(frame(i, 10)).await.unwrap();
+        }
+        drop(feed);
+    };
+    let taking = async {
+        for i in 0..20 {
+            let (frame, ticket) = delivered.recv().await.unwrap();
+            assert_eq!(frame.header().micro_batch, MicroBatchId(i));
+            drop(ticket);
+        }
+    };
+    let (sent, received, (), ()) = soon(async { tokio::join!(out, into, feeding, taking) }).await;
+    sent.unwrap();
+    received.unwrap();
 }
 
 #[tokio::test]

@@ -1,4 +1,5 @@
 //! Messages and stage frames over QUIC: whole ones, long ones, garbage.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

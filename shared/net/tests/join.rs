@@ -1,4 +1,5 @@
 //! Joining: the happy path, and every way in which it is refused.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
@@ -42,7 +43,8 @@ impl Coordinator {
     }
 
     /// Serves connections until the joiner has its answer; also what the desk admitted.
-    async fn serve(&self, joining: impl Future<Output = Result<Joined, Status>>) -> Outcome {
+    async fn serve(&self, token: &JoinToken, key: &NodeKey) -> Outcome {
+        let joining = Box::pin(request_join(token, key));
         let serving = async {
             let mut admitted = Vec::new();
             while let Some(incoming) = self.endpoint.accept().await {
@@ -71,7 +73,7 @@ async fn a_node_joins() {
     let coordinator = coordinator();
     let token: JoinToken = coordinator.token().to_string().parse().unwrap();
     let key = NodeKey::generate().unwrap();
-    let joined = coordinator.serve(request_join(&token, &key)).await.unwrap();
+    let joined = coordinator.serve(&token, &key).await.unwrap();
     assert_eq!(joined.identity.name().unwrap(), PeerName::Node(joined.node_id));
     assert_eq!(joined.cluster_addr, format!("127.0.0.1:{CLUSTER_PORT}"));
     // The certificate opens the cluster endpoint.
@@ -79,10 +81,10 @@ async fn a_node_joins() {
     let (_client, accepted) = dial(&server, &joined.identity, COORDINATOR_NAME).await;
     assert_eq!(accepted.unwrap().peer(), Some(PeerName::Node(joined.node_id)));
     // Repeating with the same key gives the same name; another key is refused.
-    let again = coordinator.serve(request_join(&token, &key)).await.unwrap();
+    let again = coordinator.serve(&token, &key).await.unwrap();
     assert_eq!(again.node_id, joined.node_id);
     let other = NodeKey::generate().unwrap();
-    let refused = coordinator.serve(request_join(&token, &other)).await.unwrap_err();
+    let refused = coordinator.serve(&token, &other).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::PermissionDenied);
     assert!(refused.message.contains("has been used"), "{refused}");
 }
@@ -93,10 +95,10 @@ async fn expired_and_unknown_tokens() {
     let key = NodeKey::generate().unwrap();
     let addr = coordinator.addr.to_string();
     let old = coordinator.tokens.create(&addr, coordinator.ca.fingerprint(), 1, NOW).unwrap();
-    let refused = coordinator.serve(request_join(&old, &key)).await.unwrap_err();
+    let refused = coordinator.serve(&old, &key).await.unwrap_err();
     assert!(refused.message.contains("expired"), "{refused}");
     let guessed = JoinToken { secret: [7; 32], ..coordinator.token() };
-    let refused = coordinator.serve(request_join(&guessed, &key)).await.unwrap_err();
+    let refused = coordinator.serve(&guessed, &key).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::PermissionDenied);
     assert!(refused.message.contains("unknown join token"), "{refused}");
 }
@@ -107,12 +109,12 @@ async fn wrong_fingerprint() {
     let coordinator = coordinator();
     let key = NodeKey::generate().unwrap();
     let token = JoinToken { ca_sha256: [0; 32], ..coordinator.token() };
-    let refused = coordinator.serve(request_join(&token, &key)).await.unwrap_err();
+    let refused = coordinator.serve(&token, &key).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::Unavailable);
     assert!(refused.message.contains("another cluster"), "{refused}");
     // The use is still there.
     let token = JoinToken { ca_sha256: coordinator.ca.fingerprint(), ..token };
-    coordinator.serve(request_join(&token, &key)).await.unwrap();
+    coordinator.serve(&token, &key).await.unwrap();
 }
 
 /// A member's certificate, with the right CA beside it, is not the coordinator's.

@@ -1,4 +1,5 @@
 //! Who may speak to whom: certificates, names, protocols.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! The client SDK against a server that answers by rote.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

@@ -9,8 +9,6 @@ mod desk;
 mod store;
 mod token;
 
-use std::time::Duration;
-
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::NodeId;
 use millrace_shared::wire::join::{JoinRequest, JoinResponse};
@@ -45,7 +43,7 @@ pub struct Joined {
 /// A status that says what was refused and what to do; [`ErrorCode::Unavailable`] if the
 /// coordinator cannot be reached.
 pub async fn request_join(token: &JoinToken, key: &NodeKey) -> Result<Joined, Status> {
-    let exchange = async {
+    let exchange = Box::pin(async {
         let tls = tls::join_client(token.ca_sha256)?;
         let remote = resolve(&token.addr).await?;
         let addr = remote.first().copied().ok_or(NetError::Ended("no address"))?;
@@ -55,7 +53,7 @@ pub async fn request_join(token: &JoinToken, key: &NodeKey) -> Result<Joined, St
         endpoint.close("joined");
         endpoint.drain().await;
         response
-    };
+    });
     let response = within(timing::JOIN, "joining", exchange).await.map_err(|e| e.to_status())?;
     match response {
         JoinResponse::Refused(status) => Err(status),
@@ -102,6 +100,3 @@ fn accept(
     }
     Ok(identity)
 }
-
-/// How long the joiner's side keeps trying, for messages.
-pub const JOIN_DEADLINE: Duration = timing::JOIN;
