@@ -1,0 +1,96 @@
+//! `POST /v1/completions`.
+
+use actix_web::{HttpRequest, HttpResponse, web};
+use millrace_shared::wire::rpc::Prompt;
+use serde_json::Value;
+
+use super::AppState;
+use super::error::ApiError;
+use super::fields::Fields;
+use super::generation::{self, Kind};
+use super::options;
+use super::request::{Body, deadline, read_body, with_ignored};
+
+/// OpenAI's own default for this endpoint.
+const DEFAULT_MAX_TOKENS: u32 = 16;
+
+/// Continues a text.
+pub(crate) async fn completions(
+    state: web::Data<AppState>,
+    request: HttpRequest,
+    body: Body,
+) -> Result<HttpResponse, ApiError> {
+    let mut fields = Fields::parse(&read_body(body)?)?;
+    let deadline = deadline(&request)?;
+    let mut options = options::take(&mut fields, Some(DEFAULT_MAX_TOKENS))?;
+    options.params.logprobs = options::take_completion_logprobs(&mut fields)?;
+    let prompt = take_prompt(&mut fields, "prompt")?
+        .ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;
+    let ignored = fields.into_ignored();
+    let response = generation::respond(&state, Kind::Completion, options, prompt, deadline).await?;
+    Ok(with_ignored(response, &ignored))
+}
+
+/// Takes a prompt: a text, ids, or a list of exactly one of them.
+///
+/// # Errors
+/// If it is anything else.
+pub(crate) fn take_prompt(fields: &mut Fields, name: &str) -> Result<Option<Prompt>, ApiError> {
+    let Some(value) = fields.take_value(name) else { return Ok(None) };
+    let wrong = || ApiError::invalid(name, "must be a string or an array of token ids");
+    let several = || ApiError::invalid(name, "several prompts at once are not supported yet");
+    let prompt = match value {
+        Value::String(text) => Prompt::Text(text),
+        Value::Array(mut items)
+            if matches!(items.first(), Some(Value::String(_) | Value::Array(_))) =>
+        {
+            match items.pop() {
+                _ if !items.is_empty() => return Err(several()),
+                Some(Value::String(text)) => Prompt::Text(text),
+                Some(Value::Array(ids)) => Prompt::Tokens(ids_of(name, &ids)?),
+                _ => return Err(wrong()),
+            }
+        }
+        Value::Array(items) => Prompt::Tokens(ids_of(name, &items)?),
+        _ => return Err(wrong()),
+    };
+    Ok(Some(prompt))
+}
+
+/// Token ids from JSON.
+///
+/// # Errors
+/// Naming the first entry that is none.
+pub(crate) fn ids_of(name: &str, items: &[Value]) -> Result<Vec<u32>, ApiError> {
+    let id = |(index, item): (usize, &Value)| {
+        item.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
+            ApiError::invalid(name, format!("entry {index} is not a token id (a whole number)"))
+        })
+    };
+    items.iter().enumerate().map(id).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn prompts() {
+        let take = |value: Value| {
+            let body = json!({ "prompt": value }).to_string();
+            let mut fields = Fields::parse(body.as_bytes()).expect("an object");
+            take_prompt(&mut fields, "prompt").map_err(|e| e.to_string())
+        };
+        assert_eq!(take(json!("a")), Ok(Some(Prompt::Text("a".into()))));
+        assert_eq!(take(json!(["a"])), Ok(Some(Prompt::Text("a".into()))));
+        assert_eq!(take(json!([1, 2])), Ok(Some(Prompt::Tokens(vec![1, 2]))));
+        assert_eq!(take(json!([[1, 2]])), Ok(Some(Prompt::Tokens(vec![1, 2]))));
+        assert_eq!(take(json!([])), Ok(Some(Prompt::Tokens(vec![]))));
+        assert_eq!(take(json!(null)), Ok(None));
+        assert!(take(json!(["a", "b"])).expect_err("refused").contains("several"));
+        assert!(take(json!([1, "b"])).expect_err("refused").contains("entry 1"));
+        assert!(take(json!([-1])).expect_err("refused").contains("entry 0"));
+        assert!(take(json!({})).expect_err("refused").contains("string or an array"));
+    }
+}

@@ -1,0 +1,172 @@
+//! What every request passes before its handler: the host check, the key check, the request id.
+//!
+//! The host check is the defence against DNS rebinding: a page in a browser on this machine can
+//! make a name of its own point here, but it cannot change the name the browser sends. So only
+//! loopback, addresses of the connection itself and names the operator gave are served. Cross-origin
+//! headers are never sent.
+
+use std::net::{IpAddr, SocketAddr};
+
+use actix_web::body::{EitherBody, MessageBody};
+use actix_web::dev::{ServiceRequest, ServiceResponse};
+use actix_web::http::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
+use actix_web::middleware::Next;
+use actix_web::{Error, ResponseError, web};
+use millrace_shared::error::{ErrorCode, Status};
+use uuid::Uuid;
+
+use super::AppState;
+use super::error::ApiError;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Longest request id that is echoed.
+const MAX_REQUEST_ID_BYTES: usize = 128;
+
+/// Our end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LocalAddr(pub(crate) SocketAddr);
+
+/// Which names this server answers to.
+#[derive(Clone, Debug)]
+pub(crate) struct HostPolicy {
+    bound: IpAddr,
+    allowed: Vec<String>,
+}
+
+impl HostPolicy {
+    /// Besides loopback: the bound address, and `allowed` (`name` or `name:port`).
+    pub(crate) fn new(bound: IpAddr, allowed: &[String]) -> Self {
+        let allowed = allowed.iter().map(|h| h.trim().trim_end_matches('.').to_lowercase());
+        Self { bound, allowed: allowed.filter(|h| !h.is_empty()).collect() }
+    }
+
+    fn allows(&self, authority: &str, local: Option<IpAddr>) -> bool {
+        let authority = authority.to_lowercase();
+        let host = host_of(&authority);
+        if host == "localhost" || self.allowed.iter().any(|a| a == host || *a == authority) {
+            return true;
+        }
+        let Ok(ip) = host.parse::<IpAddr>() else { return false };
+        let ip = ip.to_canonical();
+        ip.is_loopback() || ip == self.bound || local.is_some_and(|l| ip == l.to_canonical())
+    }
+
+    fn check(&self, request: &ServiceRequest) -> Result<(), ApiError> {
+        let local = request.conn_data::<LocalAddr>().map(|l| l.0.ip());
+        let mut hosts = request.headers().get_all(HOST).peekable();
+        if hosts.peek().is_none() {
+            return Err(ApiError::bad_body("the Host header is missing"));
+        }
+        let named = hosts.map(|h| h.to_str().unwrap_or_default());
+        let target = request.head().uri.authority().map(|a| a.as_str());
+        match named.chain(target).find(|host| !self.allows(host, local)) {
+            None => Ok(()),
+            Some(host) => {
+                let shown: String = host.chars().take(100).collect();
+                let message = format!(
+                    "this server does not answer to the host '{shown}'; use its address, or start \
+                     it with --http-host {shown}"
+                );
+                Err(Status::new(ErrorCode::PermissionDenied, message).into())
+            }
+        }
+    }
+}
+
+/// The host of `host`, `host:port`, `[v6]` or `[v6]:port`.
+fn host_of(authority: &str) -> &str {
+    let host = match authority.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').map_or("", |(host, _)| host),
+        None => authority.rsplit_once(':').map_or(authority, |(host, _)| host),
+    };
+    host.trim_end_matches('.')
+}
+
+/// Around everything: the host check, and the request id on every answer.
+pub(crate) async fn check_host<B: MessageBody + 'static>(
+    state: web::Data<AppState>,
+    request: ServiceRequest,
+    next: Next<B>,
+) -> Result<ServiceResponse<EitherBody<B>>, Error> {
+    let id = request_id(request.headers());
+    tracing::debug!(request_id = ?id, method = %request.method(), path = request.path(), "http");
+    let mut response = match state.hosts.check(&request) {
+        Ok(()) => next.call(request).await?.map_into_left_body(),
+        Err(error) => request.into_response(error.error_response()).map_into_right_body(),
+    };
+    response.headers_mut().insert(REQUEST_ID, id);
+    Ok(response)
+}
+
+/// Around what needs a key.
+pub(crate) async fn check_key<B: MessageBody + 'static>(
+    state: web::Data<AppState>,
+    request: ServiceRequest,
+    next: Next<B>,
+) -> Result<ServiceResponse<EitherBody<B>>, Error> {
+    match state.service.authenticate(bearer(request.headers())) {
+        Ok(()) => Ok(next.call(request).await?.map_into_left_body()),
+        Err(status) => {
+            let response = ApiError::from(status).error_response();
+            Ok(request.into_response(response).map_into_right_body())
+        }
+    }
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, key) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
+}
+
+/// The client's id where it is fit to be echoed, else a new one.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let fit =
+        |v: &&HeaderValue| (1..=MAX_REQUEST_ID_BYTES).contains(&v.len()) && v.to_str().is_ok();
+    headers.get(&REQUEST_ID).filter(fit).cloned().unwrap_or_else(|| {
+        HeaderValue::from_str(&Uuid::now_v7().to_string())
+            .expect("invariant: a uuid is a header value")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts() {
+        let bound = "192.168.1.5".parse().expect("an address");
+        let policy = HostPolicy::new(bound, &["Box.example.".into(), "other:8000".into()]);
+        let local = Some("10.0.0.7".parse().expect("an address"));
+        for good in [
+            "localhost",
+            "LOCALHOST:8000",
+            "localhost.",
+            "127.0.0.1:1",
+            "127.9.9.9",
+            "[::1]:8000",
+            "[::ffff:127.0.0.1]",
+            "192.168.1.5:8000",
+            "10.0.0.7",
+            "box.example:1",
+            "BOX.example",
+            "other:8000",
+        ] {
+            assert!(policy.allows(good, local), "{good}");
+        }
+        for bad in [
+            "",
+            "evil.example",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "other:8001",
+            "192.168.1.6",
+            "[::2]",
+            "[::1",
+            "box.example.evil",
+            "evil.example:127.0.0.1",
+        ] {
+            assert!(!policy.allows(bad, local), "{bad}");
+        }
+    }
+}

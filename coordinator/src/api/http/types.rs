@@ -1,0 +1,154 @@
+//! The bodies and chunks of OpenAI's API, as far as Millrace writes them.
+
+use std::collections::BTreeMap;
+
+use millrace_shared::wire::rpc::{ModelCard, Usage};
+use serde::Serialize;
+use serde_json::Value;
+
+/// Exact token counts.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct UsageBody {
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    total_tokens: u64,
+    prompt_tokens_details: PromptDetails,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct PromptDetails {
+    cached_tokens: u32,
+}
+
+impl From<Usage> for UsageBody {
+    fn from(usage: Usage) -> Self {
+        Self {
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
+            total_tokens: u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens),
+            prompt_tokens_details: PromptDetails { cached_tokens: usage.cached_tokens },
+        }
+    }
+}
+
+/// A whole answer or one chunk of it; they differ in `object` and in what a choice holds.
+#[derive(Debug, Serialize)]
+pub(crate) struct Envelope<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) object: &'static str,
+    /// Unix seconds.
+    pub(crate) created: u64,
+    pub(crate) model: &'a str,
+    pub(crate) choices: Vec<Choice>,
+    /// Absent in streams without usage, null in all but the last chunk of streams with it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) usage: Option<Option<UsageBody>>,
+}
+
+/// One choice: exactly one of `message`, `delta` and `text` is there.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Choice {
+    pub(crate) index: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) message: Option<Message>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) delta: Option<Delta>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) text: Option<String>,
+    pub(crate) logprobs: Option<LogprobsBody>,
+    pub(crate) finish_reason: Option<&'static str>,
+}
+
+/// The answer of a chat.
+#[derive(Debug, Serialize)]
+pub(crate) struct Message {
+    pub(crate) role: &'static str,
+    pub(crate) content: String,
+    /// Always null; strict clients want the key.
+    pub(crate) refusal: Option<String>,
+}
+
+/// What a chunk adds to the answer of a chat.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Delta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) content: Option<String>,
+}
+
+/// Log-probabilities in the shape of the endpoint.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub(crate) enum LogprobsBody {
+    /// Of chat completions.
+    Chat {
+        /// One entry per token.
+        content: Vec<TokenLogprob>,
+        /// Always null.
+        refusal: Option<Value>,
+    },
+    /// Of completions: parallel lists, one entry per token.
+    Completion {
+        /// Text of the tokens.
+        tokens: Vec<String>,
+        /// Their log-probabilities.
+        token_logprobs: Vec<f32>,
+        /// The best tokens and the chosen one.
+        top_logprobs: Vec<BTreeMap<String, f32>>,
+        /// Characters before each token, counted from the start of the answer.
+        text_offset: Vec<usize>,
+    },
+}
+
+/// A token with its rivals.
+#[derive(Debug, Serialize)]
+pub(crate) struct TokenLogprob {
+    #[serde(flatten)]
+    pub(crate) chosen: Candidate,
+    pub(crate) top_logprobs: Vec<Candidate>,
+}
+
+/// A token that was or could have been chosen.
+#[derive(Debug, Serialize)]
+pub(crate) struct Candidate {
+    pub(crate) token: String,
+    pub(crate) logprob: f32,
+    /// UTF-8; null where the token is only part of a character.
+    pub(crate) bytes: Option<Vec<u8>>,
+}
+
+/// One entry of the model list.
+#[derive(Debug, Serialize)]
+pub(crate) struct ModelBody {
+    id: String,
+    object: &'static str,
+    created: u64,
+    owned_by: &'static str,
+    max_model_len: u32,
+    meta: ModelMeta,
+}
+
+#[derive(Debug, Serialize)]
+struct ModelMeta {
+    n_vocab: u32,
+    n_ctx: u32,
+    size: u64,
+}
+
+impl From<ModelCard> for ModelBody {
+    fn from(card: ModelCard) -> Self {
+        Self {
+            id: card.id,
+            object: "model",
+            created: card.created,
+            owned_by: "millrace",
+            max_model_len: card.max_model_len,
+            meta: ModelMeta {
+                n_vocab: card.vocab,
+                n_ctx: card.max_model_len,
+                size: card.weight_bytes,
+            },
+        }
+    }
+}

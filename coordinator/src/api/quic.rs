@@ -1,0 +1,178 @@
+//! The QUIC API: one bidirectional stream per call, as `millrace_shared::wire::rpc` defines it.
+//!
+//! All calls of a connection run inside one future: when the connection ends, or a client resets a
+//! stream, its calls are dropped, and with them their event streams, which cancels the requests. At
+//! most [`MAX_CALLS`] calls of a connection run at once; more wait as unaccepted streams.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream::{FuturesUnordered, StreamExt};
+use millrace_net::rpc_server::{ReplySender, accept_call, bearer};
+use millrace_net::{Connection, IncomingStream, NetError};
+use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::wire::MAX_RPC_BYTES;
+use millrace_shared::wire::rpc::{Call, GenerateEvent, GenerateRequest, Method, Reply};
+
+use crate::service::Service;
+
+/// Calls of one connection that run at once.
+pub const MAX_CALLS: usize = 128;
+/// Positions per `Scores` reply: below 1 MiB with 64 logits each.
+const SCORES_PER_REPLY: usize = 512;
+/// Most ids in one reply: each takes at most five bytes of bincode.
+const MAX_REPLY_IDS: usize = (MAX_RPC_BYTES - 64) / 5;
+
+/// Serves one client until its connection ends.
+pub async fn serve_connection(connection: Connection, service: Arc<dyn Service>) {
+    let mut calls = FuturesUnordered::new();
+    loop {
+        tokio::select! {
+            accepted = connection.accept_incoming(), if calls.len() < MAX_CALLS => match accepted {
+                Ok(stream) => calls.push(serve_call(stream, Arc::clone(&service))),
+                Err(error) => {
+                    tracing::debug!(peer = %connection.remote_address(), %error, "client left");
+                    return;
+                }
+            },
+            Some(ended) = calls.next() => {
+                if let Err(error) = ended {
+                    tracing::debug!(peer = %connection.remote_address(), %error, "call broken off");
+                }
+            }
+            // With every slot taken nothing above would notice a connection that is gone.
+            error = connection.closed() => {
+                tracing::debug!(peer = %connection.remote_address(), %error, "client left");
+                return;
+            }
+        }
+    }
+}
+
+/// One call, from its first message to its last reply.
+async fn serve_call(stream: IncomingStream, service: Arc<dyn Service>) -> Result<(), NetError> {
+    let (call, mut replies) = accept_call(stream).await?;
+    let gone = replies.closed();
+    let answered = async {
+        match answer(call, &mut replies, &service).await? {
+            Ok(()) => replies.done().await,
+            Err(status) => replies.fail(status).await,
+        }
+    };
+    tokio::select! {
+        biased;
+        result = answered => result,
+        () = gone => Ok(()),
+    }
+}
+
+/// Sends all replies but the last. The outer error is the network's, the inner one the caller's.
+async fn answer(
+    call: Call,
+    replies: &mut ReplySender,
+    service: &Arc<dyn Service>,
+) -> Result<Result<(), Status>, NetError> {
+    if let Err(status) = service.authenticate(bearer(&call)) {
+        return Ok(Err(status));
+    }
+    let deadline = call.deadline_ms.map(Duration::from_millis);
+    if let Method::Generate(request) = call.method {
+        return generate(request, deadline, replies, service.as_ref()).await;
+    }
+    let found = match deadline {
+        None => unary(call.method, None, service).await,
+        Some(limit) => tokio::time::timeout(limit, unary(call.method, deadline, service))
+            .await
+            .unwrap_or_else(|_| Err(late(limit))),
+    };
+    match found {
+        Err(status) => Ok(Err(status)),
+        Ok(parts) => {
+            for part in &parts {
+                replies.reply(part).await?;
+            }
+            Ok(Ok(()))
+        }
+    }
+}
+
+async fn generate(
+    request: GenerateRequest,
+    deadline: Option<Duration>,
+    replies: &mut ReplySender,
+    service: &dyn Service,
+) -> Result<Result<(), Status>, NetError> {
+    let mut events = match service.generate(request, deadline).await {
+        Ok(events) => events,
+        Err(status) => return Ok(Err(status)),
+    };
+    loop {
+        match events.next().await {
+            None => return Ok(Err(Status::internal("the answer ended without saying why"))),
+            Some(Err(status)) => return Ok(Err(status)),
+            Some(Ok(event)) => {
+                let last = matches!(event, GenerateEvent::Finished { .. });
+                replies.event(event).await?;
+                if last {
+                    return Ok(Ok(()));
+                }
+            }
+        }
+    }
+}
+
+/// Every method but `Generate`: its replies, without `Done`.
+async fn unary(
+    method: Method,
+    deadline: Option<Duration>,
+    service: &Arc<dyn Service>,
+) -> Result<Vec<Reply>, Status> {
+    let reply = match method {
+        Method::Generate(_) => return Err(Status::internal("Generate is a stream of events")),
+        Method::Score(request) => {
+            let scores = service.score(request, deadline).await?;
+            let chunks = scores.chunks(SCORES_PER_REPLY);
+            return Ok(chunks.map(|chunk| Reply::Scores(chunk.to_vec())).collect());
+        }
+        Method::Tokenize(request) => {
+            let service = Arc::clone(service);
+            let ids = blocking(move || service.tokenize(&request.model, &request.prompt)).await?;
+            check_size(ids.len(), MAX_REPLY_IDS, "ids")?;
+            Reply::Tokens(ids)
+        }
+        Method::Detokenize { ids } => {
+            let service = Arc::clone(service);
+            let text = blocking(move || service.detokenize(&ids)).await?;
+            check_size(text.len(), MAX_RPC_BYTES - 64, "bytes")?;
+            Reply::Text(text)
+        }
+        Method::Models => Reply::Models(service.models()),
+        Method::Cancel { request_id } => {
+            service.cancel(request_id).await?;
+            return Ok(Vec::new());
+        }
+        Method::Status => Reply::Status(Box::new(service.status().await)),
+    };
+    Ok(vec![reply])
+}
+
+/// A long text takes seconds; the thread that calls this also serves every stream.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Status> + Send + 'static,
+) -> Result<T, Status> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|e| Err(Status::internal(format!("tokenizer: {e}"))))
+}
+
+fn check_size(len: usize, limit: usize, unit: &str) -> Result<(), Status> {
+    if len <= limit {
+        return Ok(());
+    }
+    let message = format!("the answer of {len} {unit} exceeds the limit of {limit}; send less");
+    Err(Status::new(ErrorCode::InvalidArgument, message))
+}
+
+fn late(limit: Duration) -> Status {
+    Status::new(ErrorCode::DeadlineExceeded, format!("no answer within {limit:?}"))
+}

@@ -1,0 +1,338 @@
+//! What the API tests share: a service that plays a script, and an HTTP client that shows every
+//! byte. Each test file uses a part of it.
+#![allow(dead_code, unreachable_pub)]
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use millrace_coordinator::service::{EventStream, Service};
+use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::RequestId;
+use millrace_shared::wire::rpc::{
+    ClusterStatus, FinishReason, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt,
+    ScoreRequest, Timings, TokenLogprobs, Usage,
+};
+use serde_json::Value;
+use uuid::Uuid;
+
+/// How long a test waits for something that must come.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+pub const KEY: &str = "mlr-secret";
+pub const MODEL: &str = "org/tiny:1b";
+
+/// What becomes of the next request.
+#[derive(Clone, Debug)]
+pub struct Script {
+    /// Refuse it at once.
+    pub refusal: Option<Status>,
+    /// Otherwise send these,
+    pub events: Vec<Result<GenerateEvent, Status>>,
+    /// and then say nothing until the stream is dropped.
+    pub hang: bool,
+}
+
+/// A service that plays its script for every request and remembers what it was asked.
+pub struct Fake {
+    script: Mutex<Script>,
+    pub ready: AtomicBool,
+    pub seen: Mutex<Vec<(GenerateRequest, Option<Duration>)>>,
+    pub cancelled: Mutex<Vec<RequestId>>,
+    dropped: mpsc::Sender<RequestId>,
+}
+
+impl Fake {
+    /// The service, and where it tells of streams dropped before their end.
+    pub fn new(script: Script) -> (Arc<Self>, mpsc::Receiver<RequestId>) {
+        let (dropped, told) = mpsc::channel();
+        let fake = Self {
+            script: Mutex::new(script),
+            ready: AtomicBool::new(true),
+            seen: Mutex::default(),
+            cancelled: Mutex::default(),
+            dropped,
+        };
+        (Arc::new(fake), told)
+    }
+
+    pub fn set(&self, script: Script) {
+        *self.script.lock().unwrap() = script;
+    }
+
+    pub fn last(&self) -> (GenerateRequest, Option<Duration>) {
+        self.seen.lock().unwrap().last().expect("a request").clone()
+    }
+}
+
+pub fn refuse(status: Status) -> Script {
+    Script { refusal: Some(status), events: Vec::new(), hang: false }
+}
+
+pub fn play(events: Vec<Result<GenerateEvent, Status>>) -> Script {
+    Script { refusal: None, events, hang: false }
+}
+
+/// Starts, sends one token, and then hangs.
+pub fn hang() -> Script {
+    Script { hang: true, ..play(vec![started(), token(0, 7, "Hello", None)]) }
+}
+
+/// "Hello world" of three tokens, the second of which has no text yet.
+pub fn hello() -> Script {
+    play(vec![
+        started(),
+        token(0, 7, "Hello", None),
+        token(1, 8, "", None),
+        token(2, 9, " wor", None),
+        finished(FinishReason::Stop, "ld"),
+    ])
+}
+
+pub fn hello_with_logprobs() -> Script {
+    let first = TokenLogprobs { logprob: -0.1, top: vec![(7, -0.1), (3, -2.5)] };
+    let second = TokenLogprobs { logprob: -3.5, top: vec![(HALF, -0.2), (HALF, -0.3)] };
+    play(vec![
+        started(),
+        token(0, 7, "<7>", Some(first)),
+        token(1, 8, "<8>", Some(second)),
+        finished(FinishReason::Length, ""),
+    ])
+}
+
+/// A token that is only part of a character.
+pub const HALF: u32 = 255;
+
+/// `Started` with a place for the request's id, filled in by the fake.
+pub fn started() -> Result<GenerateEvent, Status> {
+    let prompt_token_ids = vec![1, 2, 3, 4, 5];
+    Ok(GenerateEvent::Started { request_id: RequestId(Uuid::nil()), prompt_token_ids, seed: 1 })
+}
+
+pub fn token(
+    index: u32,
+    token_id: u32,
+    text: &str,
+    logprobs: Option<TokenLogprobs>,
+) -> Result<GenerateEvent, Status> {
+    Ok(GenerateEvent::Token { index, token_id, text: text.into(), logprobs })
+}
+
+pub fn finished(reason: FinishReason, text: &str) -> Result<GenerateEvent, Status> {
+    let usage = Usage { prompt_tokens: 5, completion_tokens: 3, cached_tokens: 2 };
+    Ok(GenerateEvent::Finished { reason, text: text.into(), usage, timings: Timings::default() })
+}
+
+fn unknown(model: &str) -> Status {
+    Status::new(ErrorCode::NotFound, format!("no model '{model}'"))
+}
+
+impl Service for Fake {
+    fn generate(
+        &self,
+        request: GenerateRequest,
+        deadline: Option<Duration>,
+    ) -> BoxFuture<'_, Result<EventStream, Status>> {
+        let script = self.script.lock().unwrap().clone();
+        let dropped = self.dropped.clone();
+        let model = request.model.clone();
+        self.seen.lock().unwrap().push((request, deadline));
+        async move {
+            if let Some(status) = script.refusal {
+                return Err(status);
+            }
+            if !model.is_empty() && model != MODEL {
+                return Err(unknown(&model));
+            }
+            let id = RequestId(Uuid::now_v7());
+            let (sender, stream) = EventStream::new(id, 64);
+            tokio::spawn(async move {
+                for mut event in script.events {
+                    if let Ok(GenerateEvent::Started { request_id, .. }) = &mut event {
+                        *request_id = id;
+                    }
+                    if sender.send(event).await.is_err() {
+                        let _ = dropped.send(id);
+                        return;
+                    }
+                }
+                if script.hang {
+                    sender.closed().await;
+                    let _ = dropped.send(id);
+                }
+            });
+            Ok(stream)
+        }
+        .boxed()
+    }
+
+    fn score(
+        &self,
+        request: ScoreRequest,
+        _: Option<Duration>,
+    ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
+        let score = |position| PositionScore { position, ..PositionScore::default() };
+        async move { Ok((0..request.tokens.len() as u32).map(score).collect()) }.boxed()
+    }
+
+    fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {
+        if !model.is_empty() && model != MODEL {
+            return Err(unknown(model));
+        }
+        Ok(match prompt {
+            Prompt::Text(text) => text.bytes().map(u32::from).collect(),
+            Prompt::Tokens(ids) => ids.clone(),
+            Prompt::Chat(turns) => turns.iter().map(|t| t.content.len() as u32).collect(),
+        })
+    }
+
+    fn detokenize(&self, ids: &[u32]) -> Result<String, Status> {
+        let one = |&id: &u32| match id {
+            HALF => Ok("\u{FFFD}".to_owned()),
+            0..=254 => Ok(format!("<{id}>")),
+            _ => Err(Status::invalid("tokens", format!("no token {id}"))),
+        };
+        ids.iter().map(one).collect()
+    }
+
+    fn models(&self) -> Vec<ModelCard> {
+        vec![ModelCard {
+            id: MODEL.into(),
+            created: 1_700_000_000,
+            max_model_len: 2048,
+            vocab: 256,
+            weight_bytes: 1000,
+        }]
+    }
+
+    fn cancel(&self, request_id: RequestId) -> BoxFuture<'_, Result<(), Status>> {
+        self.cancelled.lock().unwrap().push(request_id);
+        async { Ok(()) }.boxed()
+    }
+
+    fn status(&self) -> BoxFuture<'_, ClusterStatus> {
+        let ready = self.ready.load(Ordering::Relaxed);
+        let detail = if ready { "" } else { "waiting for 1 more node" };
+        let status = ClusterStatus {
+            ready,
+            detail: detail.into(),
+            epoch: 3,
+            running: 2,
+            kv_blocks: 10,
+            kv_blocks_used: 4,
+            ..ClusterStatus::default()
+        };
+        async move { status }.boxed()
+    }
+
+    fn authenticate(&self, key: Option<&str>) -> Result<(), Status> {
+        match key {
+            Some(KEY) => Ok(()),
+            _ => Err(Status::new(ErrorCode::Unauthenticated, "no API key, or a wrong one")),
+        }
+    }
+}
+
+/// An HTTP answer, read to its end.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: HashMap<String, String>,
+    pub body: String,
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.body))
+    }
+
+    /// The `data:` lines of a stream.
+    pub fn data(&self) -> Vec<&str> {
+        self.body.lines().filter_map(|l| l.strip_prefix("data: ")).collect()
+    }
+
+    /// The `data:` lines that are JSON.
+    pub fn chunks(&self) -> Vec<Value> {
+        let json = self.data().into_iter().filter(|d| *d != "[DONE]");
+        json.map(|d| serde_json::from_str(d).unwrap()).collect()
+    }
+}
+
+/// A connection, just opened.
+pub fn connect(addr: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(addr).expect("the server listens");
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    stream
+}
+
+/// The text of a request with a body and the usual headers.
+pub fn post_text(path: &str, body: &str, extra: &str) -> String {
+    format!(
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n\
+         content-length: {}\r\n{extra}\r\n{body}",
+        body.len()
+    )
+}
+
+/// Sends raw bytes and reads the answer.
+pub fn exchange(addr: SocketAddr, request: &[u8]) -> Answer {
+    let mut stream = connect(addr);
+    // The server may answer and close before it has read everything.
+    let _ = stream.write_all(request);
+    read_answer(&mut BufReader::new(stream))
+}
+
+pub fn post(addr: SocketAddr, path: &str, body: &Value) -> Answer {
+    exchange(addr, post_text(path, &body.to_string(), "").as_bytes())
+}
+
+/// GET with a key.
+pub fn get(addr: SocketAddr, path: &str) -> Answer {
+    let text =
+        format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n\r\n");
+    exchange(addr, text.as_bytes())
+}
+
+fn line(reader: &mut impl BufRead) -> String {
+    let mut line = String::new();
+    reader.read_line(&mut line).expect("an answer in time");
+    line.trim_end().to_owned()
+}
+
+pub fn read_head(reader: &mut impl BufRead) -> (u16, HashMap<String, String>) {
+    let first = line(reader);
+    let status = first.split(' ').nth(1).and_then(|s| s.parse().ok());
+    let status = status.unwrap_or_else(|| panic!("not a status line: '{first}'"));
+    let mut headers = HashMap::new();
+    loop {
+        let header = line(reader);
+        let Some((name, value)) = header.split_once(':') else { break };
+        headers.insert(name.to_lowercase(), value.trim().to_owned());
+    }
+    (status, headers)
+}
+
+pub fn read_answer(reader: &mut impl BufRead) -> Answer {
+    let (status, headers) = read_head(reader);
+    let mut body = Vec::new();
+    if let Some(len) = headers.get("content-length") {
+        body.resize(len.parse().unwrap(), 0);
+        reader.read_exact(&mut body).expect("the whole body");
+    } else if headers.get("transfer-encoding").is_some_and(|t| t == "chunked") {
+        loop {
+            let len = usize::from_str_radix(&line(reader), 16).expect("a chunk length");
+            let start = body.len();
+            body.resize(start + len, 0);
+            reader.read_exact(&mut body[start..]).expect("the whole chunk");
+            line(reader);
+            if len == 0 {
+                break;
+            }
+        }
+    }
+    Answer { status, headers, body: String::from_utf8(body).expect("UTF-8") }
+}

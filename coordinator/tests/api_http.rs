@@ -1,0 +1,482 @@
+//! The HTTP API as a client sees it, over real connections, against a service that plays a script.
+
+mod api_common;
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use api_common::*;
+use millrace_coordinator::api::http::{HttpConfig, HttpServerHandle, start};
+use millrace_coordinator::metrics::Metrics;
+use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::RequestId;
+use millrace_shared::wire::rpc::{FinishReason, Prompt};
+use serde_json::{Value, json};
+
+struct Server {
+    fake: Arc<Fake>,
+    dropped: mpsc::Receiver<RequestId>,
+    handle: HttpServerHandle,
+    addr: SocketAddr,
+}
+
+fn server_with(script: Script, change: impl FnOnce(&mut HttpConfig)) -> Server {
+    let (fake, dropped) = Fake::new(script);
+    let mut config = HttpConfig::new(SocketAddr::from(([127, 0, 0, 1], 0)));
+    change(&mut config);
+    let metrics = Arc::new(Metrics::new(MODEL));
+    let handle = start(config, fake.clone(), metrics).expect("a free port");
+    let addr = handle.addr;
+    Server { fake, dropped, handle, addr }
+}
+
+fn server(script: Script) -> Server {
+    server_with(script, |_| {})
+}
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+
+fn chat_body(more: Value) -> Value {
+    let mut body = json!({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]});
+    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    body
+}
+
+fn expect_error(answer: &Answer, status: u16, kind: &str, param: Value, code: &str) -> String {
+    assert_eq!(answer.status, status, "{answer:?}");
+    let error = answer.json()["error"].clone();
+    assert_eq!(error["type"], kind, "{answer:?}");
+    assert_eq!(error["param"], param, "{answer:?}");
+    assert_eq!(error["code"], code, "{answer:?}");
+    error["message"].as_str().expect("a message").to_owned()
+}
+
+#[test]
+fn chat_whole() {
+    let s = server(hello());
+    let answer = post(s.addr, CHAT, &chat_body(json!({"max_tokens": 9, "temperature": 0})));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert_eq!(answer.headers["content-type"], "application/json");
+    assert!(!answer.headers.contains_key("x-millrace-ignored"));
+    assert!(answer.headers.contains_key("x-request-id"));
+    let body = answer.json();
+    assert!(body["id"].as_str().unwrap().starts_with("chatcmpl-"));
+    assert_eq!(body["object"], "chat.completion");
+    assert_eq!(body["model"], MODEL);
+    assert!(body["created"].as_u64().unwrap() > 1_700_000_000);
+    let expected = json!({"index": 0, "logprobs": null, "finish_reason": "stop",
+        "message": {"role": "assistant", "content": "Hello world", "refusal": null}});
+    assert_eq!(body["choices"], json!([expected]));
+    let usage = json!({"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 2}});
+    assert_eq!(body["usage"], usage);
+    let (request, deadline) = s.fake.last();
+    assert!(matches!(&request.prompt, Prompt::Chat(turns) if turns[0].content == "hi"));
+    assert_eq!((request.params.max_tokens, request.params.temperature), (Some(9), 0.0));
+    assert_eq!(deadline, None);
+}
+
+#[test]
+fn chat_streamed_in_order() {
+    let s = server(hello());
+    let options = json!({"stream": true, "stream_options": {"include_usage": true}});
+    let answer = post(s.addr, CHAT, &chat_body(options));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert!(answer.headers["content-type"].starts_with("text/event-stream"));
+    assert_eq!(*answer.data().last().unwrap(), "[DONE]");
+    let chunks = answer.chunks();
+    let deltas: Vec<_> = chunks.iter().map(|c| c["choices"][0]["delta"].clone()).collect();
+    assert_eq!(
+        deltas,
+        [
+            json!({"role": "assistant", "content": ""}),
+            json!({"content": "Hello"}),
+            json!({"content": " wor"}),
+            json!({"content": "ld"}),
+            json!(null),
+        ]
+    );
+    let reasons: Vec<_> = chunks.iter().map(|c| c["choices"][0]["finish_reason"].clone()).collect();
+    assert_eq!(reasons, [json!(null), json!(null), json!(null), json!("stop"), json!(null)]);
+    for chunk in &chunks {
+        assert_eq!(chunk["id"], chunks[0]["id"]);
+        assert_eq!(chunk["object"], "chat.completion.chunk");
+        assert!(chunk.as_object().unwrap().contains_key("usage"));
+    }
+    assert!(chunks[..4].iter().all(|c| c["usage"].is_null()));
+    assert_eq!(chunks[4]["choices"], json!([]));
+    assert_eq!(chunks[4]["usage"]["total_tokens"], 8);
+
+    let plain = post(s.addr, CHAT, &chat_body(json!({"stream": true}))).chunks();
+    assert_eq!(plain.len(), 4);
+    assert!(plain.iter().all(|c| !c.as_object().unwrap().contains_key("usage")));
+}
+
+#[test]
+fn completions_whole_and_streamed() {
+    let s = server(hello());
+    let answer = post(s.addr, COMPLETIONS, &json!({"prompt": [4, 5], "seed": 3, "user": "me"}));
+    let body = answer.json();
+    assert_eq!(body["object"], "text_completion");
+    assert_eq!(body["model"], MODEL, "the only model is named where the client named none");
+    assert!(body["id"].as_str().unwrap().starts_with("cmpl-"));
+    let expected =
+        json!([{"index": 0, "text": "Hello world", "logprobs": null, "finish_reason": "stop"}]);
+    assert_eq!(body["choices"], expected);
+    let (request, _) = s.fake.last();
+    assert_eq!(request.prompt, Prompt::Tokens(vec![4, 5]));
+    assert_eq!((request.params.max_tokens, request.params.seed), (Some(16), Some(3)));
+
+    let answer = post(s.addr, COMPLETIONS, &json!({"prompt": "x", "stream": true}));
+    let texts: Vec<_> = answer.chunks().iter().map(|c| c["choices"][0]["text"].clone()).collect();
+    assert_eq!(texts, ["Hello", " wor", "ld"]);
+    assert_eq!(*answer.data().last().unwrap(), "[DONE]");
+}
+
+#[test]
+fn logprobs_in_both_shapes() {
+    let s = server(hello_with_logprobs());
+    let answer = post(s.addr, CHAT, &chat_body(json!({"logprobs": true, "top_logprobs": 2})));
+    assert_eq!(s.fake.last().0.params.logprobs, Some(2));
+    // The text shows that numbers keep their shortest form.
+    assert!(answer.body.contains("\"logprob\":-0.1,"), "{answer:?}");
+    let content = &answer.json()["choices"][0]["logprobs"]["content"];
+    assert_eq!(content[0]["token"], "<7>");
+    assert_eq!(content[0]["bytes"], json!(b"<7>"));
+    assert_eq!(content[0]["top_logprobs"][1]["token"], "<3>");
+    assert_eq!(content[1]["top_logprobs"][0]["bytes"], json!(null), "half a character");
+    assert_eq!(content.as_array().unwrap().len(), 2);
+
+    let answer = post(s.addr, COMPLETIONS, &json!({"prompt": "x", "logprobs": 2}));
+    let found = &answer.json()["choices"][0]["logprobs"];
+    assert_eq!(found["tokens"], json!(["<7>", "<8>"]));
+    assert_eq!(found["text_offset"], json!([0, 3]));
+    assert_eq!(found["top_logprobs"][0], json!({"<7>": -0.1, "<3>": -2.5}));
+    assert_eq!(found["top_logprobs"][1], json!({"\u{FFFD}": -0.2, "<8>": -3.5}));
+
+    let streamed = chat_body(json!({"logprobs": true, "stream": true}));
+    let chunks = post(s.addr, CHAT, &streamed).chunks();
+    let tokens: Vec<_> =
+        chunks.iter().map(|c| c["choices"][0]["logprobs"]["content"][0]["token"].clone()).collect();
+    assert_eq!(tokens, [json!(null), json!("<7>"), json!("<8>"), json!(null)]);
+}
+
+#[test]
+fn a_key_is_needed_even_on_loopback() {
+    let s = server(hello());
+    let get = |path: &str, auth: &str| {
+        let text = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n{auth}\r\n");
+        exchange(s.addr, text.as_bytes())
+    };
+    for auth in ["", "authorization: Bearer wrong\r\n", "authorization: Basic mlr-secret\r\n"] {
+        let answer = get("/v1/models", auth);
+        expect_error(&answer, 401, "authentication_error", json!(null), "invalid_api_key");
+        // However the path is spelled, it is not served without a key.
+        for path in ["/%761/models", "/v1//models", "//v1/models", "/v1/models/x"] {
+            let status = get(path, auth).status;
+            assert!(matches!(status, 401 | 404), "{path}: {status}");
+        }
+    }
+    assert_eq!(get("/v1/models", "authorization: bearer mlr-secret\r\n").status, 200);
+    for path in ["/tokenize", "/detokenize", CHAT, COMPLETIONS] {
+        let text =
+            format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{{}}");
+        assert_eq!(exchange(s.addr, text.as_bytes()).status, 401, "{path}");
+    }
+    for path in ["/health", "/ready", "/live", "/version", "/metrics"] {
+        assert_eq!(get(path, "").status, 200, "{path}");
+    }
+}
+
+#[test]
+fn only_known_hosts_are_served() {
+    let s = server_with(hello(), |c| c.allowed_hosts = vec!["box.example".into()]);
+    let get = |target: &str, host: &str| {
+        exchange(s.addr, format!("GET {target} HTTP/1.1\r\n{host}\r\n").as_bytes())
+    };
+    for host in ["127.0.0.1:80", "localhost", "[::1]", "Box.Example:8000"] {
+        assert_eq!(get("/live", &format!("host: {host}\r\n")).status, 200, "{host}");
+    }
+    for host in ["evil.example", "localhost.evil.example", "169.254.1.1"] {
+        let answer = get("/live", &format!("host: {host}\r\n"));
+        let message =
+            expect_error(&answer, 403, "permission_error", json!(null), "permission_denied");
+        assert!(message.contains("--http-host"), "{message}");
+    }
+    assert_eq!(get("/live", "host: localhost\r\nhost: evil.example\r\n").status, 400);
+    assert_eq!(get("http://evil.example/live", "host: localhost\r\n").status, 403);
+    assert_eq!(get("/live", "").status, 400);
+}
+
+#[test]
+fn bodies_that_are_no_requests() {
+    let s = server(hello());
+    let send = |body: &[u8]| {
+        let length = format!("content-length: {}", body.len());
+        let head = post_text(CHAT, "", "").replace("content-length: 0", &length);
+        exchange(s.addr, &[head.as_bytes(), body].concat())
+    };
+    for (body, part) in [
+        (&b"{\"model\": \n tru}"[..], "line 2 column 5"),
+        (b"{\"model\": \"\xc3\x28\"}", "not valid UTF-8 at byte 11"),
+        (b"", "not valid JSON"),
+        (b"[]", "must be a JSON object"),
+    ] {
+        let answer = send(body);
+        let message =
+            expect_error(&answer, 400, "invalid_request_error", json!(null), "invalid_argument");
+        assert!(message.contains(part), "{message}");
+    }
+    let deep = [b"[".repeat(100_000), b"]".repeat(100_000)].concat();
+    assert_eq!(send(&deep).status, 400, "nesting does not overflow the stack");
+}
+
+#[test]
+fn long_bodies_are_refused() {
+    let s = server(hello());
+    let limit = 4 << 20;
+    let long = format!("{{\"prompt\": \"{}\"}}", "x".repeat(limit));
+    let answer = exchange(s.addr, post_text(COMPLETIONS, &long, "").as_bytes());
+    expect_error(&answer, 413, "invalid_request_error", json!(null), "request_too_large");
+    let head = post_text(COMPLETIONS, "", "transfer-encoding: chunked\r\n")
+        .replace("content-length: 0\r\n", "");
+    let chunked = format!("{head}{:x}\r\n{long}\r\n0\r\n\r\n", long.len());
+    let answer = exchange(s.addr, chunked.as_bytes());
+    expect_error(&answer, 413, "invalid_request_error", json!(null), "request_too_large");
+    let fits = format!("{{\"prompt\": \"{}\"}}", "x".repeat(limit - 100));
+    assert_eq!(exchange(s.addr, post_text(COMPLETIONS, &fits, "").as_bytes()).status, 200);
+}
+
+#[test]
+fn paths_and_methods() {
+    let s = server(hello());
+    for path in ["/", "/v2/models", "/v1/nothing", "/v1"] {
+        let answer = get(s.addr, path);
+        let message = expect_error(&answer, 404, "not_found_error", json!(null), "unknown_url");
+        assert!(message.contains(path), "{message}");
+    }
+    let answer = get(s.addr, CHAT);
+    expect_error(&answer, 405, "invalid_request_error", json!(null), "method_not_allowed");
+    assert_eq!(answer.headers["allow"], "POST");
+    let answer = post(s.addr, "/v1/models", &json!({}));
+    assert_eq!((answer.status, answer.headers["allow"].as_str()), (405, "GET"));
+    // No CORS: a preflight gets no permission.
+    let preflight = format!(
+        "OPTIONS {CHAT} HTTP/1.1\r\nhost: localhost\r\norigin: http://evil.example\r\n\
+         access-control-request-method: POST\r\n\r\n"
+    );
+    let answer = exchange(s.addr, preflight.as_bytes());
+    assert!(answer.status >= 400);
+    assert!(!answer.headers.keys().any(|k| k.starts_with("access-control")), "{answer:?}");
+}
+
+#[test]
+fn unsupported_is_refused_and_unknown_is_named() {
+    let s = server(hello());
+    for (field, value) in [
+        ("n", json!(2)),
+        ("tools", json!([{"type": "function"}])),
+        ("response_format", json!({"type": "json_object"})),
+        ("modalities", json!(["text", "audio"])),
+    ] {
+        let answer = post(s.addr, CHAT, &chat_body(json!({ field: value })));
+        let message =
+            expect_error(&answer, 400, "invalid_request_error", json!(field), "invalid_argument");
+        assert!(message.contains(field), "{message}");
+    }
+    let body = json!({"prompt": "x", "echo": true});
+    expect_error(
+        &post(s.addr, COMPLETIONS, &body),
+        400,
+        "invalid_request_error",
+        json!("echo"),
+        "invalid_argument",
+    );
+    assert!(s.fake.seen.lock().unwrap().is_empty(), "nothing reached the service");
+    let more = json!({"n": 1, "tools": null, "mystery": 1, "store": true, "user": "me", "stop": null,
+        "stream_options": {"include_obfuscation": false}});
+    let answer = post(s.addr, CHAT, &chat_body(more));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let ignored = &answer.headers["x-millrace-ignored"];
+    assert_eq!(ignored, "stream_options.include_obfuscation, mystery, store");
+}
+
+#[test]
+fn refusals_of_the_service() {
+    let s = server(refuse(Status::exhausted("the queue is full", 1500)));
+    let body = chat_body(json!({"stream": true}));
+    let answer = post(s.addr, CHAT, &body);
+    expect_error(&answer, 429, "rate_limit_error", json!(null), "rate_limit_exceeded");
+    assert_eq!(answer.headers["retry-after"], "2");
+    s.fake.set(refuse(Status::unavailable("no pipeline", 100)));
+    let answer = post(s.addr, CHAT, &body);
+    expect_error(&answer, 503, "unavailable_error", json!(null), "unavailable");
+    assert_eq!(answer.headers["retry-after"], "1");
+    s.fake.set(refuse(Status::invalid("temperature", "must be at least 0")));
+    let answer = post(s.addr, CHAT, &body);
+    expect_error(&answer, 400, "invalid_request_error", json!("temperature"), "invalid_argument");
+    s.fake.set(hello());
+    let answer = post(s.addr, COMPLETIONS, &json!({"model": "other", "prompt": "x"}));
+    expect_error(&answer, 404, "not_found_error", json!("model"), "model_not_found");
+}
+
+#[test]
+fn failures_on_the_way() {
+    let lost = || Err(Status::unavailable("a node was lost", 2000));
+    let s = server(play(vec![started(), token(0, 7, "Hello", None), lost()]));
+    let streamed = chat_body(json!({"stream": true}));
+    let answer = post(s.addr, CHAT, &streamed);
+    assert_eq!(answer.status, 200);
+    let chunks = answer.chunks();
+    assert_eq!(chunks[1]["choices"][0]["delta"]["content"], "Hello");
+    let error = json!({"message": "a node was lost", "type": "unavailable_error", "param": null,
+        "code": "unavailable"});
+    assert_eq!(chunks[2], json!({ "error": error }));
+    assert_eq!(chunks.len(), 3);
+    assert!(!answer.body.contains("[DONE]"));
+    // Whole answers, and streams that fail before their first event, get the status itself.
+    let answer = post(s.addr, CHAT, &chat_body(json!({})));
+    assert_eq!((answer.status, answer.headers["retry-after"].as_str()), (503, "2"));
+    s.fake.set(play(vec![lost()]));
+    assert_eq!(post(s.addr, CHAT, &streamed).status, 503);
+    // Neither an end without a reason nor a cancelled answer passes for a complete one.
+    s.fake.set(play(vec![started(), token(0, 7, "Hello", None)]));
+    let answer = post(s.addr, CHAT, &streamed);
+    assert!(
+        answer.chunks()[2]["error"]["message"].as_str().unwrap().contains("without saying why")
+    );
+    assert_eq!(post(s.addr, CHAT, &chat_body(json!({}))).status, 500);
+    s.fake.set(play(vec![started(), finished(FinishReason::Cancelled, "")]));
+    assert_eq!(post(s.addr, CHAT, &streamed).chunks()[0]["error"]["code"], "cancelled");
+    assert_eq!(post(s.addr, CHAT, &chat_body(json!({}))).status, 499);
+}
+
+#[test]
+fn hanging_up_cancels() {
+    let s = server(hang());
+    for stream in [true, false] {
+        let body = chat_body(json!({ "stream": stream })).to_string();
+        let mut connection = connect(s.addr);
+        connection.write_all(post_text(CHAT, &body, "").as_bytes()).unwrap();
+        if stream {
+            let mut reader = BufReader::new(connection.try_clone().unwrap());
+            assert_eq!(read_head(&mut reader).0, 200);
+            let first = reader.lines().map(Result::unwrap).find(|l| l.contains("Hello"));
+            assert!(first.is_some(), "tokens arrive while the request runs");
+        } else {
+            while s.fake.seen.lock().unwrap().len() < 2 {
+                std::thread::yield_now();
+            }
+        }
+        assert!(s.dropped.try_recv().is_err());
+        drop(connection);
+        s.dropped.recv_timeout(DEADLINE).expect("the stream is dropped");
+    }
+}
+
+#[test]
+fn silence_is_filled_with_comments() {
+    let s = server_with(hang(), |c| c.keep_alive = Duration::from_millis(20));
+    let body = chat_body(json!({"stream": true})).to_string();
+    let mut connection = connect(s.addr);
+    connection.write_all(post_text(CHAT, &body, "").as_bytes()).unwrap();
+    let lines = BufReader::new(connection).lines().map(Result::unwrap);
+    assert_eq!(lines.filter(|l| l == ": keep-alive").take(3).count(), 3);
+}
+
+#[test]
+fn request_headers() {
+    let s = server(hello());
+    let body = chat_body(json!({})).to_string();
+    let send = |extra: &str| exchange(s.addr, post_text(CHAT, &body, extra).as_bytes());
+    let answer = send("x-request-id: abc-1\r\nx-request-timeout-ms: 1500\r\n");
+    assert_eq!(answer.headers["x-request-id"], "abc-1");
+    assert_eq!(s.fake.last().1, Some(Duration::from_millis(1500)));
+    for wrong in ["0", "-1", "soon", ""] {
+        let answer = send(&format!("x-request-timeout-ms: {wrong}\r\nx-request-id: abc-2\r\n"));
+        assert_eq!(answer.headers["x-request-id"], "abc-2", "errors have it too");
+        assert_eq!(answer.json()["error"]["param"], "x-request-timeout-ms", "{wrong}");
+    }
+    let long = "x".repeat(1000);
+    let id = send(&format!("x-request-id: {long}\r\n")).headers["x-request-id"].clone();
+    assert_eq!(id.len(), 36, "an id that is too long is replaced");
+    s.fake.set(refuse(Status::new(ErrorCode::DeadlineExceeded, "too late")));
+    assert_eq!(send("x-request-timeout-ms: 1\r\n").status, 504);
+}
+
+#[test]
+fn health_and_metrics() {
+    let s = server(hello());
+    assert_eq!(get(s.addr, "/health").json(), json!({"status": "ok"}));
+    s.fake.ready.store(false, Ordering::Relaxed);
+    for path in ["/health", "/ready"] {
+        let answer = get(s.addr, path);
+        let message = expect_error(&answer, 503, "unavailable_error", json!(null), "unavailable");
+        assert_eq!(message, "waiting for 1 more node");
+        assert!(answer.headers.contains_key("retry-after"));
+    }
+    assert_eq!(get(s.addr, "/live").status, 200);
+    assert_eq!(get(s.addr, "/version").json()["version"], env!("CARGO_PKG_VERSION"));
+    let answer = get(s.addr, "/metrics");
+    assert!(answer.headers["content-type"].contains("openmetrics"));
+    let used = format!("millrace_kv_blocks_used{{model_name=\"{MODEL}\"}} 4\n");
+    assert!(answer.body.contains(&used), "{}", answer.body);
+    s.fake.ready.store(true, Ordering::Relaxed);
+    s.handle.drain();
+    assert_eq!(get(s.addr, "/ready").status, 503);
+    assert_eq!(get(s.addr, "/live").status, 200);
+    assert_eq!(post(s.addr, CHAT, &chat_body(json!({}))).status, 503);
+}
+
+#[test]
+fn models_and_tokens() {
+    let s = server(hello());
+    let list = get(s.addr, "/v1/models").json();
+    assert_eq!(list["object"], "list");
+    assert_eq!(list["data"][0]["id"], MODEL);
+    assert_eq!(list["data"][0]["object"], "model");
+    for spelling in ["org/tiny:1b", "org%2Ftiny%3A1b"] {
+        let one = get(s.addr, &format!("/v1/models/{spelling}"));
+        assert_eq!(one.json(), list["data"][0], "{spelling}");
+    }
+    let answer = get(s.addr, "/v1/models/other");
+    expect_error(&answer, 404, "not_found_error", json!("model"), "model_not_found");
+
+    let expected = json!({"tokens": [104, 105], "count": 2, "max_model_len": 2048});
+    for body in [json!({"prompt": "hi"}), json!({"content": "hi", "model": MODEL})] {
+        assert_eq!(post(s.addr, "/tokenize", &body).json(), expected);
+    }
+    let body = json!({"messages": [{"role": "user", "content": "hi"}], "add_special_tokens": true});
+    let answer = post(s.addr, "/tokenize", &body);
+    assert_eq!(answer.json()["tokens"], json!([2]));
+    assert_eq!(answer.headers["x-millrace-ignored"], "add_special_tokens");
+    assert_eq!(post(s.addr, "/tokenize", &json!({"model": "other", "prompt": "x"})).status, 404);
+    assert_eq!(post(s.addr, "/tokenize", &json!({})).json()["error"]["param"], "prompt");
+    let answer = post(s.addr, "/detokenize", &json!({"tokens": [7, 8]}));
+    assert_eq!(answer.json(), json!({"prompt": "<7><8>", "content": "<7><8>"}));
+    let answer = post(s.addr, "/detokenize", &json!({"tokens": [7000]}));
+    expect_error(&answer, 400, "invalid_request_error", json!("tokens"), "invalid_argument");
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let s = server(hello());
+    let metrics = Arc::new(Metrics::new(MODEL));
+    let error = start(HttpConfig::new(s.addr), s.fake.clone(), metrics).expect_err("in use");
+    assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
+    let text = error.to_string();
+    assert!(text.contains(&s.addr.port().to_string()) && text.contains("--port"), "{text}");
+}
+
+#[tokio::test]
+async fn stopping_frees_the_port() {
+    let s = server(hello());
+    s.handle.stop().await;
+    let metrics = Arc::new(Metrics::new(MODEL));
+    let again = start(HttpConfig::new(s.addr), s.fake.clone(), metrics).expect("free again");
+    assert_eq!(again.addr, s.addr);
+}

@@ -1,0 +1,167 @@
+//! The QUIC API through the client SDK, against a service that plays a script.
+
+mod api_common;
+
+use std::net::SocketAddr;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use api_common::*;
+use millrace_coordinator::api::quic::serve_connection;
+use millrace_net::client::{Client, ClientConfig};
+use millrace_net::{ClusterCa, Endpoint, tls};
+use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::RequestId;
+use millrace_shared::sampling::SamplingParams;
+use millrace_shared::wire::rpc::{
+    FinishReason, GenerateEvent, GenerateRequest, Prompt, ScoreRequest, TokenizeRequest,
+};
+
+struct Server {
+    fake: Arc<Fake>,
+    dropped: mpsc::Receiver<RequestId>,
+    config: ClientConfig,
+}
+
+fn server(script: Script) -> Server {
+    let ca = ClusterCa::create().unwrap();
+    let tls = tls::public_server(&ca.issue_coordinator().unwrap()).unwrap();
+    let endpoint = Endpoint::bind(SocketAddr::from(([127, 0, 0, 1], 0)), Some(tls)).unwrap();
+    let config = ClientConfig {
+        quic: endpoint.local_addr().unwrap().to_string(),
+        http: "http://127.0.0.1:8000".into(),
+        api_key: KEY.into(),
+        ca_pem: ca.ca_pem(),
+    };
+    let (fake, dropped) = Fake::new(script);
+    let service = fake.clone();
+    tokio::spawn(async move {
+        while let Some(incoming) = endpoint.accept().await {
+            let connection = incoming.handshake(DEADLINE).await.unwrap();
+            tokio::spawn(serve_connection(connection, service.clone()));
+        }
+    });
+    Server { fake, dropped, config }
+}
+
+async fn soon<T>(work: impl Future<Output = T>) -> T {
+    tokio::time::timeout(DEADLINE, work).await.expect("within the deadline")
+}
+
+async fn dropped(server: Server) -> RequestId {
+    let told = tokio::task::spawn_blocking(move || server.dropped.recv_timeout(DEADLINE));
+    told.await.unwrap().expect("the stream is dropped")
+}
+
+fn request() -> GenerateRequest {
+    let prompt = Prompt::Text("hello".into());
+    GenerateRequest { model: String::new(), prompt, params: SamplingParams::default() }
+}
+
+#[tokio::test]
+async fn a_continuation_streams() {
+    let s = server(hello());
+    let client = soon(Client::connect(&s.config)).await.unwrap();
+    let client = client.with_deadline(Duration::from_secs(10));
+    let mut stream = soon(client.generate(request())).await.unwrap();
+    let mut text = String::new();
+    let mut reason = None;
+    while let Some(event) = soon(stream.next()).await {
+        match event.unwrap() {
+            GenerateEvent::Started { .. } => {}
+            GenerateEvent::Token { text: piece, .. } => text.push_str(&piece),
+            GenerateEvent::Finished { reason: r, text: rest, .. } => {
+                text.push_str(&rest);
+                reason = Some(r);
+            }
+        }
+    }
+    assert_eq!((text.as_str(), reason), ("Hello world", Some(FinishReason::Stop)));
+    let (seen, deadline) = s.fake.last();
+    assert_eq!(seen, request());
+    assert_eq!(deadline, Some(Duration::from_secs(10)));
+}
+
+#[tokio::test]
+async fn every_other_method_answers() {
+    let s = server(hello());
+    let client = soon(Client::connect(&s.config)).await.unwrap();
+    let prompt = Prompt::Text("hi".into());
+    let tokenize = TokenizeRequest { model: String::new(), prompt };
+    assert_eq!(soon(client.tokenize(tokenize)).await.unwrap(), [104, 105]);
+    assert_eq!(soon(client.detokenize(vec![7, 8])).await.unwrap(), "<7><8>");
+    assert_eq!(soon(client.models()).await.unwrap()[0].id, MODEL);
+    assert_eq!(soon(client.status()).await.unwrap().epoch, 3);
+    // More positions than fit into one reply.
+    let score = ScoreRequest { model: String::new(), tokens: vec![0; 1500], top_k: 1 };
+    let scores = soon(client.score(score)).await.unwrap();
+    assert!(scores.iter().map(|s| s.position).eq(0..1500));
+    let id = RequestId(uuid::Uuid::now_v7());
+    soon(client.cancel(id)).await.unwrap();
+    assert_eq!(*s.fake.cancelled.lock().unwrap(), [id]);
+}
+
+#[tokio::test]
+async fn failures_keep_their_code_and_hint() {
+    let full = Status::exhausted("the queue is full", 700);
+    let s = server(refuse(full.clone()));
+    let client = soon(Client::connect(&s.config)).await.unwrap();
+    assert_eq!(first_error(&client).await, full);
+    let lost = Status::unavailable("a node was lost", 2000);
+    s.fake.set(play(vec![started(), token(0, 7, "Hello", None), Err(lost.clone())]));
+    assert_eq!(first_error(&client).await, lost);
+    s.fake.set(play(vec![started()]));
+    assert_eq!(first_error(&client).await.code, ErrorCode::Internal);
+    let unknown = soon(client.detokenize(vec![7000])).await.unwrap_err();
+    assert_eq!(unknown.code, ErrorCode::InvalidArgument);
+
+    let config = ClientConfig { api_key: "wrong".into(), ..s.config.clone() };
+    let client = soon(Client::connect(&config)).await.unwrap();
+    assert_eq!(first_error(&client).await.code, ErrorCode::Unauthenticated);
+    assert_eq!(soon(client.models()).await.unwrap_err().code, ErrorCode::Unauthenticated);
+}
+
+async fn first_error(client: &Client) -> Status {
+    let mut stream = match soon(client.generate(request())).await {
+        Ok(stream) => stream,
+        Err(status) => return status,
+    };
+    loop {
+        match soon(stream.next()).await {
+            Some(Ok(_)) => {}
+            Some(Err(status)) => return status,
+            None => panic!("no error"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn giving_up_a_stream_cancels() {
+    let s = server(hang());
+    let client = soon(Client::connect(&s.config)).await.unwrap();
+    let mut stream = soon(client.generate(request())).await.unwrap();
+    soon(stream.next()).await.unwrap().unwrap();
+    drop(stream);
+    dropped(s).await;
+    assert_eq!(soon(client.models()).await.unwrap().len(), 1, "the connection goes on");
+}
+
+#[tokio::test]
+async fn losing_the_connection_cancels() {
+    let s = server(hang());
+    let client = soon(Client::connect(&s.config)).await.unwrap();
+    let mut stream = soon(client.generate(request())).await.unwrap();
+    soon(stream.next()).await.unwrap().unwrap();
+    soon(client.close()).await;
+    dropped(s).await;
+}
+
+/// A client that starts more calls than run at once gets all of them answered.
+#[tokio::test]
+async fn calls_beyond_the_bound_wait() {
+    let s = server(hello());
+    let client = soon(Client::connect(&s.config)).await.unwrap();
+    let calls = (0..200).map(|_| client.models());
+    let answers = soon(futures::future::join_all(calls)).await;
+    assert!(answers.iter().all(Result::is_ok));
+}
