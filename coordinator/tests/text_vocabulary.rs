@@ -45,10 +45,8 @@ fn gguf(v: &Vocabulary) -> Gguf {
         writer.set("tokenizer.ggml.pre", pre);
     }
     writer.set("tokenizer.ggml.tokens", tokens).set("tokenizer.ggml.token_type", kinds);
-    writer.set(
-        "tokenizer.ggml.merges",
-        v.merges.iter().map(|m| (*m).to_owned()).collect::<Vec<_>>(),
-    );
+    writer
+        .set("tokenizer.ggml.merges", v.merges.iter().map(|m| (*m).to_owned()).collect::<Vec<_>>());
     let bytes = writer.to_bytes();
     Gguf::read(bytes.as_slice(), bytes.len() as u64).unwrap()
 }

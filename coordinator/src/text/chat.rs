@@ -53,9 +53,8 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| TextError::Template(describe(&e)))?);
-        environment.set_unknown_method_callback(
-            minijinja_contrib::pycompat::unknown_method_callback,
-        );
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<(), Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -157,7 +156,8 @@ mod tests {
     #[test]
     fn invalid_and_endless_templates() {
         assert!(matches!(render("{% for %}", &[]), Err(TextError::Template(_))));
-        let source = "{% for i in range(9999) %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}";
+        let source =
+            "{% for i in range(9999) %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}";
         let message = render(source, &[user("a")]).unwrap_err().to_string();
         assert!(message.contains("too long"), "{message}");
     }

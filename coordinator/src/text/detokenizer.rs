@@ -85,8 +85,17 @@ mod tests {
             state
         };
         let alphabet = [
-            "a".as_bytes(), "é".as_bytes(), "世".as_bytes(), "🙂".as_bytes(), &[0x80], &[0xff],
-            &[0xe4], &[0xf0, 0x9f], &[0xed, 0xa0, 0x80], &[0xc0], &[0xf4, 0x90],
+            "a".as_bytes(),
+            "é".as_bytes(),
+            "世".as_bytes(),
+            "🙂".as_bytes(),
+            &[0x80],
+            &[0xff],
+            &[0xe4],
+            &[0xf0, 0x9f],
+            &[0xed, 0xa0, 0x80],
+            &[0xc0],
+            &[0xf4, 0x90],
         ];
         for _ in 0..20_000 {
             let mut bytes = Vec::new();

@@ -89,6 +89,7 @@ impl Gguf {
         let key_count = r.u64()?;
         r.limit("number of tensors", tensor_count, MAX_TENSORS)?;
         r.limit("number of keys", key_count, MAX_KEYS)?;
+        r.what = format!("the directory of {key_count} keys and {tensor_count} tensors");
         // A key takes at least 13 bytes, a tensor 32.
         r.need(13 * key_count + 32 * tensor_count)?;
 

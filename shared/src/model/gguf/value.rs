@@ -41,9 +41,8 @@ pub enum Array {
 }
 
 /// Names of the value types, by GGUF's numbers.
-pub(super) const TYPE_NAMES: [&str; 13] = [
-    "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64",
-];
+pub(super) const TYPE_NAMES: [&str; 13] =
+    ["u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"];
 
 impl Value {
     /// GGUF's number of the type.
