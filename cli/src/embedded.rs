@@ -123,7 +123,7 @@ impl EmbeddedCluster {
 
     /// Lets answers finish, then stops nodes and coordinator.
     pub async fn stop(self) {
-        self.coordinator.stop().await;
+        self.coordinator.drain().await;
         for (arbiter, stop) in self.nodes {
             let (done, stopped) = oneshot::channel();
             if stop.send(done).is_ok() {
@@ -131,6 +131,7 @@ impl EmbeddedCluster {
             }
             arbiter.stop();
         }
+        self.coordinator.stop().await;
     }
 }
 

@@ -63,12 +63,18 @@ impl Running {
         Ok(())
     }
 
-    /// Stops accepting, lets HTTP answers finish, tells the nodes, closes the endpoints.
-    pub async fn stop(self) {
+    /// Begins to shut down: lets HTTP answers finish, and takes what happens to nodes from now on
+    /// for granted.
+    pub async fn drain(&self) {
         if let Some(server) = &self.server {
             server.stop().await;
         }
         let _ = self.actor.send(Shutdown).await;
+    }
+
+    /// Drains, then closes the endpoints.
+    pub async fn stop(self) {
+        self.drain().await;
         self.public.close("the coordinator is shutting down");
         self.members.close("the coordinator is shutting down");
         self.public.drain().await;

@@ -78,6 +78,7 @@ pub struct Cluster {
     plan: Option<Plan>,
     starting: Option<Starting>,
     readiness: watch::Sender<Readiness>,
+    stopping: bool,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -107,6 +108,7 @@ impl Cluster {
             plan: None,
             starting: None,
             readiness,
+            stopping: false,
         }
     }
 
@@ -125,6 +127,9 @@ impl Cluster {
 
     /// Lets the machines see the time, then carries out what they decided.
     fn advance(&mut self, ctx: &mut Context<Self>) {
+        if self.stopping {
+            return;
+        }
         let now = self.now();
         while let Some(event) = self.membership.poll_event(now) {
             self.on_membership(event, now);
@@ -657,7 +662,7 @@ impl Handler<GetStatus> for Cluster {
     }
 }
 
-/// The coordinator is shutting down: tell the nodes.
+/// The coordinator is shutting down: tell the nodes, end what runs, decide nothing any more.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub struct Shutdown;
@@ -666,8 +671,13 @@ impl Handler<Shutdown> for Cluster {
     type Result = ();
 
     fn handle(&mut self, _: Shutdown, _: &mut Context<Self>) {
+        if std::mem::replace(&mut self.stopping, true) {
+            return;
+        }
         for node in self.members.keys() {
             self.say(*node, CoordinatorMessage::Shutdown);
         }
+        let detail = "the coordinator is shutting down".to_owned();
+        let _ = self.batcher.try_send(PipelineDown { detail });
     }
 }

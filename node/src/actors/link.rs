@@ -52,7 +52,10 @@ pub async fn run(parts: LinkParts, node: Addr<Node>) -> String {
         match session(&parts, &node, &mut wait).await {
             LinkEnd::Refused(message) => return message,
             LinkEnd::Lost(message) => {
-                let _ = node.send(LinkDown).await;
+                // The node's actor ends with the node; nobody needs the link then.
+                if node.send(LinkDown).await.is_err() || !node.connected() {
+                    return "the node is shutting down".to_owned();
+                }
                 tracing::warn!("no link to the coordinator: {message}; trying again in {wait:?}");
             }
         }

@@ -75,6 +75,7 @@ pub struct Node {
     stale: Arc<AtomicU64>,
     echo: u64,
     heartbeat: Option<SpawnHandle>,
+    leaving: bool,
 }
 
 impl std::fmt::Debug for Node {
@@ -94,6 +95,7 @@ impl Node {
             stale: Arc::new(AtomicU64::new(0)),
             echo: 0,
             heartbeat: None,
+            leaving: false,
         }
     }
 
@@ -426,6 +428,9 @@ impl Handler<LinkDown> for Node {
             ctx.cancel_future(handle);
         }
         self.drop_stage();
+        if self.leaving {
+            ctx.stop();
+        }
     }
 }
 
@@ -562,5 +567,7 @@ impl Handler<Leave> for Node {
 
     fn handle(&mut self, _: Leave, _: &mut Context<Self>) {
         self.say(NodeMessage::Leaving);
+        self.drop_stage();
+        self.leaving = true;
     }
 }

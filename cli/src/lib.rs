@@ -1,0 +1,3 @@
+//! What the `millrace` command shares with programs that embed a whole cluster, such as the tests.
+
+pub mod embedded;
