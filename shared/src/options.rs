@@ -68,6 +68,7 @@ impl FromStr for EngineKind {
     }
 }
 
+#[cfg(feature = "clap")]
 fn kv_dtype(s: &str) -> Result<Dtype, String> {
     match s.parse()? {
         d @ (Dtype::F16 | Dtype::F32) => Ok(d),
