@@ -1,4 +1,5 @@
 //! Fetching models, against a hub on loopback and a stand-in for pip.
+#![allow(clippy::unwrap_used)]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};

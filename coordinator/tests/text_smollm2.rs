@@ -1,6 +1,7 @@
 //! The tokenizer and the chat template of the real model against llama.cpp's ids.
 //!
 //! `MILLRACE_TEST_MODEL` names the file; without it the model is fetched into the cache.
+#![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

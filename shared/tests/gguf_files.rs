@@ -1,4 +1,5 @@
 //! GGUF directories: what a sound file gives, and what each kind of damage is called.
+#![allow(clippy::unwrap_used)]
 
 use millrace_shared::model::gguf::{Array, Gguf, GgufError, GgufWriter, Value};
 use millrace_shared::model::{

@@ -125,7 +125,7 @@ tensor_types! {
 impl TensorType {
     /// Bytes of `elements` elements; `None` where they do not fill whole blocks or overflow.
     pub fn bytes_of(self, elements: u64) -> Option<u64> {
-        if elements % self.block_elements() != 0 {
+        if !elements.is_multiple_of(self.block_elements()) {
             return None;
         }
         (elements / self.block_elements()).checked_mul(self.block_bytes())

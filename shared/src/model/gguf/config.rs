@@ -54,7 +54,7 @@ impl Gguf {
             Some(_) => self.dimension("llama.attention.head_count_kv", MAX_HEADS)?,
             None => heads,
         };
-        if heads % kv_heads != 0 {
+        if !heads.is_multiple_of(kv_heads) {
             return Err(bad(
                 "llama.attention.head_count_kv",
                 format!("{heads} heads are no multiple of {kv_heads} key-value heads"),
@@ -91,7 +91,7 @@ impl Gguf {
         const VALUE: &str = "llama.attention.value_length";
         let dim = if self.metadata.get(KEY).is_some() {
             self.dimension(KEY, MAX_HEAD_DIM)?
-        } else if hidden % heads == 0 {
+        } else if hidden.is_multiple_of(heads) {
             hidden / heads
         } else {
             return Err(bad(
@@ -151,7 +151,7 @@ impl Gguf {
             return Err(bad(BASE, format!("{base} is implausible (above 1)")));
         }
         let dim = self.opt_u32(DIM)?.unwrap_or(head_dim);
-        if dim == 0 || dim % 2 != 0 || dim > head_dim {
+        if dim == 0 || !dim.is_multiple_of(2) || dim > head_dim {
             return Err(bad(DIM, format!("{dim} must be even and at most {head_dim}")));
         }
         let linear_scale = self.rope_scale()?;

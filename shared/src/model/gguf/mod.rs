@@ -299,7 +299,7 @@ pub(super) fn tensor_bytes(dtype: TensorType, dims: &[u64]) -> Result<u64, Strin
     }
     let elements = dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
     let elements = elements.ok_or_else(|| format!("shape {dims:?} overflows"))?;
-    if dims.first().is_some_and(|d| d % dtype.block_elements() != 0) {
+    if dims.first().is_some_and(|d| !d.is_multiple_of(dtype.block_elements())) {
         return Err(format!(
             "rows of {} elements are no multiple of the {} elements of a {} block",
             dims[0],
@@ -319,7 +319,7 @@ fn place_tensors(
 ) -> Result<(), GgufError> {
     for t in tensors.iter_mut() {
         let bad = |problem: String| GgufError::Tensor { tensor: clip(&t.name), problem };
-        if t.offset % alignment != 0 {
+        if !t.offset.is_multiple_of(alignment) {
             return Err(bad(format!("offset {} is not aligned to {alignment} bytes", t.offset)));
         }
         let start = data_offset.checked_add(t.offset);
