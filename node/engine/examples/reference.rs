@@ -166,6 +166,7 @@ fn bench(path: &Path, threads: usize, isa: Isa) {
     let mut m = Model::load(path, threads, isa);
     for n in [128u32, 512] {
         let tokens: Vec<u32> = (0..n).map(|i| 1000 + i * 7).collect();
+        let before = m.engine.busy();
         let best = (0..4)
             .map(|_| {
                 let start = Instant::now();
@@ -173,7 +174,12 @@ fn bench(path: &Path, threads: usize, isa: Isa) {
                 start.elapsed().as_secs_f64()
             })
             .fold(f64::MAX, f64::min);
-        println!("  prefill {n}: {:.0} tok/s", f64::from(n) / best);
+        let busy = (m.engine.busy() - before).as_secs_f64() / 4.0;
+        println!(
+            "  prefill {n}: {:.0} tok/s ({:.0} a CPU second)",
+            f64::from(n) / best,
+            f64::from(n) / busy
+        );
     }
     for batch in [1u32, 8, 16, 32] {
         let tokens: Vec<u32> = (0..batch).map(|i| 500 + i).collect();
@@ -181,19 +187,20 @@ fn bench(path: &Path, threads: usize, isa: Isa) {
         let mut best = f64::MAX;
         let steps = 64;
         let all = Instant::now();
-        for round in 0..2 {
+        for _ in 0..2 {
             let start = Instant::now();
             for step in 0..steps {
                 let rows: Vec<_> = (0..batch).map(|s| (s, step, 1, Want::Sample)).collect();
                 let meta = if step == 0 { batch } else { 0 };
                 m.step(&rows, &tokens, meta);
             }
-            let _ = round;
             best = best.min(start.elapsed().as_secs_f64() / f64::from(steps));
         }
-        let busy = (m.engine.busy() - busy).as_secs_f64() / all.elapsed().as_secs_f64();
+        let busy = (m.engine.busy() - busy).as_secs_f64();
+        let cpu = f64::from(batch * 2 * steps) / busy;
+        let busy = busy / all.elapsed().as_secs_f64();
         println!(
-            "  decode batch {batch}: {:.1} tok/s ({:.2} ms a step, busy {busy:.2})",
+            "  decode batch {batch}: {:.1} tok/s ({:.2} ms a step, busy {busy:.2}, {cpu:.0} a CPU second)",
             f64::from(batch) / best,
             best * 1e3
         );

@@ -166,16 +166,14 @@ fn check_memory(spec: &StageSpec, sources: &[Source]) -> Result<(), LoadError> {
     let kv = kv_bytes(&spec.config, &spec.settings, spec.layers.len() as u64);
     let needed = weights.saturating_add(kv).saturating_add(scratch_bytes(spec));
     match buffer::available_bytes() {
-        Some(free) if needed.saturating_add(MEMORY_RESERVE) > free => {
-            Err(LoadError::OutOfMemory {
-                what: "weights, KV cache and activations",
-                needed_bytes: needed,
-                cause: format!(
-                    "{free} bytes are free ({weights} for weights, {kv} for the KV cache); use more \
+        Some(free) if needed.saturating_add(MEMORY_RESERVE) > free => Err(LoadError::OutOfMemory {
+            what: "weights, KV cache and activations",
+            needed_bytes: needed,
+            cause: format!(
+                "{free} bytes are free ({weights} for weights, {kv} for the KV cache); use more \
                      stages, fewer KV blocks or a smaller model"
-                ),
-            })
-        }
+            ),
+        }),
         _ => Ok(()),
     }
 }

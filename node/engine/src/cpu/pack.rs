@@ -12,6 +12,9 @@ use crate::LoadError;
 /// Rows of a float matrix that lie interleaved, whatever the instruction set.
 pub(crate) const FLOAT_ROWS: usize = 16;
 
+/// Fills a buffer with whole rows of the file, from the given row on.
+pub(crate) type ReadRows<'a> = dyn FnMut(usize, &mut [u8]) -> Result<(), LoadError> + 'a;
+
 /// A matrix `rows x cols`, packed.
 #[derive(Debug)]
 pub(crate) struct Packed {
@@ -215,7 +218,12 @@ fn pack_quant_rows<F: Format>(kind: Kind, src: &[u8], r: usize, cols: usize, out
     for (lane, row) in rows.enumerate() {
         for i in 0..cols / 32 {
             let at = i * F::block_bytes(r);
-            write_block::<F>(&mut out[at..][..F::block_bytes(r)], r, lane, &read_block(kind, row, i));
+            write_block::<F>(
+                &mut out[at..][..F::block_bytes(r)],
+                r,
+                lane,
+                &read_block(kind, row, i),
+            );
         }
     }
 }
@@ -250,7 +258,7 @@ impl Packed {
         (rows, cols): (usize, usize),
         r: usize,
         arena: &mut Arena,
-        read: &mut dyn FnMut(usize, &mut [u8]) -> Result<(), LoadError>,
+        read: &mut ReadRows<'_>,
     ) -> Result<Self, LoadError> {
         let (r, group_bytes) = group_layout(kind, cols, r);
         let mut data = arena.take::<u8>(rows.div_ceil(r) * group_bytes)?;

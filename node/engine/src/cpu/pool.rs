@@ -231,8 +231,7 @@ impl State {
             }
             if self.pending.fetch_sub(1, Ordering::SeqCst) == 1
                 && self.caller_parked.load(Ordering::SeqCst)
-                && let Some(caller) =
-                    &*self.caller.lock().unwrap_or_else(PoisonError::into_inner)
+                && let Some(caller) = &*self.caller.lock().unwrap_or_else(PoisonError::into_inner)
             {
                 caller.unpark();
             }

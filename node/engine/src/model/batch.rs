@@ -130,9 +130,11 @@ impl Batch {
         if gathered {
             return self.outputs.get(tensor_row).map_or((0, 0), |o| (o.row, o.position));
         }
-        let found = self.spans.iter().enumerate().find(|(_, s)| {
-            tensor_row >= s.start && tensor_row < s.start + s.count
-        });
+        let found = self
+            .spans
+            .iter()
+            .enumerate()
+            .find(|(_, s)| tensor_row >= s.start && tensor_row < s.start + s.count);
         found.map_or((0, 0), |(i, s)| (i, s.position + (tensor_row - s.start) as u32))
     }
 }

@@ -94,8 +94,7 @@ impl<B: Backend> Llama<B> {
         let scratch = Self::scratch(backend, spec, n)?;
         let ends = Self::ends(backend, spec, sources)?;
         progress(backend);
-        let final_norm =
-            if spec.head { Some(backend.vector(sources.head()?.0)?) } else { None };
+        let final_norm = if spec.head { Some(backend.vector(sources.head()?.0)?) } else { None };
         let mut layers = Vec::with_capacity(spec.layers.len());
         for layer in spec.layers.clone() {
             let s = sources.layer(layer)?;
@@ -200,14 +199,7 @@ impl<B: Backend> Llama<B> {
 
     /// One transformer layer on the residual stream; with `prune` only the wanted positions go on
     /// after their keys and values are stored.
-    fn layer(
-        &mut self,
-        b: &mut B,
-        index: usize,
-        batch: &Batch,
-        tables: &BlockTables,
-        prune: bool,
-    ) {
+    fn layer(&mut self, b: &mut B, index: usize, batch: &Batch, tables: &BlockTables, prune: bool) {
         let (layer, s) = (&self.layers[index], &mut self.scratch);
         // Attention: normalise, project, rotate, remember.
         b.rms_norm(&s.x, &layer.attn_norm, self.eps, &mut s.normed);

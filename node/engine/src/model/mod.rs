@@ -72,13 +72,7 @@ pub trait Backend {
     /// Tensor to host.
     fn download(&mut self, x: &Self::Tensor, out: &mut [f32]);
     /// `x / rms(x) * gain`.
-    fn rms_norm(
-        &mut self,
-        x: &Self::Tensor,
-        gain: &Self::Vector,
-        eps: f32,
-        out: &mut Self::Tensor,
-    );
+    fn rms_norm(&mut self, x: &Self::Tensor, gain: &Self::Vector, eps: f32, out: &mut Self::Tensor);
     /// `out = w x`.
     fn linear(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor);
     /// `out += w x`.

@@ -125,18 +125,22 @@ impl<'a> Sources<'a> {
         let bad = |what: String| Err(LoadError::Settings(what));
         let c = config;
         for (what, width) in [("hidden", c.hidden), ("ffn", c.ffn)] {
-            if width == 0 || width % 32 != 0 {
+            if width == 0 || !width.is_multiple_of(32) {
                 return bad(format!("{what} size {width} is not a multiple of 32"));
             }
         }
         let queries = u64::from(c.heads) * u64::from(c.head_dim);
-        if c.head_dim == 0 || c.head_dim % 16 != 0 || queries % 32 != 0 || queries > 1 << 24 {
+        if c.head_dim == 0
+            || !c.head_dim.is_multiple_of(16)
+            || !queries.is_multiple_of(32)
+            || queries > 1 << 24
+        {
             return bad(format!("{} heads of {} elements are not supported", c.heads, c.head_dim));
         }
-        if c.kv_heads == 0 || c.heads == 0 || c.heads % c.kv_heads != 0 {
+        if c.kv_heads == 0 || c.heads == 0 || !c.heads.is_multiple_of(c.kv_heads) {
             return bad(format!("{} heads do not share {} KV heads", c.heads, c.kv_heads));
         }
-        if c.rope.dim > c.head_dim || c.rope.dim % 2 != 0 {
+        if c.rope.dim > c.head_dim || !c.rope.dim.is_multiple_of(2) {
             return bad(format!("{} rotated of {} head elements", c.rope.dim, c.head_dim));
         }
         Ok(Self { config, all: all.iter().collect() })
@@ -208,11 +212,7 @@ impl<'a> Sources<'a> {
         let get = |part: &str, dims: &[u32]| self.find(&format!("blk.{layer}.{part}.weight"), dims);
         Ok(LayerSources {
             attn_norm: get("attn_norm", &[h])?,
-            qkv: [
-                get("attn_q", &[h, q])?,
-                get("attn_k", &[h, kv])?,
-                get("attn_v", &[h, kv])?,
-            ],
+            qkv: [get("attn_q", &[h, q])?, get("attn_k", &[h, kv])?, get("attn_v", &[h, kv])?],
             attn_output: get("attn_output", &[q, h])?,
             ffn_norm: get("ffn_norm", &[h])?,
             gate_up: [get("ffn_gate", &[h, c.ffn])?, get("ffn_up", &[h, c.ffn])?],

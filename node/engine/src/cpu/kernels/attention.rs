@@ -151,7 +151,7 @@ unsafe fn fetch<V: Lanes>(a: &Attend<'_>, s: &Scratch, start: usize, n: usize) {
             };
             for d in 0..a.dim {
                 let to = s.keys.add(d * TILE + i * bs);
-                if bs % 16 == 0 {
+                if bs.is_multiple_of(16) {
                     for j in (0..bs).step_by(16) {
                         lanes(a.keys, at + d * bs + j).store(to.add(j));
                     }

@@ -109,7 +109,10 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
                         let p = w.add(F::sub_at(ROWS) + h * ROWS);
                         _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))
                     };
-                    _mm512_add_epi32(_mm512_mullo_epi32(low, sub(0)), _mm512_mullo_epi32(high, sub(1)))
+                    _mm512_add_epi32(
+                        _mm512_mullo_epi32(low, sub(0)),
+                        _mm512_mullo_epi32(high, sub(1)),
+                    )
                 } else {
                     _mm512_add_epi32(low, high)
                 };
@@ -125,7 +128,8 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
         let mask = ((1u32 << t.rows) - 1) as __mmask16;
         for (c, &acc) in acc.iter().enumerate() {
             let out = t.out.add(c * t.stride);
-            let sum = if t.add { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), acc) } else { acc };
+            let sum =
+                if t.add { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), acc) } else { acc };
             _mm512_mask_storeu_ps(out, mask, sum);
         }
     }

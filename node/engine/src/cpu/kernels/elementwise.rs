@@ -76,7 +76,9 @@ unsafe fn rms_norm_generic<V: Lanes>(
             let x = V::load(x.add(i));
             squares = x.fma(x, squares);
         }
-        let scale = V::splat(1.0 / (squares.sum() / n as f32 + eps).sqrt());
+        let mean = squares.sum() / n as f32 + eps;
+        // The product is zero, but NaN where the squares overflowed: that must not pass as 1 / inf.
+        let scale = V::splat(1.0 / mean.sqrt() + mean * 0.0);
         for i in (0..n).step_by(16) {
             V::load(x.add(i)).mul(scale).mul(V::load(gain.add(i))).store(y.add(i));
         }

@@ -339,8 +339,7 @@ mod x86 {
                     _mm256_max_epu32(abs(a.0), abs(a.1)),
                     _mm256_max_epu32(abs(b.0), abs(b.1)),
                 );
-                let m =
-                    _mm_max_epu32(_mm256_castsi256_si128(m), _mm256_extracti128_si256::<1>(m));
+                let m = _mm_max_epu32(_mm256_castsi256_si128(m), _mm256_extracti128_si256::<1>(m));
                 let m = _mm_max_epu32(m, _mm_shuffle_epi32::<0b01_00_11_10>(m));
                 let m = _mm_max_epu32(m, _mm_shuffle_epi32::<0b10_11_00_01>(m));
                 let (scale, inverse) = scales(f32::from_bits(_mm_cvtsi128_si32(m) as u32));

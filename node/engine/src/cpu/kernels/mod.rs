@@ -5,6 +5,9 @@
 //! else (`elementwise`, `attention`, float products in `matmul`) once over [`lanes::Lanes`].
 //! `matmul` splits products over threads and tiles. Nothing here allocates.
 
+// Tiles are small arrays of registers, walked in step.
+#![allow(clippy::needless_range_loop)]
+
 pub(crate) mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -14,8 +17,8 @@ pub(crate) mod elementwise;
 pub(crate) mod format;
 pub(crate) mod lanes;
 pub(crate) mod matmul;
-mod scalar;
 pub(crate) mod rows;
+mod scalar;
 mod store;
 #[cfg(test)]
 mod tests;

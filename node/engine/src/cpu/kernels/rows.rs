@@ -157,16 +157,19 @@ impl Compute {
                         // SAFETY: one thread has this head of all blocks; the slices are a head's
                         // whole block and `dim` elements.
                         unsafe {
-                            store(isa, &Store {
-                                key: key.as_ptr(),
-                                value: value.as_ptr(),
-                                keys: keys.slice(at, len).as_mut_ptr(),
-                                values: values.slice(at, len).as_mut_ptr(),
-                                half,
-                                dim: s.dim,
-                                block_size: s.block_size,
-                                offset,
-                            });
+                            store(
+                                isa,
+                                &Store {
+                                    key: key.as_ptr(),
+                                    value: value.as_ptr(),
+                                    keys: keys.slice(at, len).as_mut_ptr(),
+                                    values: values.slice(at, len).as_mut_ptr(),
+                                    half,
+                                    dim: s.dim,
+                                    block_size: s.block_size,
+                                    offset,
+                                },
+                            );
                         }
                     }
                 }

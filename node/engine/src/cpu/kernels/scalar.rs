@@ -22,7 +22,15 @@ pub(super) unsafe fn tile<F: Format>(t: &Tile, cols: usize, r: usize) {
                 let x = t.q.add((c * t.blocks + b) * 32);
                 let i = c * t.blocks + b;
                 let w = t.w.add(b * F::block_bytes(r));
-                block::<F>(w, r, x, *t.sums.add(i), *t.scale.add(i), *t.scaled_sum.add(i), &mut acc);
+                block::<F>(
+                    w,
+                    r,
+                    x,
+                    *t.sums.add(i),
+                    *t.scale.add(i),
+                    *t.scaled_sum.add(i),
+                    &mut acc,
+                );
             }
         }
         for (lane, acc) in acc.iter().enumerate().take(t.rows) {

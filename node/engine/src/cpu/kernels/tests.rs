@@ -1,0 +1,274 @@
+//! Every kernel in every instruction set against the plain one, bit by bit, and against f64 within
+//! tolerance.
+
+use super::elementwise::{self as ew, QuantOut};
+use super::format::Kind;
+use super::matmul::{Output, matmul};
+use crate::Isa;
+use crate::cpu::buffer::{Arena, Shared};
+use crate::cpu::pack::Packed;
+use crate::cpu::pool::Pool;
+use crate::cpu::tensor::Tensor;
+
+/// xorshift: the same data everywhere.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+    /// In -1..1.
+    fn float(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+}
+
+fn isas() -> Vec<Isa> {
+    [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().filter(|&i| i <= Isa::best()).collect()
+}
+
+const KINDS: [Kind; 8] =
+    [Kind::Q4_0, Kind::Q4_1, Kind::Q4K, Kind::Q8_0, Kind::Q6K, Kind::F32, Kind::F16, Kind::Bf16];
+
+/// Bytes of a block in a file, elements in it, and where its f16 scales lie.
+fn shape(kind: Kind) -> (usize, usize, &'static [usize]) {
+    match kind {
+        Kind::Q4_0 => (18, 32, &[0]),
+        Kind::Q4_1 => (20, 32, &[0, 2]),
+        Kind::Q8_0 => (34, 32, &[0]),
+        Kind::Q4K => (144, 256, &[0, 2]),
+        Kind::Q6K => (210, 256, &[208]),
+        Kind::F32 => (4, 1, &[]),
+        Kind::F16 | Kind::Bf16 => (2, 1, &[0]),
+    }
+}
+
+/// A random matrix in the layout of a file: random quants, small scales.
+fn matrix(kind: Kind, rows: usize, cols: usize, random: &mut Random) -> Vec<u8> {
+    let (bytes, elements, scales) = shape(kind);
+    let mut out = Vec::new();
+    for _ in 0..rows * cols / elements {
+        let mut block: Vec<u8> = (0..bytes).map(|_| random.next() as u8).collect();
+        let mut value = random.float() * 0.1;
+        match kind {
+            Kind::F32 => block.copy_from_slice(&value.to_le_bytes()),
+            Kind::Bf16 => {
+                block.copy_from_slice(&half::bf16::from_f32(value).to_bits().to_le_bytes());
+            }
+            _ => {
+                for &at in scales {
+                    let bits = half::f16::from_f32(value).to_bits().to_le_bytes();
+                    block[at..at + 2].copy_from_slice(&bits);
+                    value = random.float() * 0.1;
+                }
+            }
+        }
+        out.extend(block);
+    }
+    out
+}
+
+fn pack(kind: Kind, (rows, cols): (usize, usize), r: usize, data: &[u8]) -> Packed {
+    let row = data.len() / rows;
+    let mut read = |first: usize, out: &mut [u8]| {
+        out.copy_from_slice(&data[first * row..][..out.len()]);
+        Ok(())
+    };
+    Packed::pack(kind, (rows, cols), r, &mut Arena::new("a test"), &mut read).unwrap()
+}
+
+fn quantise(isa: Isa, t: &mut Tensor) {
+    let (width, blocks) = (t.width, t.width / 32);
+    for row in 0..t.rows {
+        let out = QuantOut {
+            q: t.quant.q[row * width..].as_mut_ptr(),
+            scale: t.quant.scale[row * blocks..].as_mut_ptr(),
+            scaled_sum: t.quant.scaled_sum[row * blocks..].as_mut_ptr(),
+            sums: t.quant.sums[row * blocks..].as_mut_ptr(),
+        };
+        // SAFETY: a row of `width` elements and outputs for all its blocks.
+        unsafe { ew::quantise(isa, t.data[row * width..].as_ptr(), width, out) };
+    }
+}
+
+fn activations(isa: Isa, rows: usize, width: usize, random: &mut Random) -> Tensor {
+    let mut t = Tensor::new(&mut Arena::new("a test"), rows, width, true).unwrap();
+    t.data.iter_mut().for_each(|x| *x = random.float() * 3.0);
+    t.rows = rows;
+    quantise(isa, &mut t);
+    t
+}
+
+fn group(isa: Isa) -> usize {
+    super::group_rows(isa)
+}
+
+fn product(isa: Isa, threads: usize, w: &[Packed], x: &Tensor, add: bool) -> Vec<f32> {
+    let stride = w.iter().map(|p| p.rows).sum::<usize>() + 3;
+    let mut out = vec![0.25f32; x.rows * stride];
+    let data = Shared::new(&mut out);
+    matmul(&mut Pool::new(threads), isa, w, x, 0..x.rows, Output { data, stride, add });
+    assert!(out.chunks(stride).all(|c| c[stride - 3..] == [0.25; 3]), "wrote past the rows");
+    out
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn products_are_the_same_bits_everywhere_and_close_to_exact() {
+    let mut random = Random(7);
+    for kind in KINDS {
+        let step = shape(kind).1.max(32);
+        for (rows, cols, columns) in
+            [(1, step, 1), (7, step * 3, 9), (33, step, 17), (960, step * 2, 3), (16, step, 70)]
+        {
+            let file = matrix(kind, rows, cols, &mut random);
+            let seed = random.next();
+            let reference = {
+                let x = activations(Isa::Scalar, columns, cols, &mut Random(seed));
+                let w = [pack(kind, (rows, cols), 8, &file)];
+                let got = product(Isa::Scalar, 1, &w, &x, false);
+                close_to_exact(&w[0], &x, &got);
+                got
+            };
+            for isa in isas() {
+                for threads in [1, 2, 3] {
+                    let x = activations(isa, columns, cols, &mut Random(seed));
+                    let w = [pack(kind, (rows, cols), group(isa), &file)];
+                    let got = product(isa, threads, &w, &x, false);
+                    assert_eq!(bits(&got), bits(&reference), "{kind:?} {isa} {rows}x{cols}");
+                }
+            }
+        }
+    }
+}
+
+/// Against f64 over the dequantised weights, with the error that int8 activations may cause.
+fn close_to_exact(w: &Packed, x: &Tensor, got: &[f32]) {
+    let stride = w.rows + 3;
+    let mut weights = vec![0f32; w.cols];
+    for row in 0..w.rows {
+        w.unpack(row, &mut weights);
+        for c in 0..x.rows {
+            let pairs = || weights.iter().zip(x.row(c));
+            let exact: f64 = pairs().map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+            let size: f64 = pairs().map(|(&a, &b)| (f64::from(a) * f64::from(b)).powi(2)).sum();
+            let difference = (f64::from(got[c * stride + row]) - exact).abs();
+            assert!(difference <= 0.08 * size.sqrt() + 1e-3, "{:?}: {difference}", w.kind);
+        }
+    }
+}
+
+#[test]
+fn several_matrices_and_addition() {
+    let mut random = Random(11);
+    let q = matrix(Kind::Q4_1, 40, 64, &mut random);
+    let v = matrix(Kind::Q8_0, 9, 64, &mut random);
+    for isa in isas() {
+        let x = activations(isa, 5, 64, &mut Random(3));
+        let pack_both = || {
+            [pack(Kind::Q4_1, (40, 64), group(isa), &q), pack(Kind::Q8_0, (9, 64), group(isa), &v)]
+        };
+        let [a, b] = pack_both();
+        let (first, second) = (product(isa, 1, &[a], &x, false), product(isa, 1, &[b], &x, false));
+        let both = product(isa, 2, &pack_both(), &x, false);
+        let added = product(isa, 2, &pack_both(), &x, true);
+        for c in 0..5 {
+            let joint = &both[c * 52..][..49];
+            assert_eq!(joint[..40], first[c * 43..][..40]);
+            assert_eq!(joint[40..], second[c * 12..][..9]);
+            let sums: Vec<f32> = joint.iter().map(|x| 0.25 + x).collect();
+            assert_eq!(added[c * 52..][..49], sums[..]);
+        }
+    }
+}
+
+#[test]
+fn quantisation_is_the_same_and_keeps_extremes() {
+    let mut random = Random(5);
+    for special in [0.0, 1e-38, 1e-30, 65504.0, f32::MAX, f32::NAN, f32::INFINITY] {
+        let mut values: Vec<f32> = (0..64).map(|_| random.float()).collect();
+        values[17] = special;
+        if special.abs() < 1e-20 {
+            values.iter_mut().for_each(|x| *x *= special);
+        }
+        let run = |isa| {
+            let mut t = Tensor::new(&mut Arena::new("a test"), 1, 64, true).unwrap();
+            t.data.copy_from_slice(&values);
+            t.rows = 1;
+            quantise(isa, &mut t);
+            (t.quant.q.to_vec(), bits(&t.quant.scale), t.quant.sums.to_vec())
+        };
+        let reference = run(Isa::Scalar);
+        if special.is_finite() {
+            assert!(reference.0.iter().all(|&q| q != -128));
+        } else {
+            assert!(!f32::from_bits(reference.1[0]).is_finite(), "lost a {special}");
+        }
+        for isa in isas().into_iter().filter(|_| special.is_finite()) {
+            assert_eq!(run(isa), reference, "{isa} {special}");
+        }
+    }
+}
+
+#[test]
+fn row_kernels_are_the_same_bits_and_right() {
+    let n = 96;
+    let mut random = Random(9);
+    let x: Vec<f32> = (0..n).map(|_| random.float() * 30.0).collect();
+    let g: Vec<f32> = (0..n).map(|_| random.float()).collect();
+    let run = |isa, silu: bool| {
+        let mut t = Tensor::new(&mut Arena::new("a test"), 1, n, true).unwrap();
+        let quant = QuantOut {
+            q: t.quant.q.as_mut_ptr(),
+            scale: t.quant.scale.as_mut_ptr(),
+            scaled_sum: t.quant.scaled_sum.as_mut_ptr(),
+            sums: t.quant.sums.as_mut_ptr(),
+        };
+        let y = t.data.as_mut_ptr();
+        // SAFETY: `n` elements everywhere.
+        unsafe {
+            if silu {
+                ew::silu_mul(isa, x.as_ptr(), g.as_ptr(), y, n, quant);
+            } else {
+                ew::rms_norm(isa, x.as_ptr(), g.as_ptr(), y, n, 1e-5, quant);
+            }
+        }
+        (bits(&t.data), t.quant.q.to_vec(), bits(&t.quant.scaled_sum))
+    };
+    for silu in [false, true] {
+        let reference = run(Isa::Scalar, silu);
+        for isa in isas() {
+            assert_eq!(run(isa, silu), reference, "{isa}");
+        }
+        let square: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+        let rms = (square / n as f64 + 1e-5).sqrt();
+        for (i, &got) in reference.0.iter().enumerate() {
+            let (x, g) = (f64::from(x[i]), f64::from(g[i]));
+            let exact = if silu { x / (1.0 + (-x).exp()) * g } else { x / rms * g };
+            let got = f64::from(f32::from_bits(got));
+            assert!((got - exact).abs() <= 2e-6 * exact.abs() + 1e-12, "{got} {exact}");
+        }
+    }
+}
+
+#[test]
+fn finite_sees_every_place() {
+    for isa in isas() {
+        for at in 0..64 {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut x = [1.0f32; 64];
+                // SAFETY: 64 elements.
+                assert!(unsafe { ew::finite(isa, x.as_ptr(), 64) });
+                x[at] = bad;
+                // SAFETY: 64 elements.
+                assert!(!unsafe { ew::finite(isa, x.as_ptr(), 64) });
+            }
+        }
+    }
+}
