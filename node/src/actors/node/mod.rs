@@ -5,32 +5,30 @@
 //! link is lost. Inbox: `LinkUp`, `LinkDown`, `Control`, `Loaded`, `EdgeOffered`, `EpochLost`.
 //! Held by the link task and by accept tasks.
 
+mod inbox;
+mod work;
+
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
-use millrace_engine::stage::StagePlace;
-use millrace_engine::thread::{EngineHandle, Job, LoadJob};
-use millrace_engine::{Isa, StageSpec};
-use millrace_net::pump::{pump_in, pump_out};
-use millrace_net::{
-    ClientTls, Connection, EdgeReceiver, EdgeSender, Endpoint, FramePool, NetError, PeerName,
-    RecvStream, SendStream, timing,
-};
+use millrace_engine::thread::{EngineHandle, Job};
+use millrace_net::pump::pump_out;
+use millrace_net::{ClientTls, Connection, Endpoint, FramePool, PeerName};
 use millrace_shared::model::numerics_id;
 use millrace_shared::wire::control::{
-    Assignment, CoordinatorMessage, Heartbeat, LoadReport, NodeMessage, ProfileSpec,
+    Assignment, CoordinatorMessage, Heartbeat, NodeMessage, ProfileSpec,
 };
 use millrace_shared::wire::frame::Frame;
-use millrace_shared::wire::{Edge, MAX_FRAME_META_BYTES, Plane, node_name};
-use tokio::sync::{mpsc, oneshot};
+use millrace_shared::wire::{Edge, Plane};
+use tokio::sync::mpsc;
 
-use super::stage::{Inbound, Loss, Stage, Stop};
+use super::stage::{Loss, Stage, Stop};
 use crate::config::Config;
-use crate::loader::Loader;
-use crate::progress::LoadProgress;
+pub use inbox::{Control, EdgeOffered, EpochLost, Leave, LinkDown, LinkUp, Loaded};
+use work::{edge_out, load};
 
 /// What never changes while the node runs.
 #[derive(Debug)]
@@ -311,263 +309,10 @@ impl Node {
     }
 }
 
-/// Fetches the tensors, then loads the engine.
-async fn load(
-    parts: Rc<Parts>,
-    assignment: Arc<Assignment>,
-    connection: Connection,
-) -> Result<LoadReport, String> {
-    let started = Instant::now();
-    let total: u64 = assignment.tensors.iter().map(|t| t.bytes).sum();
-    let fetching = LoadProgress::new(parts.config.show_progress, "fetching", total);
-    let loader = Loader::new(parts.config.weights.clone(), &parts.config.cache, connection);
-    // The mock engine computes from its configuration alone.
-    let wanted = match parts.config.engine {
-        millrace_shared::options::EngineKind::Mock => &[][..],
-        millrace_shared::options::EngineKind::Cpu => &assignment.tensors[..],
-    };
-    let (tensors, mut report) =
-        loader.fetch(wanted, |done| fetching.set(done)).await.map_err(|e| e.to_string())?;
-    fetching.finish(&report);
-    let spec = StageSpec {
-        config: assignment.config.clone(),
-        layers: assignment.first_layer..assignment.end_layer,
-        embed: assignment.previous.is_none(),
-        head: assignment.next.is_none(),
-        settings: assignment.settings.clone(),
-        threads: parts.threads,
-        isa: Isa::detect(),
-    };
-    let place = StagePlace {
-        pipeline: assignment.pipeline,
-        epoch: assignment.epoch,
-        stage: assignment.stage,
-    };
-    let loading = LoadProgress::new(parts.config.show_progress, "loading", total);
-    let (sender, receiver) = oneshot::channel();
-    let job = LoadJob {
-        spec,
-        place,
-        tensors,
-        progress: Box::new(move |done| loading.set(done)),
-        done: Box::new(move |result| {
-            let _ = sender.send(result);
-        }),
-    };
-    parts.engine.try_submit(Job::Load(Box::new(job))).map_err(|e| e.to_string())?;
-    let stage =
-        receiver.await.map_err(|_| "the engine stopped".to_owned())?.map_err(|e| e.to_string())?;
-    report.weight_bytes = stage.weight_bytes;
-    report.kv_bytes = stage.kv_bytes;
-    report.seconds = started.elapsed().as_secs_f64();
-    Ok(report)
-}
-
-async fn edge_out(
-    parts: &Parts,
-    assignment: &Assignment,
-    coordinator: &Connection,
-    pool: FramePool,
-) -> Result<EdgeSender, NetError> {
-    let (pipeline, epoch) = (assignment.pipeline, assignment.epoch);
-    match &assignment.next {
-        None => {
-            let plane = (pipeline, epoch, Edge::Results);
-            EdgeSender::open(coordinator, plane, assignment.credits, Some(pool)).await
-        }
-        Some(peer) => {
-            let name = node_name(peer.node_id);
-            let connection = parts
-                .endpoint
-                .connect_host(&peer.address, &name, &parts.tls, timing::HANDSHAKE)
-                .await?;
-            let plane = (pipeline, epoch, Edge::Activations);
-            EdgeSender::open(&connection, plane, assignment.credits, Some(pool)).await
-        }
-    }
-}
-
 impl Actor for Node {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
         ctx.set_mailbox_capacity(64);
-    }
-}
-
-/// The link is up.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct LinkUp {
-    /// To the coordinator.
-    pub connection: Connection,
-    /// Messages to it.
-    pub out: mpsc::Sender<NodeMessage>,
-}
-
-impl Handler<LinkUp> for Node {
-    type Result = ();
-
-    fn handle(&mut self, m: LinkUp, _: &mut Context<Self>) {
-        self.drop_stage();
-        self.link = Some(Link { connection: m.connection, out: m.out });
-    }
-}
-
-/// The link is gone.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct LinkDown;
-
-impl Handler<LinkDown> for Node {
-    type Result = ();
-
-    fn handle(&mut self, _: LinkDown, ctx: &mut Context<Self>) {
-        self.link = None;
-        if let Some(handle) = self.heartbeat.take() {
-            ctx.cancel_future(handle);
-        }
-        self.drop_stage();
-        if self.leaving {
-            ctx.stop();
-        }
-    }
-}
-
-/// The coordinator says something.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct Control(pub CoordinatorMessage);
-
-impl Handler<Control> for Node {
-    type Result = ();
-
-    fn handle(&mut self, Control(message): Control, ctx: &mut Context<Self>) {
-        self.on_control(message, ctx);
-    }
-}
-
-/// What became of a load.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct Loaded {
-    assignment: Arc<Assignment>,
-    result: Result<LoadReport, String>,
-}
-
-impl Handler<Loaded> for Node {
-    type Result = ();
-
-    fn handle(&mut self, m: Loaded, _: &mut Context<Self>) {
-        let Some(active) =
-            self.active.as_mut().filter(|a| Arc::ptr_eq(&a.assignment, &m.assignment))
-        else {
-            return;
-        };
-        let (pipeline, epoch) = (m.assignment.pipeline, m.assignment.epoch);
-        match m.result {
-            Ok(report) => {
-                // Room for everything the credits allow, so that the engine never waits here.
-                let (out, frames) = mpsc::channel(m.assignment.credits as usize + 2);
-                let stage = Stage::new(
-                    m.assignment,
-                    Arc::clone(&self.parts.engine),
-                    out,
-                    active.losses.clone(),
-                    Arc::clone(&self.stale),
-                );
-                active.stage = Some(stage.start());
-                active.out = Some(frames);
-                active.since = Instant::now();
-                self.say(NodeMessage::Ready { pipeline, epoch, report });
-            }
-            Err(message) => {
-                tracing::error!("cannot load the stage: {message}");
-                self.drop_stage();
-                self.say(NodeMessage::LoadFailed { pipeline, epoch, message });
-            }
-        }
-    }
-}
-
-/// A peer opened a stream.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct EdgeOffered {
-    /// Who, by its certificate.
-    pub peer: PeerName,
-    /// What for.
-    pub plane: Plane,
-    /// Our half.
-    pub send: SendStream,
-    /// Its half.
-    pub recv: RecvStream,
-}
-
-impl Handler<EdgeOffered> for Node {
-    type Result = ();
-
-    fn handle(&mut self, m: EdgeOffered, _: &mut Context<Self>) {
-        // Dropping the halves refuses the stream and harms nothing else.
-        if let Err(message) = self.accepts(m.peer, &m.plane) {
-            tracing::warn!(peer = ?m.peer, "refused an edge: {message}");
-            return;
-        }
-        let Some(active) = &self.active else { return };
-        let Some(stage) = active.stage.clone() else { return };
-        let a = &active.assignment;
-        let row_bytes = (a.config.hidden as usize).max(1) * 4;
-        let limit = MAX_FRAME_META_BYTES + a.settings.max_batch_tokens as usize * row_bytes + 4096;
-        let edge = EdgeReceiver::new(m.send, m.recv, a.credits, self.pool.clone(), limit);
-        let (credits, losses, peer) = (a.credits, active.losses.clone(), m.peer);
-        actix_rt::spawn(async move {
-            let deliver = |frame, ticket| {
-                let stage = stage.clone();
-                async move { stage.send(Inbound { frame, ticket }).await.is_ok() }
-            };
-            if let Err(e) = pump_in(edge, credits, deliver).await {
-                let _ = losses.try_send(Loss(format!("the edge from {peer:?}: {e}")));
-            }
-        });
-    }
-}
-
-/// Something ended the epoch of an assignment.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct EpochLost {
-    assignment: Arc<Assignment>,
-    message: String,
-}
-
-impl Handler<EpochLost> for Node {
-    type Result = ();
-
-    fn handle(&mut self, m: EpochLost, _: &mut Context<Self>) {
-        let ours = self.active.as_ref().is_some_and(|a| Arc::ptr_eq(&a.assignment, &m.assignment));
-        if ours {
-            tracing::warn!("the epoch is over: {}", m.message);
-            self.drop_stage();
-            self.say(NodeMessage::EdgeLost {
-                pipeline: m.assignment.pipeline,
-                epoch: m.assignment.epoch,
-                message: m.message,
-            });
-        }
-    }
-}
-
-/// The process is about to end.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct Leave;
-
-impl Handler<Leave> for Node {
-    type Result = ();
-
-    fn handle(&mut self, _: Leave, _: &mut Context<Self>) {
-        self.say(NodeMessage::Leaving);
-        self.drop_stage();
-        self.leaving = true;
     }
 }

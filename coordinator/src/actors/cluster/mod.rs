@@ -5,27 +5,32 @@
 //! are open and the results edge has come in. Inbox: `NodeHello`, `FromNode`, `NodeGone`,
 //! `EdgeOffered`, `OwnEdgeOpen`, `EdgeFailed`, `GetStatus`. Held by member tasks and the service.
 
+mod inbox;
+mod report;
+
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
-use millrace_net::{Connection, RecvStream, SendStream};
+use millrace_net::Connection;
 use millrace_shared::id::{Epoch, NodeId, PipelineId};
 use millrace_shared::membership::{
-    Action, Event, HEARTBEAT, Membership, MembershipConfig, PipelineConfig, PipelineState, Session,
+    Action, Event, Membership, MembershipConfig, PipelineConfig, PipelineState, Session,
 };
 use millrace_shared::model::ModelManifest;
 use millrace_shared::wire::control::{
     CoordinatorMessage, Heartbeat, Hello, LoadReport, NodeMessage, StageProfile,
 };
-use millrace_shared::wire::rpc::{ClusterStatus, StageStatus};
-use millrace_shared::wire::{Edge, Plane, WIRE_VERSION};
+use millrace_shared::wire::{Edge, WIRE_VERSION};
 use tokio::sync::{mpsc, watch};
 
 use super::batcher::{Batcher, PipelineDown, PipelineUp};
 use super::edges;
 use crate::plan::{Deployment, Plan, PlanNode, plan, profile_spec};
+pub use inbox::{
+    EdgeFailed, EdgeOffered, FromNode, GetStatus, NodeGone, NodeHello, OwnEdgeOpen, Shutdown,
+};
 
 /// The one pipeline of a coordinator.
 const PIPELINE: PipelineId = PipelineId(1);
@@ -260,7 +265,8 @@ impl Cluster {
             return; // Lost this very moment: the machine hears of it next.
         };
         let credits = plan.assignments.first().map_or(2, |(_, a)| a.credits);
-        let capacity = credits as usize + 2;
+        // Every micro-batch in flight, and a burst of frames that only carry releases.
+        let capacity = credits as usize + 64;
         let (steps, step_frames) = mpsc::channel(capacity);
         let (opens, open_frames) = mpsc::channel(capacity);
         let carry = |member: &Member, edge, frames| {
@@ -280,6 +286,7 @@ impl Cluster {
                 config: plan.scheduler,
                 steps,
                 opens,
+                failures: ctx.address().recipient(),
             }),
         });
         for node in nodes {
@@ -340,65 +347,6 @@ impl Cluster {
             tracing::info!("not ready: {detail}");
             let _ = self.batcher.try_send(PipelineDown { detail });
         }
-    }
-
-    fn stage_statuses(&self) -> Vec<StageStatus> {
-        let Some(plan) = &self.plan else { return Vec::new() };
-        let last = plan.assignments.len().saturating_sub(1);
-        let status = |(i, (node_id, a)): (usize, &(NodeId, _))| {
-            let a: &millrace_shared::wire::control::Assignment = a;
-            let member = self.members.get(node_id);
-            let beat = member.map(|m| m.heartbeat).unwrap_or_default();
-            StageStatus {
-                node_id: *node_id,
-                node_name: member.map(|m| m.hello.name.clone()).unwrap_or_default(),
-                first_layer: a.first_layer,
-                end_layer: a.end_layer,
-                embed: i == 0,
-                head: i == last,
-                weight_bytes: member.map_or(0, |m| m.report.weight_bytes),
-                busy_seconds: beat.busy_seconds,
-                wall_seconds: beat.wall_seconds,
-                steps: beat.steps,
-                threads: member.map_or(0, |m| m.hello.threads),
-            }
-        };
-        plan.assignments.iter().enumerate().map(status).collect()
-    }
-
-    /// The plan for people.
-    fn plan_table(&self) -> String {
-        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-        let mut table = String::from("  stage  node             layers          weights      KV\n");
-        let Some(plan) = &self.plan else { return table };
-        for ((node, a), stage) in plan.assignments.iter().zip(self.stage_statuses()) {
-            let layers = match (a.first_layer, a.end_layer) {
-                (first, end) if first < end => format!("{first}-{}", end - 1),
-                _ => "none".to_owned(),
-            };
-            let extra = if stage.head { " + head" } else { "" };
-            let kv = self.members.get(node).map_or(0, |m| m.report.kv_bytes);
-            table.push_str(&format!(
-                "  {:<5}  {:<15}  {:<14}  {:>7.1} MiB  {:>6.1} MiB\n",
-                a.stage,
-                stage.node_name,
-                format!("{layers}{extra}"),
-                mib(stage.weight_bytes),
-                mib(kv)
-            ));
-        }
-        let s = &plan.scheduler;
-        let tokens = s.num_blocks * s.block_size;
-        table.push_str(&format!(
-            "  KV cache: {} blocks, {tokens} tokens; {} sequences of {} at once; {} micro-batches in \
-             flight; the head counts as {:.1} layers",
-            s.num_blocks,
-            tokens / s.max_model_len.max(1),
-            s.max_model_len,
-            s.max_in_flight,
-            plan.head_in_layers
-        ));
-        table
     }
 
     /// Why a node cannot be a member.
@@ -466,218 +414,5 @@ impl Actor for Cluster {
     fn started(&mut self, ctx: &mut Self::Context) {
         ctx.set_mailbox_capacity(256);
         ctx.run_interval(TICK, |cluster, ctx| cluster.advance(ctx));
-    }
-}
-
-/// A node introduces itself; the answer is its session, or why it is refused.
-#[derive(Debug, Message)]
-#[rtype(result = "Result<Session, String>")]
-pub struct NodeHello {
-    /// From its certificate.
-    pub id: NodeId,
-    /// What it says of itself.
-    pub hello: Hello,
-    /// To it.
-    pub connection: Connection,
-    /// Messages to it.
-    pub out: mpsc::Sender<CoordinatorMessage>,
-}
-
-impl Handler<NodeHello> for Cluster {
-    type Result = Result<Session, String>;
-
-    fn handle(&mut self, m: NodeHello, ctx: &mut Context<Self>) -> Self::Result {
-        if let Some(message) = self.objection(&m.hello) {
-            tracing::warn!(node = %m.id, "refused: {message}");
-            return Err(message);
-        }
-        let session = self.membership.handle_hello(m.id, self.now());
-        tracing::info!(
-            node = %m.id, name = %m.hello.name, address = %m.hello.advertise,
-            threads = m.hello.threads, hardware = %m.hello.hardware, "node joined"
-        );
-        let welcome = CoordinatorMessage::Welcome {
-            node_id: m.id,
-            heartbeat_ms: HEARTBEAT.as_millis() as u32,
-        };
-        let _ = m.out.try_send(welcome);
-        let member = Member {
-            session,
-            hello: m.hello,
-            connection: m.connection,
-            out: m.out,
-            heartbeat: Heartbeat::default(),
-            report: LoadReport::default(),
-        };
-        if let Some(replaced) = self.members.insert(m.id, member) {
-            replaced.connection.close("the node connected again");
-        }
-        self.advance(ctx);
-        Ok(session)
-    }
-}
-
-/// A node says something.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct FromNode {
-    /// Who.
-    pub id: NodeId,
-    /// Its presence.
-    pub session: Session,
-    /// What.
-    pub message: NodeMessage,
-}
-
-impl Handler<FromNode> for Cluster {
-    type Result = ();
-
-    fn handle(&mut self, m: FromNode, ctx: &mut Context<Self>) {
-        self.on_node(m.id, m.session, m.message);
-        self.advance(ctx);
-    }
-}
-
-/// A node's control stream ended.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct NodeGone {
-    /// Who.
-    pub id: NodeId,
-    /// Its presence.
-    pub session: Session,
-}
-
-impl Handler<NodeGone> for Cluster {
-    type Result = ();
-
-    fn handle(&mut self, m: NodeGone, ctx: &mut Context<Self>) {
-        self.membership.handle_disconnect(m.id, m.session);
-        self.advance(ctx);
-    }
-}
-
-/// A node opened a stage edge to the coordinator.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct EdgeOffered {
-    /// Who, by its certificate.
-    pub node: NodeId,
-    /// What for.
-    pub plane: Plane,
-    /// Our half.
-    pub send: SendStream,
-    /// Its half.
-    pub recv: RecvStream,
-}
-
-impl Handler<EdgeOffered> for Cluster {
-    type Result = ();
-
-    fn handle(&mut self, m: EdgeOffered, ctx: &mut Context<Self>) {
-        // Dropping the halves refuses the stream and harms nothing else.
-        let Plane::Stage { pipeline: PIPELINE, epoch, edge: Edge::Results } = m.plane else {
-            tracing::warn!(node = %m.node, plane = ?m.plane, "refused a stream");
-            return;
-        };
-        let last =
-            self.plan.as_ref().and_then(|p| p.assignments.last()).filter(|(n, _)| *n == m.node);
-        let (Some((_, assignment)), Some(starting)) =
-            (last, self.starting.as_mut().filter(|s| s.epoch == epoch))
-        else {
-            tracing::warn!(node = %m.node, %epoch, "refused a results edge: not the last stage");
-            return;
-        };
-        if !starting.own.remove(&Edge::Results) {
-            tracing::warn!(node = %m.node, "refused a second results edge");
-            return;
-        }
-        let halves = (m.send, m.recv);
-        edges::carry_in(ctx.address(), self.batcher.clone(), halves, epoch, assignment.credits);
-        self.check_started();
-    }
-}
-
-/// One of the coordinator's edges is open.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct OwnEdgeOpen {
-    /// Of this epoch.
-    pub epoch: Epoch,
-    /// Which.
-    pub edge: Edge,
-}
-
-impl Handler<OwnEdgeOpen> for Cluster {
-    type Result = ();
-
-    fn handle(&mut self, m: OwnEdgeOpen, _: &mut Context<Self>) {
-        if let Some(starting) = self.starting.as_mut().filter(|s| s.epoch == m.epoch) {
-            starting.own.remove(&m.edge);
-        }
-        self.check_started();
-    }
-}
-
-/// One of the coordinator's edges is lost.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct EdgeFailed {
-    /// Of this epoch.
-    pub epoch: Epoch,
-    /// How.
-    pub message: String,
-}
-
-impl Handler<EdgeFailed> for Cluster {
-    type Result = ();
-
-    fn handle(&mut self, m: EdgeFailed, ctx: &mut Context<Self>) {
-        self.edge_failed(m.epoch, &m.message);
-        self.advance(ctx);
-    }
-}
-
-/// What the cluster looks like; counters of the scheduler are not filled in.
-#[derive(Debug, Message)]
-#[rtype(result = "ClusterStatus")]
-pub struct GetStatus;
-
-impl Handler<GetStatus> for Cluster {
-    type Result = MessageResult<GetStatus>;
-
-    fn handle(&mut self, _: GetStatus, _: &mut Context<Self>) -> Self::Result {
-        let ready = self.is_serving();
-        let scheduler = self.plan.as_ref().map(|p| p.scheduler);
-        MessageResult(ClusterStatus {
-            ready,
-            detail: if ready { String::new() } else { self.detail() },
-            epoch: self.pipeline.as_ref().map_or(0, |p| p.epoch().0),
-            stages: self.stage_statuses(),
-            nodes: self.members.len() as u32,
-            kv_blocks: scheduler.map_or(0, |s| s.num_blocks),
-            kv_block_size: scheduler.map_or(0, |s| s.block_size),
-            ..ClusterStatus::default()
-        })
-    }
-}
-
-/// The coordinator is shutting down: tell the nodes, end what runs, decide nothing any more.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct Shutdown;
-
-impl Handler<Shutdown> for Cluster {
-    type Result = ();
-
-    fn handle(&mut self, _: Shutdown, _: &mut Context<Self>) {
-        if std::mem::replace(&mut self.stopping, true) {
-            return;
-        }
-        for node in self.members.keys() {
-            self.say(*node, CoordinatorMessage::Shutdown);
-        }
-        let detail = "the coordinator is shutting down".to_owned();
-        let _ = self.batcher.try_send(PipelineDown { detail });
     }
 }

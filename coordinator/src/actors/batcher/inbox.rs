@@ -1,0 +1,221 @@
+//! What others say to [`Batcher`].
+
+use std::time::Duration;
+
+use actix::prelude::*;
+use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::{Epoch, PipelineId, RequestId};
+use millrace_shared::sampling::{SamplingParams, choice_seed};
+use millrace_shared::scheduler::{Kind, Scheduler, SchedulerConfig, SchedulerStats};
+use millrace_shared::wire::data::{FrameKind, ResultMeta};
+use millrace_shared::wire::frame::Frame;
+use millrace_shared::wire::rpc::{GenerateEvent, PositionScore};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Active, Batcher, RETRY_PIPELINE_MS};
+use crate::actors::cluster::EdgeFailed;
+use crate::request::{Generation, Request, Scoring, Work, event_capacity};
+use crate::service::EventStream;
+
+/// A continuation to produce. The prompt is tokenised, the parameters are validated.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<EventStream, Status>")]
+pub struct Submit {
+    /// Name of the request.
+    pub id: RequestId,
+    /// Prompt ids.
+    pub tokens: Vec<u32>,
+    /// Parameters.
+    pub params: SamplingParams,
+    /// The seed, given or drawn.
+    pub seed: u64,
+    /// From now.
+    pub deadline: Option<Duration>,
+}
+
+impl Handler<Submit> for Batcher {
+    type Result = Result<EventStream, Status>;
+
+    fn handle(&mut self, m: Submit, _: &mut Context<Self>) -> Self::Result {
+        let Some(active) = self.active.as_ref() else { return Err(self.unavailable()) };
+        let prompt_tokens = m.tokens.len() as u32;
+        let room = active.scheduler.max_sequence_len().saturating_sub(prompt_tokens).max(1);
+        let max_new = m.params.max_tokens.unwrap_or(room).min(room);
+        let prompt_token_ids = m.tokens.clone();
+        let sequence = self.submit(m.tokens, Kind::Generate, max_new)?;
+        let (events, stream) = EventStream::new(m.id, event_capacity(max_new));
+        let started = GenerateEvent::Started { request_id: m.id, prompt_token_ids, seed: m.seed };
+        let _ = events.try_send(Ok(started));
+        let now = self.now();
+        let generation = Generation::new(m.params, events, &self.tokenizer, prompt_tokens);
+        self.register(Request {
+            id: m.id,
+            sequence,
+            work: Work::Generate(Box::new(generation)),
+            seed: choice_seed(m.seed, 0),
+            submitted: now,
+            deadline: m.deadline.map(|d| now + d),
+        });
+        Ok(stream)
+    }
+}
+
+/// Tokens to score.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<oneshot::Receiver<Result<Vec<PositionScore>, Status>>, Status>")]
+pub struct SubmitScore {
+    /// Name of the request.
+    pub id: RequestId,
+    /// Ids.
+    pub tokens: Vec<u32>,
+    /// Largest logits per position.
+    pub top_k: u8,
+    /// From now.
+    pub deadline: Option<Duration>,
+}
+
+impl Handler<SubmitScore> for Batcher {
+    type Result = Result<oneshot::Receiver<Result<Vec<PositionScore>, Status>>, Status>;
+
+    fn handle(&mut self, m: SubmitScore, _: &mut Context<Self>) -> Self::Result {
+        let sequence = self.submit(m.tokens, Kind::Score { top_k: m.top_k }, 1)?;
+        let (reply, receiver) = oneshot::channel();
+        let now = self.now();
+        self.register(Request {
+            id: m.id,
+            sequence,
+            work: Work::Score(Scoring::new(reply)),
+            seed: 0,
+            submitted: now,
+            deadline: m.deadline.map(|d| now + d),
+        });
+        Ok(receiver)
+    }
+}
+
+/// Stop a request.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<(), Status>")]
+pub struct Cancel(pub RequestId);
+
+impl Handler<Cancel> for Batcher {
+    type Result = Result<(), Status>;
+
+    fn handle(&mut self, Cancel(id): Cancel, _: &mut Context<Self>) -> Self::Result {
+        let sequence = self.by_id.get(&id).copied();
+        let request = sequence.and_then(|s| self.end(s)).ok_or_else(|| {
+            Status::new(ErrorCode::NotFound, format!("no request {id} is running or waiting"))
+        })?;
+        request.cancelled();
+        self.pump();
+        Ok(())
+    }
+}
+
+/// A pipeline is ready.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct PipelineUp {
+    /// Which.
+    pub pipeline: PipelineId,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Limits.
+    pub config: SchedulerConfig,
+    /// To the first stage.
+    pub steps: mpsc::Sender<Frame>,
+    /// To the last stage.
+    pub opens: mpsc::Sender<Frame>,
+    /// Whom to tell when the epoch cannot go on.
+    pub failures: Recipient<EdgeFailed>,
+}
+
+impl Handler<PipelineUp> for Batcher {
+    type Result = ();
+
+    fn handle(&mut self, m: PipelineUp, _: &mut Context<Self>) {
+        self.active = Some(Active {
+            pipeline: m.pipeline,
+            epoch: m.epoch,
+            scheduler: Scheduler::new(m.config),
+            steps: m.steps,
+            opens: m.opens,
+            failures: m.failures,
+        });
+    }
+}
+
+/// The pipeline is lost, or not formed yet.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct PipelineDown {
+    /// Why, and what it waits for.
+    pub detail: String,
+}
+
+impl Handler<PipelineDown> for Batcher {
+    type Result = ();
+
+    fn handle(&mut self, m: PipelineDown, _: &mut Context<Self>) {
+        self.detail = m.detail;
+        if self.active.is_none() {
+            return;
+        }
+        let stats = self.stats();
+        self.active = None;
+        self.past = stats;
+        self.stale_frames = 0;
+        let lost: Vec<_> = self.requests.drain().map(|(_, request)| request).collect();
+        self.by_id.clear();
+        for request in lost {
+            self.metrics.on_failed(ErrorCode::Unavailable);
+            request.fail(Status::unavailable(
+                format!("the pipeline was lost while the request ran: {}", self.detail),
+                RETRY_PIPELINE_MS,
+            ));
+        }
+    }
+}
+
+/// A frame from the last stage.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<(), String>")]
+pub struct ResultFrame(pub Frame);
+
+impl Handler<ResultFrame> for Batcher {
+    type Result = Result<(), String>;
+
+    fn handle(&mut self, ResultFrame(frame): ResultFrame, _: &mut Context<Self>) -> Self::Result {
+        let now = self.now();
+        let header = frame.header();
+        let Some(active) = self
+            .active
+            .as_mut()
+            .filter(|a| a.pipeline == header.pipeline && a.epoch == header.epoch)
+        else {
+            self.stale_frames += 1;
+            return Ok(());
+        };
+        if header.kind != FrameKind::Results {
+            return Err(format!("a {:?} frame on the results edge", header.kind));
+        }
+        let meta: ResultMeta = frame.meta().map_err(|e| e.to_string())?;
+        let outcomes = active.scheduler.handle_result(header.micro_batch, &meta.rows, now);
+        self.apply(outcomes, now);
+        self.pump();
+        Ok(())
+    }
+}
+
+/// The scheduler's counters.
+#[derive(Debug, Message)]
+#[rtype(result = "SchedulerStats")]
+pub struct GetCounters;
+
+impl Handler<GetCounters> for Batcher {
+    type Result = MessageResult<GetCounters>;
+
+    fn handle(&mut self, _: GetCounters, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.stats())
+    }
+}

@@ -1,0 +1,191 @@
+//! What others say to [`Node`].
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use actix::prelude::*;
+use millrace_net::pump::pump_in;
+use millrace_net::{Connection, EdgeReceiver, PeerName, RecvStream, SendStream};
+use millrace_shared::wire::control::{Assignment, CoordinatorMessage, LoadReport, NodeMessage};
+use millrace_shared::wire::{MAX_FRAME_META_BYTES, Plane};
+use tokio::sync::mpsc;
+
+use super::{Link, Node};
+use crate::actors::stage::{Inbound, Loss, Stage};
+
+/// The link is up.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct LinkUp {
+    /// To the coordinator.
+    pub connection: Connection,
+    /// Messages to it.
+    pub out: mpsc::Sender<NodeMessage>,
+}
+
+impl Handler<LinkUp> for Node {
+    type Result = ();
+
+    fn handle(&mut self, m: LinkUp, _: &mut Context<Self>) {
+        self.drop_stage();
+        self.link = Some(Link { connection: m.connection, out: m.out });
+    }
+}
+
+/// The link is gone.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct LinkDown;
+
+impl Handler<LinkDown> for Node {
+    type Result = ();
+
+    fn handle(&mut self, _: LinkDown, ctx: &mut Context<Self>) {
+        self.link = None;
+        if let Some(handle) = self.heartbeat.take() {
+            ctx.cancel_future(handle);
+        }
+        self.drop_stage();
+        if self.leaving {
+            ctx.stop();
+        }
+    }
+}
+
+/// The coordinator says something.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Control(pub CoordinatorMessage);
+
+impl Handler<Control> for Node {
+    type Result = ();
+
+    fn handle(&mut self, Control(message): Control, ctx: &mut Context<Self>) {
+        self.on_control(message, ctx);
+    }
+}
+
+/// What became of a load.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Loaded {
+    pub(super) assignment: Arc<Assignment>,
+    pub(super) result: Result<LoadReport, String>,
+}
+
+impl Handler<Loaded> for Node {
+    type Result = ();
+
+    fn handle(&mut self, m: Loaded, _: &mut Context<Self>) {
+        let Some(active) =
+            self.active.as_mut().filter(|a| Arc::ptr_eq(&a.assignment, &m.assignment))
+        else {
+            return;
+        };
+        let (pipeline, epoch) = (m.assignment.pipeline, m.assignment.epoch);
+        match m.result {
+            Ok(report) => {
+                // Room for everything the credits allow, so that the engine never waits here.
+                let (out, frames) = mpsc::channel(m.assignment.credits as usize + 2);
+                let stage = Stage::new(
+                    m.assignment,
+                    Arc::clone(&self.parts.engine),
+                    out,
+                    active.losses.clone(),
+                    Arc::clone(&self.stale),
+                );
+                active.stage = Some(stage.start());
+                active.out = Some(frames);
+                active.since = Instant::now();
+                self.say(NodeMessage::Ready { pipeline, epoch, report });
+            }
+            Err(message) => {
+                tracing::error!("cannot load the stage: {message}");
+                self.drop_stage();
+                self.say(NodeMessage::LoadFailed { pipeline, epoch, message });
+            }
+        }
+    }
+}
+
+/// A peer opened a stream.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct EdgeOffered {
+    /// Who, by its certificate.
+    pub peer: PeerName,
+    /// What for.
+    pub plane: Plane,
+    /// Our half.
+    pub send: SendStream,
+    /// Its half.
+    pub recv: RecvStream,
+}
+
+impl Handler<EdgeOffered> for Node {
+    type Result = ();
+
+    fn handle(&mut self, m: EdgeOffered, _: &mut Context<Self>) {
+        // Dropping the halves refuses the stream and harms nothing else.
+        if let Err(message) = self.accepts(m.peer, &m.plane) {
+            tracing::warn!(peer = ?m.peer, "refused an edge: {message}");
+            return;
+        }
+        let Some(active) = &self.active else { return };
+        let Some(stage) = active.stage.clone() else { return };
+        let a = &active.assignment;
+        let row_bytes = (a.config.hidden as usize).max(1) * 4;
+        let limit = MAX_FRAME_META_BYTES + a.settings.max_batch_tokens as usize * row_bytes + 4096;
+        let edge = EdgeReceiver::new(m.send, m.recv, a.credits, self.pool.clone(), limit);
+        let (credits, losses, peer) = (a.credits, active.losses.clone(), m.peer);
+        actix_rt::spawn(async move {
+            let deliver = |frame, ticket| {
+                let stage = stage.clone();
+                async move { stage.send(Inbound { frame, ticket }).await.is_ok() }
+            };
+            if let Err(e) = pump_in(edge, credits, deliver).await {
+                let _ = losses.try_send(Loss(format!("the edge from {peer:?}: {e}")));
+            }
+        });
+    }
+}
+
+/// Something ended the epoch of an assignment.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct EpochLost {
+    pub(super) assignment: Arc<Assignment>,
+    pub(super) message: String,
+}
+
+impl Handler<EpochLost> for Node {
+    type Result = ();
+
+    fn handle(&mut self, m: EpochLost, _: &mut Context<Self>) {
+        let ours = self.active.as_ref().is_some_and(|a| Arc::ptr_eq(&a.assignment, &m.assignment));
+        if ours {
+            tracing::warn!("the epoch is over: {}", m.message);
+            self.drop_stage();
+            self.say(NodeMessage::EdgeLost {
+                pipeline: m.assignment.pipeline,
+                epoch: m.assignment.epoch,
+                message: m.message,
+            });
+        }
+    }
+}
+
+/// The process is about to end.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Leave;
+
+impl Handler<Leave> for Node {
+    type Result = ();
+
+    fn handle(&mut self, _: Leave, _: &mut Context<Self>) {
+        self.say(NodeMessage::Leaving);
+        self.drop_stage();
+        self.leaving = true;
+    }
+}

@@ -1,0 +1,93 @@
+//! The long parts of an assignment: loading it, and connecting the edge out.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use millrace_engine::stage::StagePlace;
+use millrace_engine::thread::{Job, LoadJob};
+use millrace_engine::{Isa, StageSpec};
+use millrace_net::{Connection, EdgeSender, FramePool, NetError, timing};
+use millrace_shared::wire::control::{Assignment, LoadReport};
+use millrace_shared::wire::{Edge, node_name};
+use tokio::sync::oneshot;
+
+use super::Parts;
+use crate::loader::Loader;
+use crate::progress::LoadProgress;
+
+/// Fetches the tensors, then loads the engine.
+pub(super) async fn load(
+    parts: Rc<Parts>,
+    assignment: Arc<Assignment>,
+    connection: Connection,
+) -> Result<LoadReport, String> {
+    let started = Instant::now();
+    let total: u64 = assignment.tensors.iter().map(|t| t.bytes).sum();
+    let fetching = LoadProgress::new(parts.config.show_progress, "fetching", total);
+    let loader = Loader::new(parts.config.weights.clone(), &parts.config.cache, connection);
+    // The mock engine computes from its configuration alone.
+    let wanted = match parts.config.engine {
+        millrace_shared::options::EngineKind::Mock => &[][..],
+        millrace_shared::options::EngineKind::Cpu => &assignment.tensors[..],
+    };
+    let (tensors, mut report) =
+        loader.fetch(wanted, |done| fetching.set(done)).await.map_err(|e| e.to_string())?;
+    fetching.finish(&report);
+    let spec = StageSpec {
+        config: assignment.config.clone(),
+        layers: assignment.first_layer..assignment.end_layer,
+        embed: assignment.previous.is_none(),
+        head: assignment.next.is_none(),
+        settings: assignment.settings.clone(),
+        threads: parts.threads,
+        isa: Isa::detect(),
+    };
+    let place = StagePlace {
+        pipeline: assignment.pipeline,
+        epoch: assignment.epoch,
+        stage: assignment.stage,
+    };
+    let loading = LoadProgress::new(parts.config.show_progress, "loading", total);
+    let (sender, receiver) = oneshot::channel();
+    let job = LoadJob {
+        spec,
+        place,
+        tensors,
+        progress: Box::new(move |done| loading.set(done)),
+        done: Box::new(move |result| {
+            let _ = sender.send(result);
+        }),
+    };
+    parts.engine.try_submit(Job::Load(Box::new(job))).map_err(|e| e.to_string())?;
+    let stage =
+        receiver.await.map_err(|_| "the engine stopped".to_owned())?.map_err(|e| e.to_string())?;
+    report.weight_bytes = stage.weight_bytes;
+    report.kv_bytes = stage.kv_bytes;
+    report.seconds = started.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+pub(super) async fn edge_out(
+    parts: &Parts,
+    assignment: &Assignment,
+    coordinator: &Connection,
+    pool: FramePool,
+) -> Result<EdgeSender, NetError> {
+    let (pipeline, epoch) = (assignment.pipeline, assignment.epoch);
+    match &assignment.next {
+        None => {
+            let plane = (pipeline, epoch, Edge::Results);
+            EdgeSender::open(coordinator, plane, assignment.credits, Some(pool)).await
+        }
+        Some(peer) => {
+            let name = node_name(peer.node_id);
+            let connection = parts
+                .endpoint
+                .connect_host(&peer.address, &name, &parts.tls, timing::HANDSHAKE)
+                .await?;
+            let plane = (pipeline, epoch, Edge::Activations);
+            EdgeSender::open(&connection, plane, assignment.credits, Some(pool)).await
+        }
+    }
+}
