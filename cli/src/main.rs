@@ -1,1 +1,107 @@
-fn main() {}
+//! The `millrace` command.
+//!
+//! One file per subcommand; what they share is in [`target`] (which cluster to talk to, or start),
+//! [`sampling`], [`input`], [`output`] and [`table`]. Nothing here decides anything about models or
+//! schedules: a command parses flags, calls a library, and prints.
+//!
+//! Data goes to stdout, everything else to stderr. Exit codes: 0 clean, also when the reader of
+//! stdout went away; 1 a failure at run time; 2 wrong flags, files or configuration; 130 interrupted.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod error;
+mod eval;
+mod generate;
+mod input;
+mod inspect;
+mod output;
+mod pull;
+mod run;
+mod sampling;
+mod serving;
+mod table;
+mod target;
+mod tokenize;
+mod up;
+
+use std::process::exit;
+
+use clap::{Parser, Subcommand};
+use millrace_net::telemetry::{self, LogFormat};
+
+const EXAMPLES: &str = "\
+Examples:
+  millrace run smollm2:135m \"Why is the sky blue?\"    answer once, through two stages
+  millrace run smollm2:135m                           chat
+  millrace up --model smollm2:135m --stages 3         serve over HTTP and QUIC until Ctrl-C
+  millrace generate --prompt \"Once upon\" --output json   ask a running cluster
+  millrace bench serve --model smollm2:135m --stages 2  measure a whole pipeline
+  millrace inspect ./model.gguf                       what a model file holds
+
+MODEL is the path of a GGUF file or a catalogue name such as smollm2:135m. Commands that talk to a
+running cluster find it by --cluster FILE, $MILLRACE_CLUSTER, or client.toml in $MILLRACE_DIR.
+Exit status: 0 clean, 1 failure, 2 wrong usage or configuration, 130 interrupted.";
+
+/// Serve one language model with many machines.
+#[derive(Debug, Parser)]
+#[command(name = "millrace", version, after_help = EXAMPLES, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Answer a prompt, or chat, with a cluster inside this process
+    Run(run::RunArgs),
+    /// Serve a model over HTTP and QUIC until stopped
+    Up(up::UpArgs),
+    /// Continue a prompt as it is, without a chat template
+    Generate(generate::GenerateArgs),
+    /// Turn a text into the model's token ids
+    Tokenize(tokenize::TokenizeArgs),
+    /// Judge a model: likelihood of a text, or logits
+    #[command(subcommand)]
+    Eval(eval::EvalCommand),
+    /// Fetch a model of the catalogue and print its path
+    Pull(pull::PullArgs),
+    /// Show the metadata, tensors and layers of a model file
+    Inspect(inspect::InspectArgs),
+    /// Measure the engine alone, or a whole pipeline
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
+}
+
+impl Command {
+    /// What is logged unless `RUST_LOG` says otherwise: a server tells its life, a command only
+    /// what went wrong.
+    fn log_filter(&self) -> &'static str {
+        match self {
+            Self::Up(_) => "warn,millrace=info",
+            _ => "warn",
+        }
+    }
+}
+
+async fn dispatch(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Run(args) => run::run(args).await,
+        Command::Up(args) => up::run(args).await,
+        Command::Generate(args) => generate::run(args).await,
+        Command::Tokenize(args) => tokenize::run(&args),
+        Command::Eval(command) => eval::run(command).await,
+        Command::Pull(args) => pull::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(command) => bench::run(command).await,
+    }
+}
+
+fn main() {
+    let cli = Cli::parse();
+    let result = telemetry::init_with(LogFormat::Text, cli.command.log_filter())
+        .map_err(error::usage)
+        .and_then(|()| actix_rt::System::new().block_on(Box::pin(dispatch(cli.command))))
+        .and_then(|()| output::flush());
+    // Not a return: a thread that waits for a key on stdin must not keep the process alive.
+    exit(error::report(result));
+}

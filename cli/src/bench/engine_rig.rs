@@ -1,0 +1,279 @@
+//! A stage with the whole model, driven by hand: what the scheduler and the block manager would do,
+//! in the simplest form that exercises the engine the same way.
+//!
+//! Block tables: blocks `0..prefix` hold the positions of `depth` that fill whole blocks, prefilled
+//! once and shared by every sequence; blocks after them are dealt out per sequence. A table that
+//! shares a block stands for a copy: the engine reads the same amount of memory, from one place.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Context;
+use millrace_engine::cpu::CpuEngine;
+use millrace_engine::{
+    Engine, Isa, LoadedStage, LogitsRow, StageInput, StageOutput, StageSpec, TensorSource,
+};
+use millrace_shared::id::SequenceId;
+use millrace_shared::model::ModelConfig;
+use millrace_shared::model::gguf::Gguf;
+use millrace_shared::wire::control::EngineSettings;
+use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
+
+use super::engine::EngineArgs;
+use super::pseudo_tokens;
+use crate::error::usage;
+use crate::input;
+
+/// Positions per block.
+const BLOCK: u32 = 64;
+
+/// A model file and its dimensions.
+pub(super) struct Model {
+    gguf: Gguf,
+    pub(super) config: ModelConfig,
+    path: PathBuf,
+}
+
+impl Model {
+    pub(super) fn open(name: &str) -> anyhow::Result<Self> {
+        let path = input::model(name)?;
+        let gguf = Gguf::open(&path).with_context(|| path.display().to_string())?;
+        let config = gguf.config().with_context(|| path.display().to_string())?;
+        Ok(Self { gguf, config, path })
+    }
+
+    fn sources(&self) -> Vec<TensorSource> {
+        let source = |entry: &millrace_shared::model::TensorEntry| TensorSource {
+            entry: entry.clone(),
+            path: self.path.clone(),
+            offset: entry.offset,
+        };
+        self.gguf.tensors.iter().map(source).collect()
+    }
+}
+
+/// What has to fit for every measurement that is asked for.
+#[derive(Clone, Debug)]
+pub(super) struct RigSize {
+    settings: EngineSettings,
+    prefill_chunk: u32,
+}
+
+impl RigSize {
+    /// # Errors
+    /// If a measurement would not fit in the model's context.
+    pub(super) fn for_runs(args: &EngineArgs, context: u32) -> anyhow::Result<Self> {
+        let most = |list: &[u32]| list.iter().copied().max().unwrap_or(0);
+        let (depth, batch) = (most(&args.depth), most(&args.batch));
+        let longest = depth.saturating_add(most(&args.prefill).max(args.decode));
+        if longest > context {
+            return Err(usage(format!(
+                "depth and tokens make {longest} positions, the model's context is {context}: lower --depth, --prefill or --decode"
+            )));
+        }
+        let own_blocks = |tokens: u32| (BLOCK - 1 + tokens).div_ceil(BLOCK);
+        let decode_blocks = u64::from(batch) * u64::from(own_blocks(args.decode));
+        let blocks = u64::from(depth / BLOCK)
+            + decode_blocks.max(own_blocks(most(&args.prefill)).into())
+            + 1;
+        let kv_blocks = u32::try_from(blocks)
+            .map_err(|_| usage("--batch and --decode need more KV blocks than can be numbered"))?;
+        Ok(Self {
+            settings: EngineSettings {
+                kv_blocks,
+                kv_block_size: BLOCK,
+                kv_dtype: args.kv_cache_dtype,
+                activation_dtype: args.activation_dtype,
+                max_batch_tokens: args.prefill_chunk.max(batch),
+                max_num_seqs: batch + 1,
+                max_model_len: longest,
+            },
+            prefill_chunk: args.prefill_chunk,
+        })
+    }
+}
+
+/// A run of positions of one sequence to compute.
+struct Span {
+    sequence: SequenceId,
+    position: u32,
+    tokens: Vec<u32>,
+}
+
+/// The loaded stage and its block tables.
+pub(super) struct Rig {
+    engine: Box<dyn Engine>,
+    size: RigSize,
+    loaded: LoadedStage,
+    vocab: u32,
+    depth: u32,
+    sequences: u64,
+    /// Changes to tell the engine with the next step.
+    pending: StepMeta,
+    /// First block that is not shared and not dealt out.
+    next_block: u32,
+}
+
+impl Rig {
+    /// Loads the model.
+    ///
+    /// # Errors
+    /// If the engine refuses it or memory runs out.
+    pub(super) fn load(model: &Model, size: &RigSize, threads: usize) -> anyhow::Result<Self> {
+        let spec = StageSpec {
+            config: model.config.clone(),
+            layers: 0..model.config.layers,
+            embed: true,
+            head: true,
+            settings: size.settings.clone(),
+            threads,
+            isa: Isa::detect(),
+        };
+        let mut engine: Box<dyn Engine> = Box::new(CpuEngine::new());
+        let loaded = engine.load(&spec, &model.sources(), &mut |_| {})?;
+        Ok(Self {
+            engine,
+            size: size.clone(),
+            loaded,
+            vocab: model.config.vocab,
+            depth: 0,
+            sequences: 0,
+            pending: StepMeta::default(),
+            next_block: 0,
+        })
+    }
+
+    pub(super) fn numerics(&self) -> String {
+        self.engine.numerics_revision()
+    }
+
+    pub(super) fn weight_bytes(&self) -> u64 {
+        self.loaded.weight_bytes
+    }
+
+    /// Fills the shared blocks for sequences of `depth` positions. Not timed.
+    ///
+    /// # Errors
+    /// If a step fails.
+    pub(super) fn fill(&mut self, depth: u32) -> anyhow::Result<()> {
+        self.depth = depth;
+        self.next_block = 0;
+        let shared = depth / BLOCK * BLOCK;
+        if shared > 0 {
+            let sequence = self.open(0, shared);
+            self.prefill_span(sequence, 0, shared)?;
+            self.close(sequence);
+        }
+        self.next_block = shared / BLOCK;
+        Ok(())
+    }
+
+    /// Seconds to prefill `tokens` positions after the depth.
+    ///
+    /// # Errors
+    /// If a step fails.
+    pub(super) fn prefill(&mut self, tokens: u32) -> anyhow::Result<f64> {
+        let sequence = self.deepen(tokens)?;
+        let start = Instant::now();
+        self.prefill_span(sequence, self.depth, tokens)?;
+        let seconds = start.elapsed().as_secs_f64();
+        self.close_all(&[sequence]);
+        Ok(seconds)
+    }
+
+    /// Seconds to decode `steps` positions of `batch` sequences after the depth.
+    ///
+    /// # Errors
+    /// If a step fails.
+    pub(super) fn decode(&mut self, batch: u32, steps: u32) -> anyhow::Result<f64> {
+        let sequences: Vec<SequenceId> =
+            (0..batch).map(|_| self.deepen(steps)).collect::<anyhow::Result<_>>()?;
+        let tokens = pseudo_tokens(u64::from(batch), (batch * steps) as usize, self.vocab);
+        let start = Instant::now();
+        for (step, tokens) in tokens.chunks(batch as usize).enumerate() {
+            let spans: Vec<Span> = sequences
+                .iter()
+                .zip(tokens)
+                .map(|(&sequence, &token)| Span {
+                    sequence,
+                    position: self.depth + step as u32,
+                    tokens: vec![token],
+                })
+                .collect();
+            self.step(&spans, Want::Sample)?;
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        self.close_all(&sequences);
+        Ok(seconds)
+    }
+
+    /// A sequence at the depth with room for `tokens` more; what of the depth does not fill a block
+    /// is computed here, untimed.
+    fn deepen(&mut self, tokens: u32) -> anyhow::Result<SequenceId> {
+        let shared = self.depth / BLOCK * BLOCK;
+        let sequence = self.open(shared, self.depth - shared + tokens);
+        if self.depth > shared {
+            self.prefill_span(sequence, shared, self.depth - shared)?;
+        }
+        Ok(sequence)
+    }
+
+    /// Opens a sequence whose first `shared` positions lie in the shared blocks, and deals out
+    /// blocks for `own` more.
+    fn open(&mut self, shared: u32, own: u32) -> SequenceId {
+        self.sequences += 1;
+        let sequence = SequenceId(self.sequences);
+        let end = self.next_block + own.div_ceil(BLOCK);
+        let blocks = (0..shared / BLOCK).chain(self.next_block..end).collect();
+        self.next_block = end;
+        self.pending.tables.push(TableUpdate { sequence, first: 0, blocks });
+        sequence
+    }
+
+    fn close(&mut self, sequence: SequenceId) {
+        self.pending.released.push(sequence);
+    }
+
+    /// Closes the sequences of a measurement; their blocks are free again.
+    fn close_all(&mut self, sequences: &[SequenceId]) {
+        sequences.iter().for_each(|&s| self.close(s));
+        self.next_block = self.depth / BLOCK;
+    }
+
+    fn prefill_span(
+        &mut self,
+        sequence: SequenceId,
+        position: u32,
+        count: u32,
+    ) -> anyhow::Result<()> {
+        let tokens = pseudo_tokens(u64::from(position), count as usize, self.vocab);
+        let chunks = tokens.chunks(self.size.prefill_chunk as usize);
+        let last = chunks.len() - 1;
+        for (i, chunk) in chunks.enumerate() {
+            let span = Span {
+                sequence,
+                position: position + i as u32 * self.size.prefill_chunk,
+                tokens: chunk.to_vec(),
+            };
+            self.step(&[span], if i == last { Want::Sample } else { Want::None })?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, spans: &[Span], want: Want) -> anyhow::Result<()> {
+        let mut meta = std::mem::take(&mut self.pending);
+        meta.rows.extend(spans.iter().map(|s| Row {
+            sequence: s.sequence,
+            sequence_epoch: 0,
+            position: s.position,
+            count: s.tokens.len() as u32,
+            want,
+        }));
+        let tokens: Vec<u32> = spans.iter().flat_map(|s| s.tokens.iter().copied()).collect();
+        let mut sink = |row: LogitsRow<'_>| {
+            std::hint::black_box(row.logits.first());
+        };
+        self.engine.step(&meta, StageInput::Tokens(&tokens), StageOutput::Logits(&mut sink))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,274 @@
+//! `millrace bench serve`: a whole pipeline under load, seen by its clients.
+
+use clap::Args;
+use hdrhistogram::Histogram;
+use millrace_shared::wire::rpc::{ClusterStatus, StageStatus};
+use serde::Serialize;
+
+use super::serve_load::{Clients, Load, Seen};
+use crate::error::usage;
+use crate::output::{self, TableOrJson};
+use crate::serving::layers;
+use crate::table::Align::{Left, Right};
+use crate::table::{Table, figure};
+use crate::target::{self, Needs, Session, TargetArgs};
+
+/// Flags of `bench serve`.
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// Clients at once, one run each; a client sends its next request when it has an answer
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,4,16")]
+    concurrency: Vec<u32>,
+    /// Tokens of each prompt; all prompts are different
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    prompt_tokens: u32,
+    /// Tokens of each answer; end-of-text tokens do not end it
+    #[arg(long, value_name = "TOKENS", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: u32,
+    /// Requests of each client, one after the other
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    requests: u32,
+    /// Print tables, or one JSON object
+    #[arg(long, short, value_name = "FORMAT", default_value = "table")]
+    output: TableOrJson,
+    #[command(flatten)]
+    target: TargetArgs,
+}
+
+/// What was measured, and on what.
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    stages: usize,
+    prompt_tokens: u32,
+    max_tokens: u32,
+    requests_per_client: u32,
+    results: Vec<Level>,
+}
+
+/// One number of clients.
+#[derive(Debug, Serialize)]
+struct Level {
+    concurrency: u32,
+    requests: u64,
+    wall_s: f64,
+    /// Prompt tokens per second of the time in which some client waited for its first token.
+    prefill_tokens_per_s: f64,
+    /// Generated tokens of all clients per second of the whole run.
+    decode_tokens_per_s: f64,
+    ttft_ms: Percentiles,
+    /// Between one token of an answer and the next, as the client sees them.
+    inter_token_ms: Percentiles,
+    stages: Vec<StageLoad>,
+}
+
+#[derive(Debug, Serialize)]
+struct Percentiles {
+    p50: Option<f64>,
+    p99: Option<f64>,
+}
+
+/// What a stage did during a run.
+#[derive(Debug, PartialEq, Serialize)]
+struct StageLoad {
+    stage: usize,
+    node: String,
+    layers: String,
+    threads: u32,
+    micro_batches: u64,
+    /// CPU seconds of the engine's threads inside `step` per second; up to the number of threads.
+    /// Absent where the stage was replaced meanwhile.
+    busy_share: Option<f64>,
+}
+
+pub(super) async fn run(args: ServeArgs) -> anyhow::Result<()> {
+    let most = args.concurrency.iter().copied().max().unwrap_or(0);
+    if args.concurrency.contains(&0) || !(1..=4096).contains(&most) {
+        return Err(usage("--concurrency takes numbers from 1 to 4096, for example 1,4,16"));
+    }
+    let length = args.prompt_tokens.saturating_add(args.max_tokens);
+    let positions = most.checked_mul(length.next_multiple_of(64));
+    let needs = Needs { requests: most, positions };
+    let report =
+        target::with_session(&args.target, needs, async |session| measure(&args, session).await)
+            .await?;
+    print(args.output, &report)
+}
+
+async fn measure(args: &ServeArgs, session: &Session) -> anyhow::Result<Report> {
+    let model = session.model().await?;
+    let load = Load {
+        prompt_tokens: args.prompt_tokens,
+        max_tokens: args.max_tokens,
+        requests: args.requests,
+        vocab: model.vocab,
+    };
+    let most = args.concurrency.iter().copied().max().unwrap_or(1);
+    let mut clients = Clients::connect(session, load, most).await?;
+    clients.warm_up().await?;
+    let mut results = Vec::new();
+    for &concurrency in &args.concurrency {
+        let before = session.status().await?;
+        let seen = clients.run(concurrency).await?;
+        let after = session.status().await?;
+        let level = level(args, concurrency, &seen, stage_loads(&before, &after));
+        output::remark(&format!(
+            "concurrency {concurrency}: {} requests in {:.1} s, {:.1} tokens/s",
+            level.requests, level.wall_s, level.decode_tokens_per_s
+        ));
+        results.push(level);
+    }
+    Ok(Report {
+        model: model.id,
+        stages: session.status().await?.stages.len(),
+        prompt_tokens: args.prompt_tokens,
+        max_tokens: args.max_tokens,
+        requests_per_client: args.requests,
+        results,
+    })
+}
+
+fn level(args: &ServeArgs, concurrency: u32, seen: &Seen, stages: Vec<StageLoad>) -> Level {
+    let wall_s = seen.wall.as_secs_f64();
+    let prompts = seen.requests * u64::from(args.prompt_tokens);
+    Level {
+        concurrency,
+        requests: seen.requests,
+        wall_s,
+        prefill_tokens_per_s: prompts as f64 / seen.prefilling().as_secs_f64(),
+        decode_tokens_per_s: seen.tokens as f64 / wall_s,
+        ttft_ms: percentiles(&seen.ttft_us),
+        inter_token_ms: percentiles(&seen.inter_token_us),
+        stages,
+    }
+}
+
+fn percentiles(us: &Histogram<u64>) -> Percentiles {
+    let at = |q| (!us.is_empty()).then(|| us.value_at_quantile(q) as f64 / 1e3);
+    Percentiles { p50: at(0.5), p99: at(0.99) }
+}
+
+/// Differences of the stages' cumulative counters; without the shares where the pipeline changed.
+fn stage_loads(before: &ClusterStatus, after: &ClusterStatus) -> Vec<StageLoad> {
+    let load = |(stage, now): (usize, &StageStatus)| {
+        let then = before.stages.get(stage).filter(|then| {
+            before.epoch == after.epoch && then.node_id == now.node_id && then.steps <= now.steps
+        });
+        let share = then.and_then(|then| {
+            let wall = now.wall_seconds - then.wall_seconds;
+            (wall > 0.0).then(|| (now.busy_seconds - then.busy_seconds) / wall)
+        });
+        StageLoad {
+            stage,
+            node: now.node_name.clone(),
+            layers: layers(now),
+            threads: now.threads,
+            micro_batches: now.steps - then.map_or(0, |t| t.steps),
+            busy_share: share,
+        }
+    };
+    after.stages.iter().enumerate().map(load).collect()
+}
+
+fn print(format: TableOrJson, report: &Report) -> anyhow::Result<()> {
+    if format == TableOrJson::Json {
+        return output::json(report);
+    }
+    output::write(format_args!(
+        "{}, {} stage(s), prompts of {} tokens, answers of {}, {} request(s) per client\n\n{}\n{}",
+        report.model,
+        report.stages,
+        report.prompt_tokens,
+        report.max_tokens,
+        report.requests_per_client,
+        speed_table(report),
+        stage_table(report)
+    ))
+}
+
+fn speed_table(report: &Report) -> Table {
+    let mut table = Table::new(&[
+        ("clients", Right),
+        ("requests", Right),
+        ("prefill tok/s", Right),
+        ("decode tok/s", Right),
+        ("ttft p50 ms", Right),
+        ("p99", Right),
+        ("inter-token p50 ms", Right),
+        ("p99", Right),
+    ]);
+    for level in &report.results {
+        table.row([
+            level.concurrency.to_string(),
+            level.requests.to_string(),
+            figure(Some(level.prefill_tokens_per_s)),
+            figure(Some(level.decode_tokens_per_s)),
+            figure(level.ttft_ms.p50),
+            figure(level.ttft_ms.p99),
+            figure(level.inter_token_ms.p50),
+            figure(level.inter_token_ms.p99),
+        ]);
+    }
+    table
+}
+
+fn stage_table(report: &Report) -> Table {
+    let mut table = Table::new(&[
+        ("clients", Right),
+        ("stage", Right),
+        ("node", Left),
+        ("layers", Left),
+        ("threads", Right),
+        ("steps", Right),
+        ("busy", Right),
+    ]);
+    for level in &report.results {
+        for stage in &level.stages {
+            let busy = stage.busy_share.map_or_else(|| "-".to_owned(), |b| format!("{b:.2}"));
+            table.row([
+                level.concurrency.to_string(),
+                stage.stage.to_string(),
+                stage.node.clone(),
+                stage.layers.clone(),
+                stage.threads.to_string(),
+                stage.micro_batches.to_string(),
+                busy,
+            ]);
+        }
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(epoch: u64, busy: f64, wall: f64, steps: u64) -> ClusterStatus {
+        let stage = StageStatus {
+            node_id: "0193a5b0-0000-7000-8000-000000000000".parse().unwrap(),
+            node_name: "a".to_owned(),
+            first_layer: 0,
+            end_layer: 15,
+            embed: true,
+            head: false,
+            weight_bytes: 1,
+            busy_seconds: busy,
+            wall_seconds: wall,
+            steps,
+            threads: 1,
+        };
+        ClusterStatus { epoch, stages: vec![stage], ..ClusterStatus::default() }
+    }
+
+    #[test]
+    fn busy_shares_are_differences() {
+        let loads = stage_loads(&status(1, 2.0, 10.0, 5), &status(1, 5.0, 14.0, 25));
+        assert_eq!(loads[0].busy_share, Some(0.75));
+        assert_eq!(loads[0].micro_batches, 20);
+        assert_eq!(loads[0].layers, "embed, 0-14");
+        let replaced = stage_loads(&status(1, 2.0, 10.0, 5), &status(2, 5.0, 14.0, 25));
+        assert_eq!(replaced[0].busy_share, None);
+        let still = stage_loads(&status(1, 2.0, 10.0, 5), &status(1, 2.0, 10.0, 5));
+        assert_eq!(still[0].busy_share, None);
+    }
+}

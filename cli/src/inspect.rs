@@ -1,0 +1,217 @@
+//! `millrace inspect`: what a model file holds. Reads the directory of the file, never the weights,
+//! and also shows files that no engine here can compute with, saying why.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context;
+use clap::Args;
+use millrace_shared::model::TensorEntry;
+use millrace_shared::model::gguf::{Array, Gguf, Value};
+
+use crate::table::Align::{Left, Right};
+use crate::table::{Table, bytes};
+use crate::{input, output};
+
+/// Characters of a metadata string that are shown.
+const MAX_STRING_CHARS: usize = 72;
+/// Elements of a metadata array that are shown.
+const MAX_ARRAY_ITEMS: usize = 6;
+
+/// Flags of `inspect`.
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Path of a GGUF file or catalogue name
+    #[arg(value_name = "MODEL")]
+    model: String,
+}
+
+pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
+    let path = input::model(&args.model)?;
+    let gguf = Gguf::open(&path).with_context(|| path.display().to_string())?;
+    output::write(format_args!(
+        "{}\nGGUF version {}, {}, {} keys, {} tensors\n\n",
+        path.display(),
+        gguf.version,
+        bytes(gguf.file_len),
+        gguf.metadata.len(),
+        gguf.tensors.len()
+    ))?;
+    output::write(format_args!("{}\n", metadata_table(&gguf)))?;
+    output::write(format_args!("{}\n", tensor_table(&gguf.tensors)))?;
+    output::write(format_args!("{}\n", layer_table(&gguf.tensors)))?;
+    output::write(format_args!("{}\n", type_table(&gguf.tensors)))?;
+    output::write(verdict(&gguf))
+}
+
+fn metadata_table(gguf: &Gguf) -> Table {
+    let mut table = Table::new(&[("key", Left), ("type", Left), ("value", Left)]);
+    for (key, value) in gguf.metadata.iter() {
+        table.row([clip(key), value.type_name(), show(value)]);
+    }
+    table
+}
+
+fn tensor_table(tensors: &[TensorEntry]) -> Table {
+    let mut table =
+        Table::new(&[("tensor", Left), ("type", Left), ("shape", Left), ("bytes", Right)]);
+    for t in tensors {
+        let dims: Vec<String> = t.dims.iter().map(u64::to_string).collect();
+        table.row([
+            clip(&t.name),
+            t.dtype.as_str().to_owned(),
+            dims.join(" x "),
+            t.bytes.to_string(),
+        ]);
+    }
+    table
+}
+
+/// Bytes per layer; what belongs to no layer is in a row of its own.
+fn layer_table(tensors: &[TensorEntry]) -> Table {
+    let mut layers: BTreeMap<u32, (usize, u64)> = BTreeMap::new();
+    let mut others: Vec<&TensorEntry> = Vec::new();
+    for t in tensors {
+        match layer_of(&t.name) {
+            Some(layer) => {
+                let entry = layers.entry(layer).or_default();
+                entry.0 += 1;
+                entry.1 += t.bytes;
+            }
+            None => others.push(t),
+        }
+    }
+    let mut table = Table::new(&[("layer", Right), ("tensors", Right), ("bytes", Right)]);
+    for (layer, (count, bytes)) in &layers {
+        table.row([layer.to_string(), count.to_string(), bytes.to_string()]);
+    }
+    let rest: u64 = others.iter().map(|t| t.bytes).sum();
+    table.row(["none".to_owned(), others.len().to_string(), rest.to_string()]);
+    let all: u64 = tensors.iter().map(|t| t.bytes).sum();
+    table.row(["all".to_owned(), tensors.len().to_string(), all.to_string()]);
+    table
+}
+
+fn layer_of(name: &str) -> Option<u32> {
+    name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
+}
+
+fn type_table(tensors: &[TensorEntry]) -> Table {
+    let mut types: BTreeMap<&str, (bool, usize, u64, u64)> = BTreeMap::new();
+    for t in tensors {
+        let entry = types.entry(t.dtype.as_str()).or_default();
+        entry.0 = t.dtype.is_supported();
+        entry.1 += 1;
+        entry.2 += t.elements();
+        entry.3 += t.bytes;
+    }
+    let mut table = Table::new(&[
+        ("type", Left),
+        ("tensors", Right),
+        ("elements", Right),
+        ("bytes", Right),
+        ("engine", Left),
+    ]);
+    for (name, (supported, count, elements, bytes)) in &types {
+        let engine = if *supported { "cpu" } else { "unsupported" };
+        table.row([
+            (*name).to_owned(),
+            count.to_string(),
+            elements.to_string(),
+            bytes.to_string(),
+            engine.to_owned(),
+        ]);
+    }
+    table
+}
+
+/// Whether Millrace can serve the file.
+fn verdict(gguf: &Gguf) -> String {
+    let problem = match (gguf.config(), gguf.check_supported_types()) {
+        (Ok(c), Ok(())) => {
+            return format!(
+                "Can be served: {} layers of width {}, {} heads over {} key-value heads of {}, feed-forward {}, vocabulary {}, context {}.\n",
+                c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, c.context
+            );
+        }
+        (Err(e), _) | (_, Err(e)) => e,
+    };
+    format!("Cannot be served: {problem}\n")
+}
+
+/// At most [`MAX_STRING_CHARS`], control characters escaped: files are not to drive the terminal.
+fn clip(text: &str) -> String {
+    let mut shown = String::new();
+    for c in text.chars().take(MAX_STRING_CHARS) {
+        if c.is_control() {
+            shown.extend(c.escape_debug());
+        } else {
+            shown.push(c);
+        }
+    }
+    if text.chars().nth(MAX_STRING_CHARS).is_some() {
+        shown.push_str(&format!("… ({} bytes)", text.len()));
+    }
+    shown
+}
+
+fn show(value: &Value) -> String {
+    match value {
+        Value::U8(v) => v.to_string(),
+        Value::I8(v) => v.to_string(),
+        Value::U16(v) => v.to_string(),
+        Value::I16(v) => v.to_string(),
+        Value::U32(v) => v.to_string(),
+        Value::I32(v) => v.to_string(),
+        Value::F32(v) => v.to_string(),
+        Value::Bool(v) => v.to_string(),
+        Value::Str(v) => clip(v),
+        Value::Array(v) => show_array(v),
+        Value::U64(v) => v.to_string(),
+        Value::I64(v) => v.to_string(),
+        Value::F64(v) => v.to_string(),
+    }
+}
+
+fn show_array(array: &Array) -> String {
+    fn first<T>(items: &[T], show: impl Fn(&T) -> String) -> Vec<String> {
+        items.iter().take(MAX_ARRAY_ITEMS).map(show).collect()
+    }
+    let mut items = match array {
+        Array::U8(v) => first(v, u8::to_string),
+        Array::I8(v) => first(v, i8::to_string),
+        Array::U16(v) => first(v, u16::to_string),
+        Array::I16(v) => first(v, i16::to_string),
+        Array::U32(v) => first(v, u32::to_string),
+        Array::I32(v) => first(v, i32::to_string),
+        Array::F32(v) => first(v, f32::to_string),
+        Array::Bool(v) => first(v, bool::to_string),
+        Array::Str(v) => first(v, |s| format!("\"{}\"", clip(s))),
+        Array::Nested(v) => first(v, |a| format!("[{} items]", a.len())),
+        Array::U64(v) => first(v, u64::to_string),
+        Array::I64(v) => first(v, i64::to_string),
+        Array::F64(v) => first(v, f64::to_string),
+    };
+    if array.len() > items.len() {
+        items.push(format!("… {} in all", array.len()));
+    }
+    format!("[{}]", items.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_values_are_abbreviated_and_escaped() {
+        assert_eq!(show(&Value::from("a\x1b[2J\nb")), "a\\u{1b}[2J\\nb");
+        assert!(show(&Value::from("x".repeat(500).as_str())).ends_with("… (500 bytes)"));
+        assert_eq!(show(&Value::from(vec![1u32; 3])), "[1, 1, 1]");
+        assert_eq!(show(&Value::from(vec![0i32; 9])), "[0, 0, 0, 0, 0, 0, … 9 in all]");
+    }
+
+    #[test]
+    fn layers_of_tensors() {
+        assert_eq!(layer_of("blk.12.attn_q.weight"), Some(12));
+        assert_eq!(layer_of("token_embd.weight"), None);
+    }
+}

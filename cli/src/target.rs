@@ -1,0 +1,349 @@
+//! Which cluster a command talks to: a running one, or one started for it in this process. Either
+//! way the SDK talks over QUIC, so a command cannot tell the difference.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use millrace_cli::embedded::{EmbeddedCluster, EmbeddedOptions};
+use millrace_coordinator::state::CLIENT_FILE;
+use millrace_net::client::{Client, ClientConfig, GenerateStream};
+use millrace_shared::dirs;
+use millrace_shared::names::env;
+use millrace_shared::options::EngineOptions;
+use millrace_shared::wire::rpc::{
+    ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
+    TokenizeRequest,
+};
+
+use crate::error::{Interrupted, usage};
+use crate::{output, serving};
+
+/// A model to start here, or a running cluster.
+#[derive(Debug, Args)]
+pub(crate) struct TargetArgs {
+    /// Start a cluster in this process with this model: a path of a GGUF file or catalogue name
+    #[arg(
+        long,
+        short,
+        value_name = "MODEL",
+        help_heading = "Cluster",
+        conflicts_with_all = ["cluster", "connect", "ca", "api_key_file"]
+    )]
+    model: Option<String>,
+    /// Stages of the cluster that --model starts [default: 1]
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Cluster",
+        requires = "model",
+        value_parser = clap::value_parser!(u32).range(1..=1024)
+    )]
+    stages: Option<u32>,
+    #[command(flatten)]
+    running: RunningArgs,
+    #[command(flatten)]
+    engine: EngineOptions,
+}
+
+/// Where a running cluster is.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Cluster")]
+struct RunningArgs {
+    /// Talk to the running cluster of this client.toml [env: MILLRACE_CLUSTER]
+    /// [default: client.toml in $MILLRACE_DIR or the XDG data folder]
+    #[arg(long, value_name = "FILE")]
+    cluster: Option<PathBuf>,
+    /// Address of the QUIC API, instead of the one in client.toml
+    #[arg(long, value_name = "HOST:PORT")]
+    connect: Option<String>,
+    /// PEM file of the cluster's CA, instead of the one in client.toml
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// File that holds the API key, instead of the one in client.toml
+    #[arg(long, value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+}
+
+/// What a command needs of a cluster that is started for it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Needs {
+    /// Requests at once.
+    pub(crate) requests: u32,
+    /// KV positions of all of them; `None` leaves it to the planner.
+    pub(crate) positions: Option<u32>,
+}
+
+impl Needs {
+    pub(crate) fn one_request() -> Self {
+        Self { requests: 1, positions: None }
+    }
+}
+
+/// Stages of a cluster that is started for one command.
+const DEFAULT_STAGES: u32 = 1;
+
+/// Opens a session, works with it, and closes it however the work ended. Ctrl-C ends the work.
+///
+/// # Errors
+/// If there is no cluster, it cannot be started, or the work fails.
+pub(crate) async fn with_session<T>(
+    target: &TargetArgs,
+    needs: Needs,
+    work: impl AsyncFnOnce(&Session) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let session = match &target.model {
+        Some(model) => {
+            let stages = serving::stages(target.stages, &target.engine, DEFAULT_STAGES)?;
+            let options = serving::private_cluster(model, stages, &target.engine)?;
+            let max_num_seqs = options.max_num_seqs.max(needs.requests);
+            let kv_cache_tokens = needs.positions;
+            Session::start(EmbeddedOptions { max_num_seqs, kv_cache_tokens, ..options }).await?
+        }
+        None => {
+            refuse_engine_options(&target.engine)?;
+            Session::connect(&target.running).await?
+        }
+    };
+    let result = tokio::select! {
+        result = work(&session) => result,
+        _ = tokio::signal::ctrl_c() => Err(Interrupted.into()),
+    };
+    session.close().await;
+    result
+}
+
+/// Engine options do nothing to a cluster that runs already; saying so beats ignoring them.
+fn refuse_engine_options(engine: &EngineOptions) -> anyhow::Result<()> {
+    // Threads may come from the environment, where they are meant for other commands.
+    let plain = EngineOptions { threads: engine.threads, ..EngineOptions::default() };
+    if *engine == plain {
+        return Ok(());
+    }
+    Err(usage(
+        "engine options belong to the nodes of a cluster: give --model MODEL too, or set them where the cluster is started",
+    ))
+}
+
+/// The folder of CA, keys and `client.toml`: `$MILLRACE_DIR`, else in the XDG data folder.
+///
+/// # Errors
+/// If neither is set and there is no home folder.
+fn default_dir() -> anyhow::Result<PathBuf> {
+    dirs::data(&|name| std::env::var_os(name)).ok_or_else(|| {
+        usage(format!("no folder for the cluster's files: set {} or HOME", env::DIR))
+    })
+}
+
+impl RunningArgs {
+    /// The file to read and whether somebody asked for it by name.
+    fn config_path(&self) -> anyhow::Result<(PathBuf, bool)> {
+        if let Some(path) = &self.cluster {
+            return Ok((path.clone(), true));
+        }
+        if let Some(path) = std::env::var_os(env::CLUSTER).filter(|v| !v.is_empty()) {
+            return Ok((path.into(), true));
+        }
+        Ok((default_dir()?.join(CLIENT_FILE), false))
+    }
+
+    fn config(&self) -> anyhow::Result<ClientConfig> {
+        let (path, named) = self.config_path()?;
+        let mut config = if path.exists() || named {
+            ClientConfig::load(&path).map_err(|e| usage(format!("{}: {e}", path.display())))?
+        } else {
+            self.without_file(&path)?
+        };
+        if let Some(address) = &self.connect {
+            config.quic = address.clone();
+        }
+        if let Some(ca) = &self.ca {
+            config.ca_pem = read(ca)?;
+        }
+        if let Some(key) = &self.api_key_file {
+            config.api_key = read(key)?.trim().to_owned();
+        }
+        Ok(config)
+    }
+
+    /// A cluster known from the command line alone.
+    fn without_file(&self, expected: &Path) -> anyhow::Result<ClientConfig> {
+        if let (Some(_), Some(_), Some(_)) = (&self.connect, &self.ca, &self.api_key_file) {
+            let empty = String::new;
+            return Ok(ClientConfig {
+                quic: empty(),
+                http: empty(),
+                api_key: empty(),
+                ca_pem: empty(),
+            });
+        }
+        Err(usage(format!(
+            "no cluster to talk to: there is no {}\n  \
+             start one for this command alone: add --model smollm2:135m\n  \
+             start one that stays:             millrace up --model smollm2:135m\n  \
+             or name one:                      --cluster FILE, or --connect, --ca and --api-key-file",
+            expected.display()
+        )))
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).map_err(|e| usage(format!("cannot read {}: {e}", path.display())))
+}
+
+/// A connection to a cluster, and the cluster itself where it was started for this.
+#[derive(Debug)]
+pub(crate) struct Session {
+    caller: Caller,
+    config: ClientConfig,
+    embedded: Option<EmbeddedCluster>,
+}
+
+impl Session {
+    /// Starts a cluster in this process and connects to it. Ctrl-C ends the start.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub(crate) async fn start(options: EmbeddedOptions) -> anyhow::Result<Self> {
+        let start = EmbeddedCluster::start(options, output::remark);
+        let cluster = tokio::select! {
+            cluster = start => cluster?,
+            _ = tokio::signal::ctrl_c() => return Err(Interrupted.into()),
+        };
+        let config = cluster.client_config().clone();
+        match Caller::connect(&config).await {
+            Ok(caller) => Ok(Self { caller, config, embedded: Some(cluster) }),
+            Err(e) => {
+                cluster.stop().await;
+                Err(e)
+            }
+        }
+    }
+
+    async fn connect(running: &RunningArgs) -> anyhow::Result<Self> {
+        let config = running.config()?;
+        let caller = Caller::connect(&config).await?;
+        Ok(Self { caller, config, embedded: None })
+    }
+
+    /// The cluster of this process.
+    pub(crate) fn embedded(&self) -> Option<&EmbeddedCluster> {
+        self.embedded.as_ref()
+    }
+
+    /// One more client, with a connection of its own.
+    ///
+    /// # Errors
+    /// If the cluster cannot be reached.
+    pub(crate) async fn caller(&self) -> anyhow::Result<Caller> {
+        Caller::connect(&self.config).await
+    }
+
+    pub(crate) async fn generate(&self, request: GenerateRequest) -> anyhow::Result<Events> {
+        self.caller.generate(request).await
+    }
+
+    pub(crate) async fn score(&self, request: ScoreRequest) -> anyhow::Result<Vec<PositionScore>> {
+        Ok(self.caller.0.score(request).await?)
+    }
+
+    /// Ids of a prompt: special tokens are parsed, none are added.
+    pub(crate) async fn tokenize(&self, prompt: Prompt) -> anyhow::Result<Vec<u32>> {
+        Ok(self.caller.0.tokenize(TokenizeRequest { model: String::new(), prompt }).await?)
+    }
+
+    /// The model that is served.
+    pub(crate) async fn model(&self) -> anyhow::Result<ModelCard> {
+        let models = self.caller.0.models().await?;
+        models.into_iter().next().ok_or_else(|| anyhow::anyhow!("the cluster serves no model yet"))
+    }
+
+    pub(crate) async fn status(&self) -> anyhow::Result<ClusterStatus> {
+        Ok(self.caller.0.status().await?)
+    }
+
+    /// Disconnects, and stops the cluster if it was started for this session.
+    pub(crate) async fn close(self) {
+        self.caller.0.close().await;
+        if let Some(cluster) = self.embedded {
+            cluster.stop().await;
+        }
+    }
+}
+
+/// A client.
+#[derive(Debug)]
+pub(crate) struct Caller(Client);
+
+impl Caller {
+    async fn connect(config: &ClientConfig) -> anyhow::Result<Self> {
+        Ok(Self(Client::connect(config).await?))
+    }
+
+    pub(crate) async fn generate(&self, request: GenerateRequest) -> anyhow::Result<Events> {
+        Ok(Events(self.0.generate(request).await?))
+    }
+}
+
+/// The events of a continuation. Dropping it cancels the request.
+#[derive(Debug)]
+pub(crate) struct Events(GenerateStream);
+
+impl Events {
+    /// The next event; `None` after the last. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> anyhow::Result<Option<GenerateEvent>> {
+        Ok(self.0.next().await.transpose()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn running(dir: &Path) -> RunningArgs {
+        RunningArgs {
+            cluster: Some(dir.join(CLIENT_FILE)),
+            connect: None,
+            ca: None,
+            api_key_file: None,
+        }
+    }
+
+    #[test]
+    fn flags_override_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = ClientConfig {
+            quic: "a:1".to_owned(),
+            http: "http://a:2".to_owned(),
+            api_key: "file".to_owned(),
+            ca_pem: "PEM".to_owned(),
+        };
+        config.save(&dir.path().join(CLIENT_FILE)).unwrap();
+        let mut args = running(dir.path());
+        assert_eq!(args.config().unwrap(), config);
+        let key = dir.path().join("key");
+        std::fs::write(&key, "flag\n").unwrap();
+        args.connect = Some("b:3".to_owned());
+        args.api_key_file = Some(key);
+        let changed = args.config().unwrap();
+        assert_eq!((changed.quic.as_str(), changed.api_key.as_str()), ("b:3", "flag"));
+        assert_eq!(changed.ca_pem, "PEM");
+    }
+
+    #[test]
+    fn a_missing_file_is_named_and_alternatives_are_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let args = running(dir.path());
+        let named = args.config().unwrap_err().to_string();
+        assert!(named.contains("client.toml"), "{named}");
+        let advice = args.without_file(Path::new("/x/client.toml")).unwrap_err().to_string();
+        assert!(advice.contains("millrace up") && advice.contains("--connect"), "{advice}");
+    }
+
+    #[test]
+    fn engine_options_need_a_model() {
+        let threads = EngineOptions { threads: Some(3), ..EngineOptions::default() };
+        assert!(refuse_engine_options(&threads).is_ok());
+        let chunk = EngineOptions { prefill_chunk: 7, ..EngineOptions::default() };
+        assert!(refuse_engine_options(&chunk).is_err());
+    }
+}
