@@ -1,4 +1,5 @@
 //! The HTTP API as a client sees it, over real connections, against a service that plays a script.
+#![allow(clippy::unwrap_used)]
 
 mod api_common;
 

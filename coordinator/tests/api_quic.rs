@@ -1,4 +1,5 @@
 //! The QUIC API through the client SDK, against a service that plays a script.
+#![allow(clippy::unwrap_used)]
 
 mod api_common;
 

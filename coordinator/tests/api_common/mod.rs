@@ -1,6 +1,6 @@
 //! What the API tests share: a service that plays a script, and an HTTP client that shows every
 //! byte. Each test file uses a part of it.
-#![allow(dead_code, unreachable_pub)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
