@@ -26,7 +26,7 @@ fn hash(history: &[u32]) -> u32 {
 
 /// The end token of the fake model: one in sixty-one.
 fn is_end(token: u32) -> bool {
-    token % 61 == 0
+    token.is_multiple_of(61)
 }
 
 fn prompt(id: u64, len: u32) -> Vec<u32> {
@@ -90,7 +90,7 @@ impl Stage {
     }
 
     fn check_shape(&self, step: &Step) {
-        step.meta.validate(self.config.max_batch_tokens as usize).unwrap();
+        step.meta.validate(self.config.max_batch_tokens as usize).expect("a valid frame");
         assert_eq!(step.meta.positions(), step.tokens.len());
         assert!(step.meta.failed.is_none());
         let ids: BTreeSet<_> = step.meta.rows.iter().map(|r| r.sequence).collect();
@@ -476,7 +476,7 @@ fn endless(world: &mut World, len: u32, n: u32) -> SequenceId {
     loop {
         let full = expected(&prompt(world.next_id, len), n, u32::MAX).len() as u32 == n;
         if full {
-            return world.submit(len, n, Kind::Generate).unwrap();
+            return world.submit(len, n, Kind::Generate).expect("accepted");
         }
         world.next_id += 1;
     }
