@@ -98,10 +98,12 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
 
 fn main() {
     let cli = Cli::parse();
+    // Not dropped before the exit: neither an actor that is still running nor a thread that waits
+    // for a key on stdin may hold up the end, or have a say in it.
+    let system = actix_rt::System::new();
     let result = telemetry::init_with(LogFormat::Text, cli.command.log_filter())
         .map_err(error::usage)
-        .and_then(|()| actix_rt::System::new().block_on(Box::pin(dispatch(cli.command))))
+        .and_then(|()| system.block_on(Box::pin(dispatch(cli.command))))
         .and_then(|()| output::flush());
-    // Not a return: a thread that waits for a key on stdin must not keep the process alive.
     exit(error::report(result));
 }

@@ -5,6 +5,8 @@ use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use millrace_cli::embedded::EmbeddedOptions;
 use millrace_coordinator::cli::served_name;
 use millrace_coordinator::config::DEFAULT_MAX_NUM_SEQS;
+use millrace_coordinator::plan::DEFAULT_KV_TOKENS;
+use millrace_shared::model::gguf::Gguf;
 use millrace_shared::options::EngineOptions;
 use millrace_shared::wire::rpc::{ClusterStatus, StageStatus};
 
@@ -55,6 +57,17 @@ pub(crate) fn private_cluster(
         max_num_seqs: DEFAULT_MAX_NUM_SEQS,
         kv_cache_tokens: None,
     })
+}
+
+/// KV positions for this many requests of any length; `None`, the planner's own choice, where that
+/// is less. A command that sends one request at a time starts sooner with a smaller cache.
+pub(crate) fn kv_cache_for(options: &EmbeddedOptions, requests: u32) -> Option<u32> {
+    // What is wrong with a file is for the coordinator to say.
+    let context = Gguf::open(&options.model).ok()?.config().ok()?.context;
+    context
+        .next_multiple_of(64)
+        .checked_mul(requests)
+        .filter(|&positions| positions < DEFAULT_KV_TOKENS)
 }
 
 /// The address of `--host` and `--port`; names are looked up.

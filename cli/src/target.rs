@@ -69,7 +69,7 @@ struct RunningArgs {
 pub(crate) struct Needs {
     /// Requests at once.
     pub(crate) requests: u32,
-    /// KV positions of all of them; `None` leaves it to the planner.
+    /// KV positions of all of them; `None` for requests of any length.
     pub(crate) positions: Option<u32>,
 }
 
@@ -96,7 +96,8 @@ pub(crate) async fn with_session<T>(
             let stages = serving::stages(target.stages, &target.engine, DEFAULT_STAGES)?;
             let options = serving::private_cluster(model, stages, &target.engine)?;
             let max_num_seqs = options.max_num_seqs.max(needs.requests);
-            let kv_cache_tokens = needs.positions;
+            let kv_cache_tokens =
+                needs.positions.or_else(|| serving::kv_cache_for(&options, needs.requests));
             Session::start(EmbeddedOptions { max_num_seqs, kv_cache_tokens, ..options }).await?
         }
         None => {

@@ -160,6 +160,7 @@ fn paste_lines(http: SocketAddr, model: &str, config: &Path) -> String {
     let body = serde_json::json!({
         "model": model,
         "messages": [{ "role": "user", "content": "Why is the sky blue?" }],
+        "max_tokens": 128,
     })
     .to_string();
     let (shell_config, shell_body) = (shell_quote(&config), shell_quote(&body));
