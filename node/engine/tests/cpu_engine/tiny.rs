@@ -1,5 +1,7 @@
 //! A four-layer model with random weights in a temporary file, and pipelines over it.
 
+#![allow(dead_code)]
+
 use std::io::Write;
 use std::ops::Range;
 use std::sync::Arc;
