@@ -13,7 +13,8 @@ use millrace_shared::model::gguf::Gguf;
 use millrace_shared::wire::rpc::ModelCard;
 use tokio::sync::watch;
 
-use crate::actors::cluster::{Readiness, Shutdown};
+use crate::actors::batcher::GetCounters;
+use crate::actors::cluster::{GetStatus, Readiness, Shutdown};
 use crate::actors::{Batcher, Cluster, member};
 use crate::api;
 use crate::api::http::{HttpConfig, HttpServerHandle};
@@ -121,6 +122,10 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let cluster =
         Cluster::new(manifest, config.deployment, config.stages, batcher.clone(), readiness);
     let actor = cluster.start();
+    // What fails below drops the runtime; an actor that has not run by then would set its timers up
+    // while it is dropped, where there are none. An answer proves that it runs.
+    batcher.send(GetCounters).await.context("the batcher")?;
+    actor.send(GetStatus).await.context("the cluster's actor")?;
     let service: Arc<dyn Service> = Arc::new(Serving {
         batcher,
         cluster: actor.clone(),
