@@ -80,7 +80,7 @@ impl Loader {
         progress(done);
         for (slot, entry) in sources.iter_mut().zip(tensors) {
             if slot.is_none() {
-                *slot = Some(self.from_coordinator(entry).await?);
+                *slot = Some(self.ask_coordinator(entry).await?);
                 report.from_coordinator += entry.bytes;
                 done += entry.bytes;
                 progress(done);
@@ -123,7 +123,7 @@ impl Loader {
         Ok(sources)
     }
 
-    async fn from_coordinator(&self, entry: &TensorEntry) -> Result<TensorSource, FetchError> {
+    async fn ask_coordinator(&self, entry: &TensorEntry) -> Result<TensorSource, FetchError> {
         let failed =
             |message: String| FetchError::Coordinator { tensor: entry.name.clone(), message };
         let cache_error = |source| FetchError::Cache { path: self.cache.clone(), source };
