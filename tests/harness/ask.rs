@@ -1,0 +1,160 @@
+//! Questions through the SDK, and what comes back.
+
+use std::time::Duration;
+
+use millrace_net::client::{Client, ClientConfig, GenerateStream};
+use millrace_shared::error::Status;
+use millrace_shared::sampling::SamplingParams;
+use millrace_shared::wire::rpc::{
+    ClusterStatus, FinishReason, GenerateEvent, GenerateRequest, PositionScore, Prompt,
+    ScoreRequest,
+};
+
+/// A whole continuation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The ids.
+    pub tokens: Vec<u32>,
+    /// Their text.
+    pub text: String,
+    /// Why it ended.
+    pub reason: FinishReason,
+}
+
+/// Greedy, exactly this many tokens.
+pub fn greedy(max_tokens: u32) -> SamplingParams {
+    SamplingParams { max_tokens: Some(max_tokens), ignore_eos: true, ..SamplingParams::greedy() }
+}
+
+/// Sampled at temperature 0.8, exactly this many tokens.
+pub fn sampled(seed: u64, max_tokens: u32) -> SamplingParams {
+    SamplingParams { temperature: 0.8, seed: Some(seed), ..greedy(max_tokens) }
+}
+
+/// A client of its own connection.
+pub async fn connect(config: &ClientConfig) -> Client {
+    Client::connect(config).await.expect("the cluster is there")
+}
+
+/// Begins a continuation.
+///
+/// # Errors
+/// What the cluster says.
+pub async fn begin(
+    client: &Client,
+    prompt: Prompt,
+    params: SamplingParams,
+) -> Result<GenerateStream, Status> {
+    client.generate(GenerateRequest { model: String::new(), prompt, params }).await
+}
+
+/// The rest of a continuation; checks that indices have no gaps.
+///
+/// # Errors
+/// What the cluster says.
+pub async fn finish(mut stream: GenerateStream) -> Result<Answer, Status> {
+    let mut answer =
+        Answer { tokens: Vec::new(), text: String::new(), reason: FinishReason::Cancelled };
+    while let Some(event) = stream.next().await {
+        match event? {
+            GenerateEvent::Started { .. } => {}
+            GenerateEvent::Token { index, token_id, text, .. } => {
+                assert_eq!(index as usize, answer.tokens.len(), "indices follow each other");
+                answer.tokens.push(token_id);
+                answer.text.push_str(&text);
+            }
+            GenerateEvent::Finished { reason, text, usage, .. } => {
+                assert_eq!(usage.completion_tokens as usize, answer.tokens.len());
+                answer.text.push_str(&text);
+                answer.reason = reason;
+            }
+        }
+    }
+    Ok(answer)
+}
+
+/// Waits for this many tokens of a continuation.
+///
+/// # Errors
+/// What the cluster says.
+pub async fn take_tokens(stream: &mut GenerateStream, tokens: usize) -> Result<(), Status> {
+    let mut taken = 0;
+    while taken < tokens {
+        match stream.next().await.expect("more events")? {
+            GenerateEvent::Token { .. } => taken += 1,
+            GenerateEvent::Started { .. } => {}
+            GenerateEvent::Finished { .. } => panic!("it ended after {taken} tokens"),
+        }
+    }
+    Ok(())
+}
+
+/// A whole continuation.
+///
+/// # Errors
+/// What the cluster says.
+pub async fn generate(
+    client: &Client,
+    prompt: Prompt,
+    params: SamplingParams,
+) -> Result<Answer, Status> {
+    finish(begin(client, prompt, params).await?).await
+}
+
+/// Scores given tokens.
+///
+/// # Errors
+/// What the cluster says.
+pub async fn score(
+    client: &Client,
+    tokens: Vec<u32>,
+    top_k: u8,
+) -> Result<Vec<PositionScore>, Status> {
+    client.score(ScoreRequest { model: String::new(), tokens, top_k }).await
+}
+
+/// Waits until nothing runs, nothing waits, and no KV block is in use.
+pub async fn idle(client: &Client) -> ClusterStatus {
+    until(client, "idle", |s| s.running == 0 && s.waiting == 0 && s.kv_blocks_used == 0).await
+}
+
+/// Waits until the cluster is as `wanted` says; the caller bounds the wait.
+pub async fn until(
+    client: &Client,
+    what: &str,
+    wanted: impl Fn(&ClusterStatus) -> bool,
+) -> ClusterStatus {
+    let mut tries = tokio::time::interval(Duration::from_millis(20));
+    let looking = async {
+        loop {
+            tries.tick().await;
+            match client.status().await {
+                Ok(status) if wanted(&status) => return status,
+                _ => {}
+            }
+        }
+    };
+    let found = tokio::time::timeout(crate::DEADLINE, looking).await;
+    match found {
+        Ok(status) => status,
+        Err(_) => panic!("the cluster is not {what}: {:?}", client.status().await),
+    }
+}
+
+/// The error that a continuation ends with.
+///
+/// # Panics
+/// If it ends well.
+pub async fn finish_lost(stream: GenerateStream) -> Status {
+    match finish_rest(stream).await {
+        Err(status) => status,
+        Ok(()) => panic!("the continuation ended as if nothing had happened"),
+    }
+}
+
+async fn finish_rest(mut stream: GenerateStream) -> Result<(), Status> {
+    while let Some(event) = stream.next().await {
+        event?;
+    }
+    Ok(())
+}
