@@ -14,6 +14,7 @@ pub mod cli;
 pub mod config;
 pub mod metrics;
 pub mod models;
+pub mod paste;
 pub mod plan;
 pub mod request;
 pub mod service;

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use clap::Parser;
 use millrace_coordinator::cli::{Cli, Command, create_token, init, key, token};
+use millrace_coordinator::paste::paste_lines;
+use millrace_coordinator::state::CLIENT_FILE;
 use millrace_coordinator::{Config, start};
 use millrace_net::telemetry;
 
@@ -59,7 +61,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tokio::select! {
         ready = running.ready() => {
             ready?;
-            eprint!("{}", millrace_coordinator::start::how_to_call(&running));
+            if let Some(http) = running.http {
+                let file = running.dir.path.join(CLIENT_FILE);
+                eprint!("\n{}", paste_lines(http, &running.served_name, &file));
+            }
             stop.await;
         }
         () = &mut stop => {}

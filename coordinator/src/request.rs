@@ -198,7 +198,8 @@ impl Request {
     /// Marks the end of the time in the queue.
     pub fn on_scheduled(&mut self, now: Duration) {
         if let Work::Generate(g) = &mut self.work {
-            g.queue.get_or_insert(now.saturating_sub(self.submitted));
+            let submitted = self.submitted;
+            g.queue.get_or_insert_with(|| now.saturating_sub(submitted));
         }
     }
 

@@ -21,6 +21,8 @@ use crate::actors::{Batcher, Cluster};
 use crate::service::{EventStream, Service};
 use crate::text::{ChatTemplate, Tokenizer};
 
+/// Bytes of text from which tokenising takes a millisecond and more.
+const LONG_TEXT: usize = 4096;
 /// Most logits per scored position.
 const MAX_TOP_LOGITS: u8 = 64;
 
@@ -41,6 +43,17 @@ pub struct Serving {
     pub keys: ApiKeyStore,
     /// Distinguishes seeds drawn within one clock tick.
     pub draws: AtomicU64,
+}
+
+/// A prompt on its way to ids.
+enum Prepared {
+    Ids(Vec<u32>),
+    /// The request's field, and the text it became.
+    Text(&'static str, String),
+}
+
+fn encode(tokenizer: &Tokenizer, param: &str, text: &str) -> Result<Vec<u32>, Status> {
+    tokenizer.encode(text, true).map_err(|e| Status::invalid(param, e.to_string()))
 }
 
 fn crossed(e: MailboxError) -> Status {
@@ -74,28 +87,25 @@ impl Serving {
         }
     }
 
-    fn prompt_ids(&self, prompt: &Prompt) -> Result<Vec<u32>, Status> {
-        let ids = match prompt {
+    /// What is to be tokenised; ids are checked and done.
+    fn prepare(&self, prompt: &Prompt) -> Result<Prepared, Status> {
+        let (param, text) = match prompt {
             Prompt::Tokens(ids) => {
                 self.check_ids("prompt", ids)?;
-                ids.clone()
+                return Ok(Prepared::Ids(ids.clone()));
             }
-            Prompt::Text(text) => self.encode("prompt", text)?,
+            Prompt::Text(text) => ("prompt", text.clone()),
             Prompt::Chat(messages) => {
                 let template =
                     self.template.as_ref().map_err(|e| Status::invalid("messages", e.clone()))?;
                 let text = template
                     .render(messages, true)
                     .map_err(|e| Status::invalid("messages", e.to_string()))?;
-                self.encode("messages", &text)?
+                ("messages", text)
             }
         };
-        Ok(ids)
-    }
-
-    fn encode(&self, param: &str, text: &str) -> Result<Vec<u32>, Status> {
-        // A token covers at least one byte only on average; still, text a hundred times longer than
-        // the context cannot fit, and is not worth tokenising.
+        // A token covers a few bytes on average; text a hundred times longer than the context
+        // cannot fit, and is not worth tokenising.
         let limit = self.card.max_model_len as usize * 100;
         if text.len() > limit {
             return Err(Status::invalid(
@@ -107,7 +117,21 @@ impl Serving {
                 ),
             ));
         }
-        self.tokenizer.encode(text, true).map_err(|e| Status::invalid(param, e.to_string()))
+        Ok(Prepared::Text(param, text))
+    }
+
+    /// Tokenises; long texts elsewhere, so that nobody else's answer waits for them.
+    async fn prompt_ids(&self, prompt: &Prompt) -> Result<Vec<u32>, Status> {
+        match self.prepare(prompt)? {
+            Prepared::Text(param, text) if text.len() > LONG_TEXT => {
+                let tokenizer = Arc::clone(&self.tokenizer);
+                let encoding =
+                    tokio::task::spawn_blocking(move || encode(&tokenizer, param, &text));
+                encoding.await.unwrap_or_else(|e| Err(Status::internal(e.to_string())))
+            }
+            Prepared::Text(param, text) => encode(&self.tokenizer, param, &text),
+            Prepared::Ids(ids) => Ok(ids),
+        }
     }
 
     /// A seed for a request that gave none: from the random bits of its version 7 id.
@@ -130,7 +154,7 @@ impl Service for Serving {
                 .params
                 .validate(self.card.vocab)
                 .map_err(|e| Status::invalid(e.param, e.to_string()))?;
-            let tokens = self.prompt_ids(&request.prompt)?;
+            let tokens = self.prompt_ids(&request.prompt).await?;
             let id = RequestId(Uuid::now_v7());
             let seed = request.params.seed.unwrap_or_else(|| self.draw_seed(id));
             let submit = Submit { id, tokens, params: request.params, seed, deadline };
@@ -165,7 +189,10 @@ impl Service for Serving {
 
     fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {
         self.check_model(model)?;
-        self.prompt_ids(prompt)
+        match self.prepare(prompt)? {
+            Prepared::Ids(ids) => Ok(ids),
+            Prepared::Text(param, text) => encode(&self.tokenizer, param, &text),
+        }
     }
 
     fn detokenize(&self, ids: &[u32]) -> Result<String, Status> {

@@ -193,24 +193,3 @@ async fn accept_public(endpoint: Endpoint, desk: Arc<JoinDesk>, service: Arc<dyn
         });
     }
 }
-
-/// Lines to paste: curl and Python, with the real address and key file.
-pub fn how_to_call(running: &Running) -> String {
-    let client = running.client();
-    let file = running.dir.path.join(crate::state::CLIENT_FILE);
-    let (url, key, model) = (&client.http, &client.api_key, &running.served_name);
-    format!(
-        r#"Ready. The API key is in {file}. Paste:
-
-  curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' -d '{{"model":"{model}","messages":[{{"role":"user","content":"Why is the sky blue?"}}],"max_tokens":64}}'
-
-  import json, urllib.request as u
-  body = {{"model": "{model}", "messages": [{{"role": "user", "content": "Why is the sky blue?"}}], "max_tokens": 64}}
-  head = {{"Authorization": "Bearer {key}", "Content-Type": "application/json"}}
-  answer = u.urlopen(u.Request("{url}/v1/chat/completions", json.dumps(body).encode(), head))
-  print(json.load(answer)["choices"][0]["message"]["content"])
-
-"#,
-        file = file.display()
-    )
-}

@@ -158,7 +158,7 @@ fn advertise(config: &Config, listen: SocketAddr, coordinator: &str) -> String {
                 socket.connect(coordinator).ok()?;
                 Some(socket.local_addr().ok()?.ip())
             };
-            let ip = towards().unwrap_or(std::net::Ipv4Addr::LOCALHOST.into());
+            let ip = towards().unwrap_or(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
             SocketAddr::new(ip, listen.port()).to_string()
         }
     }

@@ -305,7 +305,7 @@ impl Engine for MockEngine {
         self.update_tables(meta);
     }
 
-    fn profile(&mut self, _spec: &ProfileSpec) -> Result<StageProfile, LoadError> {
+    fn profile(&mut self, _spec: &ProfileSpec, _threads: usize) -> Result<StageProfile, LoadError> {
         let MockConfig { layer_seconds, head_seconds, .. } = self.config;
         Ok(StageProfile { layer_seconds, head_seconds })
     }

@@ -251,11 +251,11 @@ pub trait Engine: Send {
     /// Applies only releases and table updates (a step that an earlier stage failed).
     fn skip(&mut self, meta: &StepMeta);
 
-    /// Measures one layer and the head of a model on synthetic weights.
+    /// Measures one layer and the head of a model on synthetic weights, with this many threads.
     ///
     /// # Errors
     /// If memory runs out or a type is unsupported.
-    fn profile(&mut self, spec: &ProfileSpec) -> Result<StageProfile, LoadError>;
+    fn profile(&mut self, spec: &ProfileSpec, threads: usize) -> Result<StageProfile, LoadError>;
 
     /// CPU time of the engine's threads inside `step`, spinning excluded; cumulative.
     fn busy(&self) -> Duration;

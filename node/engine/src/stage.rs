@@ -203,8 +203,12 @@ impl StageRunner {
     ///
     /// # Errors
     /// If the engine cannot (or panics).
-    pub fn profile(&mut self, spec: &ProfileSpec) -> Result<StageProfile, LoadError> {
-        guarded(|| self.engine.profile(spec)).map_err(|panic| {
+    pub fn profile(
+        &mut self,
+        spec: &ProfileSpec,
+        threads: usize,
+    ) -> Result<StageProfile, LoadError> {
+        guarded(|| self.engine.profile(spec, threads)).map_err(|panic| {
             LoadError::Settings(format!("the engine panicked while measuring: {panic}"))
         })?
     }

@@ -73,6 +73,8 @@ pub enum Job {
     Profile {
         /// Of which model.
         spec: Box<ProfileSpec>,
+        /// With this many threads.
+        threads: usize,
         /// Gets the outcome.
         done: Done<Result<StageProfile, LoadError>>,
     },
@@ -262,8 +264,8 @@ fn run(runner: &mut StageRunner, job: Job, counters: &Counters) {
             counters.steps.store(runner.steps(), Ordering::Relaxed);
             answer(done, result.unwrap_or_else(|panic| Err(StageError::Panic(panic))));
         }
-        Job::Profile { spec, done } => {
-            let result = guarded(|| runner.profile(&spec));
+        Job::Profile { spec, threads, done } => {
+            let result = guarded(|| runner.profile(&spec, threads));
             answer(done, result.unwrap_or_else(|panic| Err(load_panic(&panic))));
         }
         Job::Unload => runner.unload(),

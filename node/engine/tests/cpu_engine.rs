@@ -235,6 +235,6 @@ fn profile_measures() {
         head_type: TensorType::Q8_0,
         batch: 4,
     };
-    let got = CpuEngine::new().profile(&spec).unwrap();
+    let got = CpuEngine::new().profile(&spec, 1).unwrap();
     assert!(got.layer_seconds > 0.0 && got.head_seconds > 0.0);
 }

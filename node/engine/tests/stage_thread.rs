@@ -158,7 +158,7 @@ fn profiles_and_unloads() {
         batch: 1,
     });
     let done = Box::new(move |r| drop(tx.send(r)));
-    handle.try_submit(Job::Profile { spec, done }).expect("room");
+    handle.try_submit(Job::Profile { spec, threads: 1, done }).expect("room");
     let profile = rx.recv_timeout(WAIT).expect("answers").expect("measures");
     assert_eq!(profile.layer_seconds, 0.25);
     handle.try_submit(Job::Unload).expect("room");

@@ -114,8 +114,8 @@ impl Engine for CpuEngine {
         }
     }
 
-    fn profile(&mut self, spec: &ProfileSpec) -> Result<StageProfile, LoadError> {
-        profile::profile(spec)
+    fn profile(&mut self, spec: &ProfileSpec, threads: usize) -> Result<StageProfile, LoadError> {
+        profile::profile(spec, threads)
     }
 
     fn busy(&self) -> Duration {

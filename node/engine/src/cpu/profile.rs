@@ -18,9 +18,8 @@ const LAYER_BYTES: u64 = 16 << 20;
 /// Measurements; the fastest counts.
 const RUNS: u32 = 3;
 
-/// Seconds of one layer and of the head for a decode of `spec.batch` rows, with as many threads as
-/// there are processors.
-pub(super) fn profile(spec: &ProfileSpec) -> Result<StageProfile, LoadError> {
+/// Seconds of one layer and of the head for a decode of `spec.batch` rows.
+pub(super) fn profile(spec: &ProfileSpec, threads: usize) -> Result<StageProfile, LoadError> {
     let one: u64 = layer_entries(&spec.config, spec.layer_type, 0).iter().map(|t| t.bytes).sum();
     let layers = (LAYER_BYTES / one.max(1)).clamp(1, 8) as u32;
     let config = ModelConfig { layers, rope_factors: false, ..spec.config.clone() };
@@ -34,7 +33,7 @@ pub(super) fn profile(spec: &ProfileSpec) -> Result<StageProfile, LoadError> {
     entries.push(entry(head_name(&config).to_owned(), spec.head_type, &head_dims));
     let sources: Vec<Source> = entries.into_iter().map(Source::Synthetic).collect();
     let measure = |layers: u32, head: bool| {
-        let stage = stage_spec(&config, layers, head, spec.batch);
+        let stage = stage_spec(&config, layers, head, (spec.batch, threads));
         time(&stage, &sources, spec.batch).map(|d| d.as_secs_f64())
     };
     Ok(StageProfile {
@@ -43,7 +42,12 @@ pub(super) fn profile(spec: &ProfileSpec) -> Result<StageProfile, LoadError> {
     })
 }
 
-fn stage_spec(config: &ModelConfig, layers: u32, head: bool, batch: u32) -> StageSpec {
+fn stage_spec(
+    config: &ModelConfig,
+    layers: u32,
+    head: bool,
+    (batch, threads): (u32, usize),
+) -> StageSpec {
     let batch = batch.max(1);
     StageSpec {
         config: config.clone(),
@@ -59,7 +63,7 @@ fn stage_spec(config: &ModelConfig, layers: u32, head: bool, batch: u32) -> Stag
             max_num_seqs: batch,
             max_model_len: 16,
         },
-        threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        threads: threads.max(1),
         isa: Isa::detect(),
     }
 }

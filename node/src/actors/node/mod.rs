@@ -172,6 +172,7 @@ impl Node {
         let out = link.out.clone();
         let job = Job::Profile {
             spec: Box::new(spec),
+            threads: self.parts.threads,
             done: Box::new(move |result| match result {
                 Ok(profile) => {
                     let _ = out.try_send(NodeMessage::Profiled { profile });
