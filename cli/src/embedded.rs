@@ -14,7 +14,6 @@ use millrace_coordinator::{Config as CoordinatorConfig, Running as Coordinator, 
 use millrace_net::client::ClientConfig;
 use millrace_node::Config as NodeConfig;
 use millrace_node::enrol::Issued;
-use millrace_node::hardware::Hardware;
 use millrace_shared::dirs;
 use millrace_shared::id::NodeId;
 use millrace_shared::options::EngineOptions;
@@ -81,7 +80,7 @@ impl EmbeddedCluster {
             let identity = coordinator.dir.ca.issue_node(NodeId(uuid::Uuid::now_v7()))?;
             let cluster = format!("127.0.0.1:{}", coordinator.cluster.port());
             let papers = Issued { identity, coordinator: cluster };
-            nodes.push(start_node(node_config(&options, &dir, index, stages)?, papers).await?);
+            nodes.push(start_node(node_config(&options, &dir, index)?, papers).await?);
         }
         let cluster = Self { coordinator, nodes, _throw_away: throw_away };
         cluster.wait_until_ready().await?;
@@ -175,11 +174,8 @@ fn node_config(
     options: &EmbeddedOptions,
     dir: &std::path::Path,
     index: u32,
-    stages: u32,
 ) -> anyhow::Result<NodeConfig> {
     let cache = dirs::cache(&|name| std::env::var_os(name)).unwrap_or_else(|| dir.join("cache"));
-    // All stages share this machine's cores.
-    let share = (Hardware::probe().cores / stages as usize).max(1);
     Ok(NodeConfig {
         dir: dir.join(format!("node-{index}")),
         cache,
@@ -190,7 +186,7 @@ fn node_config(
         advertise: None,
         name: format!("local-{index}"),
         weights: Some(options.model.clone()),
-        threads: Some(options.engine.threads.unwrap_or(share)),
+        threads: options.engine.threads,
         memory_bytes: None,
         engine: options.engine.engine,
         require_kv_dtype: None,

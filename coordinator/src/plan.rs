@@ -88,14 +88,15 @@ pub struct Plan {
     pub head_in_layers: f64,
 }
 
-/// What nodes are asked to measure.
-pub fn profile_spec(manifest: &ModelManifest) -> ProfileSpec {
+/// What nodes are asked to measure; `sharing` of them are on the same host.
+pub fn profile_spec(manifest: &ModelManifest, sharing: u32) -> ProfileSpec {
     let dtype = |name: &str| manifest.tensor(name).map_or(TensorType::F32, |t| t.dtype);
     ProfileSpec {
         config: manifest.config.clone(),
         layer_type: dtype("blk.0.ffn_down.weight"),
         head_type: dtype(head_name(&manifest.config)),
         batch: PROFILE_BATCH,
+        sharing,
     }
 }
 
@@ -163,15 +164,19 @@ fn head_in_layers(nodes: &[PlanNode]) -> f64 {
     ratios.sum::<f64>() / nodes.len().max(1) as f64
 }
 
+/// Nodes of the plan on one host.
+fn sharing(nodes: &[PlanNode], host: &str) -> usize {
+    nodes.iter().filter(|n| n.hello.host == host).count().max(1)
+}
+
 /// Nodes of one host share its memory.
 fn capacities(nodes: &[PlanNode]) -> Vec<NodeCapacity> {
-    let sharing = |host: &str| nodes.iter().filter(|n| n.hello.host == host).count().max(1);
     nodes
         .iter()
         .map(|n| NodeCapacity {
             node: n.id,
             memory_bytes: (n.hello.memory_bytes as f64 * MEMORY_SHARE) as u64
-                / sharing(&n.hello.host) as u64,
+                / sharing(nodes, &n.hello.host) as u64,
             speed: 1.0 / n.profile.layer_seconds.max(1e-9),
         })
         .collect()
@@ -238,6 +243,7 @@ fn assign(
                 settings.activation_dtype,
             ),
             credits,
+            host_stages: sharing(nodes, &node.hello.host) as u32,
         };
         (node.id, assignment)
     };

@@ -33,7 +33,7 @@ pub struct Config {
     pub name: String,
     /// Model file to take tensors from.
     pub weights: Option<PathBuf>,
-    /// Compute threads; `None` for every physical core granted.
+    /// Compute threads; `None` for every physical core granted, shared among the stages on the host.
     pub threads: Option<usize>,
     /// Most bytes of memory to use; `None` for what is available.
     pub memory_bytes: Option<u64>,

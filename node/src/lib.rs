@@ -93,8 +93,14 @@ pub async fn start(config: Config, membership: Membership) -> anyhow::Result<Run
         coordinator: membership.coordinator,
         hello,
     };
-    let parts =
-        Parts { config, endpoint: endpoint.clone(), tls: client, engine, numerics, threads };
+    let parts = Parts {
+        config,
+        endpoint: endpoint.clone(),
+        tls: client,
+        engine,
+        numerics,
+        cores: hardware.cores,
+    };
     let node = actors::Node::new(Rc::new(parts)).start();
     actix_rt::spawn(accept_neighbours(endpoint.clone(), node.clone()));
     let (sender, refused) = oneshot::channel();
@@ -167,7 +173,7 @@ fn advertise(config: &Config, listen: SocketAddr, coordinator: &str) -> String {
 fn announce(config: &Config, hardware: &Hardware, hello: &Hello, listen: SocketAddr) {
     let why = match config.threads {
         Some(_) => "as --threads says".to_owned(),
-        None => hardware.cores_reason.clone(),
+        None => format!("{}, shared among the stages on this host", hardware.cores_reason),
     };
     tracing::info!(
         name = %hello.name, listen = %listen, advertise = %hello.advertise,

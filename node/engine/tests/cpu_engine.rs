@@ -230,6 +230,7 @@ fn loads_that_cannot_work_say_why() {
 fn profile_measures() {
     let tiny = Tiny::new(TensorType::Q4_1, TensorType::Q8_0);
     let spec = ProfileSpec {
+        sharing: 1,
         config: tiny.config.clone(),
         layer_type: TensorType::Q4_1,
         head_type: TensorType::Q8_0,

@@ -152,6 +152,7 @@ fn profiles_and_unloads() {
     let handle = loaded(4, mock);
     let (tx, rx) = channel();
     let spec = Box::new(ProfileSpec {
+        sharing: 1,
         config: config(),
         layer_type: TensorType::Q4_0,
         head_type: TensorType::F16,

@@ -146,6 +146,8 @@ pub struct ProfileSpec {
     pub head_type: crate::model::TensorType,
     /// Rows of the micro-batch.
     pub batch: u32,
+    /// Nodes on the host, which share its cores.
+    pub sharing: u32,
 }
 
 /// What was measured.
@@ -188,6 +190,8 @@ pub struct Assignment {
     pub numerics_id: [u8; 32],
     /// Frames an edge may have unacknowledged.
     pub credits: u32,
+    /// Stages of this pipeline on the node's host, which share its cores.
+    pub host_stages: u32,
 }
 
 /// A neighbour.
@@ -233,6 +237,8 @@ pub struct LoadReport {
     pub from_coordinator: u64,
     /// Seconds it took.
     pub seconds: f64,
+    /// Compute threads of the stage.
+    pub threads: u32,
 }
 
 /// First message on a blob stream. The answer is a [`BlobResponse`], then the bytes.

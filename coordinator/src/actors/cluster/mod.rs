@@ -203,7 +203,9 @@ impl Cluster {
     fn carry_out(&mut self, action: Action, now: Duration, ctx: &mut Context<Self>) {
         match action {
             Action::Profile { node } => {
-                let spec = profile_spec(&self.manifest);
+                let host = self.members.get(&node).map(|m| m.hello.host.as_str());
+                let sharing = self.members.values().filter(|m| Some(m.hello.host.as_str()) == host);
+                let spec = profile_spec(&self.manifest, sharing.count() as u32);
                 self.say(node, CoordinatorMessage::Profile(Box::new(spec)));
             }
             Action::Plan { epoch, nodes } => self.make_plan(epoch, &nodes, now),

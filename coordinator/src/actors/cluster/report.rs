@@ -24,7 +24,7 @@ impl Cluster {
                 busy_seconds: beat.busy_seconds,
                 wall_seconds: beat.wall_seconds,
                 steps: beat.steps,
-                threads: member.map_or(0, |m| m.hello.threads),
+                threads: member.map_or(0, |m| m.report.threads),
             }
         };
         plan.assignments.iter().enumerate().map(status).collect()

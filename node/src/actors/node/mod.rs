@@ -43,8 +43,16 @@ pub struct Parts {
     pub engine: Arc<EngineHandle>,
     /// Revision of the engine's numerics.
     pub numerics: String,
-    /// Compute threads.
-    pub threads: usize,
+    /// Cores that the process may use.
+    pub cores: usize,
+}
+
+impl Parts {
+    /// Compute threads: as told, else a share of the cores.
+    fn threads_among(&self, sharing: u32) -> usize {
+        let share = || self.cores / sharing.max(1) as usize;
+        self.config.threads.unwrap_or_else(share).max(1)
+    }
 }
 
 struct Link {
@@ -171,8 +179,8 @@ impl Node {
         let Some(link) = &self.link else { return };
         let out = link.out.clone();
         let job = Job::Profile {
+            threads: self.parts.threads_among(spec.sharing),
             spec: Box::new(spec),
-            threads: self.parts.threads,
             done: Box::new(move |result| match result {
                 Ok(profile) => {
                     let _ = out.try_send(NodeMessage::Profiled { profile });

@@ -34,13 +34,14 @@ pub(super) async fn load(
     let (tensors, mut report) =
         loader.fetch(wanted, |done| fetching.set(done)).await.map_err(|e| e.to_string())?;
     fetching.finish(&report);
+    let threads = parts.threads_among(assignment.host_stages);
     let spec = StageSpec {
         config: assignment.config.clone(),
         layers: assignment.first_layer..assignment.end_layer,
         embed: assignment.previous.is_none(),
         head: assignment.next.is_none(),
         settings: assignment.settings.clone(),
-        threads: parts.threads,
+        threads,
         isa: Isa::detect(),
     };
     let place = StagePlace {
@@ -64,7 +65,13 @@ pub(super) async fn load(
         receiver.await.map_err(|_| "the engine stopped".to_owned())?.map_err(|e| e.to_string())?;
     report.weight_bytes = stage.weight_bytes;
     report.kv_bytes = stage.kv_bytes;
+    report.threads = threads as u32;
     report.seconds = started.elapsed().as_secs_f64();
+    let why = match (parts.config.threads, assignment.host_stages) {
+        (Some(_), _) => "as --threads says".to_owned(),
+        (None, sharing) => format!("{} cores, {sharing} stages on this host", parts.cores),
+    };
+    tracing::info!("stage {} loaded: {threads} compute threads ({why})", assignment.stage);
     Ok(report)
 }
 
