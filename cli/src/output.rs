@@ -52,7 +52,7 @@ pub(crate) fn write(text: impl fmt::Display) -> anyhow::Result<()> {
 /// Writes a piece of a streamed answer and shows it at once.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub(crate) fn stream(text: &str) -> anyhow::Result<()> {
     write(text)?;
     flush()
@@ -61,7 +61,7 @@ pub(crate) fn stream(text: &str) -> anyhow::Result<()> {
 /// Pushes out what is buffered.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub(crate) fn flush() -> anyhow::Result<()> {
     Ok(io::stdout().lock().flush().map_err(StdoutError)?)
 }
@@ -69,7 +69,7 @@ pub(crate) fn flush() -> anyhow::Result<()> {
 /// Writes a value as one line of JSON.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     write(format_args!("{}\n", serde_json::to_string(value)?))
 }

@@ -1,6 +1,6 @@
 //! The Millrace coordinator: membership, planning, scheduling, client APIs.
 //!
-//! [`start`] runs one inside the current actix system, for the `millrace-coordinator` binary and
+//! [`start()`] runs one inside the current actix system, for the `millrace-coordinator` binary and
 //! for programs that embed it. Layout: [`actors`] translate between the machines of
 //! `millrace-shared` and the world; [`plan`] turns a cut into assignments; [`request`] is one
 //! request's way; [`serving`] implements the [`service`] that [`api`] offers over QUIC and HTTP;

@@ -11,6 +11,7 @@ use millrace_coordinator::cli::{Cli, Command, create_token, init, key, token};
 use millrace_coordinator::paste::paste_lines;
 use millrace_coordinator::state::CLIENT_FILE;
 use millrace_coordinator::{Config, start};
+use millrace_net::signals::terminated;
 use millrace_net::telemetry;
 
 /// How long the token that `serve` prints is valid.
@@ -56,7 +57,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         running.dir.path.display(),
     );
     eprintln!("  millrace-node run --coordinator {} --token {token}\n", running.client().quic);
-    let stop = signals();
+    let stop = terminated();
     tokio::pin!(stop);
     tokio::select! {
         ready = running.ready() => {
@@ -71,25 +72,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     }
     eprintln!("stopping; once more to stop at once");
     actix_rt::spawn(async {
-        signals().await;
+        terminated().await;
         exit(130);
     });
     running.stop().await;
     Ok(())
-}
-
-/// Completes at Ctrl-C or SIGTERM.
-async fn signals() {
-    let terminate = async {
-        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-            Ok(mut signal) => {
-                signal.recv().await;
-            }
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        () = terminate => {}
-    }
 }

@@ -1,6 +1,6 @@
 //! A Millrace node: joins a cluster, loads a stage, passes activations on.
 //!
-//! [`start`] runs one inside the current actix system or arbiter, for the `millrace-node` binary
+//! [`start()`] runs one inside the current actix system or arbiter, for the `millrace-node` binary
 //! and for programs that embed nodes. No maths here: `millrace-engine` computes, on its own thread.
 
 pub mod actors;

@@ -8,6 +8,7 @@ use std::process::exit;
 
 use anyhow::{Context as _, anyhow};
 use clap::Parser;
+use millrace_net::signals::terminated;
 use millrace_net::telemetry;
 use millrace_node::cli::{Cli, Command, probe};
 use millrace_node::{Config, enrol, start};
@@ -51,29 +52,13 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let mut running = start(config, membership).await?;
     tokio::select! {
         reason = running.refused() => return Err(anyhow!("the coordinator refuses this node: {reason}")),
-        () = signals() => {}
+        () = terminated() => {}
     }
     eprintln!("stopping; once more to stop at once");
     actix_rt::spawn(async {
-        signals().await;
+        terminated().await;
         exit(130);
     });
     running.stop().await;
     Ok(())
-}
-
-/// Completes at Ctrl-C or SIGTERM.
-async fn signals() {
-    let terminate = async {
-        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-            Ok(mut signal) => {
-                signal.recv().await;
-            }
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        () = terminate => {}
-    }
 }

@@ -22,7 +22,7 @@ pub(crate) struct LogitsArgs {
     /// How many of the largest logits to print per position (1 to 64)
     #[arg(long, value_name = "K", default_value_t = 10, value_parser = clap::value_parser!(u8).range(1..=64))]
     top: u8,
-    /// json prints {"top":[[[id,logit],…],…]}, one list per position
+    /// json prints `{"top":[[[id,logit],…],…]}`, one list per position
     #[arg(long, short, value_name = "FORMAT", default_value = "text")]
     output: TextOrJson,
     #[command(flatten)]

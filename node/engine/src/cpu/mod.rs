@@ -12,7 +12,7 @@
 //! | RMS norm | squares in 16 lanes by fma, tree 8-4-2-1; `(x * (1 / sqrt(mean + eps))) * gain` |
 //! | RoPE | tables in f64 by `libm`'s own code; `fma(a, cos, -(b sin))`, `fma(a, sin, b cos)` |
 //! | attention | tiles of 64 positions in order; a score is one lane over the head's elements; probabilities summed in 16 lanes over the tile, tree 8-4-2-1; an output is one lane over positions |
-//! | exp | own polynomial of degree 6 over fma, [`kernels::elementwise::exp`] |
+//! | exp | own polynomial of degree 6 over fma, `kernels::elementwise::exp` |
 //! | gate | `(g / (1 + exp(-g))) * u` |
 //! | residual | `x + w y`, one addition; rounded to the activation dtype at each layer boundary |
 //!

@@ -36,7 +36,7 @@ pub(crate) trait Lanes: Copy {
     unsafe fn finite(self) -> bool;
     /// Sum in the one order: lanes `i` and `i + 8`, then 4, 2, 1.
     unsafe fn sum(self) -> f32;
-    /// Quantises 32 values; see [`quantise32`].
+    /// Quantises 32 values; see `quantise32`.
     unsafe fn quantise(a: Self, b: Self, q: *mut i8) -> Quantised;
 }
 
