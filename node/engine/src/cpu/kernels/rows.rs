@@ -200,7 +200,10 @@ impl Compute {
         let per_call = attention::positions_per_call(group);
         let scratch_len = attention::scratch_len(group, s.dim);
         assert!(qkv.width == (heads + 2 * s.heads) * s.dim && width == heads * s.dim);
-        out.rows = qkv.rows;
+        let rows = qkv.rows;
+        assert!(rows * width <= out.data.len() && rows * qkv.width <= qkv.data.len());
+        assert!(spans.iter().all(|s| s.start + s.count <= rows), "invariant: spans are of rows");
+        out.rows = rows;
         let layer_at = kv.layer_at(layer);
         let keys = kv.keys[layer_at..].as_ptr() as usize;
         let values = kv.values[layer_at..].as_ptr() as usize;
@@ -222,9 +225,9 @@ impl Compute {
                         let call = Attend {
                             q: qkv.row(row)[head_at..].as_ptr(),
                             q_stride: qkv.width,
-                            // SAFETY: only this item writes these heads of these rows.
-                            out: unsafe { data.slice(row * width, count * width) }[head_at..]
-                                .as_mut_ptr(),
+                            // SAFETY: rows of the output, by the assertions above. No slice: other
+                            // heads of the same rows belong to other threads.
+                            out: unsafe { data.as_mut_ptr().add(row * width + head_at) },
                             out_stride: width,
                             keys: keys as *const u8,
                             values: values as *const u8,
@@ -242,7 +245,8 @@ impl Compute {
                             scratch: unsafe { scratch.slice(member * scratch_len, scratch_len) }
                                 .as_mut_ptr(),
                         };
-                        // SAFETY: rows and blocks exist (`model::Batch` checked the tables).
+                        // SAFETY: rows exist, and blocks (`model::Batch` checked the tables); only
+                        // this item writes these heads of these rows.
                         unsafe { attention::attend(isa, &call) };
                     }
                 }
