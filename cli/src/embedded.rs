@@ -6,6 +6,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use actix_rt::Arbiter;
 use anyhow::{Context as _, anyhow};
@@ -18,6 +19,9 @@ use millrace_shared::dirs;
 use millrace_shared::id::NodeId;
 use millrace_shared::options::EngineOptions;
 use tokio::sync::oneshot;
+
+/// Longest start: measuring and loading have deadlines of their own, which add up to less.
+const START_DEADLINE: Duration = Duration::from_secs(900);
 
 /// What to start.
 #[derive(Debug)]
@@ -83,21 +87,28 @@ impl EmbeddedCluster {
             nodes.push(start_node(node_config(&options, &dir, index)?, papers).await?);
         }
         let cluster = Self { coordinator, nodes, _throw_away: throw_away };
-        cluster.wait_until_ready().await?;
-        Ok(cluster)
+        match cluster.wait_until_ready().await {
+            Ok(()) => Ok(cluster),
+            Err(e) => {
+                cluster.stop().await;
+                Err(e)
+            }
+        }
     }
 
-    /// A cluster in one process cannot gain nodes: what fails to load now will not load later.
+    /// A cluster in one process cannot gain nodes: what fails now will not work later.
     async fn wait_until_ready(&self) -> anyhow::Result<()> {
         let mut readiness = self.coordinator.readiness.clone();
-        let settled = readiness
-            .wait_for(|r| {
-                r.ready || r.detail.contains("could not load") || r.detail.contains("does not fit")
-            })
+        let settled = readiness.wait_for(|r| r.ready || r.failed.is_some());
+        let settled = tokio::time::timeout(START_DEADLINE, settled)
             .await
+            .map_err(|_| anyhow!("the cluster did not start within {START_DEADLINE:?}"))?
             .context("the coordinator stopped")?
             .clone();
-        if settled.ready { Ok(()) } else { Err(anyhow!("{}", settled.detail)) }
+        match settled.failed {
+            Some(message) if !settled.ready => Err(anyhow!("{message}")),
+            _ => Ok(()),
+        }
     }
 
     /// What a client needs.

@@ -59,7 +59,7 @@ struct RunningArgs {
     /// PEM file of the cluster's CA, instead of the one in client.toml
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
-    /// File that holds the API key, instead of the one in client.toml
+    /// File that holds the API key, instead of $MILLRACE_API_KEY or the one in client.toml
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
 }
@@ -160,8 +160,10 @@ impl RunningArgs {
         if let Some(ca) = &self.ca {
             config.ca_pem = read(ca)?;
         }
-        if let Some(key) = &self.api_key_file {
-            config.api_key = read(key)?.trim().to_owned();
+        match (&self.api_key_file, std::env::var(env::API_KEY)) {
+            (Some(file), _) => read(file)?.trim().clone_into(&mut config.api_key),
+            (None, Ok(key)) if !key.is_empty() => config.api_key = key,
+            _ => {}
         }
         Ok(config)
     }

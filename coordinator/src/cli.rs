@@ -85,7 +85,7 @@ pub struct InitArgs {
     #[command(flatten)]
     dir: DirArg,
     /// Host under which others reach this machine [default: its address]
-    #[arg(long, value_name = "HOST")]
+    #[arg(long, value_name = "HOST", value_parser = host)]
     advertise: Option<String>,
 }
 
@@ -119,7 +119,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "ADDR", default_value_t = SocketAddr::from((Ipv4Addr::UNSPECIFIED, DEFAULT_CLUSTER_PORT)), help_heading = "Network")]
     cluster: SocketAddr,
     /// Host under which others reach this machine [default: its address]
-    #[arg(long, value_name = "HOST", help_heading = "Network")]
+    #[arg(long, value_name = "HOST", value_parser = host, help_heading = "Network")]
     advertise: Option<String>,
     #[command(flatten)]
     limits: LimitArgs,
@@ -162,6 +162,7 @@ pub fn deployment(engine: &EngineOptions, limits: &LimitArgs) -> Deployment {
         cuts: engine.cuts.clone(),
         prefill_chunk: engine.prefill_chunk.max(1),
         micro_batches: engine.micro_batches,
+        engine: engine.engine,
         kv_dtype: engine.kv_cache_dtype,
         activation_dtype: engine.activation_dtype,
         max_model_len: limits.max_model_len,
@@ -259,6 +260,15 @@ pub enum KeyCommand {
     },
 }
 
+fn host(s: &str) -> Result<String, String> {
+    if s.contains(':') && s.parse::<std::net::Ipv6Addr>().is_err() {
+        return Err(format!(
+            "'{s}' is not a host alone: the ports are those of --quic and --cluster"
+        ));
+    }
+    Ok(s.to_owned())
+}
+
 fn duration(s: &str) -> Result<Duration, String> {
     let wrong = || format!("'{s}' is not a time such as 30m, 24h or 7d");
     let unit_at = s.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
@@ -306,7 +316,9 @@ pub fn token(command: &TokenCommand) -> anyhow::Result<String> {
 /// # Errors
 /// If it cannot be written.
 pub fn create_token(dir: &ClusterDir, uses: u32, expires: Duration) -> anyhow::Result<String> {
-    let until = unix_now().saturating_add(expires.as_secs());
+    let now = unix_now();
+    dir.tokens.purge(now)?;
+    let until = now.saturating_add(expires.as_secs());
     let token = dir.tokens.create(&dir.client.quic, dir.ca.fingerprint(), uses, until)?;
     Ok(token.to_string())
 }

@@ -46,7 +46,7 @@ fn print(text: &str) -> anyhow::Result<()> {
 async fn serve(config: Config) -> anyhow::Result<()> {
     let stages = config.stages;
     let running = start(config).await?;
-    let uses = u32::from(stages.unwrap_or(16)).max(1);
+    let uses = u32::from(stages.unwrap_or(16)).clamp(1, 1000);
     let token = create_token(&running.dir, uses, SERVE_TOKEN_LIFETIME)?;
     eprintln!(
         "HTTP     {}\nclients  {}/udp\nmembers  {}/udp\nfolder   {}\n\n\

@@ -6,11 +6,12 @@ use millrace_shared::model::{
     Dtype, ModelConfig, ModelManifest, StageTensors, TensorType, head_name, numerics_id,
     stage_tensors,
 };
-use millrace_shared::options::MicroBatches;
+use millrace_shared::options::{EngineKind, MicroBatches};
 use millrace_shared::partition::{
     LayerRange, ModelCost, NodeCapacity, PartitionError, check_memory, from_cuts, partition,
 };
 use millrace_shared::scheduler::SchedulerConfig;
+use millrace_shared::wire::MAX_FRAME_PAYLOAD_BYTES;
 use millrace_shared::wire::control::{
     Assignment, EngineSettings, Hello, Peer, ProfileSpec, StageProfile,
 };
@@ -33,6 +34,8 @@ pub struct Deployment {
     pub prefill_chunk: u32,
     /// Micro-batches in flight.
     pub micro_batches: MicroBatches,
+    /// Engine that every node must run.
+    pub engine: EngineKind,
     /// Type of the KV cache.
     pub kv_dtype: Dtype,
     /// Type of activations.
@@ -57,10 +60,18 @@ impl Deployment {
         }
     }
 
+    /// Prompt tokens per micro-batch: as told, but never more than a sequence or a frame can have.
+    fn prefill_chunk(&self, config: &ModelConfig) -> u32 {
+        let row_bytes = (config.hidden as usize).max(1) * 4;
+        let frame = (MAX_FRAME_PAYLOAD_BYTES / row_bytes) as u32;
+        let room = frame.saturating_sub(self.max_num_seqs).max(1);
+        self.prefill_chunk.min(self.max_model_len(config)).min(room).max(1)
+    }
+
     /// Tokens in one micro-batch: a prefill chunk and every decode.
-    fn max_batch_tokens(&self) -> u32 {
+    fn max_batch_tokens(&self, config: &ModelConfig) -> u32 {
         // Scored rows have up to 64 positions whatever the chunk.
-        self.prefill_chunk.max(64) + self.max_num_seqs
+        self.prefill_chunk(config).max(64).saturating_add(self.max_num_seqs)
     }
 }
 
@@ -97,6 +108,30 @@ pub fn profile_spec(manifest: &ModelManifest, sharing: u32) -> ProfileSpec {
         head_type: dtype(head_name(&manifest.config)),
         batch: PROFILE_BATCH,
         sharing,
+    }
+}
+
+/// Checks what can be checked before any node is there.
+///
+/// # Errors
+/// If the model cannot be cut into so many stages, or not where the operator said.
+pub fn check_stages(
+    config: &ModelConfig,
+    deployment: &Deployment,
+    stages: Option<u16>,
+) -> Result<(), String> {
+    // The last stage may hold the head alone.
+    let most = config.layers + 1;
+    if let Some(stages) = stages.filter(|&n| u32::from(n) > most) {
+        return Err(format!(
+            "--stages {stages} is too many: the model has {} layers, which makes at most {most} \
+             stages (the last with the head alone)",
+            config.layers
+        ));
+    }
+    match &deployment.cuts {
+        Some(cuts) => from_cuts(config.layers, cuts).map(|_| ()).map_err(|e| e.to_string()),
+        None => Ok(()),
     }
 }
 
@@ -138,7 +173,7 @@ pub fn plan(
         kv_block_size: DEFAULT_BLOCK_SIZE,
         kv_dtype: deployment.kv_dtype,
         activation_dtype: deployment.activation_dtype,
-        max_batch_tokens: deployment.max_batch_tokens(),
+        max_batch_tokens: deployment.max_batch_tokens(config),
         max_num_seqs: deployment.max_num_seqs,
         max_model_len,
     };
@@ -148,7 +183,7 @@ pub fn plan(
         max_num_seqs: deployment.max_num_seqs,
         max_waiting: deployment.max_waiting,
         max_in_flight: deployment.micro_batches.for_stages(nodes.len() as u32),
-        prefill_chunk: deployment.prefill_chunk,
+        prefill_chunk: deployment.prefill_chunk(config),
         max_batch_tokens: settings.max_batch_tokens,
         max_model_len,
     };

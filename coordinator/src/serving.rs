@@ -33,16 +33,23 @@ pub struct Serving {
     pub batcher: Addr<Batcher>,
     /// Members and plan.
     pub cluster: Addr<Cluster>,
+    /// What turns prompts into ids.
+    pub prompts: Arc<Prompts>,
+    /// Keys of clients.
+    pub keys: ApiKeyStore,
+    /// Distinguishes seeds drawn within one clock tick.
+    pub draws: AtomicU64,
+}
+
+/// The text side of the served model.
+#[derive(Debug)]
+pub struct Prompts {
     /// The model's tokenizer.
     pub tokenizer: Arc<Tokenizer>,
     /// The model's chat template, where it has one.
     pub template: Result<ChatTemplate, String>,
     /// What `/v1/models` says.
     pub card: ModelCard,
-    /// Keys of clients.
-    pub keys: ApiKeyStore,
-    /// Distinguishes seeds drawn within one clock tick.
-    pub draws: AtomicU64,
 }
 
 /// A prompt on its way to ids.
@@ -52,10 +59,6 @@ enum Prepared {
     Text(&'static str, String),
 }
 
-fn encode(tokenizer: &Tokenizer, param: &str, text: &str) -> Result<Vec<u32>, Status> {
-    tokenizer.encode(text, true).map_err(|e| Status::invalid(param, e.to_string()))
-}
-
 fn crossed(e: MailboxError) -> Status {
     match e {
         MailboxError::Timeout => Status::exhausted("the scheduler is busy", 1000),
@@ -63,7 +66,7 @@ fn crossed(e: MailboxError) -> Status {
     }
 }
 
-impl Serving {
+impl Prompts {
     fn check_model(&self, model: &str) -> Result<(), Status> {
         if model.is_empty() || model == self.card.id {
             return Ok(());
@@ -89,51 +92,77 @@ impl Serving {
 
     /// What is to be tokenised; ids are checked and done.
     fn prepare(&self, prompt: &Prompt) -> Result<Prepared, Status> {
-        let (param, text) = match prompt {
+        match prompt {
             Prompt::Tokens(ids) => {
                 self.check_ids("prompt", ids)?;
-                return Ok(Prepared::Ids(ids.clone()));
+                Ok(Prepared::Ids(ids.clone()))
             }
-            Prompt::Text(text) => ("prompt", text.clone()),
+            Prompt::Text(text) => Ok(Prepared::Text("prompt", text.clone())),
             Prompt::Chat(messages) => {
                 let template =
                     self.template.as_ref().map_err(|e| Status::invalid("messages", e.clone()))?;
                 let text = template
                     .render(messages, true)
                     .map_err(|e| Status::invalid("messages", e.to_string()))?;
-                ("messages", text)
+                Ok(Prepared::Text("messages", text))
+            }
+        }
+    }
+
+    /// Refuses what cannot fit, before time is spent on it: a token covers a few bytes on average,
+    /// so text a hundred times longer than the context is hopeless, and a message takes a token.
+    fn check_size(&self, prompt: &Prompt) -> Result<(), Status> {
+        let limit = self.card.max_model_len as usize * 100;
+        let (param, bytes, messages) = match prompt {
+            Prompt::Tokens(ids) => ("prompt", ids.len(), 0),
+            Prompt::Text(text) => ("prompt", text.len(), 0),
+            Prompt::Chat(m) => {
+                ("messages", m.iter().map(|m| m.role.len() + m.content.len()).sum(), m.len())
             }
         };
-        // A token covers a few bytes on average; text a hundred times longer than the context
-        // cannot fit, and is not worth tokenising.
-        let limit = self.card.max_model_len as usize * 100;
-        if text.len() > limit {
-            return Err(Status::invalid(
-                param,
-                format!(
-                    "{} bytes of text cannot fit a context of {} tokens; shorten it",
-                    text.len(),
-                    self.card.max_model_len
-                ),
-            ));
+        if bytes <= limit && messages <= self.card.max_model_len as usize {
+            return Ok(());
         }
-        Ok(Prepared::Text(param, text))
+        Err(Status::invalid(
+            param,
+            format!(
+                "{bytes} bytes of text in {messages} messages cannot fit a context of {} tokens; \
+                 shorten it",
+                self.card.max_model_len
+            ),
+        ))
     }
 
-    /// Tokenises; long texts elsewhere, so that nobody else's answer waits for them.
-    async fn prompt_ids(&self, prompt: &Prompt) -> Result<Vec<u32>, Status> {
-        match self.prepare(prompt)? {
-            Prepared::Text(param, text) if text.len() > LONG_TEXT => {
-                let tokenizer = Arc::clone(&self.tokenizer);
-                let encoding =
-                    tokio::task::spawn_blocking(move || encode(&tokenizer, param, &text));
-                encoding.await.unwrap_or_else(|e| Err(Status::internal(e.to_string())))
+    /// Renders and tokenises; what is long elsewhere, so that nobody else's answer waits for it.
+    async fn prompt_ids(self: &Arc<Self>, prompt: Prompt) -> Result<Vec<u32>, Status> {
+        self.check_size(&prompt)?;
+        let long = match &prompt {
+            Prompt::Tokens(_) => false,
+            Prompt::Text(text) => text.len() > LONG_TEXT,
+            Prompt::Chat(messages) => {
+                messages.iter().map(|m| 64 + m.content.len()).sum::<usize>() > LONG_TEXT
             }
-            Prepared::Text(param, text) => encode(&self.tokenizer, param, &text),
-            Prepared::Ids(ids) => Ok(ids),
+        };
+        if !long {
+            return self.ids(&prompt);
         }
+        let serving = Arc::clone(self);
+        let encoding = tokio::task::spawn_blocking(move || serving.ids(&prompt));
+        encoding.await.unwrap_or_else(|e| Err(Status::internal(e.to_string())))
     }
 
+    fn ids(&self, prompt: &Prompt) -> Result<Vec<u32>, Status> {
+        match self.prepare(prompt)? {
+            Prepared::Ids(ids) => Ok(ids),
+            Prepared::Text(param, text) => self
+                .tokenizer
+                .encode(&text, true)
+                .map_err(|e| Status::invalid(param, e.to_string())),
+        }
+    }
+}
+
+impl Serving {
     /// A seed for a request that gave none: from the random bits of its version 7 id.
     fn draw_seed(&self, id: RequestId) -> u64 {
         let bits = id.0.as_u128();
@@ -149,12 +178,12 @@ impl Service for Serving {
         deadline: Option<Duration>,
     ) -> BoxFuture<'_, Result<EventStream, Status>> {
         async move {
-            self.check_model(&request.model)?;
+            self.prompts.check_model(&request.model)?;
             request
                 .params
-                .validate(self.card.vocab)
+                .validate(self.prompts.card.vocab)
                 .map_err(|e| Status::invalid(e.param, e.to_string()))?;
-            let tokens = self.prompt_ids(&request.prompt).await?;
+            let tokens = self.prompts.prompt_ids(request.prompt).await?;
             let id = RequestId(Uuid::now_v7());
             let seed = request.params.seed.unwrap_or_else(|| self.draw_seed(id));
             let submit = Submit { id, tokens, params: request.params, seed, deadline };
@@ -169,8 +198,8 @@ impl Service for Serving {
         deadline: Option<Duration>,
     ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
         async move {
-            self.check_model(&request.model)?;
-            self.check_ids("tokens", &request.tokens)?;
+            self.prompts.check_model(&request.model)?;
+            self.prompts.check_ids("tokens", &request.tokens)?;
             if request.top_k > MAX_TOP_LOGITS {
                 return Err(Status::invalid(
                     "top_k",
@@ -188,20 +217,17 @@ impl Service for Serving {
     }
 
     fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {
-        self.check_model(model)?;
-        match self.prepare(prompt)? {
-            Prepared::Ids(ids) => Ok(ids),
-            Prepared::Text(param, text) => encode(&self.tokenizer, param, &text),
-        }
+        self.prompts.check_model(model)?;
+        self.prompts.ids(prompt)
     }
 
     fn detokenize(&self, ids: &[u32]) -> Result<String, Status> {
-        self.check_ids("tokens", ids)?;
-        Ok(self.tokenizer.decode(ids, false))
+        self.prompts.check_ids("tokens", ids)?;
+        Ok(self.prompts.tokenizer.decode(ids, false))
     }
 
     fn models(&self) -> Vec<ModelCard> {
-        vec![self.card.clone()]
+        vec![self.prompts.card.clone()]
     }
 
     fn cancel(&self, request_id: RequestId) -> BoxFuture<'_, Result<(), Status>> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use actix::{Actor, Addr};
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use millrace_net::client::ClientConfig;
 use millrace_net::join::JoinDesk;
 use millrace_net::{Alpn, Endpoint, timing, tls};
@@ -22,8 +22,9 @@ use crate::blobs::Blobs;
 use crate::config::{Config, host_port};
 use crate::metrics::Metrics;
 use crate::models::{ConsoleProgress, NoProgress, Progress, hash_manifest};
+use crate::plan::check_stages;
 use crate::service::Service;
-use crate::serving::Serving;
+use crate::serving::{Prompts, Serving};
 use crate::state::{ClusterDir, unix_now};
 use crate::text::{ChatTemplate, Tokenizer};
 
@@ -92,6 +93,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         .with_context(|| format!("cannot serve {}", config.model.display()))?;
     let model_config = gguf.config().context("cannot serve this model")?;
     gguf.check_supported_types().context("cannot serve this model")?;
+    check_stages(&model_config, &config.deployment, config.stages).map_err(|e| anyhow!(e))?;
     let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf).context("cannot serve this model")?);
     let template = ChatTemplate::from_gguf(&gguf).map_err(|e| e.to_string());
     let mut console = ConsoleProgress::new();
@@ -129,9 +131,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let service: Arc<dyn Service> = Arc::new(Serving {
         batcher,
         cluster: actor.clone(),
-        tokenizer,
-        template,
-        card,
+        prompts: Arc::new(Prompts { tokenizer, template, card }),
         keys: millrace_net::keys::ApiKeyStore::open(&dir.path)?,
         draws: AtomicU64::new(0),
     });
@@ -145,6 +145,12 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         }
     };
     let http_addr = server.as_ref().map(|s| s.addr);
+    if let Some(addr) = http_addr.filter(|a| !a.ip().is_loopback()) {
+        tracing::warn!(
+            "HTTP on {addr} is not encrypted: keys and prompts can be read on the way; put a proxy \
+             with TLS in front, or use the QUIC API"
+        );
+    }
     dir.set_addresses(&host_port(&host, quic_addr.port()), &http_url(http_addr))?;
 
     actix_rt::spawn(member::accept_members(members.clone(), actor.clone(), blobs));

@@ -61,18 +61,15 @@ impl ClusterDir {
     }
 
     /// Opens the folder, or makes it: CA, identity and the first client's key. `quic` and `http`
-    /// are where clients will find the coordinator.
+    /// are where clients of a new one will find the coordinator.
     ///
     /// # Errors
     /// If it cannot be read or written.
     pub fn open_or_init(path: &Path, quic: &str, http: &str) -> Result<Self, NetError> {
         if path.join("ca.pem").exists() {
-            let mut dir = Self::open(path)?;
-            dir.set_addresses(quic, http)?;
-            return Ok(dir);
+            return Self::open(path);
         }
         let ca = ClusterCa::create()?;
-        ca.save(path)?;
         let identity = ca.issue_coordinator()?;
         identity.save(path, IDENTITY)?;
         let (_, api_key) = ApiKeyStore::open(path)?.create("first client", unix_now())?;
@@ -83,6 +80,8 @@ impl ClusterDir {
             ca_pem: ca.ca_pem(),
         };
         client.save(&path.join(CLIENT_FILE))?;
+        // Last: its certificate is what says that the folder is complete.
+        ca.save(path)?;
         Self::assemble(path, (ca, identity), client, true)
     }
 

@@ -33,8 +33,9 @@ pub use config::Config;
 use enrol::Membership;
 use hardware::Hardware;
 
-/// Steps that may wait for the engine: credits of an edge and some, see the stage actor.
-const ENGINE_QUEUE: usize = 64;
+/// Steps that may wait for the engine: the credits of an edge, which is one more than the most
+/// micro-batches in flight (1,025).
+const ENGINE_QUEUE: usize = 1040;
 
 /// A running node.
 #[derive(Debug)]

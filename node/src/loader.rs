@@ -126,38 +126,36 @@ impl Loader {
     async fn ask_coordinator(&self, entry: &TensorEntry) -> Result<TensorSource, FetchError> {
         let failed =
             |message: String| FetchError::Coordinator { tensor: entry.name.clone(), message };
-        let cache_error = |source| FetchError::Cache { path: self.cache.clone(), source };
-        std::fs::create_dir_all(&self.cache).map_err(cache_error)?;
         let name = hex(&entry.hash);
-        let part = self.cache.join(format!("{name}.{}.part", uuid::Uuid::now_v7().simple()));
-        let mut file = File::create(&part).map_err(cache_error)?;
-        let mut hasher = blake3::Hasher::new();
-        let result = async {
-            let mut offset = 0;
-            while offset < entry.bytes {
-                let len = (entry.bytes - offset).min(MAX_BLOB_RANGE_BYTES);
-                let range = BlobRequest { hash: entry.hash, offset, len };
-                let bytes = tokio::time::timeout(RANGE_DEADLINE, self.range(range))
-                    .await
-                    .map_err(|_| failed(format!("no answer within {RANGE_DEADLINE:?}")))?
-                    .map_err(|e| failed(e.to_string()))?;
-                hasher.update(&bytes);
-                file.write_all(&bytes).map_err(cache_error)?;
-                offset += len;
-            }
-            if hasher.finalize().as_bytes() != &entry.hash {
-                return Err(failed("the bytes do not have the announced hash".into()));
-            }
-            file.sync_data().map_err(cache_error)?;
-            let path = self.cache.join(&name);
-            std::fs::rename(&part, &path).map_err(cache_error)?;
-            Ok(TensorSource { entry: entry.clone(), path, offset: 0 })
+        let part = Part::create(&self.cache, &name)?;
+        let mut writer = part.writer;
+        let mut offset = 0;
+        while offset < entry.bytes {
+            let len = (entry.bytes - offset).min(MAX_BLOB_RANGE_BYTES);
+            let range = BlobRequest { hash: entry.hash, offset, len };
+            let bytes = tokio::time::timeout(RANGE_DEADLINE, self.range(range))
+                .await
+                .map_err(|_| failed(format!("no answer within {RANGE_DEADLINE:?}")))?
+                .map_err(|e| failed(e.to_string()))?;
+            writer = self.apart(move || writer.append(&bytes)).await?;
+            offset += len;
         }
-        .await;
-        if result.is_err() {
-            let _ = std::fs::remove_file(&part);
+        let (expected, path, from) = (entry.hash, self.cache.join(&name), part.path.0.clone());
+        let fits = self.apart(move || writer.finish(&expected, &from, &path)).await?;
+        if !fits {
+            return Err(failed("the bytes do not have the announced hash".into()));
         }
-        result
+        Ok(TensorSource { entry: entry.clone(), path: self.cache.join(name), offset: 0 })
+    }
+
+    /// Files and hashes off the actors' thread: heartbeats go out meanwhile.
+    async fn apart<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+    ) -> Result<T, FetchError> {
+        let done = tokio::task::spawn_blocking(work).await;
+        done.unwrap_or_else(|e| Err(std::io::Error::other(e)))
+            .map_err(|source| FetchError::Cache { path: self.cache.clone(), source })
     }
 
     async fn range(&self, request: BlobRequest) -> Result<Vec<u8>, NetError> {
@@ -176,6 +174,54 @@ impl Loader {
             }
             BlobResponse::Refused(message) => Err(NetError::Protocol(message)),
         }
+    }
+}
+
+/// A file being fetched; it is removed unless it was renamed.
+struct Part {
+    path: Unfinished,
+    writer: Writer,
+}
+
+struct Unfinished(PathBuf);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        // Gone already where the fetch succeeded.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+struct Writer {
+    file: File,
+    hasher: blake3::Hasher,
+}
+
+impl Part {
+    fn create(cache: &Path, name: &str) -> Result<Self, FetchError> {
+        let cache_error = |source| FetchError::Cache { path: cache.to_owned(), source };
+        std::fs::create_dir_all(cache).map_err(cache_error)?;
+        let path = cache.join(format!("{name}.{}.part", uuid::Uuid::now_v7().simple()));
+        let file = File::create(&path).map_err(cache_error)?;
+        Ok(Self { path: Unfinished(path), writer: Writer { file, hasher: blake3::Hasher::new() } })
+    }
+}
+
+impl Writer {
+    fn append(mut self, bytes: &[u8]) -> std::io::Result<Self> {
+        self.hasher.update(bytes);
+        self.file.write_all(bytes)?;
+        Ok(self)
+    }
+
+    /// Gives the file its name if it has the hash.
+    fn finish(self, hash: &[u8; 32], from: &Path, to: &Path) -> std::io::Result<bool> {
+        if self.hasher.finalize().as_bytes() != hash {
+            return Ok(false);
+        }
+        self.file.sync_data()?;
+        std::fs::rename(from, to)?;
+        Ok(true)
     }
 }
 

@@ -2,8 +2,9 @@
 //! twice).
 #![forbid(unsafe_code)]
 
-use std::fs::File;
+use std::fs::{DirBuilder, File};
 use std::io::Write;
+use std::os::unix::fs::DirBuilderExt;
 use std::process::exit;
 
 use anyhow::{Context as _, anyhow};
@@ -34,7 +35,11 @@ fn main() {
 
 /// Two nodes with one identity would fight for the coordinator's link.
 fn lock(config: &Config) -> anyhow::Result<File> {
-    std::fs::create_dir_all(&config.dir).with_context(|| config.dir.display().to_string())?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&config.dir)
+        .with_context(|| config.dir.display().to_string())?;
     let path = config.dir.join("lock");
     let file = File::create(&path).with_context(|| path.display().to_string())?;
     file.try_lock().map_err(|_| {

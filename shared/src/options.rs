@@ -88,7 +88,7 @@ pub struct EngineOptions {
     #[cfg_attr(feature = "clap", arg(long, value_name = "L,L,…", value_delimiter = ','))]
     pub cuts: Option<Vec<u32>>,
     /// Most prompt tokens of a request in one micro-batch
-    #[cfg_attr(feature = "clap", arg(long, value_name = "TOKENS", default_value_t = DEFAULT_PREFILL_CHUNK))]
+    #[cfg_attr(feature = "clap", arg(long, value_name = "TOKENS", default_value_t = DEFAULT_PREFILL_CHUNK, value_parser = clap::value_parser!(u32).range(1..=65536)))]
     pub prefill_chunk: u32,
     /// Micro-batches in flight: a number, or auto
     #[cfg_attr(feature = "clap", arg(long, value_name = "N|auto", default_value = "auto"))]

@@ -3,7 +3,7 @@
 use clap::Args;
 use millrace_engine::Isa;
 use millrace_shared::model::Dtype;
-use millrace_shared::options::DEFAULT_PREFILL_CHUNK;
+use millrace_shared::options::{DEFAULT_PREFILL_CHUNK, MicroBatches};
 use serde::Serialize;
 
 use super::engine_rig::{Model, Rig, RigSize};
@@ -46,6 +46,12 @@ pub(crate) struct EngineArgs {
     /// Type of activations between layers: f32, bf16 or f16
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub(super) activation_dtype: Dtype,
+    /// No effect here: one stage is measured, alone
+    #[arg(long, value_name = "L,L,…", value_delimiter = ',')]
+    pub(super) cuts: Option<Vec<u32>>,
+    /// No effect here: one stage is measured, one step at a time
+    #[arg(long, value_name = "N|auto", default_value = "auto")]
+    pub(super) micro_batches: MicroBatches,
     /// Engine to measure: cpu
     #[arg(long, value_name = "ENGINE", default_value = "cpu", value_parser = ["cpu"])]
     pub(super) engine: String,

@@ -127,6 +127,7 @@ impl Rig {
             head: true,
             settings: size.settings.clone(),
             threads,
+            host_threads: threads,
             isa: Isa::detect(),
         };
         let mut engine: Box<dyn Engine> = Box::new(CpuEngine::new());

@@ -63,9 +63,11 @@ pub(super) fn carry_in(
                 }
             }
         };
-        if let Err(e) = pump_in(edge, credits, deliver).await {
-            let message = format!("results edge: {e}");
-            let _ = cluster.send(EdgeFailed { epoch, message }).await;
-        }
+        // Also an end in order ends the epoch, if that still lives.
+        let message = match pump_in(edge, credits, deliver).await {
+            Ok(()) => "results edge: the last stage let go of it".to_owned(),
+            Err(e) => format!("results edge: {e}"),
+        };
+        let _ = cluster.send(EdgeFailed { epoch, message }).await;
     });
 }

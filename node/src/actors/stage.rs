@@ -18,6 +18,7 @@ use millrace_engine::stage::StageError;
 use millrace_engine::thread::{EngineHandle, Job};
 use millrace_net::pump::Ticket;
 use millrace_shared::id::{MicroBatchId, SequenceId};
+use millrace_shared::wire::Edge;
 use millrace_shared::wire::control::Assignment;
 use millrace_shared::wire::data::{FrameKind, OpenMeta, StepMeta, Want};
 use millrace_shared::wire::frame::Frame;
@@ -27,6 +28,9 @@ use tokio::sync::mpsc;
 const OPEN_WAIT: Duration = Duration::from_secs(1);
 /// How often waiting frames are looked at.
 const OPEN_SWEEP: Duration = Duration::from_millis(100);
+
+/// Releases that may wait for their announcement; they overtake each other by a moment.
+const MAX_EARLY: usize = 4096;
 
 /// Something that ends the epoch: a bad frame or a lost edge.
 #[derive(Clone, Debug)]
@@ -42,6 +46,8 @@ pub struct Stage {
     losses: mpsc::Sender<Loss>,
     last: MicroBatchId,
     opened: HashSet<SequenceId>,
+    /// Released before their announcement came: forgotten when it comes.
+    early: HashSet<SequenceId>,
     held: VecDeque<Held>,
     stale: Arc<AtomicU64>,
 }
@@ -76,6 +82,7 @@ impl Stage {
             losses,
             last: MicroBatchId(0),
             opened: HashSet::new(),
+            early: HashSet::new(),
             held: VecDeque::new(),
             stale,
         }
@@ -90,8 +97,17 @@ impl Stage {
         let _ = self.losses.try_send(Loss(message));
     }
 
-    fn on_frame(&mut self, frame: Frame, ticket: Ticket) -> Result<(), String> {
+    fn on_frame(&mut self, edge: Edge, frame: Frame, ticket: Ticket) -> Result<(), String> {
         let header = frame.header();
+        let fits = match edge {
+            Edge::Steps => header.kind == FrameKind::Step,
+            Edge::Activations => header.kind == FrameKind::Activations,
+            Edge::Sequences => header.kind == FrameKind::Sequences,
+            Edge::Results => false,
+        };
+        if !fits {
+            return Err(format!("a {:?} frame on the {edge:?} edge", header.kind));
+        }
         if header.pipeline != self.assignment.pipeline || header.epoch != self.assignment.epoch {
             self.stale.fetch_add(1, Ordering::Relaxed);
             return Ok(());
@@ -117,12 +133,16 @@ impl Stage {
                 self.held.push_back(Held { frame, ticket, meta, since: Instant::now() });
                 self.drain()
             }
-            FrameKind::Results => Err("a results frame on an inbound edge".into()),
+            FrameKind::Results => Err("results go to the coordinator".into()),
         }
     }
 
     fn on_opens(&mut self, opens: OpenMeta, ticket: Ticket) -> Result<(), String> {
-        self.opened.extend(opens.opens.iter().map(|o| o.sequence));
+        for open in &opens.opens {
+            if !self.early.remove(&open.sequence) {
+                self.opened.insert(open.sequence);
+            }
+        }
         let losses = self.losses.clone();
         let job = Job::Open {
             epoch: self.assignment.epoch,
@@ -149,7 +169,10 @@ impl Stage {
             }
             let Some(held) = self.held.pop_front() else { break };
             for id in &held.meta.released {
-                self.opened.remove(id);
+                // Bounded: a release without an announcement to come is a fault of the coordinator.
+                if !self.opened.remove(id) && self.early.len() < MAX_EARLY {
+                    self.early.insert(*id);
+                }
             }
             self.submit(held.frame, held.ticket)?;
         }
@@ -177,11 +200,9 @@ impl Stage {
     }
 }
 
-/// Reports what ends the epoch; stale work does not.
+/// Reports what ends the epoch. Of an assignment that is over nobody listens any more.
 fn report(losses: &mpsc::Sender<Loss>, result: Result<(), StageError>) {
-    if let Err(e) = result
-        && !e.is_stale()
-    {
+    if let Err(e) = result {
         let _ = losses.try_send(Loss(e.to_string()));
     }
 }
@@ -205,6 +226,8 @@ impl Actor for Stage {
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub struct Inbound {
+    /// The edge it came on.
+    pub edge: Edge,
     /// The frame.
     pub frame: Frame,
     /// Its credit.
@@ -215,7 +238,7 @@ impl Handler<Inbound> for Stage {
     type Result = ();
 
     fn handle(&mut self, m: Inbound, _: &mut Context<Self>) {
-        if let Err(message) = self.on_frame(m.frame, m.ticket) {
+        if let Err(message) = self.on_frame(m.edge, m.frame, m.ticket) {
             self.lose(message);
         }
     }

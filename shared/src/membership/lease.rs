@@ -179,6 +179,20 @@ impl Membership {
         self.events.pop_front()
     }
 
+    /// What the last `handle_*` did, oldest first, without looking at the time: between messages
+    /// that have waited in a queue together, silence means nothing yet.
+    pub fn poll_handled(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// The owner itself was held up until `now`: nobody's silence before that counts, but silence
+    /// from here on does.
+    pub fn handle_own_delay(&mut self, now: Duration) {
+        for member in self.members.values_mut() {
+            member.heard = member.heard.max(now.saturating_sub(self.config.suspect_after / 2));
+        }
+    }
+
     /// When silence will next mean something.
     pub fn next_timeout(&self) -> Option<Duration> {
         self.members.values().map(|m| m.heard + self.patience(m.state)).min()

@@ -77,6 +77,7 @@ impl Scheduler {
         while (draft.meta.rows.len() as u32) < cohort.min(limit) {
             let Some(id) = self.ready.pop_front() else { break };
             let Some(end) = self.sequences.get(&id).map(|s| s.issued + 1) else { continue };
+            debug_assert_eq!(self.phase(id), Some(Phase::Decoding), "only decoding ones are ready");
             match self.make_room(id, end, draft) {
                 Room::Granted => self.issue(id, 1, draft),
                 Room::Later => later.push(id),
@@ -84,7 +85,10 @@ impl Scheduler {
             }
         }
         for id in later.into_iter().rev() {
-            self.ready.push_front(id);
+            // A younger one of them may have been preempted for an older one since.
+            if self.phase(id) == Some(Phase::Decoding) {
+                self.ready.push_front(id);
+            }
         }
     }
 

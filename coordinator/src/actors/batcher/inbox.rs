@@ -106,6 +106,7 @@ impl Handler<Cancel> for Batcher {
         let request = sequence.and_then(|s| self.end(s)).ok_or_else(|| {
             Status::new(ErrorCode::NotFound, format!("no request {id} is running or waiting"))
         })?;
+        self.metrics.on_failed(ErrorCode::Cancelled);
         request.cancelled();
         self.pump();
         Ok(())
@@ -134,6 +135,7 @@ impl Handler<PipelineUp> for Batcher {
     type Result = ();
 
     fn handle(&mut self, m: PipelineUp, _: &mut Context<Self>) {
+        self.go_down("another epoch began".to_owned());
         self.active = Some(Active {
             pipeline: m.pipeline,
             epoch: m.epoch,
@@ -141,6 +143,7 @@ impl Handler<PipelineUp> for Batcher {
             steps: m.steps,
             opens: m.opens,
             failures: m.failures,
+            broken: false,
         });
     }
 }
@@ -157,7 +160,14 @@ impl Handler<PipelineDown> for Batcher {
     type Result = ();
 
     fn handle(&mut self, m: PipelineDown, _: &mut Context<Self>) {
-        self.detail = m.detail;
+        self.go_down(m.detail);
+    }
+}
+
+impl Batcher {
+    /// Ends every request in flight.
+    fn go_down(&mut self, detail: String) {
+        self.detail = detail;
         if self.active.is_none() {
             return;
         }

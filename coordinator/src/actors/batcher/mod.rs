@@ -51,6 +51,16 @@ struct Active {
     opens: mpsc::Sender<Frame>,
     /// Ends the epoch.
     failures: Recipient<EdgeFailed>,
+    /// An edge is lost: nothing more is sent, and `PipelineDown` is on its way.
+    broken: bool,
+}
+
+/// Why a micro-batch was not sent.
+enum IssueError {
+    /// The epoch is over.
+    EdgeLost,
+    /// The frame exceeds the limits of the wire.
+    Frame(String),
 }
 
 /// See the module's documentation.
@@ -103,21 +113,30 @@ impl Batcher {
     /// Sends every micro-batch the scheduler has ready.
     fn pump(&mut self) {
         let now = self.now();
-        while let Some(step) = self.active.as_mut().and_then(|a| a.scheduler.poll_step(now)) {
-            if let Err(message) = self.issue(&step, now) {
-                // Only a frame over the wire's limits, or an edge that is being lost (its task has
-                // told the cluster). The micro-batch cannot be answered, so its rows fail.
-                tracing::warn!(micro_batch = %step.id, %message, "a micro-batch was not sent");
-                let outcomes = match self.active.as_mut() {
-                    Some(active) => active.scheduler.handle_step_failed(step.id, &message),
-                    None => return,
-                };
-                self.apply(outcomes, now);
+        while let Some(active) = self.active.as_mut().filter(|a| !a.broken) {
+            let Some(step) = active.scheduler.poll_step(now) else { return };
+            match self.issue(&step, now) {
+                Ok(()) => {}
+                // Requests end when the cluster says so, and why.
+                Err(IssueError::EdgeLost) => self.break_off(),
+                Err(IssueError::Frame(message)) => {
+                    tracing::warn!(micro_batch = %step.id, %message, "a micro-batch was not sent");
+                    let Some(active) = self.active.as_mut() else { return };
+                    let outcomes = active.scheduler.handle_step_failed(step.id, &message);
+                    self.apply(outcomes, now);
+                }
             }
         }
     }
 
-    fn issue(&mut self, step: &Step, now: Duration) -> Result<(), String> {
+    fn break_off(&mut self) {
+        let Some(active) = self.active.as_mut() else { return };
+        active.broken = true;
+        let message = "an edge of the coordinator is lost".to_owned();
+        let _ = active.failures.try_send(EdgeFailed { epoch: active.epoch, message });
+    }
+
+    fn issue(&mut self, step: &Step, now: Duration) -> Result<(), IssueError> {
         for id in &step.opens {
             if let Some(request) = self.requests.get_mut(id) {
                 request.on_scheduled(now);
@@ -125,15 +144,17 @@ impl Batcher {
         }
         let Some(active) = self.active.as_ref() else { return Ok(()) };
         let send = |channel: &mpsc::Sender<Frame>, frame: Frame| {
-            channel.try_send(frame).map_err(|_| "the pipeline's edge is lost".to_owned())
+            channel.try_send(frame).map_err(|_| IssueError::EdgeLost)
         };
         if !step.opens.is_empty() {
             let opens = step.opens.iter().filter_map(|id| self.open(&active.scheduler, *id));
             let meta = OpenMeta { opens: opens.collect() };
-            let frame = frame(active, FrameKind::Sequences, MicroBatchId(0), &meta, &[])?;
+            let frame = frame(active, FrameKind::Sequences, MicroBatchId(0), &meta, &[])
+                .map_err(IssueError::Frame)?;
             send(&active.opens, frame)?;
         }
-        let frame = frame(active, FrameKind::Step, step.id, &step.meta, &step.tokens)?;
+        let frame = frame(active, FrameKind::Step, step.id, &step.meta, &step.tokens)
+            .map_err(IssueError::Frame)?;
         send(&active.steps, frame)
     }
 
@@ -261,7 +282,9 @@ impl Batcher {
         max_new_tokens: u32,
     ) -> Result<SequenceId, Status> {
         let now = self.now();
-        let Some(active) = self.active.as_mut() else { return Err(self.unavailable()) };
+        let Some(active) = self.active.as_mut().filter(|a| !a.broken) else {
+            return Err(self.unavailable());
+        };
         let id = SequenceId(self.next_sequence);
         self.next_sequence += 1;
         let prompt_tokens = tokens.len();

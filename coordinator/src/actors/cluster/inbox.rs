@@ -33,7 +33,7 @@ impl Handler<NodeHello> for Cluster {
     type Result = Result<Session, String>;
 
     fn handle(&mut self, m: NodeHello, ctx: &mut Context<Self>) -> Self::Result {
-        if let Some(message) = self.objection(&m.hello) {
+        if let Some(message) = self.objection(m.id, &m.hello) {
             tracing::warn!(node = %m.id, "refused: {message}");
             return Err(message);
         }

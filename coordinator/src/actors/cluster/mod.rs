@@ -50,6 +50,8 @@ pub struct Readiness {
     pub epochs: u64,
     /// What it waits for, when not serving.
     pub detail: String,
+    /// Why the last attempt to form a pipeline failed: without other nodes the next will fail too.
+    pub failed: Option<String>,
 }
 
 struct Member {
@@ -83,6 +85,7 @@ pub struct Cluster {
     plan: Option<Plan>,
     starting: Option<Starting>,
     readiness: watch::Sender<Readiness>,
+    last_tick: Duration,
     stopping: bool,
 }
 
@@ -113,6 +116,7 @@ impl Cluster {
             plan: None,
             starting: None,
             readiness,
+            last_tick: Duration::ZERO,
             stopping: false,
         }
     }
@@ -136,7 +140,7 @@ impl Cluster {
             return;
         }
         let now = self.now();
-        while let Some(event) = self.membership.poll_event(now) {
+        while let Some(event) = self.membership.poll_handled() {
             self.on_membership(event, now);
         }
         self.settle(now);
@@ -150,6 +154,20 @@ impl Cluster {
             self.carry_out(action, now, ctx);
         }
         self.publish();
+    }
+
+    /// Looks at leases. Only here: while messages wait, silence means nothing. A tick that comes
+    /// late says that this program was held up, and that heartbeats may wait in its queues.
+    fn tick(&mut self, ctx: &mut Context<Self>) {
+        let now = self.now();
+        if now.saturating_sub(self.last_tick) > 5 * TICK {
+            self.membership.handle_own_delay(now);
+        }
+        self.last_tick = now;
+        while let Some(event) = self.membership.poll_event(now) {
+            self.on_membership(event, now);
+        }
+        self.advance(ctx);
     }
 
     fn on_membership(&mut self, event: Event, now: Duration) {
@@ -253,6 +271,7 @@ impl Cluster {
             Err(e) => {
                 tracing::error!("{e}");
                 pipeline.handle_plan_failed(epoch, &e.to_string(), now);
+                self.failed(e.to_string());
             }
         }
     }
@@ -309,8 +328,13 @@ impl Cluster {
         self.readiness.send_modify(|r| {
             r.ready = true;
             r.epochs += 1;
+            r.failed = None;
             r.detail.clear();
         });
+    }
+
+    fn failed(&self, message: String) {
+        self.readiness.send_modify(|r| r.failed = Some(message));
     }
 
     fn edge_failed(&mut self, epoch: Epoch, message: &str) {
@@ -352,7 +376,14 @@ impl Cluster {
     }
 
     /// Why a node cannot be a member.
-    fn objection(&self, hello: &Hello) -> Option<String> {
+    fn objection(&self, id: NodeId, hello: &Hello) -> Option<String> {
+        if hello.engine != self.deployment.engine.as_str() {
+            return Some(format!(
+                "the node runs the engine '{}', this cluster '{}': start both with the same --engine",
+                hello.engine,
+                self.deployment.engine.as_str()
+            ));
+        }
         if hello.wire_version != WIRE_VERSION {
             return Some(format!(
                 "the node speaks wire version {}, this coordinator {WIRE_VERSION}: run the same \
@@ -362,8 +393,10 @@ impl Cluster {
                 hello.version
             ));
         }
-        let other =
-            self.members.values().find(|m| m.hello.numerics_revision != hello.numerics_revision)?;
+        // Not the node's own former self: it may come back as another build.
+        let mut others = self.members.iter().filter(|(other, _)| **other != id);
+        let (_, other) =
+            others.find(|(_, m)| m.hello.numerics_revision != hello.numerics_revision)?;
         Some(format!(
             "the node's engine computes as '{}', this cluster as '{}': results would depend on \
              where a layer runs; run the same version and engine on every machine",
@@ -401,9 +434,13 @@ impl Cluster {
             NodeMessage::LoadFailed { epoch, message, .. } => {
                 tracing::error!(node = %id, "cannot load its stage: {message}");
                 pipeline.handle_load_failed(id, epoch, &message, now);
+                self.failed(format!("a node could not load its stage: {message}"));
             }
             NodeMessage::EdgeLost { epoch, message, .. } => {
-                pipeline.handle_edge_lost(epoch, &message, now);
+                // Nobody but the epoch's own stages can end it.
+                if pipeline.chosen().contains(&id) {
+                    pipeline.handle_edge_lost(epoch, &message, now);
+                }
             }
             NodeMessage::Leaving => self.membership.handle_leaving(id, session),
         }
@@ -415,6 +452,6 @@ impl Actor for Cluster {
 
     fn started(&mut self, ctx: &mut Self::Context) {
         ctx.set_mailbox_capacity(256);
-        ctx.run_interval(TICK, |cluster, ctx| cluster.advance(ctx));
+        ctx.run_interval(TICK, |cluster, ctx| cluster.tick(ctx));
     }
 }

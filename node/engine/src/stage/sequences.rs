@@ -37,6 +37,9 @@ pub(super) struct Sequences {
     scratch: Scratch,
 }
 
+/// Micro-batches that a pipeline can have in flight: one for each of 1,024 stages and one more.
+const MAX_IN_FLIGHT: usize = 1025;
+
 /// Outcome of a row as it grows: `None` where logits are still to come.
 pub(super) type Outcomes = Vec<Option<RowOutcome>>;
 
@@ -45,8 +48,9 @@ impl Sequences {
         Self {
             vocab: spec.config.vocab,
             max_len: spec.settings.max_model_len as usize,
-            // Those running, those whose release is still under way, those preempted.
-            limit: 4 * spec.settings.max_num_seqs as usize + 64,
+            // Announcements overtake the releases that travel with the frames: every micro-batch in
+            // flight may have opened as many sequences as run at once.
+            limit: MAX_IN_FLIGHT * spec.settings.max_num_seqs as usize + 64,
             open: HashMap::new(),
             early: HashSet::new(),
             early_order: VecDeque::new(),

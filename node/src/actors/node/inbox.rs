@@ -131,8 +131,10 @@ impl Handler<EdgeOffered> for Node {
             tracing::warn!(peer = ?m.peer, "refused an edge: {message}");
             return;
         }
-        let Some(active) = &self.active else { return };
+        let Plane::Stage { edge: kind, .. } = m.plane else { return };
+        let Some(active) = &mut self.active else { return };
         let Some(stage) = active.stage.clone() else { return };
+        active.edges.push(kind);
         let a = &active.assignment;
         let row_bytes = (a.config.hidden as usize).max(1) * 4;
         let limit = MAX_FRAME_META_BYTES + a.settings.max_batch_tokens as usize * row_bytes + 4096;
@@ -141,11 +143,14 @@ impl Handler<EdgeOffered> for Node {
         actix_rt::spawn(async move {
             let deliver = |frame, ticket| {
                 let stage = stage.clone();
-                async move { stage.send(Inbound { frame, ticket }).await.is_ok() }
+                async move { stage.send(Inbound { edge: kind, frame, ticket }).await.is_ok() }
             };
-            if let Err(e) = pump_in(edge, credits, deliver).await {
-                let _ = losses.try_send(Loss(format!("the edge from {peer:?}: {e}")));
-            }
+            // Also an end in order ends the epoch, if that still lives.
+            let end = match pump_in(edge, credits, deliver).await {
+                Ok(()) => "it let go of the edge".to_owned(),
+                Err(e) => e.to_string(),
+            };
+            let _ = losses.try_send(Loss(format!("the edge from {peer:?}: {end}")));
         });
     }
 }

@@ -24,6 +24,7 @@ use millrace_shared::wire::control::{
 use millrace_shared::wire::frame::Frame;
 use millrace_shared::wire::{Edge, Plane};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::stage::{Loss, Stage, Stop};
 use crate::config::Config;
@@ -67,6 +68,10 @@ struct Active {
     /// Frames for the edge out, until that is connected.
     out: Option<mpsc::Receiver<Frame>>,
     losses: mpsc::Sender<Loss>,
+    /// Loading, then connecting: stopped with the assignment, so that neither outlives it.
+    work: Option<JoinHandle<()>>,
+    /// Inbound edges that are open: one of each kind.
+    edges: Vec<Edge>,
     since: Instant,
     busy_before: Duration,
     steps_before: u64,
@@ -117,6 +122,9 @@ impl Node {
 
     fn drop_stage(&mut self) {
         if let Some(active) = self.active.take() {
+            if let Some(work) = active.work {
+                work.abort();
+            }
             if let Some(stage) = active.stage {
                 let _ = stage.try_send(Stop);
             }
@@ -141,7 +149,7 @@ impl Node {
                     a.assignment.pipeline == pipeline && a.assignment.epoch == epoch
                 });
                 if ours {
-                    self.connect(ctx);
+                    self.connect();
                 }
             }
             CoordinatorMessage::Release { pipeline, epoch } => {
@@ -236,6 +244,8 @@ impl Node {
             stage: None,
             out: None,
             losses,
+            work: None,
+            edges: Vec::new(),
             since: Instant::now(),
             busy_before: self.parts.engine.busy(),
             steps_before: self.parts.engine.steps(),
@@ -246,19 +256,19 @@ impl Node {
                 let _ = node.send(EpochLost { assignment, message }).await;
             }
         });
-        let Some(active) = &self.active else { return };
+        let Some(active) = &mut self.active else { return };
         let load =
             load(Rc::clone(&self.parts), Arc::clone(&active.assignment), link.connection.clone());
         let assignment = Arc::clone(&active.assignment);
         let node = ctx.address();
-        actix_rt::spawn(async move {
+        active.work = Some(actix_rt::spawn(async move {
             let result = load.await;
             let _ = node.send(Loaded { assignment, result }).await;
-        });
+        }));
     }
 
     /// Connects the edge out, then tells the coordinator.
-    fn connect(&mut self, ctx: &mut Context<Self>) {
+    fn connect(&mut self) {
         let (Some(link), Some(active)) = (&self.link, &mut self.active) else { return };
         let Some(frames) = active.out.take() else { return };
         let (parts, pool) = (Rc::clone(&self.parts), self.pool.clone());
@@ -284,7 +294,7 @@ impl Node {
                 let _ = losses.try_send(Loss(format!("the edge {what}: {e}")));
             }
         };
-        ctx.spawn(connecting.into_actor(self));
+        active.work = Some(actix_rt::spawn(connecting));
     }
 
     /// Whether the plan gives this peer this edge, now.
@@ -311,6 +321,9 @@ impl Node {
             }
             Edge::Results => return Err("results go to the coordinator".into()),
         };
+        if active.edges.contains(edge) {
+            return Err("this edge is open already".into());
+        }
         if peer != expected || !fits {
             return Err(format!("{peer:?} is not who the plan names for this edge"));
         }

@@ -42,6 +42,7 @@ pub(super) async fn load(
         head: assignment.next.is_none(),
         settings: assignment.settings.clone(),
         threads,
+        host_threads: threads * assignment.host_stages.max(1) as usize,
         isa: Isa::detect(),
     };
     let place = StagePlace {
