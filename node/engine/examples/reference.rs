@@ -47,6 +47,7 @@ impl Model {
                 max_model_len: BLOCK * BLOCKS_PER_SEQUENCE,
             },
             threads,
+            host_threads: threads,
             isa,
             config: config.clone(),
         };

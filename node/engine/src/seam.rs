@@ -81,6 +81,9 @@ pub struct StageSpec {
     pub settings: EngineSettings,
     /// Compute threads.
     pub threads: usize,
+    /// Compute threads of all stages on this host, this one's included: where they outnumber the
+    /// processors, waiting threads do not spin.
+    pub host_threads: usize,
     /// Instruction set.
     pub isa: Isa,
 }

@@ -45,9 +45,9 @@ pub struct CpuBackend {
 
 impl CpuBackend {
     /// An empty backend with its own threads.
-    pub(crate) fn new(isa: Isa, threads: usize) -> Self {
+    pub(crate) fn new(isa: Isa, threads: usize, host_threads: usize) -> Self {
         Self {
-            compute: Compute { pool: Pool::new(threads), isa },
+            compute: Compute { pool: Pool::new(threads, host_threads), isa },
             weights: Arena::new("weights"),
             cache: Arena::new("the KV cache"),
             scratch: Arena::new("activations"),

@@ -60,7 +60,7 @@ impl CpuEngine {
         check(spec)?;
         let checked = Sources::new(&spec.config, sources)?;
         check_memory(spec, sources)?;
-        let mut backend = CpuBackend::new(spec.isa, spec.threads);
+        let mut backend = CpuBackend::new(spec.isa, spec.threads, spec.host_threads);
         let model = Llama::load(&mut backend, spec, &checked, &mut |b: &CpuBackend| {
             progress(b.weight_bytes());
         })?;

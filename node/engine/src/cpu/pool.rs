@@ -1,10 +1,11 @@
 //! The engine's own threads: one caller (member 0) and `threads - 1` workers that run one job
 //! together and then wait for the next.
 //!
-//! Waiting spins for a few tens of microseconds, then parks; it parks at once where threads
-//! outnumber processors. A panic in a job is carried to the caller after every member has
-//! finished. Nothing is allocated per job. Work is split by member number alone, so results do not
-//! depend on timing.
+//! Waiting spins for some microseconds, then parks. It parks at once where the compute threads of
+//! this host outnumber its processors, and for a while after a spinning member found itself
+//! descheduled: somebody else needs the processor. A panic in a job is carried to the caller after
+//! every member has finished. Nothing is allocated per job. Work is split by member number alone, so
+//! results do not depend on timing.
 
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -15,8 +16,21 @@ use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
-/// How long a member spins before it parks: longer than the gap between two phases of a step.
-const SPIN: Duration = Duration::from_micros(40);
+/// How long a member spins before it parks: longer than the gap between most phases of a step.
+const SPIN: Duration = Duration::from_micros(20);
+
+/// Turns between two looks at the clock: one to three microseconds.
+const CHECK_TURNS: u32 = 32;
+
+/// The most that turns between two looks at the clock count as spinning: the rest of a longer gap
+/// was another thread's, or an interrupt.
+const CHECK_MAX: Duration = Duration::from_micros(5);
+
+/// A longer gap between two looks at the clock means that the thread was descheduled.
+const DESCHEDULED: Duration = Duration::from_micros(20);
+
+/// How long nobody spins after that.
+const QUIET: Duration = Duration::from_millis(50);
 
 /// A job, its lifetime erased; it is alive while `pending` is not zero.
 type Job = *const (dyn Fn(usize) + Sync);
@@ -28,15 +42,21 @@ struct State {
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn std::any::Any + Send>>>,
     caller: Mutex<Option<Thread>>,
-    caller_parked: AtomicBool,
+    /// The caller first.
     members: Vec<Member>,
+    /// Zero where nobody may spin.
     spin: Duration,
+    /// What `no_spin_until` counts from.
+    start: Instant,
+    /// Nanoseconds since `start` before which nobody spins.
+    no_spin_until: AtomicU64,
 }
 
 #[derive(Default)]
+#[repr(align(64))]
 struct Member {
     parked: AtomicBool,
-    /// Nanoseconds spent spinning, and CPU nanoseconds at the start of the step.
+    /// CPU nanoseconds spent spinning; and at the start of the step, those and all.
     spun: AtomicU64,
     spun_before: AtomicU64,
     cpu_before: AtomicU64,
@@ -67,38 +87,18 @@ fn cpu_now() -> u64 {
         .map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64)
 }
 
-/// Spins, then parks, until `ready`; adds what it spun to `spun`.
-fn wait(ready: impl Fn() -> bool, parked: &AtomicBool, spin: Duration, spun: &AtomicU64) {
-    if ready() {
-        return;
-    }
-    let start = Instant::now();
-    let mut turns = 0u32;
-    while !spin.is_zero() {
-        std::hint::spin_loop();
-        if ready() {
-            break;
-        }
-        turns += 1;
-        if turns.is_multiple_of(32) && start.elapsed() > spin {
-            break;
-        }
-    }
-    spun.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
-    while !ready() {
-        parked.store(true, Ordering::SeqCst);
-        if !ready() {
-            std::thread::park();
-        }
-        parked.store(false, Ordering::SeqCst);
-    }
-}
-
 impl Pool {
-    /// Starts `threads - 1` workers; one that the system refuses is done without.
-    pub(crate) fn new(threads: usize) -> Self {
-        let threads = threads.max(1);
+    /// Starts `threads - 1` workers; one that the system refuses is done without. `host_threads` are
+    /// the compute threads of all pools that share this host's processors.
+    pub(crate) fn new(threads: usize, host_threads: usize) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let crowded = threads.max(host_threads) > cores;
+        Self::spinning(threads, if crowded { Duration::ZERO } else { SPIN })
+    }
+
+    /// With members that spin for so long.
+    fn spinning(threads: usize, spin: Duration) -> Self {
+        let threads = threads.max(1);
         let state = Arc::new(State {
             job: UnsafeCell::new(None),
             generation: AtomicU64::new(0),
@@ -106,9 +106,10 @@ impl Pool {
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
             caller: Mutex::new(None),
-            caller_parked: AtomicBool::new(false),
             members: (0..threads).map(|_| Member::default()).collect(),
-            spin: if threads > cores { Duration::ZERO } else { SPIN },
+            spin,
+            start: Instant::now(),
+            no_spin_until: AtomicU64::new(0),
         });
         let mut workers = Vec::with_capacity(threads - 1);
         for member in 1..threads {
@@ -154,8 +155,7 @@ impl Pool {
             }
         }
         let own = catch_unwind(AssertUnwindSafe(|| job(0)));
-        let done = || state.pending.load(Ordering::SeqCst) == 0;
-        wait(done, &state.caller_parked, state.spin, &state.members[0].spun);
+        state.wait(&state.members[0], || state.pending.load(Ordering::SeqCst) == 0);
         let theirs = state.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(payload) = own.err().or(theirs) {
             resume_unwind(payload);
@@ -210,13 +210,63 @@ impl Drop for Pool {
 }
 
 impl State {
+    /// Spins, then parks, until `ready`.
+    fn wait(&self, own: &Member, ready: impl Fn() -> bool) {
+        if ready() {
+            return;
+        }
+        if !self.spin.is_zero() {
+            self.spin(own, &ready);
+        }
+        while !ready() {
+            own.parked.store(true, Ordering::SeqCst);
+            if !ready() {
+                std::thread::park();
+            }
+            own.parked.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// Spins for a while at most, and counts it.
+    fn spin(&self, own: &Member, ready: impl Fn() -> bool) {
+        let start = Instant::now();
+        if self.nanos(start) < self.no_spin_until.load(Ordering::Relaxed) {
+            return;
+        }
+        let (mut last, mut spun, mut turns) = (start, Duration::ZERO, 0u32);
+        loop {
+            std::hint::spin_loop();
+            turns = turns.wrapping_add(1);
+            let done = ready();
+            if !done && !turns.is_multiple_of(CHECK_TURNS) {
+                continue;
+            }
+            let now = Instant::now();
+            let gap = now - last;
+            last = now;
+            spun += gap.min(CHECK_MAX);
+            if gap > DESCHEDULED {
+                self.no_spin_until.store(self.nanos(now + QUIET), Ordering::Relaxed);
+                break;
+            }
+            if done || now - start > self.spin {
+                break;
+            }
+        }
+        own.spun.fetch_add(spun.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// Nanoseconds since the pool was made.
+    fn nanos(&self, at: Instant) -> u64 {
+        at.saturating_duration_since(self.start).as_nanos() as u64
+    }
+
     /// What a worker does until the pool is dropped.
     fn work(&self, member: usize) {
         let mut seen = 0;
         let own = &self.members[member];
         loop {
-            let next = || self.generation.load(Ordering::SeqCst) != seen;
-            wait(next, &own.parked, self.spin, &own.spun);
+            self.wait(own, || self.generation.load(Ordering::SeqCst) != seen);
             seen += 1;
             if self.stop.load(Ordering::SeqCst) {
                 return;
@@ -230,7 +280,7 @@ impl State {
                 *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
             }
             if self.pending.fetch_sub(1, Ordering::SeqCst) == 1
-                && self.caller_parked.load(Ordering::SeqCst)
+                && self.members[0].parked.load(Ordering::SeqCst)
                 && let Some(caller) = &*self.caller.lock().unwrap_or_else(PoisonError::into_inner)
             {
                 caller.unpark();
@@ -245,7 +295,7 @@ mod tests {
 
     #[test]
     fn every_member_runs_every_job() {
-        let mut pool = Pool::new(3);
+        let mut pool = Pool::spinning(3, SPIN);
         let counts: Vec<AtomicUsize> = (0..3).map(|_| AtomicUsize::new(0)).collect();
         for round in 0..2000 {
             if round % 500 == 0 {
@@ -260,7 +310,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let mut pool = Pool::new(2);
+        let mut pool = Pool::spinning(2, SPIN);
         for who in [0, 1] {
             let result = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(&|m| assert!(m != who, "member {m} fails"));
@@ -270,17 +320,50 @@ mod tests {
         }
     }
 
+    /// Measured with the threads' own clocks, so that a loaded machine changes nothing.
     #[test]
     fn busy_counts_work_and_not_waiting() {
-        let mut pool = Pool::new(2);
+        let mut pool = Pool::spinning(2, Duration::from_secs(1));
+        let cpu = [const { AtomicU64::new(0) }; 2];
+        let work = AtomicU64::new(0);
+        pool.run(&|m| cpu[m].store(cpu_now(), Ordering::Relaxed));
         pool.begin_step();
         pool.run(&|m| {
             let start = cpu_now();
             while m == 0 && cpu_now() - start < 20_000_000 {}
+            work.fetch_add(cpu_now() - start, Ordering::Relaxed);
         });
         pool.end_step();
-        let busy = pool.busy();
-        assert!(busy >= Duration::from_millis(19), "{busy:?}");
-        assert!(busy < Duration::from_millis(30), "{busy:?}");
+        pool.run(&|m| cpu[m].store(cpu_now() - cpu[m].load(Ordering::Relaxed), Ordering::Relaxed));
+        let busy = pool.busy().as_nanos() as u64;
+        let [all, work] = [cpu.iter().map(|c| c.load(Ordering::Relaxed)).sum(), work.into_inner()];
+        assert!(busy >= work - work / 10, "{busy} of {work}");
+        // Member 1 spun for most of what is not work, unless it was descheduled and parked.
+        assert!(busy <= work + (all - work) / 2 + 2_000_000, "{busy} of {work}, {all} in all");
+    }
+
+    #[test]
+    fn a_crowded_host_does_not_spin() {
+        let cores = std::thread::available_parallelism().unwrap().get();
+        assert_eq!(Pool::new(1, cores).state.spin, SPIN);
+        assert_eq!(Pool::new(1, cores + 1).state.spin, Duration::ZERO);
+        assert_eq!(Pool::new(cores + 1, 1).state.spin, Duration::ZERO);
+    }
+
+    #[test]
+    fn after_a_gap_nobody_spins_for_a_while() {
+        let pool = Pool::spinning(1, SPIN);
+        let (state, own) = (&*pool.state, &pool.state.members[0]);
+        state.spin(own, || {
+            std::thread::sleep(DESCHEDULED * 2);
+            false
+        });
+        let until = state.no_spin_until.load(Ordering::Relaxed);
+        assert!(until >= QUIET.as_nanos() as u64);
+        let before = own.spun.load(Ordering::Relaxed);
+        assert!(Duration::from_nanos(before) <= CHECK_MAX);
+        state.no_spin_until.store(u64::MAX, Ordering::Relaxed);
+        state.spin(own, || unreachable!("no turn is made"));
+        assert_eq!(own.spun.load(Ordering::Relaxed), before);
     }
 }

@@ -33,7 +33,8 @@ pub(super) fn profile(spec: &ProfileSpec, threads: usize) -> Result<StageProfile
     entries.push(entry(head_name(&config).to_owned(), spec.head_type, &head_dims));
     let sources: Vec<Source> = entries.into_iter().map(Source::Synthetic).collect();
     let measure = |layers: u32, head: bool| {
-        let stage = stage_spec(&config, layers, head, (spec.batch, threads));
+        let host_threads = threads * spec.sharing.max(1) as usize;
+        let stage = stage_spec(&config, layers, head, (spec.batch, threads, host_threads));
         time(&stage, &sources, spec.batch).map(|d| d.as_secs_f64())
     };
     Ok(StageProfile {
@@ -46,7 +47,7 @@ fn stage_spec(
     config: &ModelConfig,
     layers: u32,
     head: bool,
-    (batch, threads): (u32, usize),
+    (batch, threads, host_threads): (u32, usize, usize),
 ) -> StageSpec {
     let batch = batch.max(1);
     StageSpec {
@@ -64,6 +65,7 @@ fn stage_spec(
             max_model_len: 16,
         },
         threads: threads.max(1),
+        host_threads,
         isa: Isa::detect(),
     }
 }

@@ -40,6 +40,7 @@ pub fn spec(layers: Range<u32>, embed: bool, head: bool, dtype: Dtype) -> StageS
         head,
         settings: settings(dtype),
         threads: 1,
+        host_threads: 1,
         isa: Isa::Scalar,
     }
 }

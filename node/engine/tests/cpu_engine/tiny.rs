@@ -157,6 +157,7 @@ impl Tiny {
             head,
             settings: self.settings.clone(),
             threads,
+            host_threads: threads,
             isa,
         };
         let source = |e: &TensorEntry| TensorSource {

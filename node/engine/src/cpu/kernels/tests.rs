@@ -110,7 +110,7 @@ fn product(isa: Isa, threads: usize, w: &[Packed], x: &Tensor, add: bool) -> Vec
     let stride = w.iter().map(|p| p.rows).sum::<usize>() + 3;
     let mut out = vec![0.25f32; x.rows * stride];
     let data = Shared::new(&mut out);
-    matmul(&mut Pool::new(threads), isa, w, x, 0..x.rows, Output { data, stride, add });
+    matmul(&mut Pool::new(threads, threads), isa, w, x, 0..x.rows, Output { data, stride, add });
     assert!(out.chunks(stride).all(|c| c[stride - 3..] == [0.25; 3]), "wrote past the rows");
     out
 }
