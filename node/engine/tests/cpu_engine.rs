@@ -61,6 +61,23 @@ fn cuts_chunks_threads_and_instruction_sets_change_nothing() {
 }
 
 #[test]
+fn blocks_of_256_are_the_same_everywhere() {
+    for types in [[TensorType::Q4_K, TensorType::Q6_K], [TensorType::Q6_K, TensorType::Q4_K]] {
+        let tiny = Tiny::new(types[0], types[1]);
+        let reference = run(&mut tiny.pipeline(&[4], 1, Isa::Scalar), &[64]);
+        let values = |row: &[u32]| row.iter().map(|&x| f32::from_bits(x)).collect::<Vec<_>>();
+        assert!(reference.iter().all(|row| values(row).iter().any(|&x| x != 0.0)));
+        for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512] {
+            if isa > Isa::best() {
+                continue;
+            }
+            let got = run(&mut tiny.pipeline(&[1, 3, 4], 2, isa), &[33, 1, 5, 50]);
+            assert!(got == reference, "{types:?} {isa}");
+        }
+    }
+}
+
+#[test]
 fn company_and_block_size_change_nothing() {
     let tiny = Tiny::new(TensorType::Q4_0, TensorType::Q4_1);
     let alone = run(&mut tiny.pipeline(&[4], 2, Isa::best()), &[64]);

@@ -3,6 +3,9 @@
 //! Values do not change: quants and scales are moved, and for Q4_K the products of scales, exact in
 //! f32, are formed once. Also unpacks single rows, for the embedding.
 
+#[cfg(test)]
+mod golden;
+
 use millrace_shared::model::TensorType;
 
 use super::buffer::{Arena, Buf};

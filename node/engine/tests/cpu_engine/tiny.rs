@@ -71,6 +71,11 @@ fn bytes(dtype: TensorType, elements: u64, size: f32, state: &mut u64) -> Vec<u8
                 block[2..4].copy_from_slice(&f16(-unit * size / 2.0));
             }
             TensorType::Q8_0 => block[..2].copy_from_slice(&f16(unit * size / 256.0)),
+            TensorType::Q4_K => {
+                block[..2].copy_from_slice(&f16(unit * size / 1024.0));
+                block[2..4].copy_from_slice(&f16(unit * size / 128.0));
+            }
+            TensorType::Q6_K => block[208..].copy_from_slice(&f16(unit * size / 4096.0)),
             other => panic!("no random {other:?}"),
         }
         out.extend(block);
@@ -80,14 +85,17 @@ fn bytes(dtype: TensorType, elements: u64, size: f32, state: &mut u64) -> Vec<u8
 
 impl Tiny {
     pub(crate) fn new(layer_type: TensorType, head_type: TensorType) -> Self {
+        // Rows of whole blocks.
+        let large = [layer_type, head_type].iter().any(|t| t.block_elements() > 32);
+        let (hidden, heads, ffn) = if large { (256, 8, 256) } else { (64, 6, 96) };
         let config = ModelConfig {
             family: Family::Llama,
             layers: 4,
-            hidden: 64,
-            heads: 6,
+            hidden,
+            heads,
             kv_heads: 2,
             head_dim: 32,
-            ffn: 96,
+            ffn,
             vocab: 96,
             context: 256,
             rms_eps: 1e-5,
@@ -100,24 +108,25 @@ impl Tiny {
             tied_head: true,
             rope_factors: false,
         };
+        let [hidden, queries, ffn] = [hidden, heads * 32, ffn].map(u64::from);
         let mut tensors: Vec<(String, TensorType, Vec<u64>)> = vec![
-            ("token_embd.weight".into(), head_type, vec![64, 96]),
-            ("output_norm.weight".into(), TensorType::F32, vec![64]),
+            ("token_embd.weight".into(), head_type, vec![hidden, 96]),
+            ("output_norm.weight".into(), TensorType::F32, vec![hidden]),
         ];
         for layer in 0..4 {
             for (name, dims) in [
-                ("attn_q", vec![64, 192]),
-                ("attn_k", vec![64, 64]),
-                ("attn_v", vec![64, 64]),
-                ("attn_output", vec![192, 64]),
-                ("ffn_gate", vec![64, 96]),
-                ("ffn_up", vec![64, 96]),
-                ("ffn_down", vec![96, 64]),
+                ("attn_q", vec![hidden, queries]),
+                ("attn_k", vec![hidden, 64]),
+                ("attn_v", vec![hidden, 64]),
+                ("attn_output", vec![queries, hidden]),
+                ("ffn_gate", vec![hidden, ffn]),
+                ("ffn_up", vec![hidden, ffn]),
+                ("ffn_down", vec![ffn, hidden]),
             ] {
                 tensors.push((format!("blk.{layer}.{name}.weight"), layer_type, dims));
             }
             for name in ["attn_norm", "ffn_norm"] {
-                tensors.push((format!("blk.{layer}.{name}.weight"), TensorType::F32, vec![64]));
+                tensors.push((format!("blk.{layer}.{name}.weight"), TensorType::F32, vec![hidden]));
             }
         }
         let mut file = tempfile::NamedTempFile::new().unwrap();
