@@ -2,6 +2,9 @@
 
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
+/// Keeps streams of choices apart from their seeds.
+const SALT: u64 = 0x6368_6f69_6365_7321;
+
 /// The finaliser of splitmix64: a bijection whose every output bit depends on every input bit.
 fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -12,7 +15,8 @@ fn mix(mut z: u64) -> u64 {
 /// The random stream of one choice of a request: choices of one seed are independent.
 pub fn choice_seed(seed: u64, choice: u32) -> u64 {
     let stream = mix(u64::from(choice).wrapping_add(1).wrapping_mul(GOLDEN));
-    mix(mix(seed.wrapping_add(GOLDEN)) ^ stream)
+    // Without the salt, seed 0 and choice 0 would cancel out.
+    mix(mix(seed.wrapping_add(GOLDEN)) ^ stream ^ SALT)
 }
 
 /// The number in `[0, 1)` that belongs to a position of a stream: a multiple of 2^-53.
@@ -30,10 +34,16 @@ mod tests {
     #[test]
     fn the_stream_is_fixed_for_all_time() {
         // Changing these numbers changes the answers of every seeded request.
-        assert_eq!(choice_seed(0, 0), choice_seed(0, 0));
-        assert_ne!(choice_seed(0, 0), choice_seed(0, 1));
-        assert_ne!(choice_seed(0, 0), choice_seed(1, 0));
-        assert_eq!(uniform(42, 7).to_bits(), uniform(42, 7).to_bits());
+        let parts = |seed, position| (uniform(seed, position) * (1u64 << 53) as f64) as u64;
+        assert_eq!(choice_seed(0, 0), 0x5d11_e80a_34e2_196b);
+        assert_eq!(choice_seed(0, 1), 0xd701_906f_e288_e1f0);
+        assert_eq!(choice_seed(1, 0), 0xf199_db03_f3f5_164c);
+        assert_eq!(choice_seed(42, 3), 0x02a3_de07_d5c4_20c4);
+        assert_eq!(choice_seed(u64::MAX, u32::MAX), 0xb7c1_cf4d_281b_12b7);
+        assert_eq!(parts(0, 0), 0x000c_cdc6_d042_80bb);
+        assert_eq!(parts(42, 7), 0x0007_1306_cf3b_d927);
+        assert_eq!(parts(choice_seed(0, 0), 1), 0x0014_a1ca_463f_7b62);
+        assert_eq!(parts(u64::MAX, u32::MAX), 0x0010_a8cb_f2da_1d3a);
     }
 
     #[test]
