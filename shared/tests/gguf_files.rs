@@ -269,10 +269,6 @@ fn implausible_models() {
     for (key, value, parts) in cases {
         refused(&set(key, value), parts);
     }
-    let linear = with(|w| {
-        w.set("llama.rope.scaling.type", "linear").set("llama.rope.scaling.factor", 4f32);
-    });
-    assert_eq!(parse(&linear).unwrap().config().unwrap().rope.linear_scale, 4.0);
     let tokens = with(|w| {
         w.set("tokenizer.ggml.tokens", vec!["t".to_owned(); 31]);
     });
@@ -285,6 +281,47 @@ fn implausible_models() {
         w.tensor("blk.1.attn_norm.weight", TensorType::F32, &[64], vec![0u8; 256]).unwrap();
     });
     refused(&layer, &["'blk.1.attn_norm.weight'", "1 layers"]);
+}
+
+/// As llama.cpp reads it: linear where no type is given, the old key where the new one is missing,
+/// and zero for no scaling.
+#[test]
+fn rope_scaling() {
+    const TYPE: &str = "llama.rope.scaling.type";
+    const FACTOR: &str = "llama.rope.scaling.factor";
+    const OLD: &str = "llama.rope.scale_linear";
+    let cases: [(&[(&str, Value)], f32); 9] = [
+        (&[], 1.0),
+        (&[(TYPE, "linear".into())], 1.0),
+        (&[(TYPE, "linear".into()), (FACTOR, 4f32.into())], 4.0),
+        (&[(FACTOR, 4f32.into())], 4.0),
+        (&[(FACTOR, 0f32.into())], 1.0),
+        (&[(OLD, 2f32.into())], 2.0),
+        (&[(OLD, 0f32.into())], 1.0),
+        (&[(FACTOR, 4f32.into()), (OLD, 2f32.into())], 4.0),
+        (&[(TYPE, "none".into()), (FACTOR, 4f32.into())], 1.0),
+    ];
+    for (keys, expected) in cases {
+        let bytes = with(|w| {
+            for (key, value) in keys {
+                w.set(*key, value.clone());
+            }
+        });
+        let scale = parse(&bytes).unwrap().config().unwrap().rope.linear_scale;
+        assert_eq!(scale, expected, "{keys:?}");
+    }
+    refused(
+        &with(|w| {
+            w.set(FACTOR, -1f32);
+        }),
+        &[FACTOR, "no scale"],
+    );
+    refused(
+        &with(|w| {
+            w.set(OLD, f32::NAN);
+        }),
+        &[OLD, "no scale"],
+    );
 }
 
 #[test]

@@ -158,17 +158,14 @@ impl Gguf {
         Ok(RopeConfig { base, dim, style: RopeStyle::Interleaved, linear_scale })
     }
 
+    /// A factor without a type is linear; zero says nothing.
     fn rope_scale(&self) -> Result<f32, GgufError> {
         const TYPE: &str = "llama.rope.scaling.type";
         const FACTOR: &str = "llama.rope.scaling.factor";
         const OLD: &str = "llama.rope.scale_linear";
-        let (key, factor) = match self.opt_str(TYPE)? {
-            None => match self.opt_f32(OLD)? {
-                Some(f) => (OLD, f),
-                None => return Ok(1.0),
-            },
+        match self.opt_str(TYPE)? {
+            None | Some("linear") => {}
             Some("none") => return Ok(1.0),
-            Some("linear") => (FACTOR, self.f32(FACTOR)?),
             Some(other) => {
                 return Err(bad(
                     TYPE,
@@ -177,11 +174,16 @@ impl Gguf {
                     ),
                 ));
             }
-        };
-        if factor.is_finite() && factor > 0.0 {
-            return Ok(factor);
         }
-        Err(bad(key, format!("{factor} is no scale")))
+        let (key, factor) = match self.opt_f32(FACTOR)? {
+            Some(factor) => (FACTOR, factor),
+            None => (OLD, self.opt_f32(OLD)?.unwrap_or(1.0)),
+        };
+        match factor {
+            0.0 => Ok(1.0),
+            f if f.is_finite() && f > 0.0 => Ok(f),
+            f => Err(bad(key, format!("{f} is no scale"))),
+        }
     }
 
     /// Every tensor must have a place in the graph: ignoring one would give wrong answers.
