@@ -8,12 +8,13 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use api_common::*;
-use millrace_coordinator::api::quic::serve_connection;
+use millrace_coordinator::api::quic::{serve_connection, serve_connection_with};
 use millrace_net::client::{Client, ClientConfig};
 use millrace_net::{ClusterCa, Endpoint, tls};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::sampling::SamplingParams;
+use millrace_shared::wire::COORDINATOR_NAME;
 use millrace_shared::wire::rpc::{
     FinishReason, GenerateEvent, GenerateRequest, Prompt, ScoreRequest, TokenizeRequest,
 };
@@ -22,9 +23,14 @@ struct Server {
     fake: Arc<Fake>,
     dropped: mpsc::Receiver<RequestId>,
     config: ClientConfig,
+    ca_der: Vec<u8>,
 }
 
 fn server(script: Script) -> Server {
+    server_with(script, None)
+}
+
+fn server_with(script: Script, first_call: Option<Duration>) -> Server {
     let ca = ClusterCa::create().unwrap();
     let tls = tls::public_server(&ca.issue_coordinator().unwrap()).unwrap();
     let endpoint = Endpoint::bind(SocketAddr::from(([127, 0, 0, 1], 0)), Some(tls)).unwrap();
@@ -39,10 +45,16 @@ fn server(script: Script) -> Server {
     tokio::spawn(async move {
         while let Some(incoming) = endpoint.accept().await {
             let connection = incoming.handshake(DEADLINE).await.unwrap();
-            tokio::spawn(serve_connection(connection, service.clone()));
+            let service = service.clone();
+            tokio::spawn(async move {
+                match first_call {
+                    None => serve_connection(connection, service).await,
+                    Some(limit) => serve_connection_with(connection, service, limit).await,
+                }
+            });
         }
     });
-    Server { fake, dropped, config }
+    Server { fake, dropped, config, ca_der: ca.ca_der().to_vec() }
 }
 
 async fn soon<T>(work: impl Future<Output = T>) -> T {
@@ -165,4 +177,27 @@ async fn calls_beyond_the_bound_wait() {
     let calls = (0..200).map(|_| client.models());
     let answers = soon(futures::future::join_all(calls)).await;
     assert!(answers.iter().all(Result::is_ok));
+}
+
+/// A connection without a valid key does not keep its place; one with a key does.
+#[tokio::test]
+async fn who_shows_no_key_is_turned_out() {
+    let s = server_with(hello(), Some(Duration::from_millis(1500)));
+    let addr: SocketAddr = s.config.quic.parse().unwrap();
+    let endpoint = Endpoint::client(addr).unwrap();
+    let tls = tls::api_client(&s.ca_der).unwrap();
+    let silent = endpoint.connect(addr, COORDINATOR_NAME, &tls, DEADLINE).await.unwrap();
+    let wrong = ClientConfig { api_key: "wrong".into(), ..s.config.clone() };
+    let wrong = soon(Client::connect(&wrong)).await.unwrap();
+    assert_eq!(soon(wrong.models()).await.unwrap_err().code, ErrorCode::Unauthenticated);
+    let good = soon(Client::connect(&s.config)).await.unwrap();
+    s.fake.set(hang());
+    let mut stream = soon(good.generate(request())).await.unwrap();
+    soon(stream.next()).await.unwrap().unwrap();
+
+    let reason = soon(silent.closed()).await.to_string();
+    assert!(reason.contains("no call with a valid key"), "{reason}");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    soon(stream.next()).await.unwrap().unwrap();
+    assert!(s.dropped.try_recv().is_err(), "the good client's request runs on");
 }

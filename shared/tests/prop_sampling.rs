@@ -165,8 +165,12 @@ proptest! {
         let greedy = run(&logits, &SamplingParams::greedy(), &[], 0, seed, 0);
         let one = SamplingParams { top_k: 1, ..SamplingParams::default() };
         prop_assert_eq!(run(&logits, &one, &[], 0, seed, 0), greedy);
-        let tiny = SamplingParams { top_p: 1e-6, ..SamplingParams::default() };
-        prop_assert_eq!(run(&logits, &tiny, &[], 0, seed, 0), greedy);
+        for top_p in [0.0, 1e-6] {
+            for top_k in [0, 2] {
+                let tiny = SamplingParams { top_p, top_k, ..SamplingParams::default() };
+                prop_assert_eq!(run(&logits, &tiny, &[], 0, seed, 0), greedy.clone());
+            }
+        }
         let strict = SamplingParams { min_p: 1.0, top_k: 1, ..SamplingParams::default() };
         prop_assert_eq!(run(&logits, &strict, &[], 0, seed, 0), greedy);
     }
@@ -297,7 +301,9 @@ fn validation_names_the_field() {
     check(|p| p.temperature = -0.1, "temperature");
     check(|p| p.temperature = 2.1, "temperature");
     check(|p| p.temperature = f32::NAN, "temperature");
-    check(|p| p.top_p = 0.0, "top_p");
+    let top_one = SamplingParams { top_p: 0.0, ..SamplingParams::default() };
+    top_one.validate(100).expect("top_p of 0 is valid");
+    check(|p| p.top_p = -0.1, "top_p");
     check(|p| p.top_p = 1.1, "top_p");
     check(|p| p.min_p = -0.1, "min_p");
     check(|p| p.repetition_penalty = 0.0, "repetition_penalty");

@@ -2,17 +2,19 @@
 //!
 //! All calls of a connection run inside one future: when the connection ends, or a client resets a
 //! stream, its calls are dropped, and with them their event streams, which cancels the requests. At
-//! most [`MAX_CALLS`] calls of a connection run at once; more wait as unaccepted streams.
+//! most [`MAX_CALLS`] calls of a connection run at once; more wait as unaccepted streams. The key is
+//! checked before the method is read, and a client that shows none in time is turned out.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::stream::{FuturesUnordered, StreamExt};
-use millrace_net::rpc_server::{ReplySender, accept_call, bearer};
-use millrace_net::{Connection, IncomingStream, NetError};
+use millrace_net::rpc_server::{BodyPermit, IncomingCall, ReplySender, accept_call};
+use millrace_net::{Connection, IncomingStream, NetError, timing};
 use millrace_shared::error::{ErrorCode, Status};
-use millrace_shared::wire::MAX_RPC_BYTES;
-use millrace_shared::wire::rpc::{Call, GenerateEvent, GenerateRequest, Method, Reply};
+use millrace_shared::wire::MAX_REPLY_BYTES;
+use millrace_shared::wire::rpc::{GenerateEvent, GenerateRequest, Method, Reply};
 
 use crate::service::Service;
 
@@ -21,15 +23,37 @@ pub const MAX_CALLS: usize = 128;
 /// Positions per `Scores` reply: below 1 MiB with 64 logits each.
 const SCORES_PER_REPLY: usize = 512;
 /// Most ids in one reply: each takes at most five bytes of bincode.
-const MAX_REPLY_IDS: usize = (MAX_RPC_BYTES - 64) / 5;
+const MAX_REPLY_IDS: usize = (MAX_REPLY_BYTES - 64) / 5;
 
-/// Serves one client until its connection ends.
+/// A connection and what its calls have in common.
+struct Client {
+    connection: Connection,
+    service: Arc<dyn Service>,
+    /// Whether one of its calls had a valid key.
+    proven: AtomicBool,
+}
+
+/// Serves one client until its connection ends, or until [`timing::FIRST_CALL`] has passed without
+/// a call with a valid key.
 pub async fn serve_connection(connection: Connection, service: Arc<dyn Service>) {
+    serve_connection_with(connection, service, timing::FIRST_CALL).await;
+}
+
+/// [`serve_connection`] with another time for the first call.
+pub async fn serve_connection_with(
+    connection: Connection,
+    service: Arc<dyn Service>,
+    first_call: Duration,
+) {
+    let client = Client { connection, service, proven: AtomicBool::new(false) };
+    let connection = &client.connection;
     let mut calls = FuturesUnordered::new();
+    let mut waited = std::pin::pin!(tokio::time::sleep(first_call));
+    let mut waiting = true;
     loop {
         tokio::select! {
             accepted = connection.accept_incoming(), if calls.len() < MAX_CALLS => match accepted {
-                Ok(stream) => calls.push(serve_call(stream, Arc::clone(&service))),
+                Ok(stream) => calls.push(client.serve_call(stream)),
                 Err(error) => {
                     tracing::debug!(peer = %connection.remote_address(), %error, "client left");
                     return;
@@ -38,6 +62,14 @@ pub async fn serve_connection(connection: Connection, service: Arc<dyn Service>)
             Some(ended) = calls.next() => {
                 if let Err(error) = ended {
                     tracing::debug!(peer = %connection.remote_address(), %error, "call broken off");
+                }
+            }
+            () = &mut waited, if waiting => {
+                waiting = false;
+                if !client.proven.load(Ordering::Relaxed) {
+                    tracing::debug!(peer = %connection.remote_address(), "no call with a key");
+                    connection.close("no call with a valid key came in time");
+                    return;
                 }
             }
             // With every slot taken nothing above would notice a connection that is gone.
@@ -49,42 +81,55 @@ pub async fn serve_connection(connection: Connection, service: Arc<dyn Service>)
     }
 }
 
-/// One call, from its first message to its last reply.
-async fn serve_call(stream: IncomingStream, service: Arc<dyn Service>) -> Result<(), NetError> {
-    let (call, mut replies) = accept_call(stream).await?;
-    let gone = replies.closed();
-    let answered = async {
-        match answer(call, &mut replies, &service).await? {
-            Ok(()) => replies.done().await,
-            Err(status) => replies.fail(status).await,
+impl Client {
+    /// One call, from its header to its last reply.
+    async fn serve_call(&self, stream: IncomingStream) -> Result<(), NetError> {
+        let call = accept_call(stream).await?;
+        if let Err(status) = self.service.authenticate(call.bearer()) {
+            return call.refuse(status).await;
         }
-    };
-    tokio::select! {
-        biased;
-        result = answered => result,
-        () = gone => Ok(()),
+        if !self.proven.swap(true, Ordering::Relaxed) {
+            self.connection.widen();
+        }
+        self.serve_method(call).await
+    }
+
+    async fn serve_method(&self, call: IncomingCall) -> Result<(), NetError> {
+        let deadline = call.header().deadline_ms.map(Duration::from_millis);
+        let (method, room, mut replies) = call.method().await?;
+        let gone = replies.closed();
+        let answered = async {
+            match answer(method, room, deadline, &mut replies, &self.service).await? {
+                Ok(()) => replies.done().await,
+                Err(status) => replies.fail(status).await,
+            }
+        };
+        tokio::select! {
+            biased;
+            result = answered => result,
+            () = gone => Ok(()),
+        }
     }
 }
 
 /// Sends all replies but the last. The outer error is the network's, the inner one the caller's.
 async fn answer(
-    call: Call,
+    method: Method,
+    room: BodyPermit,
+    deadline: Option<Duration>,
     replies: &mut ReplySender,
     service: &Arc<dyn Service>,
 ) -> Result<Result<(), Status>, NetError> {
-    if let Err(status) = service.authenticate(bearer(&call)) {
-        return Ok(Err(status));
-    }
-    let deadline = call.deadline_ms.map(Duration::from_millis);
-    if let Method::Generate(request) = call.method {
-        return generate(request, deadline, replies, service.as_ref()).await;
+    if let Method::Generate(request) = method {
+        return generate(request, room, deadline, replies, service.as_ref()).await;
     }
     let found = match deadline {
-        None => unary(call.method, None, service).await,
-        Some(limit) => tokio::time::timeout(limit, unary(call.method, deadline, service))
+        None => unary(method, None, service).await,
+        Some(limit) => tokio::time::timeout(limit, unary(method, deadline, service))
             .await
             .unwrap_or_else(|_| Err(late(limit))),
     };
+    drop(room);
     match found {
         Err(status) => Ok(Err(status)),
         Ok(parts) => {
@@ -98,6 +143,7 @@ async fn answer(
 
 async fn generate(
     request: GenerateRequest,
+    room: BodyPermit,
     deadline: Option<Duration>,
     replies: &mut ReplySender,
     service: &dyn Service,
@@ -106,6 +152,8 @@ async fn generate(
         Ok(events) => events,
         Err(status) => return Ok(Err(status)),
     };
+    // The prompt has become ids, which the scheduler's own limits bound.
+    drop(room);
     loop {
         match events.next().await {
             None => return Ok(Err(Status::internal("the answer ended without saying why"))),
@@ -143,7 +191,7 @@ async fn unary(
         Method::Detokenize { ids } => {
             let service = Arc::clone(service);
             let text = blocking(move || service.detokenize(&ids)).await?;
-            check_size(text.len(), MAX_RPC_BYTES - 64, "bytes")?;
+            check_size(text.len(), MAX_REPLY_BYTES - 64, "bytes")?;
             Reply::Text(text)
         }
         Method::Models => Reply::Models(service.models()),

@@ -18,6 +18,7 @@ use rustls::pki_types::CertificateDer;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::error::{describe, within};
+use crate::seats::{Seat, Seats};
 use crate::tls::{Alpn, ClientTls, ServerTls};
 use crate::{NetError, PeerName, timing};
 
@@ -34,12 +35,19 @@ const MEMBER_INITIAL_WINDOW: u64 = 1 << 20;
 const MEMBER_STREAM_WINDOW: u32 = 16 << 20;
 /// Stream window of clients: their requests are small, and unauthenticated until read.
 const PUBLIC_STREAM_WINDOW: u32 = 1 << 20;
+/// What all streams of a client together may have unread until [`Connection::widen`].
+const UNPROVEN_WINDOW: u32 = 128 << 10;
 /// Streams a client may have open: concurrent calls.
 const PUBLIC_STREAMS: u32 = 256;
 /// Streams a member may have open: control, edges and a bounded number of blob requests.
 const MEMBER_STREAMS: u32 = 64;
 /// Connections an endpoint holds at once; more are refused.
 const MAX_CONNECTIONS: usize = 1024;
+/// Connections from which on a newcomer has to show that its address is its own (QUIC Retry: one
+/// more round trip) before any work is done for it.
+const RETRY_ABOVE: usize = 64;
+/// Connections of one host at the public endpoint; more are refused.
+const MAX_PER_HOST: usize = 64;
 /// Handshakes that wait to be accepted; more are refused.
 const MAX_WAITING: usize = 128;
 
@@ -49,6 +57,8 @@ pub struct Endpoint {
     inner: quinn::Endpoint,
     window: u32,
     server: Option<ServerTls>,
+    /// Counted at the public endpoint only.
+    seats: Seats,
 }
 
 impl Endpoint {
@@ -68,11 +78,11 @@ impl Endpoint {
             source: io::Error::new(io::ErrorKind::InvalidInput, e),
         })?;
         let server_config =
-            server.as_ref().map(|tls| server_config(tls, &transport(tls.public, false, window)));
+            server.as_ref().map(|tls| server_config(tls, transport(tls.public, false, window)));
         let runtime = Arc::new(quinn::TokioRuntime);
         let inner =
             quinn::Endpoint::new(config, server_config, socket, runtime).map_err(bind_error)?;
-        Ok(Self { inner, window, server })
+        Ok(Self { inner, window, server, seats: Seats::new(MAX_PER_HOST) })
     }
 
     /// Binds `addr`, or the first free one of the `tries - 1` ports after it.
@@ -133,7 +143,7 @@ impl Endpoint {
         let failed = |message: String| NetError::Connect { addr, message };
         let mut config = quinn::ClientConfig::new(tls.config.clone());
         let loopback = addr.ip().is_loopback();
-        config.transport_config(transport(tls.public, loopback, self.window));
+        config.transport_config(Arc::new(transport(tls.public, loopback, self.window)));
         let connecting = self
             .inner
             .connect_with(config, addr, server_name)
@@ -173,12 +183,22 @@ impl Endpoint {
                 inner.refuse();
                 continue;
             };
-            if self.inner.open_connections() >= MAX_CONNECTIONS {
+            let open = self.inner.open_connections();
+            let ip = inner.remote_address().ip();
+            // Whoever only pretends to be at this address must not use up its owner's places.
+            let suspect = open >= RETRY_ABOVE || self.seats.taken(ip) >= MAX_PER_HOST / 2;
+            if suspect && !inner.remote_address_validated() && inner.may_retry() {
+                // It cannot fail where `may_retry` holds.
+                let _ = inner.retry();
+                continue;
+            }
+            let seat = if tls.public { self.seats.take(ip).map(Some) } else { Some(None) };
+            let Some(seat) = seat.filter(|_| open < MAX_CONNECTIONS) else {
                 tracing::warn!(peer = %inner.remote_address(), "too many connections, one refused");
                 inner.refuse();
                 continue;
-            }
-            return Some(Incoming { inner, tls, window: self.window });
+            };
+            return Some(Incoming { inner, tls, window: self.window, seat });
         }
     }
 
@@ -198,6 +218,7 @@ pub struct Incoming {
     inner: quinn::Incoming,
     tls: ServerTls,
     window: u32,
+    seat: Option<Seat>,
 }
 
 impl std::fmt::Debug for Incoming {
@@ -210,6 +231,11 @@ impl Incoming {
     /// Where it comes from.
     pub fn remote_address(&self) -> SocketAddr {
         self.inner.remote_address()
+    }
+
+    /// Whether it has shown that this address is its own.
+    pub fn is_address_validated(&self) -> bool {
+        self.inner.remote_address_validated()
     }
 
     /// Turns it away.
@@ -225,14 +251,15 @@ impl Incoming {
         let addr = self.remote_address();
         let failed = |message: String| NetError::Handshake { addr, message };
         let transport = transport(self.tls.public, addr.ip().is_loopback(), self.window);
-        let config = Arc::new(server_config(&self.tls, &transport));
+        let config = Arc::new(server_config(&self.tls, transport));
         let connecting = self.inner.accept_with(config).map_err(|e| failed(describe(&e)))?;
         let inner = match tokio::time::timeout(deadline, connecting).await {
             Err(_) => return Err(failed(format!("not complete within {deadline:?}"))),
             Ok(Err(e)) => return Err(failed(describe(&e))),
             Ok(Ok(inner)) => inner,
         };
-        let connection = Connection::new(inner).map_err(|e| failed(e.to_string()))?;
+        let mut connection = Connection::new(inner).map_err(|e| failed(e.to_string()))?;
+        connection.seat = self.seat.map(Arc::new);
         if connection.alpn == Alpn::Cluster && connection.peer.is_none() {
             connection.close("a cluster certificate is required");
             return Err(failed("it showed no certificate".into()));
@@ -247,13 +274,14 @@ pub struct Connection {
     pub(crate) inner: quinn::Connection,
     alpn: Alpn,
     peer: Option<PeerName>,
+    seat: Option<Arc<Seat>>,
 }
 
 impl Connection {
     fn new(inner: quinn::Connection) -> Result<Self, NetError> {
         let result = Self::inspect(&inner);
         match result {
-            Ok((alpn, peer)) => Ok(Self { inner, alpn, peer }),
+            Ok((alpn, peer)) => Ok(Self { inner, alpn, peer, seat: None }),
             Err(e) => {
                 inner.close(VarInt::from_u32(1), e.to_string().as_bytes());
                 Err(e)
@@ -304,6 +332,11 @@ impl Connection {
         self.inner.rtt()
     }
 
+    /// Lets a client that has proved who it is send as much at once as its calls need.
+    pub fn widen(&self) {
+        self.inner.set_receive_window(VarInt::from_u32(PUBLIC_STREAM_WINDOW.saturating_mul(4)));
+    }
+
     /// Closes at once, telling the peer why.
     pub fn close(&self, reason: &str) {
         self.inner.close(VarInt::from_u32(0), reason.as_bytes());
@@ -351,14 +384,17 @@ fn open_socket(addr: SocketAddr) -> io::Result<(std::net::UdpSocket, u32)> {
     Ok((socket.into(), window.clamp(PUBLIC_STREAM_WINDOW / 4, MEMBER_STREAM_WINDOW)))
 }
 
-fn server_config(tls: &ServerTls, transport: &Arc<TransportConfig>) -> quinn::ServerConfig {
+fn server_config(tls: &ServerTls, mut transport: TransportConfig) -> quinn::ServerConfig {
+    if tls.public {
+        transport.receive_window(VarInt::from_u32(UNPROVEN_WINDOW));
+    }
     let mut config = quinn::ServerConfig::with_crypto(tls.config.clone());
-    config.transport_config(transport.clone()).max_incoming(MAX_WAITING).migration(tls.public);
+    config.transport_config(Arc::new(transport)).max_incoming(MAX_WAITING).migration(tls.public);
     config
 }
 
 /// Settings of a connection; `window` is the largest stream window that the socket allows.
-fn transport(public: bool, loopback: bool, window: u32) -> Arc<TransportConfig> {
+fn transport(public: bool, loopback: bool, window: u32) -> TransportConfig {
     let mut config = TransportConfig::default();
     let idle = IdleTimeout::try_from(timing::IDLE_TIMEOUT)
         .expect("invariant: ten seconds fit into a variable-length integer");
@@ -393,5 +429,5 @@ fn transport(public: bool, loopback: bool, window: u32) -> Arc<TransportConfig> 
         discovery.upper_bound(LAN_MTU);
         config.mtu_discovery_config(Some(discovery));
     }
-    Arc::new(config)
+    config
 }

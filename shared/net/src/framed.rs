@@ -91,6 +91,22 @@ impl MessageReceiver {
     /// # Errors
     /// If it is too long or malformed, or the stream or connection is gone.
     pub async fn recv<T: DeserializeOwned>(&mut self, limit: usize) -> Result<Option<T>, NetError> {
+        let Some(len) = self.announced(limit).await? else { return Ok(None) };
+        self.fill(len).await?;
+        let message = codec::decode(&self.body[..len])?;
+        self.prefix_filled = 0;
+        self.body_filled = 0;
+        self.body.clear();
+        self.body.shrink_to(GROWTH_BYTES);
+        Ok(Some(message))
+    }
+
+    /// The length of the next message, of at most `limit` bytes, before it is received; `None` when
+    /// the peer has finished. Cancel-safe.
+    ///
+    /// # Errors
+    /// If it is too long, or the stream or connection is gone.
+    pub async fn announced(&mut self, limit: usize) -> Result<Option<usize>, NetError> {
         while self.prefix_filled < 4 {
             match self.stream.read(&mut self.prefix[self.prefix_filled..]).await? {
                 Some(n) => self.prefix_filled += n,
@@ -98,7 +114,23 @@ impl MessageReceiver {
                 None => return Err(NetError::Ended("in the middle of a message")),
             }
         }
-        let len = codec::check_len(self.prefix, limit)?;
+        Ok(Some(codec::check_len(self.prefix, limit)?))
+    }
+
+    /// The bytes of the next message, which must come, for decoding elsewhere. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`MessageReceiver::recv_one`], but for what only decoding finds.
+    pub async fn recv_body(&mut self, limit: usize) -> Result<Vec<u8>, NetError> {
+        let len = self.announced(limit).await?;
+        self.fill(len.ok_or(NetError::Ended("before a message came"))?).await?;
+        self.prefix_filled = 0;
+        self.body_filled = 0;
+        Ok(std::mem::take(&mut self.body))
+    }
+
+    /// Receives what is missing of a body of `len` bytes.
+    async fn fill(&mut self, len: usize) -> Result<(), NetError> {
         while self.body_filled < len {
             if self.body.len() == self.body_filled {
                 self.body.resize(len.min(self.body_filled + GROWTH_BYTES), 0);
@@ -108,12 +140,7 @@ impl MessageReceiver {
                 None => return Err(NetError::Ended("in the middle of a message")),
             }
         }
-        let message = codec::decode(&self.body[..len])?;
-        self.prefix_filled = 0;
-        self.body_filled = 0;
-        self.body.clear();
-        self.body.shrink_to(GROWTH_BYTES);
-        Ok(Some(message))
+        Ok(())
     }
 
     /// The next message, which must come.

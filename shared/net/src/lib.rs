@@ -29,6 +29,7 @@ pub mod keys;
 mod private_file;
 pub mod pump;
 pub mod rpc_server;
+mod seats;
 pub mod signals;
 pub mod telemetry;
 pub mod timing;

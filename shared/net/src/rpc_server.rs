@@ -1,41 +1,123 @@
 //! The server's half of the client API: one call per stream.
 //!
-//! Reads the call, hands out a [`ReplySender`], and notices when the client goes away. What a
-//! method does, who may call it and when its deadline passes is the caller's business.
+//! [`accept_call`] reads the header, which is short; the caller checks the key in it and only then
+//! asks for the method with [`IncomingCall::method`]. The bytes of all methods in the making are
+//! bounded over the whole process. A [`ReplySender`] answers and notices when the client goes away.
+//! What a method does, who may call it and when its deadline passes is the caller's business.
 
 use millrace_shared::error::Status;
-use millrace_shared::wire::MAX_RPC_BYTES;
-use millrace_shared::wire::rpc::{Call, GenerateEvent, Reply};
+use millrace_shared::wire::rpc::{CallHeader, GenerateEvent, Method, Reply};
+use millrace_shared::wire::{MAX_CALL_HEADER_BYTES, MAX_RPC_BYTES, codec};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::error::within;
 use crate::{IncomingStream, MessageReceiver, MessageSender, NetError, RecvStream, timing};
 
-/// Reads the call of a stream that a client has opened.
+/// Bytes of methods that are received, decoded or not yet tokenised at once. Memory belongs to the
+/// process, so this does too. A decoded method takes at most some four times its bytes.
+const BODY_BUDGET: usize = 64 << 20;
+static BODIES: Semaphore = Semaphore::const_new(BODY_BUDGET);
+/// Longer methods are decoded where they hold nobody up.
+const LONG_BODY: usize = 64 << 10;
+/// When to try again, told to clients whose method found no room.
+const RETRY_MS: u32 = 1000;
+
+/// A call whose header has been read.
+#[derive(Debug)]
+pub struct IncomingCall {
+    header: CallHeader,
+    messages: MessageReceiver,
+    out: MessageSender,
+}
+
+/// The room that a method takes up; keep it until the method's text and ids are used up.
+#[derive(Debug)]
+pub struct BodyPermit {
+    _room: SemaphorePermit<'static>,
+}
+
+/// Reads the header of a stream that a client has opened.
 ///
 /// # Errors
-/// If the call is late, too long or malformed; the client has been told then.
-pub async fn accept_call(stream: IncomingStream) -> Result<(Call, ReplySender), NetError> {
+/// If it is late, too long or malformed; the client has been told then.
+pub async fn accept_call(stream: IncomingStream) -> Result<IncomingCall, NetError> {
     let (send, recv) = stream.into_halves();
     let mut messages = MessageReceiver::new(recv);
-    let received =
-        within(timing::FIRST_MESSAGE, "the call of a stream", messages.recv_one(MAX_RPC_BYTES))
-            .await;
-    let replies = ReplySender { out: MessageSender::new(send), _call: messages.into_stream() };
-    match received {
-        Ok(call) => Ok((call, replies)),
+    let out = MessageSender::new(send);
+    let received = messages.recv_one(MAX_CALL_HEADER_BYTES);
+    match within(timing::FIRST_MESSAGE, "the header of a call", received).await {
+        Ok(header) => Ok(IncomingCall { header, messages, out }),
         Err(e) => {
-            let _ = replies.fail(e.to_status()).await;
+            let _ = replies(out, messages).fail(e.to_status()).await;
             Err(e)
         }
     }
 }
 
-/// The secret of a call's `authorization: Bearer SECRET`.
-pub fn bearer(call: &Call) -> Option<&str> {
-    let (_, value) =
-        call.metadata.iter().find(|(name, _)| name.eq_ignore_ascii_case("authorization"))?;
-    let (scheme, secret) = value.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| secret.trim())
+fn replies(out: MessageSender, messages: MessageReceiver) -> ReplySender {
+    ReplySender { out, _call: messages.into_stream() }
+}
+
+impl IncomingCall {
+    /// Who calls, and how long they wait.
+    pub fn header(&self) -> &CallHeader {
+        &self.header
+    }
+
+    /// The secret of the call's `authorization: Bearer SECRET`.
+    pub fn bearer(&self) -> Option<&str> {
+        let mut pairs = self.header.metadata.iter();
+        let (_, value) = pairs.find(|(name, _)| name.eq_ignore_ascii_case("authorization"))?;
+        let (scheme, secret) = value.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then(|| secret.trim())
+    }
+
+    /// Ends the call with an error, without reading what is asked.
+    ///
+    /// # Errors
+    /// As [`ReplySender::event`].
+    pub async fn refuse(self, status: Status) -> Result<(), NetError> {
+        replies(self.out, self.messages).fail(status).await
+    }
+
+    /// Reads what is asked.
+    ///
+    /// # Errors
+    /// If it is late, too long or malformed, or finds no room; the client has been told then.
+    pub async fn method(mut self) -> Result<(Method, BodyPermit, ReplySender), NetError> {
+        let received = read_method(&mut self.messages);
+        let received = within(timing::FIRST_MESSAGE, "the method of a call", received).await;
+        let replies = replies(self.out, self.messages);
+        let status = match received {
+            Ok(Ok((method, room))) => return Ok((method, room, replies)),
+            Ok(Err(full)) => (full.clone(), NetError::Protocol(full.message)),
+            Err(e) => (e.to_status(), e),
+        };
+        let _ = replies.fail(status.0).await;
+        Err(status.1)
+    }
+}
+
+/// The inner error is that there is no room.
+async fn read_method(
+    messages: &mut MessageReceiver,
+) -> Result<Result<(Method, BodyPermit), Status>, NetError> {
+    let len = messages.announced(MAX_RPC_BYTES).await?;
+    let len = len.ok_or(NetError::Ended("before the method came"))?;
+    let units = u32::try_from(len).unwrap_or(u32::MAX);
+    let waiting = tokio::time::timeout(timing::BODY_ROOM, BODIES.acquire_many(units));
+    let Ok(Ok(room)) = waiting.await else {
+        let message = "too many large calls at once: try again";
+        return Ok(Err(Status::exhausted(message, RETRY_MS)));
+    };
+    let body = messages.recv_body(MAX_RPC_BYTES).await?;
+    let method = if len > LONG_BODY {
+        let decoding = tokio::task::spawn_blocking(move || codec::decode(&body));
+        decoding.await.map_err(|e| NetError::Protocol(format!("decoding the method: {e}")))?
+    } else {
+        codec::decode(&body)
+    };
+    Ok(Ok((method?, BodyPermit { _room: room })))
 }
 
 /// Where the replies of one call go. Dropping it without [`ReplySender::done`] or

@@ -21,6 +21,14 @@ pub const HANDSHAKE: Duration = Duration::from_secs(8);
 /// is one round trip with losses; longer is a peer that holds a slot and says nothing.
 pub const FIRST_MESSAGE: Duration = Duration::from_secs(5);
 
+/// A method that waits for room beside other clients' methods. Below [`FIRST_MESSAGE`], so that the
+/// client learns what the matter is.
+pub const BODY_ROOM: Duration = Duration::from_secs(3);
+
+/// From a client's handshake to its first call with a valid key; longer is somebody who only holds
+/// a place. A client that was slower, such as a person before the first question, connects again.
+pub const FIRST_CALL: Duration = Duration::from_secs(10);
+
 /// Opening a stream when the peer's limit is reached: streams end quickly or not at all.
 pub const OPEN_STREAM: Duration = Duration::from_secs(5);
 

@@ -7,15 +7,18 @@ use std::time::Duration;
 
 use common::*;
 use millrace_net::client::{Client, ClientConfig};
-use millrace_net::rpc_server::{ReplySender, accept_call, bearer};
-use millrace_net::{Alpn, Connection, Endpoint, MessageSender, tls};
+use millrace_net::rpc_server::{ReplySender, accept_call};
+use millrace_net::{
+    Alpn, Connection, Endpoint, IncomingStream, MessageReceiver, MessageSender, tls,
+};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::rpc::{
-    Call, FinishReason, GenerateEvent, GenerateRequest, Method, PositionScore, Prompt, Reply,
-    ScoreRequest, Timings, TokenizeRequest, Usage,
+    CallHeader, ChatMessage, FinishReason, GenerateEvent, GenerateRequest, Method, PositionScore,
+    Prompt, Reply, ScoreRequest, Timings, TokenizeRequest, Usage,
 };
+use millrace_shared::wire::{MAX_CALL_HEADER_BYTES, MAX_RPC_BYTES, codec};
 use tokio::sync::mpsc;
 
 struct Server {
@@ -52,8 +55,17 @@ impl Server {
     }
 }
 
+struct Call {
+    header: CallHeader,
+    method: Method,
+}
+
 async fn next_call(connection: &Connection) -> (Call, ReplySender) {
-    accept_call(connection.accept_incoming().await.unwrap()).await.unwrap()
+    let call = accept_call(connection.accept_incoming().await.unwrap()).await.unwrap();
+    assert_eq!(call.bearer(), Some("mlr-test"));
+    let header = call.header().clone();
+    let (method, _, replies) = call.method().await.unwrap();
+    (Call { header, method }, replies)
 }
 
 fn request() -> GenerateRequest {
@@ -83,8 +95,7 @@ async fn a_continuation_streams() {
     let (client, connection) = server.connect().await;
     let serving = async {
         let (call, mut replies) = next_call(&connection).await;
-        assert_eq!(bearer(&call), Some("mlr-test"));
-        assert_eq!(call.deadline_ms, None);
+        assert_eq!(call.header.deadline_ms, None);
         assert!(matches!(call.method, Method::Generate(r) if r == request()));
         for i in 0..3 {
             replies.event(token(i)).await.unwrap();
@@ -205,7 +216,7 @@ async fn deadlines_end_calls() {
     let hurried = client.with_deadline(Duration::from_millis(100));
     let serving = async {
         let (call, replies) = next_call(&connection).await;
-        assert_eq!(call.deadline_ms, Some(100));
+        assert_eq!(call.header.deadline_ms, Some(100));
         replies.closed().await;
     };
     let asking = async { hurried.status().await.unwrap_err() };
@@ -250,10 +261,8 @@ async fn nobody_there() {
     assert!(status.message.contains(&config.quic), "{status}");
 }
 
-/// A call over the limit, and one that is no call, get an answer, and the connection lives on.
-#[tokio::test]
-async fn bad_calls_harm_nobody() {
-    let server = server();
+/// A bare connection and the server's end.
+async fn bare(server: &Server) -> (Connection, Connection) {
     let addr = server.endpoint.local_addr().unwrap();
     let client = Endpoint::client(addr).unwrap();
     let tls = tls::api_client(&server.ca_der).unwrap();
@@ -261,19 +270,119 @@ async fn bad_calls_harm_nobody() {
     let (ours, theirs) =
         soon(async { tokio::join!(client.connect(addr, name, &tls, DEADLINE), server.accept()) })
             .await;
-    let ours = ours.unwrap();
-    for bytes in [&b"\xff\xff\xff\xff"[..], &b"\x04\0\0\0abcd"[..]] {
-        let (send, recv) = ours.open_bare().await.unwrap();
-        let mut out = MessageSender::new(send);
-        out.send_bytes(bytes::Bytes::copy_from_slice(bytes)).await.unwrap();
-        out.finish();
-        let stream = soon(theirs.accept_incoming()).await.unwrap();
+    (ours.unwrap(), theirs)
+}
+
+/// Opens a stream that begins with these bytes; also the server's end of it.
+async fn say(
+    ours: &Connection,
+    theirs: &Connection,
+    bytes: &[u8],
+) -> (MessageReceiver, IncomingStream, MessageSender) {
+    let (send, recv) = ours.open_bare().await.unwrap();
+    let mut out = MessageSender::new(send);
+    out.send_bytes(bytes::Bytes::copy_from_slice(bytes)).await.unwrap();
+    (MessageReceiver::new(recv), soon(theirs.accept_incoming()).await.unwrap(), out)
+}
+
+async fn failure(replies: &mut MessageReceiver) -> Status {
+    match soon(replies.recv_one(1 << 20)).await.unwrap() {
+        Reply::Failed(status) => status,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn header(pairs: usize) -> Vec<u8> {
+    let metadata = vec![("a".to_owned(), "b".to_owned()); pairs];
+    codec::encode_frame(&CallHeader { metadata, deadline_ms: None })
+}
+
+/// Headers and methods over their limits, and such that are none, get an answer, and the
+/// connection lives on.
+#[tokio::test]
+async fn bad_calls_harm_nobody() {
+    let server = server();
+    let (ours, theirs) = bare(&server).await;
+    let long = ((MAX_CALL_HEADER_BYTES + 1) as u32).to_le_bytes();
+    for bytes in [&b"\xff\xff\xff\xff"[..], &long, b"\x04\0\0\0abcd", &header(33)] {
+        let (mut replies, stream, _out) = say(&ours, &theirs, bytes).await;
         assert!(soon(accept_call(stream)).await.is_err());
-        let mut replies = millrace_net::MessageReceiver::new(recv);
-        let reply: Reply = soon(replies.recv_one(1 << 20)).await.unwrap();
-        assert!(matches!(reply, Reply::Failed(s) if s.code == ErrorCode::InvalidArgument));
+        assert_eq!(failure(&mut replies).await.code, ErrorCode::InvalidArgument);
+    }
+    let long = ((MAX_RPC_BYTES + 1) as u32).to_le_bytes();
+    let turn = ChatMessage { role: String::new(), content: String::new() };
+    let prompt = Prompt::Chat(vec![turn; 100_000]);
+    let inflating = Method::Tokenize(TokenizeRequest { model: String::new(), prompt });
+    for bytes in [&long[..], b"\x01\0\0\0\xff", &codec::encode_frame(&inflating)] {
+        let (mut replies, stream, mut out) = say(&ours, &theirs, &header(32)).await;
+        let call = soon(accept_call(stream)).await.unwrap();
+        assert_eq!(call.bearer(), None);
+        theirs.widen();
+        let bytes = bytes::Bytes::copy_from_slice(bytes);
+        let (method, _) = soon(async { tokio::join!(call.method(), out.send_bytes(bytes)) }).await;
+        assert!(method.is_err());
+        assert_eq!(failure(&mut replies).await.code, ErrorCode::InvalidArgument);
     }
     assert!(ours.close_reason().is_none());
+}
+
+/// Who has no key cannot make the server take in a long method, and still gets the answer.
+#[tokio::test]
+async fn refused_calls_are_not_read() {
+    let server = server();
+    let (ours, theirs) = bare(&server).await;
+    let (mut replies, stream, mut out) = say(&ours, &theirs, &header(1)).await;
+    let flood = bytes::Bytes::from(vec![0; MAX_RPC_BYTES]);
+    let sending = tokio::time::timeout(Duration::from_millis(300), out.send_bytes(flood)).await;
+    assert!(sending.is_err(), "the window is smaller than the method");
+    let call = soon(accept_call(stream)).await.unwrap();
+    let refusal = Status::new(ErrorCode::Unauthenticated, "no key");
+    call.refuse(refusal.clone()).await.unwrap();
+    assert_eq!(failure(&mut replies).await, refusal);
+}
+
+/// A method of nearly the longest length arrives whole; one over it is refused at once.
+#[tokio::test]
+async fn long_methods() {
+    let server = server();
+    let (client, connection) = server.connect().await;
+    let ask = |bytes| {
+        let prompt = Prompt::Text("x".repeat(bytes));
+        client.tokenize(TokenizeRequest { model: String::new(), prompt })
+    };
+    let longest = MAX_RPC_BYTES - 64;
+    let serving = async {
+        let (call, mut replies) = next_call(&connection).await;
+        let Method::Tokenize(request) = call.method else { panic!("{:?}", call.header) };
+        assert!(matches!(request.prompt, Prompt::Text(t) if t.len() == longest));
+        replies.reply(&Reply::Tokens(vec![1])).await.unwrap();
+        replies.done().await.unwrap();
+    };
+    let ((), ids) = soon(async { tokio::join!(serving, ask(longest)) }).await;
+    assert_eq!(ids.unwrap(), [1]);
+    let refused = soon(ask(2 * MAX_RPC_BYTES)).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::InvalidArgument);
+}
+
+/// From some number of connections on, newcomers are asked to show their address; they do.
+#[tokio::test]
+async fn newcomers_to_a_full_endpoint_show_their_address() {
+    let server = server();
+    let addr = server.endpoint.local_addr().unwrap();
+    let client = Endpoint::client(addr).unwrap();
+    let tls = tls::api_client(&server.ca_der).unwrap();
+    let name = millrace_shared::wire::COORDINATOR_NAME;
+    let mut held = Vec::new();
+    for index in 0..70 {
+        let connecting = client.connect(addr, name, &tls, DEADLINE);
+        let accepting = async {
+            let incoming = server.endpoint.accept().await.unwrap();
+            assert_eq!(incoming.is_address_validated(), index >= 64, "connection {index}");
+            incoming.handshake(DEADLINE).await.unwrap()
+        };
+        let (ours, theirs) = soon(async { tokio::join!(connecting, accepting) }).await;
+        held.push((ours.unwrap(), theirs));
+    }
 }
 
 #[test]

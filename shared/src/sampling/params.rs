@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::wire::bounded;
+
 /// How to choose tokens and when to stop. Defaults: greedy-free plain sampling, as OpenAI has it.
 #[derive(
     Clone,
@@ -18,7 +20,7 @@ pub struct SamplingParams {
     pub temperature: f32,
     /// Keep this many most probable tokens; 0 keeps all.
     pub top_k: u32,
-    /// Keep the smallest set whose probability reaches this.
+    /// Keep the smallest set whose probability reaches this; 0 keeps the most probable token.
     pub top_p: f32,
     /// Drop tokens less probable than this times the most probable.
     pub min_p: f32,
@@ -35,6 +37,7 @@ pub struct SamplingParams {
     /// Most tokens to generate; `None` to the end of the context.
     pub max_tokens: Option<u32>,
     /// Strings that end the answer; not part of it.
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_STOP_ENTRIES>")]
     pub stop: Vec<String>,
     /// Further ids that end the answer.
     pub stop_token_ids: Vec<u32>,
@@ -69,6 +72,8 @@ impl Default for SamplingParams {
 pub const MAX_LOGPROBS: u8 = 64;
 /// Most stop strings of a request.
 pub const MAX_STOP_STRINGS: usize = 16;
+/// Most stop strings that are decoded at all; between the two, the error names the field.
+const MAX_STOP_ENTRIES: usize = 1024;
 /// Longest stop string, in bytes of UTF-8.
 pub const MAX_STOP_BYTES: usize = 1024;
 /// Most further end ids of a request.
@@ -94,9 +99,6 @@ impl SamplingParams {
     pub fn validate(&self, vocab: u32) -> Result<(), SamplingError> {
         check_range("temperature", self.temperature, 0.0, 2.0)?;
         check_range("top_p", self.top_p, 0.0, 1.0)?;
-        if self.top_p == 0.0 {
-            return Err(SamplingError::new("top_p", "must be greater than 0 and at most 1, got 0"));
-        }
         check_range("min_p", self.min_p, 0.0, 1.0)?;
         let repetition = self.repetition_penalty;
         if !repetition.is_finite() || repetition <= 0.0 {

@@ -65,7 +65,15 @@ impl StopMatcher {
         rest
     }
 
-    /// Whether a stop string was found.
+    /// [`StopMatcher::push`] and [`StopMatcher::finish`] in one, for the last piece of a text. A stop
+    /// string that had to wait for a longer one is found only now.
+    pub fn end(&mut self, text: &str) -> StopOutcome {
+        let mut emit = self.push(text).emit;
+        emit.push_str(&self.finish());
+        StopOutcome { emit, stopped: self.stopped }
+    }
+
+    /// Whether a stop string was found, by [`StopMatcher::finish`] too.
     pub fn stopped(&self) -> bool {
         self.stopped
     }
@@ -131,6 +139,12 @@ mod tests {
         m.push("xabc");
         assert_eq!(m.finish(), "a");
         assert!(m.stopped());
+        let mut m = matcher(&["abcd", "bc"]);
+        m.push("xab");
+        assert_eq!(m.end("c"), StopOutcome { emit: "a".into(), stopped: true });
+        let mut m = matcher(&["abcd", "bc"]);
+        m.push("xa");
+        assert_eq!(m.end("b"), StopOutcome { emit: "ab".into(), stopped: false });
     }
 
     #[test]

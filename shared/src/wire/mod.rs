@@ -3,6 +3,7 @@
 //! Codecs: rkyv for what exists per micro-batch ([`data`]), bincode for the rare control and client
 //! messages ([`control`], [`rpc`], [`join`]). A change to any message bumps its ALPN.
 
+pub(crate) mod bounded;
 pub mod codec;
 pub mod control;
 pub mod data;
@@ -13,7 +14,7 @@ pub mod rpc;
 /// ALPN between cluster members; mutual TLS.
 pub const ALPN_CLUSTER: &[u8] = b"millrace-cluster/1";
 /// ALPN of clients; server-authenticated TLS and an API key.
-pub const ALPN_CLIENT: &[u8] = b"millrace-client/1";
+pub const ALPN_CLIENT: &[u8] = b"millrace-client/2";
 /// ALPN of joining nodes.
 pub const ALPN_JOIN: &[u8] = b"millrace-join/1";
 
@@ -22,8 +23,12 @@ pub const WIRE_VERSION: u16 = 1;
 
 /// Longest control message.
 pub const MAX_CONTROL_BYTES: usize = 16 << 20;
-/// Longest client message.
-pub const MAX_RPC_BYTES: usize = 16 << 20;
+/// Longest header of a client's call, which is read before the client has proved anything.
+pub const MAX_CALL_HEADER_BYTES: usize = 4 << 10;
+/// Longest [`rpc::Method`] of a call.
+pub const MAX_RPC_BYTES: usize = 4 << 20;
+/// Longest [`rpc::Reply`]; an id for every byte of the longest text fits.
+pub const MAX_REPLY_BYTES: usize = 16 << 20;
 /// Longest join message.
 pub const MAX_JOIN_BYTES: usize = 16 << 10;
 /// Longest metadata of a stage frame.

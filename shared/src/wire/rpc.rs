@@ -1,24 +1,34 @@
-//! The client API: one bidirectional stream per call. The client sends one [`Call`]; the server
-//! answers with [`Reply`] frames, the last of which is `Done` or `Failed`.
+//! The client API: one bidirectional stream per call. The client sends two messages, a
+//! [`CallHeader`] and a [`Method`], without waiting in between; the server answers with [`Reply`]
+//! frames, the last of which is `Done` or `Failed`.
+//!
+//! The server checks the key in the header before it reads the method, so that only clients with a
+//! key can make it hold more than [`super::MAX_CALL_HEADER_BYTES`]. Lists of strings have a limit
+//! on their entries besides that on the bytes.
 
 use serde::{Deserialize, Serialize};
 
+use super::bounded;
 use crate::error::Status;
 use crate::id::{NodeId, RequestId};
 use crate::sampling::SamplingParams;
 
-/// The first and only message of a client on a stream.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Call {
-    /// Free-form pairs; `authorization: Bearer KEY` is required.
+/// Most pairs of metadata of a call.
+pub const MAX_METADATA: usize = 32;
+/// Most messages of a conversation.
+pub const MAX_CHAT_MESSAGES: usize = 4096;
+
+/// The first message of a client on a stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallHeader {
+    /// Free-form pairs, at most [`MAX_METADATA`]; `authorization: Bearer KEY` is required.
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_METADATA>")]
     pub metadata: Vec<(String, String)>,
     /// Milliseconds after which the caller no longer wants an answer.
     pub deadline_ms: Option<u64>,
-    /// What is asked.
-    pub method: Method,
 }
 
-/// The methods.
+/// The second and last message of a client on a stream: what is asked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Method {
     /// Stream a continuation: replies `Started`, `Token`…, `Finished`, `Done`.
@@ -44,8 +54,8 @@ pub enum Prompt {
     Text(String),
     /// Ids as they are.
     Tokens(Vec<u32>),
-    /// A conversation, rendered by the model's chat template.
-    Chat(Vec<ChatMessage>),
+    /// A conversation of at most [`MAX_CHAT_MESSAGES`], rendered by the model's chat template.
+    Chat(#[serde(deserialize_with = "bounded::list::<_, _, MAX_CHAT_MESSAGES>")] Vec<ChatMessage>),
 }
 
 /// One turn of a conversation.
@@ -303,4 +313,36 @@ pub struct ClusterStatus {
     pub prompt_tokens: u64,
     /// Tokens generated so far.
     pub generation_tokens: u64,
+    /// Messages of an older epoch that were dropped so far.
+    pub stale_dropped: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::codec::{decode, encode};
+
+    fn turns(count: usize) -> Vec<ChatMessage> {
+        vec![ChatMessage { role: String::new(), content: String::new() }; count]
+    }
+
+    #[test]
+    fn lists_of_strings_are_bounded() {
+        let most = Prompt::Chat(turns(MAX_CHAT_MESSAGES));
+        assert_eq!(decode::<Prompt>(&encode(&most)).unwrap(), most);
+        let more = encode(&Prompt::Chat(turns(MAX_CHAT_MESSAGES + 1)));
+        let message = decode::<Prompt>(&more).unwrap_err().to_string();
+        assert!(message.contains("at most 4096 entries"), "{message}");
+
+        let header = |pairs| CallHeader {
+            metadata: vec![("a".to_owned(), "b".to_owned()); pairs],
+            deadline_ms: Some(5),
+        };
+        assert_eq!(decode::<CallHeader>(&encode(&header(32))).unwrap(), header(32));
+        assert!(decode::<CallHeader>(&encode(&header(33))).is_err());
+
+        let params = |stops| SamplingParams { stop: vec!["x".into(); stops], ..Default::default() };
+        assert_eq!(decode::<SamplingParams>(&encode(&params(17))).unwrap(), params(17));
+        assert!(decode::<SamplingParams>(&encode(&params(100_000))).is_err());
+    }
 }

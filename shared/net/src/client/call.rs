@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use millrace_shared::error::{ErrorCode, Status};
-use millrace_shared::wire::MAX_RPC_BYTES;
+use millrace_shared::wire::MAX_REPLY_BYTES;
 use millrace_shared::wire::rpc::{GenerateEvent, Reply};
 use tokio::time::Instant;
 
@@ -36,7 +36,7 @@ impl Replies {
             Some((until, limit)) => (until, limit),
             None => (Instant::now() + self.silence, self.silence),
         };
-        let received = tokio::time::timeout_at(until, self.messages.recv(MAX_RPC_BYTES)).await;
+        let received = tokio::time::timeout_at(until, self.messages.recv(MAX_REPLY_BYTES)).await;
         match received {
             Err(_) => Err(late(limit)),
             Ok(Ok(Some(Reply::Failed(status)))) => Err(status),

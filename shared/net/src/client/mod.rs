@@ -36,11 +36,11 @@ use std::time::Duration;
 
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
-use millrace_shared::wire::COORDINATOR_NAME;
 use millrace_shared::wire::rpc::{
-    Call, ClusterStatus, GenerateRequest, Method, ModelCard, PositionScore, Reply, ScoreRequest,
-    TokenizeRequest,
+    CallHeader, ClusterStatus, GenerateRequest, Method, ModelCard, PositionScore, Reply,
+    ScoreRequest, TokenizeRequest,
 };
+use millrace_shared::wire::{COORDINATOR_NAME, MAX_CALL_HEADER_BYTES, MAX_RPC_BYTES, codec};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
@@ -221,11 +221,18 @@ impl Client {
     /// client has no deadline.
     async fn call(&self, method: Method, silence: Duration) -> Result<Replies, Status> {
         let ends = self.deadline.map(|d| (Instant::now() + d, d));
-        let call = Call {
+        let header = CallHeader {
             metadata: vec![("authorization".to_owned(), format!("Bearer {}", self.shared.api_key))],
             deadline_ms: self.deadline.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
-            method,
         };
+        // Both at once: the server answers neither by itself.
+        let mut call = codec::encode_frame(&header);
+        call.extend(codec::encode_frame(&method));
+        if call.len() > MAX_CALL_HEADER_BYTES + MAX_RPC_BYTES {
+            let message =
+                format!("the call of {} bytes is too long: send less at once", call.len());
+            return Err(Status::new(ErrorCode::InvalidArgument, message));
+        }
         let address = &self.shared.address;
         let open = async {
             let connection = self.connection().await?;
@@ -233,7 +240,7 @@ impl Client {
             let (send, recv) = connection.open_bare().await.map_err(failed)?;
             let mut out = MessageSender::new(send);
             // A server that refuses early says why on its half.
-            let _ = out.send(&call).await;
+            let _ = out.send_bytes(call.into()).await;
             out.finish();
             Ok(Replies::new(out.into_stream(), recv, address.clone(), ends, silence))
         };
