@@ -69,6 +69,10 @@ pub trait Service: Send + Sync + 'static {
     /// If an id is outside the vocabulary.
     fn detokenize(&self, ids: &[u32]) -> Result<String, Status>;
 
+    /// Bytes that one token stands for, which may be part of a character; none for ids outside the
+    /// vocabulary.
+    fn token_bytes(&self, id: u32) -> Vec<u8>;
+
     /// What is served.
     fn models(&self) -> Vec<ModelCard>;
 

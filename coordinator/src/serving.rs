@@ -226,6 +226,10 @@ impl Service for Serving {
         Ok(self.prompts.tokenizer.decode(ids, false))
     }
 
+    fn token_bytes(&self, id: u32) -> Vec<u8> {
+        self.prompts.tokenizer.token_bytes(id).to_vec()
+    }
+
     fn models(&self) -> Vec<ModelCard> {
         vec![self.prompts.card.clone()]
     }
@@ -244,6 +248,7 @@ impl Service for Serving {
                 status.preemptions = counters.preemptions;
                 status.prompt_tokens = counters.prompt_tokens;
                 status.generation_tokens = counters.generated_tokens;
+                status.stale_dropped = counters.stale_dropped;
             }
             status
         }

@@ -19,8 +19,10 @@ use super::{ModelError, Progress, Settings};
 const CONNECT: Duration = Duration::from_secs(5);
 /// Time until the hub begins to answer.
 const RESPONSE: Duration = Duration::from_secs(30);
-/// Time for all of the file.
-const BODY: Duration = Duration::from_secs(6 * 3600);
+/// Time for all of the file, besides that for each of its bytes.
+const BODY: Duration = Duration::from_secs(60);
+/// The slowest hub that is waited for; a stalled one gives way to the next source.
+const BODY_BYTES_PER_SECOND: u64 = 100_000;
 const CHUNK: usize = 1 << 18;
 
 /// A kind of source.
@@ -85,7 +87,7 @@ fn from_hub(
         .timeout_resolve(Some(CONNECT))
         .timeout_connect(Some(CONNECT))
         .timeout_recv_response(Some(RESPONSE))
-        .timeout_recv_body(Some(BODY))
+        .timeout_recv_body(Some(body_limit(entry.bytes)))
         .user_agent(concat!("millrace/", env!("CARGO_PKG_VERSION")))
         .build()
         .into();
@@ -98,6 +100,10 @@ fn from_hub(
     }
     progress.begin(&format!("fetching {}", entry.name), Some(entry.bytes));
     receive(entry, body.as_reader(), folder, progress).map_err(failed)
+}
+
+fn body_limit(bytes: u64) -> Duration {
+    BODY + Duration::from_secs(bytes / BODY_BYTES_PER_SECOND)
 }
 
 fn from_pypi(
@@ -208,4 +214,15 @@ fn receive(
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn larger_files_may_take_longer() {
+        assert_eq!(body_limit(0), Duration::from_secs(60));
+        assert_eq!(body_limit(100_000_000), Duration::from_secs(1060));
+    }
 }

@@ -1,11 +1,15 @@
 //! Renders conversations by the chat template in the model file.
 //!
-//! Templates are programs from an untrusted file: they run with a budget of instructions and of
-//! output, see nothing but the conversation, and cannot reach files.
+//! Templates are programs from the model's file. They see nothing but the conversation and cannot
+//! reach files; instructions, messages and output are bounded, and so is the time they take. Memory
+//! on the way is not: a template that doubles a string again and again can exhaust it within its
+//! instructions. No conversation can make an honest template do so, but a model file has to be
+//! trusted that far.
 
 use std::io::{self, Write};
 
 use millrace_shared::model::gguf::Gguf;
+use millrace_shared::wire::rpc::MAX_CHAT_MESSAGES;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, context};
@@ -15,6 +19,8 @@ use super::{ChatMessage, TextError, clock};
 /// Instructions that a template may run, besides some per message.
 const FUEL: u64 = 1_000_000;
 const FUEL_PER_MESSAGE: u64 = 10_000;
+/// Instructions in all, however many messages there are: seconds at most.
+const MAX_FUEL: u64 = 10_000_000;
 /// Longest prompt in bytes.
 const MAX_OUTPUT: usize = 64 << 20;
 const NAME: &str = "chat";
@@ -69,15 +75,20 @@ impl ChatTemplate {
     /// begins. The template may add a system message of its own.
     ///
     /// # Errors
-    /// If the template refuses the conversation (such as roles out of turn), or runs too long.
+    /// If there are more than [`MAX_CHAT_MESSAGES`], or the template refuses the conversation (such
+    /// as roles out of turn), or runs too long.
     pub fn render(
         &self,
         messages: &[ChatMessage],
         add_generation_prompt: bool,
     ) -> Result<String, TextError> {
+        let found = messages.len();
+        if found > MAX_CHAT_MESSAGES {
+            return Err(TextError::Messages { found, limit: MAX_CHAT_MESSAGES });
+        }
         let failed = |e: &Error| TextError::Render(describe(e));
         let mut environment = self.environment.clone();
-        environment.set_fuel(Some(FUEL + FUEL_PER_MESSAGE * messages.len() as u64));
+        environment.set_fuel(Some(MAX_FUEL.min(FUEL + FUEL_PER_MESSAGE * found as u64)));
         let template = environment.get_template(NAME).map_err(|e| failed(&e))?;
         let mut out = Bounded(Vec::new());
         let rendered = template.render_captured_to(
@@ -159,6 +170,21 @@ mod tests {
         let source =
             "{% for i in range(9999) %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}";
         let message = render(source, &[user("a")]).unwrap_err().to_string();
+        assert!(message.contains("too long"), "{message}");
+    }
+
+    #[test]
+    fn conversations_have_a_longest_length() {
+        let source =
+            "{% for m in messages %}{{ '<' + m.role + '>' + m.content.strip() }}{% endfor %}";
+        let longest = vec![user("a"); MAX_CHAT_MESSAGES];
+        assert_eq!(render(source, &longest).unwrap().len(), 7 * MAX_CHAT_MESSAGES);
+        let message = render(source, &vec![user("a"); 4097]).unwrap_err().to_string();
+        assert!(message.contains("4097 messages, at most 4096"), "{message}");
+        // What takes some thousand instructions for each message ends, too.
+        let source =
+            "{% for m in messages %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}";
+        let message = render(source, &longest).unwrap_err().to_string();
         assert!(message.contains("too long"), "{message}");
     }
 

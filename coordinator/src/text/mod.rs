@@ -50,6 +50,14 @@ pub enum TextError {
     /// The chat template is not valid.
     #[error("the model's chat template is not valid: {0}")]
     Template(String),
+    /// More messages than are rendered.
+    #[error("the conversation has {found} messages, at most {limit} are possible; send fewer")]
+    Messages {
+        /// In the conversation.
+        found: usize,
+        /// The limit.
+        limit: usize,
+    },
     /// The chat template refused the conversation, or failed on it.
     #[error("the model's chat template refused the conversation: {0}")]
     Render(String),

@@ -199,6 +199,10 @@ impl Service for Fake {
         ids.iter().map(one).collect()
     }
 
+    fn token_bytes(&self, id: u32) -> Vec<u8> {
+        if id == HALF { vec![0xe2, 0x82] } else { format!("<{id}>").into_bytes() }
+    }
+
     fn models(&self) -> Vec<ModelCard> {
         vec![ModelCard {
             id: MODEL.into(),

@@ -100,9 +100,12 @@ impl Fields {
         }
     }
 
-    /// Remembers names ignored in a nested object.
+    /// Remembers names ignored in a nested object, as many as the header lists.
     pub(crate) fn note_ignored(&mut self, names: Vec<String>) {
         for name in names {
+            if self.ignored.len() >= MAX_IGNORED_NAMES {
+                return;
+            }
             if !self.ignored.contains(&name) {
                 self.ignored.push(name);
             }
@@ -117,9 +120,7 @@ impl Fields {
             let key: String = k.chars().take(MAX_IGNORED_NAME_CHARS).map(safe).collect();
             format!("{}{key}", self.path)
         });
-        let mut names: Vec<String> = self.ignored.iter().cloned().chain(own).collect();
-        names.truncate(MAX_IGNORED_NAMES);
-        names
+        self.ignored.iter().cloned().chain(own).take(MAX_IGNORED_NAMES).collect()
     }
 }
 
@@ -166,6 +167,18 @@ mod tests {
         let deep = Fields::nested("deep", deep).expect("an object");
         f.note_ignored(deep.into_ignored());
         assert_eq!(f.into_ignored(), ["deep.c", "x?y"]);
+    }
+
+    /// Names beyond the cap are neither kept nor compared with.
+    #[test]
+    fn ignored_names_are_capped() {
+        let mut f = fields(&json!({"last": 1}));
+        for i in 0..200_000 {
+            f.note_ignored(vec![format!("messages.x{i}")]);
+        }
+        assert_eq!(f.ignored.len(), MAX_IGNORED_NAMES);
+        let names = f.into_ignored();
+        assert_eq!((names.len(), names[15].as_str()), (MAX_IGNORED_NAMES, "messages.x15"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Log-probabilities in the shapes of the two endpoints.
 //!
-//! The service knows tokens by id; their text comes from detokenising each alone. A token that is
-//! only part of a character has no text of its own: its `bytes` are null, and never invented.
+//! The service knows tokens by id; their text comes from detokenising each alone. The text of a token
+//! that is only part of a character is the replacement character; `bytes` are always the token's own.
 
 use std::collections::BTreeMap;
 
@@ -76,8 +76,7 @@ fn by_text(chosen: &Candidate, top: Vec<Candidate>) -> BTreeMap<String, f32> {
 
 fn candidate(service: &dyn Service, id: u32, logprob: f32) -> Result<Candidate, Status> {
     let token = service.detokenize(&[id])?;
-    let whole = !token.contains(char::REPLACEMENT_CHARACTER);
-    let bytes = whole.then(|| token.as_bytes().to_vec());
+    let bytes = service.token_bytes(id);
     // Also turns NaN into the least value.
     let logprob = logprob.max(LEAST_LOGPROB);
     Ok(Candidate { token, logprob, bytes })

@@ -114,8 +114,8 @@ pub(crate) struct TokenLogprob {
 pub(crate) struct Candidate {
     pub(crate) token: String,
     pub(crate) logprob: f32,
-    /// UTF-8; null where the token is only part of a character.
-    pub(crate) bytes: Option<Vec<u8>>,
+    /// UTF-8, of which a token may be only a part.
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// One entry of the model list.
