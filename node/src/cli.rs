@@ -162,7 +162,7 @@ pub fn probe() -> String {
         "host       {}\nprocessor  {}, {}\nthreads    {} ({})\nmemory     {:.1} GiB available\nnumerics   {}",
         h.host,
         h.processor,
-        millrace_engine::Isa::detect(),
+        millrace_engine::Isa::detect().map_or_else(|e| e, |isa| isa.to_string()),
         h.cores,
         h.cores_reason,
         h.memory_bytes as f64 / f64::from(1 << 30),

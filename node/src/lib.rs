@@ -71,6 +71,7 @@ impl Running {
 /// # Errors
 /// If the endpoint cannot be bound or the engine's thread cannot be started.
 pub async fn start(config: Config, membership: Membership) -> anyhow::Result<Running> {
+    let isa = Isa::detect().map_err(anyhow::Error::msg)?;
     let hardware = Hardware::probe();
     let server = tls::cluster_server(&membership.identity)?;
     let endpoint = if config.next_free_port {
@@ -83,7 +84,9 @@ pub async fn start(config: Config, membership: Membership) -> anyhow::Result<Run
     let threads = config.threads.unwrap_or(hardware.cores).max(1);
     let (numerics, factory) = engine(config.engine);
     let engine = Arc::new(EngineHandle::spawn("engine", ENGINE_QUEUE, factory)?);
-    let hello = hello(&config, &hardware, listen, threads, numerics.clone(), &membership);
+    let processor = format!("{}, {isa}", hardware.processor);
+    let hello =
+        hello(&config, (&hardware, processor), listen, threads, numerics.clone(), &membership);
     let client = tls::cluster_client(&membership.identity)?;
     if config.show_progress {
         announce(&config, &hardware, &hello, listen);
@@ -126,7 +129,7 @@ fn engine(kind: EngineKind) -> (String, EngineFactory) {
 
 fn hello(
     config: &Config,
-    hardware: &Hardware,
+    (hardware, processor): (&Hardware, String),
     listen: SocketAddr,
     threads: usize,
     numerics_revision: String,
@@ -144,7 +147,7 @@ fn hello(
         memory_bytes: config
             .memory_bytes
             .map_or(hardware.memory_bytes, |m| m.min(hardware.memory_bytes)),
-        hardware: format!("{}, {}", hardware.processor, Isa::detect()),
+        hardware: processor,
     }
 }
 

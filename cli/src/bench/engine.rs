@@ -95,7 +95,7 @@ pub(crate) fn run(args: &EngineArgs) -> anyhow::Result<()> {
     let mut report = Report {
         model: args.model.clone(),
         engine: args.engine.clone(),
-        isa: Isa::detect().to_string(),
+        isa: Isa::detect().map_err(anyhow::Error::msg)?.to_string(),
         numerics: String::new(),
         weight_bytes: 0,
         kv_cache_dtype: args.kv_cache_dtype.as_str(),

@@ -128,7 +128,7 @@ impl Rig {
             settings: size.settings.clone(),
             threads,
             host_threads: threads,
-            isa: Isa::detect(),
+            isa: Isa::detect().map_err(anyhow::Error::msg)?,
         };
         let mut engine: Box<dyn Engine> = Box::new(CpuEngine::new());
         let loaded = engine.load(&spec, &model.sources(), &mut |_| {})?;

@@ -215,7 +215,7 @@ fn main() {
         return;
     };
     let what = rest.first().map(String::as_str);
-    let isa = Isa::detect();
+    let isa = Isa::detect().unwrap();
     if what != Some("bench") {
         check(model.as_ref(), reference.as_ref(), isa);
     }

@@ -21,14 +21,36 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The best this machine runs, or what `MILLRACE_ISA` says where that is available.
-    pub fn detect() -> Self {
-        let best = Self::best();
-        match std::env::var(millrace_shared::names::env::ISA).ok().as_deref() {
-            Some("scalar") => Self::Scalar,
-            Some("avx2") => best.min(Self::Avx2),
-            _ => best,
+    /// The best this machine runs, or what `MILLRACE_ISA` says.
+    ///
+    /// # Errors
+    /// If the variable names nothing known, or what this machine does not run.
+    pub fn detect() -> Result<Self, String> {
+        const NAME: &str = millrace_shared::names::env::ISA;
+        match std::env::var(NAME) {
+            Ok(value) => Self::choose(&value, Self::best()).map_err(|e| format!("{NAME}: {e}")),
+            Err(std::env::VarError::NotPresent) => Ok(Self::best()),
+            Err(e) => Err(format!("{NAME}: {e}")),
         }
+    }
+
+    /// What `value` names (empty: the best), on a machine that runs `best` and less.
+    fn choose(value: &str, best: Self) -> Result<Self, String> {
+        let isa = match value {
+            "" => return Ok(best),
+            "scalar" => Self::Scalar,
+            "avx2" => Self::Avx2,
+            "avx512" | "avx512-vnni" => Self::Avx512,
+            other => {
+                return Err(format!("'{other}' is not known (known: scalar, avx2, avx512)"));
+            }
+        };
+        if isa > best {
+            return Err(format!(
+                "this machine does not run '{value}', its best is {best}; unset the variable"
+            ));
+        }
+        Ok(isa)
     }
 
     /// The best this machine runs.
@@ -262,4 +284,22 @@ pub trait Engine: Send {
 
     /// CPU time of the engine's threads inside `step`, spinning excluded; cumulative.
     fn busy(&self) -> Duration;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instruction_sets_are_chosen_or_refused() {
+        assert_eq!(Isa::choose("", Isa::Avx2), Ok(Isa::Avx2));
+        for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512] {
+            assert_eq!(Isa::choose(&isa.to_string(), Isa::Avx512), Ok(isa));
+        }
+        assert_eq!(Isa::choose("avx512", Isa::Avx512), Ok(Isa::Avx512));
+        let unknown = Isa::choose("neon", Isa::Avx512).unwrap_err();
+        assert!(unknown.contains("'neon'") && unknown.contains("avx2"), "{unknown}");
+        let missing = Isa::choose("avx512", Isa::Avx2).unwrap_err();
+        assert!(missing.contains("does not run 'avx512'"), "{missing}");
+    }
 }

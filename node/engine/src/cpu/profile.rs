@@ -32,9 +32,10 @@ pub(super) fn profile(spec: &ProfileSpec, threads: usize) -> Result<StageProfile
     let head_dims = [width, u64::from(config.vocab)];
     entries.push(entry(head_name(&config).to_owned(), spec.head_type, &head_dims));
     let sources: Vec<Source> = entries.into_iter().map(Source::Synthetic).collect();
+    let isa = Isa::detect().map_err(LoadError::Settings)?;
     let measure = |layers: u32, head: bool| {
         let host_threads = threads * spec.sharing.max(1) as usize;
-        let stage = stage_spec(&config, layers, head, (spec.batch, threads, host_threads));
+        let stage = stage_spec(&config, layers, head, (spec.batch, threads, host_threads), isa);
         time(&stage, &sources, spec.batch).map(|d| d.as_secs_f64())
     };
     Ok(StageProfile {
@@ -48,6 +49,7 @@ fn stage_spec(
     layers: u32,
     head: bool,
     (batch, threads, host_threads): (u32, usize, usize),
+    isa: Isa,
 ) -> StageSpec {
     let batch = batch.max(1);
     StageSpec {
@@ -66,7 +68,7 @@ fn stage_spec(
         },
         threads: threads.max(1),
         host_threads,
-        isa: Isa::detect(),
+        isa,
     }
 }
 

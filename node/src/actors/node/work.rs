@@ -43,7 +43,7 @@ pub(super) async fn load(
         settings: assignment.settings.clone(),
         threads,
         host_threads: threads * assignment.host_stages.max(1) as usize,
-        isa: Isa::detect(),
+        isa: Isa::detect()?,
     };
     let place = StagePlace {
         pipeline: assignment.pipeline,
