@@ -34,7 +34,7 @@ pub use backend::CpuBackend;
 pub use engine::CpuEngine;
 
 /// Revision of everything in this engine that may change a token. Raise the first number with any
-/// change of an order or formula in the table above.
+/// change of an order or formula in the table above. Another `libm` gives another revision by itself.
 pub fn numerics_revision() -> String {
-    format!("cpu/1;act32;tile{};exp1", kernels::attention::TILE)
+    format!("cpu/1;act32;tile{};exp1;rope{:016x}", kernels::attention::TILE, rope::fingerprint())
 }

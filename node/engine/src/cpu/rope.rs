@@ -33,10 +33,7 @@ impl Rope {
         let mut cos = arena.take(positions * pairs)?;
         let mut sin = arena.take(positions * pairs)?;
         for pair in 0..pairs {
-            let exponent = -2.0 * pair as f64 / f64::from(config.dim);
-            let factor = factors.map_or(1.0, |f| f64::from(f[pair]));
-            let turn = libm::pow(f64::from(config.base), exponent)
-                / (factor * f64::from(config.linear_scale));
+            let turn = turn(config, pair, factors.map_or(1.0, |f| f[pair]));
             for position in 0..positions {
                 let (s, c) = libm::sincos(position as f64 * turn);
                 cos[position * pairs + pair] = c as f32;
@@ -51,5 +48,48 @@ impl Rope {
     pub(crate) fn at(&self, position: usize) -> (&[f32], &[f32]) {
         let range = position * self.pairs..(position + 1) * self.pairs;
         (&self.cos[range.clone()], &self.sin[range])
+    }
+}
+
+/// The angle from one position to the next.
+fn turn(config: &RopeConfig, pair: usize, factor: f32) -> f64 {
+    let exponent = -2.0 * pair as f64 / f64::from(config.dim);
+    libm::pow(f64::from(config.base), exponent)
+        / (f64::from(factor) * f64::from(config.linear_scale))
+}
+
+/// A hash (FNV-1a) of table values before they are rounded, for usual bases and far positions:
+/// another implementation of `pow` or `sincos` has another.
+pub(crate) fn fingerprint() -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut add = |x: f64| {
+        for byte in x.to_bits().to_le_bytes() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    };
+    for base in [10_000.0, 100_000.0, 500_000.0, 1_000_000.0] {
+        let style = RopeStyle::Interleaved;
+        let config = RopeConfig { base, dim: 128, style, linear_scale: 1.0 };
+        for pair in 0..64 {
+            let turn = turn(&config, pair, 1.0);
+            add(turn);
+            for position in [1, 2, 3, 17, 100, 1023, 8191, 131_071] {
+                let (s, c) = libm::sincos(f64::from(position) * turn);
+                add(s);
+                add(c);
+            }
+        }
+    }
+    hash
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every machine must find this value; with another, all recorded answers may change.
+    #[test]
+    fn the_fingerprint_is_known() {
+        assert_eq!(format!("{:016x}", fingerprint()), "02aba2957cd67750");
     }
 }
