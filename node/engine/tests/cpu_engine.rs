@@ -10,7 +10,7 @@ use millrace_engine::cpu::CpuEngine;
 use millrace_engine::{Engine, Isa, LoadError, StageInput, StageOutput, StepError};
 use millrace_shared::id::SequenceId;
 use millrace_shared::model::{Dtype, RopeStyle, TensorType};
-use millrace_shared::wire::control::ProfileSpec;
+use millrace_shared::wire::control::{EngineSettings, ProfileSpec};
 use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
 use tiny::{Pipeline, Tiny, row, tables};
 
@@ -237,6 +237,16 @@ fn loads_that_cannot_work_say_why() {
     let mut huge = spec.clone();
     huge.settings.kv_blocks = u32::MAX;
     assert!(matches!(load(&huge, &sources), Err(LoadError::OutOfMemory { .. })));
+
+    for set in [
+        |s: &mut EngineSettings| s.max_num_seqs = u32::MAX,
+        |s: &mut EngineSettings| s.max_batch_tokens = u32::MAX,
+        |s: &mut EngineSettings| s.max_model_len = u32::MAX,
+    ] {
+        let mut huge = spec.clone();
+        set(&mut huge.settings);
+        assert!(matches!(load(&huge, &sources), Err(LoadError::OutOfMemory { .. })));
+    }
 
     let mut odd = spec.clone();
     odd.settings.kv_block_size = 24;

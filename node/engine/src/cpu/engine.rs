@@ -7,9 +7,9 @@ use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::StepMeta;
 
 use super::backend::CpuBackend;
-use super::kernels::group_rows;
+use super::kernels::{attention, group_rows};
 use super::pack::{kind_of, packed_bytes};
-use super::{buffer, numerics_revision, profile};
+use super::{memory, numerics_revision, profile};
 use crate::model::weights::Sources;
 use crate::model::{Batch, BlockTables, Llama, Source};
 use crate::{
@@ -156,16 +156,16 @@ fn check_memory(spec: &StageSpec, sources: &[Source]) -> Result<(), LoadError> {
     let r = group_rows(spec.isa);
     let weights: u64 = stage_tensors(&spec.config, &entries, &part)
         .iter()
-        .filter_map(|t| match (kind_of(t.dtype), t.dims.as_slice()) {
+        .map(|t| match (kind_of(t.dtype), t.dims.as_slice()) {
             (Some(kind), &[cols, rows]) if rows < 1 << 40 && cols < 1 << 40 => {
-                Some(packed_bytes(kind, rows as usize, cols as usize, r))
+                packed_bytes(kind, rows as usize, cols as usize, r)
             }
-            _ => t.elements().checked_mul(4),
+            _ => t.dims.iter().fold(4, |n: u64, &d| n.saturating_mul(d)),
         })
         .fold(0, u64::saturating_add);
     let kv = kv_bytes(&spec.config, &spec.settings, spec.layers.len() as u64);
     let needed = weights.saturating_add(kv).saturating_add(scratch_bytes(spec));
-    match buffer::available_bytes() {
+    match memory::available_bytes() {
         Some(free) if needed.saturating_add(MEMORY_RESERVE) > free => Err(LoadError::OutOfMemory {
             what: "weights, KV cache and activations",
             needed_bytes: needed,
@@ -184,14 +184,24 @@ fn kv_bytes(config: &ModelConfig, settings: &EngineSettings, layers: u64) -> u64
         .fold(config.kv_bytes_per_position(settings.kv_dtype), u64::saturating_mul)
 }
 
-/// Activations of the largest step, logits and RoPE tables; a little more than is taken.
+/// Activations of the largest step, attention's scratch, logits, RoPE and block tables; a little more
+/// than is taken, and the greatest number where it overflows.
 fn scratch_bytes(spec: &StageSpec) -> u64 {
     let c = &spec.config;
     let [hidden, heads, kv_heads, dim, ffn, vocab] =
         [c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab].map(u64::from);
     let plain = hidden + (heads + 2 * kv_heads) * dim + 2 * ffn;
     let quantised = hidden + heads * dim + ffn;
-    u64::from(spec.settings.max_batch_tokens) * (plain * 4 + quantised * 6)
-        + u64::from(spec.settings.max_model_len) * u64::from(c.rope.dim) * 4
-        + if spec.head { vocab * 64 } else { 0 }
+    let group = (c.heads / c.kv_heads.max(1)) as usize;
+    let attention = attention::scratch_len(group, c.head_dim as usize) as u64;
+    [
+        u64::from(spec.settings.max_batch_tokens).saturating_mul(plain * 4 + quantised * 6),
+        (spec.threads as u64).saturating_mul(attention * 4),
+        u64::from(spec.settings.max_model_len).saturating_mul(u64::from(c.rope.dim) * 4),
+        if spec.head { vocab * 64 } else { 0 },
+        BlockTables::bytes(&spec.settings),
+        Batch::bytes(&spec.settings),
+    ]
+    .into_iter()
+    .fold(0, u64::saturating_add)
 }

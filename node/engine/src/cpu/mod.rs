@@ -24,6 +24,7 @@ mod buffer;
 mod engine;
 mod kernels;
 mod kv;
+mod memory;
 mod pack;
 mod pool;
 mod profile;

@@ -74,10 +74,10 @@ pub(crate) fn group_layout(kind: Kind, cols: usize, r: usize) -> (usize, usize) 
     }
 }
 
-/// Bytes of a packed matrix.
+/// Bytes of a packed matrix; the greatest number where they overflow.
 pub(crate) fn packed_bytes(kind: Kind, rows: usize, cols: usize, r: usize) -> u64 {
     let (r, group) = group_layout(kind, cols, r);
-    rows.div_ceil(r) as u64 * group as u64
+    (rows.div_ceil(r) as u64).saturating_mul(group as u64)
 }
 
 fn u16_at(b: &[u8], i: usize) -> u16 {

@@ -64,6 +64,12 @@ impl Batch {
         }
     }
 
+    /// Bytes of that room.
+    pub fn bytes(settings: &EngineSettings) -> u64 {
+        let one = 2 * size_of::<Span>() + size_of::<usize>() + size_of::<Output>();
+        u64::from(settings.max_batch_tokens) * one as u64
+    }
+
     /// Checks the rows of a step against tables and limits.
     ///
     /// # Errors

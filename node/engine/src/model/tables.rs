@@ -34,6 +34,14 @@ impl BlockTables {
         }
     }
 
+    /// Bytes of that room, about.
+    pub fn bytes(settings: &EngineSettings) -> u64 {
+        let blocks = settings.max_model_len.div_ceil(settings.kv_block_size.max(1));
+        let ids = u64::from(blocks) * size_of::<u32>() as u64;
+        // A vector, a place in the list of free ones, two to four in the map.
+        u64::from(settings.max_num_seqs).saturating_mul(ids + 128)
+    }
+
     /// Applies releases, then updates.
     pub fn apply(&mut self, meta: &StepMeta) {
         for sequence in &meta.released {
