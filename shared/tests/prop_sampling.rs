@@ -168,7 +168,7 @@ proptest! {
         for top_p in [0.0, 1e-6] {
             for top_k in [0, 2] {
                 let tiny = SamplingParams { top_p, top_k, ..SamplingParams::default() };
-                prop_assert_eq!(run(&logits, &tiny, &[], 0, seed, 0), greedy.clone());
+                prop_assert_eq!(run(&logits, &tiny, &[], 0, seed, 0), greedy);
             }
         }
         let strict = SamplingParams { min_p: 1.0, top_k: 1, ..SamplingParams::default() };

@@ -61,10 +61,11 @@ struct Call {
 }
 
 async fn next_call(connection: &Connection) -> (Call, ReplySender) {
-    let call = accept_call(connection.accept_incoming().await.unwrap()).await.unwrap();
+    let stream = connection.accept_incoming().await.unwrap();
+    let call = Box::pin(accept_call(stream)).await.unwrap();
     assert_eq!(call.bearer(), Some("mlr-test"));
     let header = call.header().clone();
-    let (method, _, replies) = call.method().await.unwrap();
+    let (method, _, replies) = Box::pin(call.method()).await.unwrap();
     (Call { header, method }, replies)
 }
 

@@ -6,6 +6,7 @@
 //! server. The secret itself is never stored. Time is an argument.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -104,28 +105,59 @@ impl TokenStore {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let hash = hash_of(secret);
         let key = private_file::hex(&key);
-        let slots = self.slots(&hash)?;
+        // A record that is gone was spent by another process, or purged: look again. Each round
+        // means that somebody else used one up, and there are no more than this.
+        for _ in 0..=MAX_USES {
+            let slots = self.slots(&hash)?;
+            match self.spend_one(&hash, &slots, &key, now) {
+                Err(SpendError::Store(e)) if is_gone(&e) => {}
+                other => return other,
+            }
+        }
+        Err(SpendError::Used)
+    }
+
+    /// Whether the token could be spent now, without spending it.
+    ///
+    /// # Errors
+    /// If it is unknown or expired.
+    pub fn check(&self, secret: &[u8; 32], now: u64) -> Result<(), SpendError> {
+        let hash = hash_of(secret);
+        for _ in 0..=MAX_USES {
+            let slots = self.slots(&hash)?;
+            match expiry(&slots.first().ok_or(SpendError::Unknown)?.path) {
+                Ok(expires) if expires <= now => return Err(SpendError::Expired),
+                Ok(_) => return Ok(()),
+                Err(e) if is_gone(&e) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Err(SpendError::Used)
+    }
+
+    /// Fails with what [`is_gone`] where the records have changed since they were listed.
+    fn spend_one(
+        &self,
+        hash: &str,
+        slots: &[Slot],
+        key: &str,
+        now: u64,
+    ) -> Result<NodeId, SpendError> {
         let first = slots.first().ok_or(SpendError::Unknown)?;
         if expiry(&first.path)? <= now {
             return Err(SpendError::Expired);
         }
-        if let Some(node) = bound(&slots, &key) {
+        if let Some(node) = bound(slots, key) {
             return Ok(node);
         }
-        for slot in slots.iter().filter(|s| matches!(s.state, State::Free)) {
-            let node = NodeId(Uuid::now_v7());
-            let spent = self.dir.join(format!("{hash}-{}.{key}.{node}.spent", slot.index));
-            match fs::rename(&slot.path, &spent) {
-                Ok(()) => {
-                    self.sync()?;
-                    // Another process may have served the same key: the lowest use counts.
-                    return Ok(bound(&self.slots(&hash)?, &key).unwrap_or(node));
-                }
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-                Err(e) => return Err(NetError::file(&slot.path, e).into()),
-            }
-        }
-        Err(SpendError::Used)
+        let free = slots.iter().find(|s| matches!(s.state, State::Free));
+        let slot = free.ok_or(SpendError::Used)?;
+        let node = NodeId(Uuid::now_v7());
+        let spent = self.dir.join(format!("{hash}-{}.{key}.{node}.spent", slot.index));
+        fs::rename(&slot.path, &spent).map_err(|e| NetError::file(&slot.path, e))?;
+        self.sync()?;
+        // Another process may have served the same key: the lowest use counts.
+        Ok(bound(&self.slots(hash)?, key).unwrap_or(node))
     }
 
     /// Deletes the records of tokens that had expired by `now`; returns how many.
@@ -165,6 +197,10 @@ impl TokenStore {
             .and_then(|dir| dir.sync_all())
             .map_err(|e| NetError::file(&self.dir, e))
     }
+}
+
+fn is_gone(e: &NetError) -> bool {
+    matches!(e, NetError::File { source, .. } if source.kind() == ErrorKind::NotFound)
 }
 
 fn hash_of(secret: &[u8; 32]) -> String {
@@ -255,6 +291,18 @@ mod tests {
         }
     }
 
+    #[test]
+    fn checking_spends_nothing() {
+        let (_dir, store) = store();
+        let token = store.create("h:1", [0; 32], 1, NOW + 10).unwrap();
+        store.check(&token.secret, NOW).unwrap();
+        assert!(matches!(store.check(&[9; 32], NOW), Err(SpendError::Unknown)));
+        assert!(matches!(store.check(&token.secret, NOW + 10), Err(SpendError::Expired)));
+        store.spend(&token.secret, [1; 32], NOW).unwrap();
+        // The same key may come again; which one it is, only spending looks at.
+        store.check(&token.secret, NOW).unwrap();
+    }
+
     /// Many contenders, two stores on one folder: each use goes to exactly one key.
     #[test]
     fn contention_never_spends_a_use_twice() {
@@ -266,7 +314,11 @@ mod tests {
                 .map(|i| {
                     let store = if i % 2 == 0 { &store } else { &other };
                     let secret = token.secret;
-                    scope.spawn(move || store.spend(&secret, [i; 32], NOW).is_ok())
+                    scope.spawn(move || match store.spend(&secret, [i; 32], NOW) {
+                        Ok(_) => true,
+                        Err(SpendError::Used) => false,
+                        Err(e) => panic!("{e}"),
+                    })
                 })
                 .collect();
             threads.into_iter().filter(|_| true).map(|t| t.join().unwrap()).filter(|w| *w).count()
