@@ -128,9 +128,15 @@ impl Metrics {
         }
     }
 
-    /// A request was submitted, whether or not it will be admitted.
+    /// A request was admitted.
     pub fn on_submit(&self) {
         self.received.inc();
+    }
+
+    /// A request was refused: it counts as received and as failed.
+    pub fn on_refused(&self, code: ErrorCode) {
+        self.received.inc();
+        self.on_failed(code);
     }
 
     /// Prompt tokens were computed.
@@ -157,14 +163,9 @@ impl Metrics {
         self.e2e.observe(e2e.as_secs_f64());
     }
 
-    /// A request was refused or failed.
+    /// An admitted request failed.
     pub fn on_failed(&self, code: ErrorCode) {
         self.failure.get_or_create(&FailedLabels { code: code.name() }).inc();
-    }
-
-    /// Messages of an older epoch were dropped.
-    pub fn on_stale_dropped(&self, n: u64) {
-        self.stale_dropped.inc_by(n);
     }
 
     /// Copies the state of the cluster. Counters only ever rise: a total of the status that is
@@ -181,6 +182,7 @@ impl Metrics {
         raise(&self.preemptions, status.preemptions);
         raise(&self.prompt_tokens, status.prompt_tokens);
         raise(&self.generation_tokens, status.generation_tokens);
+        raise(&self.stale_dropped, status.stale_dropped);
         // Stages of an earlier plan must not linger; a stage's own counter starts with it.
         self.stage_busy.clear();
         for (index, stage) in status.stages.iter().enumerate() {
@@ -240,7 +242,7 @@ mod tests {
         m.on_token(Duration::from_millis(4));
         m.on_finished(FinishReason::Length, Duration::from_millis(34));
         m.on_failed(ErrorCode::Unavailable);
-        m.on_stale_dropped(3);
+        m.on_refused(ErrorCode::NotFound);
         let text = m.render();
         assert!(line(&text, "millrace_prompt_tokens_total{").contains("model_name=\"tiny\""));
         assert!(line(&text, "millrace_prompt_tokens_total{").ends_with("} 7"));
@@ -249,11 +251,15 @@ mod tests {
         assert!(line(&text, "millrace_inter_token_latency_seconds_count{").ends_with(" 1"));
         assert!(line(&text, "millrace_request_queue_time_seconds_count{").ends_with(" 1"));
         assert!(line(&text, "millrace_e2e_request_latency_seconds_sum{").contains("0.034"));
-        assert!(line(&text, "millrace_stale_epoch_dropped_total{").ends_with(" 3"));
+        assert!(line(&text, "millrace_requests_total{").ends_with(" 2"), "refused ones count too");
         let success = line(&text, "millrace_request_success_total{");
         assert!(success.contains("finished_reason=\"length\""), "{success}");
-        let failure = line(&text, "millrace_request_failure_total{");
-        assert!(failure.contains("code=\"UNAVAILABLE\""), "{failure}");
+        for code in ["UNAVAILABLE", "NOT_FOUND"] {
+            let label = format!("code=\"{code}\"");
+            let failures =
+                text.lines().filter(|l| l.starts_with("millrace_request_failure_total{"));
+            assert!(failures.clone().any(|l| l.contains(&label) && l.ends_with(" 1")), "{text}");
+        }
         assert!(text.ends_with("# EOF\n"));
     }
 
@@ -268,6 +274,7 @@ mod tests {
             kv_blocks_used: 2,
             prompt_tokens: 6,
             preemptions: 5,
+            stale_dropped: 3,
             stages: vec![stage("a", 1.5), stage("b", 2.0)],
             ..ClusterStatus::default()
         };
@@ -277,6 +284,7 @@ mod tests {
         let text = m.render();
         assert!(line(&text, "millrace_prompt_tokens_total{").ends_with(" 10"));
         assert!(line(&text, "millrace_preemptions_total{").ends_with(" 5"));
+        assert!(line(&text, "millrace_stale_epoch_dropped_total{").ends_with(" 3"));
         assert!(line(&text, "millrace_kv_cache_usage_ratio{").ends_with(" 0.25"));
         assert!(line(&text, "millrace_plan_epoch{").ends_with(" 4"));
         let busy: Vec<_> =

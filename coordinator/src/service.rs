@@ -1,15 +1,19 @@
 //! What the APIs ask of the coordinator. The QUIC and HTTP servers know only this trait, so they
 //! can be tested without a cluster, and neither can do more than the other.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
 use futures::future::BoxFuture;
-use millrace_shared::error::Status;
+use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::wire::rpc::{
     ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
 };
 use tokio::sync::mpsc;
+
+use crate::metrics::Metrics;
 
 /// Events of one request. Bounded by the request's own token limit, so it never blocks the
 /// scheduler; dropping it cancels the request.
@@ -87,4 +91,85 @@ pub trait Service: Send + Sync + 'static {
     /// # Errors
     /// `Unauthenticated` where it is missing or wrong.
     fn authenticate(&self, key: Option<&str>) -> Result<(), Status>;
+}
+
+/// A service whose refusals are counted. What it admits is for the scheduler's side to count.
+#[derive(Debug)]
+pub struct Counted<S> {
+    inner: Arc<S>,
+    metrics: Arc<Metrics>,
+}
+
+impl<S> Counted<S> {
+    /// Counts what `inner` refuses.
+    pub fn new(inner: Arc<S>, metrics: Arc<Metrics>) -> Self {
+        Self { inner, metrics }
+    }
+}
+
+/// Whether a scoring that ended so was refused. One that was admitted can be cut off, but not be
+/// found wrong any more; `Unavailable` may be either, and then is the scheduler's side's to count.
+fn refuses(code: ErrorCode) -> bool {
+    use ErrorCode as E;
+    match code {
+        E::InvalidArgument | E::NotFound | E::PermissionDenied | E::ResourceExhausted => true,
+        E::FailedPrecondition | E::Unimplemented | E::Unauthenticated => true,
+        E::Cancelled | E::DeadlineExceeded | E::Internal | E::Unavailable => false,
+    }
+}
+
+impl<S: Service> Service for Counted<S> {
+    fn generate(
+        &self,
+        request: GenerateRequest,
+        deadline: Option<Duration>,
+    ) -> BoxFuture<'_, Result<EventStream, Status>> {
+        let count = |result: Result<EventStream, Status>| {
+            result.inspect_err(|status| self.metrics.on_refused(status.code))
+        };
+        self.inner.generate(request, deadline).map(count).boxed()
+    }
+
+    fn score(
+        &self,
+        request: ScoreRequest,
+        deadline: Option<Duration>,
+    ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
+        let count = |result: Result<Vec<PositionScore>, Status>| {
+            result.inspect_err(|status| {
+                if refuses(status.code) {
+                    self.metrics.on_refused(status.code);
+                }
+            })
+        };
+        self.inner.score(request, deadline).map(count).boxed()
+    }
+
+    fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {
+        self.inner.tokenize(model, prompt)
+    }
+
+    fn detokenize(&self, ids: &[u32]) -> Result<String, Status> {
+        self.inner.detokenize(ids)
+    }
+
+    fn token_bytes(&self, id: u32) -> Vec<u8> {
+        self.inner.token_bytes(id)
+    }
+
+    fn models(&self) -> Vec<ModelCard> {
+        self.inner.models()
+    }
+
+    fn cancel(&self, request_id: RequestId) -> BoxFuture<'_, Result<(), Status>> {
+        self.inner.cancel(request_id)
+    }
+
+    fn status(&self) -> BoxFuture<'_, ClusterStatus> {
+        self.inner.status()
+    }
+
+    fn authenticate(&self, key: Option<&str>) -> Result<(), Status> {
+        self.inner.authenticate(key)
+    }
 }

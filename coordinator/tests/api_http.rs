@@ -12,6 +12,7 @@ use std::time::Duration;
 use api_common::*;
 use millrace_coordinator::api::http::{HttpConfig, HttpServerHandle, start};
 use millrace_coordinator::metrics::Metrics;
+use millrace_coordinator::service::Counted;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::wire::rpc::{FinishReason, Prompt};
@@ -480,4 +481,33 @@ async fn stopping_frees_the_port() {
     let metrics = Arc::new(Metrics::new(MODEL));
     let again = start(HttpConfig::new(s.addr), s.fake.clone(), metrics).expect("free again");
     assert_eq!(again.addr, s.addr);
+}
+
+/// What is refused counts, too, whoever refuses it.
+#[test]
+fn refusals_are_counted() {
+    let (fake, _dropped) = Fake::new(refuse(Status::exhausted("the queue is full", 1500)));
+    let metrics = Arc::new(Metrics::new(MODEL));
+    let service = Arc::new(Counted::new(fake.clone(), Arc::clone(&metrics)));
+    let config = HttpConfig::new(SocketAddr::from(([127, 0, 0, 1], 0)));
+    let handle = start(config, service, Arc::clone(&metrics)).expect("a free port");
+    assert_eq!(post(handle.addr, CHAT, &chat_body(json!({}))).status, 429);
+    assert_eq!(post(handle.addr, CHAT, &json!({})).status, 400);
+    assert_eq!(post(handle.addr, COMPLETIONS, &json!({"prompt": {}})).status, 400);
+    fake.set(hello());
+    assert_eq!(post(handle.addr, COMPLETIONS, &json!({"prompt": "x"})).status, 200);
+    handle.drain();
+    assert_eq!(post(handle.addr, CHAT, &chat_body(json!({}))).status, 503);
+    let text = metrics.render();
+    let has = |start: &str, part: &str, end: &str| {
+        let mut lines = text.lines().filter(|l| l.starts_with(start));
+        lines.any(|l| l.contains(part) && l.ends_with(end))
+    };
+    // The one that was admitted is the scheduler's to count.
+    assert!(has("millrace_requests_total{", "", " 4"), "{text}");
+    for (code, count) in
+        [("RESOURCE_EXHAUSTED", " 1"), ("INVALID_ARGUMENT", " 2"), ("UNAVAILABLE", " 1")]
+    {
+        assert!(has("millrace_request_failure_total{", code, count), "{code}: {text}");
+    }
 }

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 use super::AppState;
 use super::error::ApiError;
 use super::fields::Fields;
-use super::generation::{self, Kind};
+use super::generation::{self, Asked, Kind};
 use super::options;
-use super::request::{Body, deadline, read_body, with_ignored};
+use super::request::{Body, deadline, read_body};
 
 /// Answers a conversation.
 pub(crate) async fn chat(
@@ -17,16 +17,19 @@ pub(crate) async fn chat(
     request: HttpRequest,
     body: Body,
 ) -> Result<HttpResponse, ApiError> {
+    let asked = state.counted(read(&request, body))?;
+    generation::respond(&state, Kind::Chat, asked).await
+}
+
+fn read(request: &HttpRequest, body: Body) -> Result<Asked, ApiError> {
     let mut fields = Fields::parse(&read_body(body)?)?;
-    let deadline = deadline(&request)?;
+    let deadline = deadline(request)?;
     let mut options = options::take(&mut fields, None)?;
     options.params.logprobs = options::take_chat_logprobs(&mut fields)?;
     let messages = take_messages(&mut fields)?
         .ok_or_else(|| ApiError::invalid("messages", "is missing: give at least one message"))?;
-    let ignored = fields.into_ignored();
     let prompt = Prompt::Chat(messages);
-    let response = generation::respond(&state, Kind::Chat, options, prompt, deadline).await?;
-    Ok(with_ignored(response, &ignored))
+    Ok(Asked { options, prompt, deadline, ignored: fields.into_ignored() })
 }
 
 /// Takes the conversation; `None` where there is none.

@@ -7,9 +7,9 @@ use serde_json::Value;
 use super::AppState;
 use super::error::ApiError;
 use super::fields::Fields;
-use super::generation::{self, Kind};
+use super::generation::{self, Asked, Kind};
 use super::options;
-use super::request::{Body, deadline, read_body, with_ignored};
+use super::request::{Body, deadline, read_body};
 
 /// OpenAI's own default for this endpoint.
 const DEFAULT_MAX_TOKENS: u32 = 16;
@@ -20,15 +20,18 @@ pub(crate) async fn completions(
     request: HttpRequest,
     body: Body,
 ) -> Result<HttpResponse, ApiError> {
+    let asked = state.counted(read(&request, body))?;
+    generation::respond(&state, Kind::Completion, asked).await
+}
+
+fn read(request: &HttpRequest, body: Body) -> Result<Asked, ApiError> {
     let mut fields = Fields::parse(&read_body(body)?)?;
-    let deadline = deadline(&request)?;
+    let deadline = deadline(request)?;
     let mut options = options::take(&mut fields, Some(DEFAULT_MAX_TOKENS))?;
     options.params.logprobs = options::take_completion_logprobs(&mut fields)?;
     let prompt = take_prompt(&mut fields, "prompt")?
         .ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;
-    let ignored = fields.into_ignored();
-    let response = generation::respond(&state, Kind::Completion, options, prompt, deadline).await?;
-    Ok(with_ignored(response, &ignored))
+    Ok(Asked { options, prompt, deadline, ignored: fields.into_ignored() })
 }
 
 /// Takes a prompt: a text, ids, or a list of exactly one of them.

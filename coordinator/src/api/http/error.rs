@@ -108,6 +108,11 @@ impl ApiError {
         error
     }
 
+    /// What kind of failure it is.
+    pub(crate) fn code(&self) -> ErrorCode {
+        self.status.code
+    }
+
     /// The JSON body.
     pub(crate) fn body(&self) -> ErrorBody<'_> {
         ErrorBody {

@@ -18,6 +18,7 @@ use super::AppState;
 use super::error::ApiError;
 use super::logprobs::LogprobWriter;
 use super::options::Options;
+use super::request::with_ignored;
 use super::sse;
 use super::types::{Choice, Delta, Envelope, LogprobsBody, Message, UsageBody};
 use crate::service::{EventStream, Service};
@@ -29,6 +30,18 @@ pub(crate) enum Kind {
     Chat,
     /// `/v1/completions`.
     Completion,
+}
+
+/// What a request's body and headers ask for.
+pub(crate) struct Asked {
+    /// Everything but the prompt.
+    pub(crate) options: Options,
+    /// What to continue.
+    pub(crate) prompt: Prompt,
+    /// From now.
+    pub(crate) deadline: Option<Duration>,
+    /// Names of the fields that were ignored.
+    pub(crate) ignored: Vec<String>,
 }
 
 /// How one answer looks: its identity, and the pieces it is made of.
@@ -49,11 +62,10 @@ pub(crate) struct Answer {
 pub(crate) async fn respond(
     state: &AppState,
     kind: Kind,
-    options: Options,
-    prompt: Prompt,
-    deadline: Option<Duration>,
+    asked: Asked,
 ) -> Result<HttpResponse, ApiError> {
-    state.refuse_while_draining()?;
+    state.counted(state.refuse_while_draining().map_err(ApiError::from))?;
+    let Asked { options, prompt, deadline, ignored } = asked;
     let Options { model, params, stream, include_usage } = options;
     let shown_model = if model.is_empty() { only_model(state) } else { model.clone() };
     let request = GenerateRequest { model, prompt, params };
@@ -61,7 +73,8 @@ pub(crate) async fn respond(
     let answer = Answer::new(state, kind, &events, shown_model, include_usage);
     if !stream {
         let body = collect(answer, events).await?;
-        return Ok(HttpResponse::Ok().content_type("application/json").body(body));
+        let response = HttpResponse::Ok().content_type("application/json").body(body);
+        return Ok(with_ignored(response, &ignored));
     }
     // A request that fails at once still gets a proper HTTP status.
     let first = match events.next().await {
@@ -70,12 +83,13 @@ pub(crate) async fn respond(
         Some(Ok(event)) => event,
     };
     let body = sse::stream(answer, events, first, state.keep_alive);
-    Ok(HttpResponse::Ok()
+    let response = HttpResponse::Ok()
         .insert_header((CONTENT_TYPE, "text/event-stream; charset=utf-8"))
         .insert_header((CACHE_CONTROL, "no-cache"))
         // Otherwise nginx collects the stream before it passes it on.
         .insert_header(("x-accel-buffering", "no"))
-        .streaming(body))
+        .streaming(body);
+    Ok(with_ignored(response, &ignored))
 }
 
 /// What a stream that ends without `Finished` means.

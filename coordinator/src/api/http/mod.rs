@@ -122,6 +122,11 @@ impl AppState {
     fn refuse_while_draining(&self) -> Result<(), Status> {
         if self.draining.load(Ordering::Relaxed) { Err(shutting_down()) } else { Ok(()) }
     }
+
+    /// Counts a generation that is refused before the service sees it.
+    fn counted<T>(&self, result: Result<T, ApiError>) -> Result<T, ApiError> {
+        result.inspect_err(|error| self.metrics.on_refused(error.code()))
+    }
 }
 
 fn shutting_down() -> Status {
