@@ -149,6 +149,41 @@ fn wants_decide_what_comes_out() {
     assert!(pipeline.step(&none, &[4]).unwrap().is_empty());
 }
 
+/// The last layer and the head run for the last position alone, or for all of them.
+#[test]
+fn pruning_changes_nothing() {
+    let tiny = Tiny::new(TensorType::Q4_1, TensorType::Q8_0);
+    let ids = tokens(1);
+    for (cuts, threads) in [(&[4][..], 1), (&[2, 4][..], 2), (&[4, 4][..], 2)] {
+        let scored = run(&mut tiny.pipeline(cuts, threads, Isa::best()), &[64]);
+        for chunk in [1, 2, 7, 33, 64] {
+            let mut pipeline = tiny.pipeline(cuts, threads, Isa::best());
+            let mut updates = tables(1, LEN, 16, 0);
+            // Company of every kind, before and after.
+            updates.extend([tables(2, LEN, 16, 10), tables(3, LEN, 16, 20)].concat());
+            for at in (0..LEN).step_by(chunk) {
+                let count = chunk.min(LEN - at).min(62);
+                let rows = vec![
+                    row(2, at, 1, Want::Score { top_k: 0 }),
+                    row(1, at, count, Want::Sample),
+                    row(3, at, 1, Want::None),
+                ];
+                let tables = std::mem::take(&mut updates);
+                let meta = StepMeta { rows, tables, ..StepMeta::default() };
+                let input = [&[1], &ids[at..at + count], &[2]].concat();
+                let got = pipeline.step(&meta, &input).unwrap();
+                assert_eq!((got.len(), got[1].0), (2, 1));
+                let last = at + count - 1;
+                assert_eq!(got[1].1 as usize, last);
+                assert!(got[1].2 == scored[last], "{cuts:?}, chunks of {chunk}, position {last}");
+                if count < chunk {
+                    break;
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn impossible_steps_are_refused_and_harm_nobody() {
     let tiny = Tiny::new(TensorType::Q4_1, TensorType::Q8_0);

@@ -17,6 +17,8 @@ pub(crate) mod elementwise;
 pub(crate) mod format;
 pub(crate) mod lanes;
 pub(crate) mod matmul;
+#[cfg(test)]
+mod properties;
 pub(crate) mod rows;
 mod scalar;
 mod store;
