@@ -123,7 +123,10 @@ impl Pool {
                 }
             }
         }
-        Self { state, workers }
+        let mut pool = Self { state, workers };
+        // A thread allocates while it starts: not in the first step.
+        pool.run(&|_| {});
+        pool
     }
 
     /// Members, the caller included.
