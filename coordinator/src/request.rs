@@ -113,19 +113,18 @@ impl Generation {
             (false, true) => FinishReason::Length,
             (false, false) => return Verdict::Continue,
         };
-        self.finish(reason, stopped);
-        Verdict::Finished(reason)
+        Verdict::Finished(self.finish(reason, stopped))
     }
 
-    /// Sends the finishing event; `stopped`: a stop string matched, so nothing is held back.
-    fn finish(&mut self, reason: FinishReason, stopped: bool) {
-        let text = if stopped {
-            String::new()
+    /// Sends the finishing event; `stopped`: a stop string matched, so nothing is held back. Returns
+    /// the reason: a stop string may become certain only now.
+    fn finish(&mut self, reason: FinishReason, stopped: bool) -> FinishReason {
+        let (text, reason) = if stopped {
+            (String::new(), reason)
         } else {
-            let tail = self.detokenizer.finish();
-            let mut text = self.stop.push(&tail).emit;
-            text.push_str(&self.stop.finish());
-            text
+            let end = self.stop.end(&self.detokenizer.finish());
+            let length = reason == FinishReason::Length;
+            (end.emit, if end.stopped && length { FinishReason::Stop } else { reason })
         };
         let event = GenerateEvent::Finished {
             reason,
@@ -139,6 +138,7 @@ impl Generation {
         };
         // A receiver that is gone needs no farewell.
         let _ = self.events.try_send(Ok(event));
+        reason
     }
 
     fn timings(&self) -> Timings {
@@ -254,7 +254,9 @@ impl Request {
     /// Ends the request as cancelled by its client.
     pub fn cancelled(mut self) {
         match &mut self.work {
-            Work::Generate(g) => g.finish(FinishReason::Cancelled, false),
+            Work::Generate(g) => {
+                g.finish(FinishReason::Cancelled, false);
+            }
             Work::Score(_) => self.fail(Status::new(
                 millrace_shared::error::ErrorCode::Cancelled,
                 "cancelled by the client",

@@ -23,7 +23,7 @@ use crate::config::{Config, host_port};
 use crate::metrics::Metrics;
 use crate::models::{ConsoleProgress, NoProgress, Progress, hash_manifest};
 use crate::plan::check_stages;
-use crate::service::Service;
+use crate::service::{Counted, Service};
 use crate::serving::{Prompts, Serving};
 use crate::state::{ClusterDir, unix_now};
 use crate::text::{ChatTemplate, Tokenizer};
@@ -128,13 +128,14 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     // while it is dropped, where there are none. An answer proves that it runs.
     batcher.send(GetCounters).await.context("the batcher")?;
     actor.send(GetStatus).await.context("the cluster's actor")?;
-    let service: Arc<dyn Service> = Arc::new(Serving {
+    let serving = Serving {
         batcher,
         cluster: actor.clone(),
         prompts: Arc::new(Prompts { tokenizer, template, card }),
         keys: millrace_net::keys::ApiKeyStore::open(&dir.path)?,
         draws: AtomicU64::new(0),
-    });
+    };
+    let service: Arc<dyn Service> = Arc::new(Counted::new(Arc::new(serving), Arc::clone(&metrics)));
 
     let server = match config.http {
         None => None,

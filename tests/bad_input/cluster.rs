@@ -41,7 +41,8 @@ async fn normal(client: &Client) -> Result<Answer, Status> {
 
 impl Cluster {
     async fn start(root: &Path) -> Self {
-        let coordinator = Coordinator::start(root, 2, &["--kv-cache-tokens", "8192"]);
+        let coordinator =
+            Coordinator::start(root, 2, &["--kv-cache-tokens", "8192", "--engine", "mock"]);
         let mock: &[&str] = &["--engine", "mock"];
         let nodes = vec![coordinator.node("node-a", mock), coordinator.node("node-b", mock)];
         coordinator.wait_ready();

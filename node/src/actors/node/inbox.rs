@@ -132,9 +132,8 @@ impl Handler<EdgeOffered> for Node {
             return;
         }
         let Plane::Stage { edge: kind, .. } = m.plane else { return };
-        let Some(active) = &mut self.active else { return };
+        let Some(active) = &self.active else { return };
         let Some(stage) = active.stage.clone() else { return };
-        active.edges.push(kind);
         let a = &active.assignment;
         let row_bytes = (a.config.hidden as usize).max(1) * 4;
         let limit = MAX_FRAME_META_BYTES + a.settings.max_batch_tokens as usize * row_bytes + 4096;
