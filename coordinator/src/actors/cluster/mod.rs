@@ -159,6 +159,9 @@ impl Cluster {
     /// Looks at leases. Only here: while messages wait, silence means nothing. A tick that comes
     /// late says that this program was held up, and that heartbeats may wait in its queues.
     fn tick(&mut self, ctx: &mut Context<Self>) {
+        if self.stopping {
+            return;
+        }
         let now = self.now();
         if now.saturating_sub(self.last_tick) > 5 * TICK {
             self.membership.handle_own_delay(now);
