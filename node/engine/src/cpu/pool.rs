@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
-/// How long a member spins before it parks: longer than the gap between most phases of a step.
-const SPIN: Duration = Duration::from_micros(20);
+/// How long a member spins before it parks: longer than the gap between most phases of a step, and
+/// about what waking a parked thread costs.
+const SPIN: Duration = Duration::from_micros(50);
 
 /// Turns between two looks at the clock: one to three microseconds.
 const CHECK_TURNS: u32 = 32;
@@ -31,7 +32,7 @@ const CHECK_MAX: Duration = Duration::from_micros(5);
 const DESCHEDULED: Duration = Duration::from_millis(1);
 
 /// How long nobody spins after that.
-const QUIET: Duration = Duration::from_millis(50);
+const QUIET: Duration = Duration::from_millis(5);
 
 /// A job, its lifetime erased; it is alive while `pending` is not zero.
 type Job = *const (dyn Fn(usize) + Sync);
