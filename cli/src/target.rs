@@ -264,7 +264,7 @@ impl Session {
         Ok(self.caller.0.status().await?)
     }
 
-    /// Disconnects, and stops the cluster if it was started for this session.
+    /// Disconnects, and stops the cluster if it was started for this one command.
     pub(crate) async fn close(self) {
         self.caller.0.close().await;
         if let Some(cluster) = self.embedded {

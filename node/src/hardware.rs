@@ -3,6 +3,11 @@
 
 use std::fs;
 
+use millrace_engine::cpu::available_bytes;
+
+/// Assumed where the system does not say how much memory is free.
+const UNKNOWN_MEMORY: u64 = 4 << 30;
+
 /// What a node tells the coordinator about its machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hardware {
@@ -25,7 +30,7 @@ impl Hardware {
         Self {
             cores,
             cores_reason,
-            memory_bytes: available_memory(),
+            memory_bytes: available_bytes().unwrap_or(UNKNOWN_MEMORY),
             processor: processor(),
             host: read_trimmed("/proc/sys/kernel/hostname").unwrap_or_else(|| "localhost".into()),
         }
@@ -64,21 +69,6 @@ fn parse_cpu_list(list: &str) -> usize {
             Some(last.saturating_sub(first) + 1)
         })
         .sum()
-}
-
-/// `MemAvailable`, capped by what the cgroup still allows.
-pub fn available_memory() -> u64 {
-    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let system = meminfo
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"))
-        .and_then(|v| v.trim().trim_end_matches(" kB").trim().parse::<u64>().ok())
-        .map_or(4 << 30, |kib| kib * 1024);
-    let number = |path: &str| read_trimmed(path).and_then(|s| s.parse::<u64>().ok());
-    match (number("/sys/fs/cgroup/memory.max"), number("/sys/fs/cgroup/memory.current")) {
-        (Some(max), Some(current)) => system.min(max.saturating_sub(current)),
-        _ => system,
-    }
 }
 
 fn processor() -> String {

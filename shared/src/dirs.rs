@@ -10,8 +10,9 @@ pub type Lookup<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 fn xdg(env: Lookup<'_>, own: &str, xdg: &str, fallback: &str) -> Option<PathBuf> {
     let set = |name: &str| env(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    // The convention says that a relative XDG folder is to be ignored.
     set(own)
-        .or_else(|| set(xdg).map(|p| p.join("millrace")))
+        .or_else(|| set(xdg).filter(|p| p.is_absolute()).map(|p| p.join("millrace")))
         .or_else(|| set("HOME").map(|p| p.join(fallback).join("millrace")))
 }
 
@@ -43,6 +44,12 @@ mod tests {
         };
         assert_eq!(cache(&all), Some("/own".into()));
         assert_eq!(data(&all), Some("/data/millrace".into()));
+        let relative = |name: &str| match name {
+            "XDG_CACHE_HOME" => Some(OsString::from("relative")),
+            "HOME" => Some(OsString::from("/h")),
+            _ => None,
+        };
+        assert_eq!(cache(&relative), Some("/h/.cache/millrace".into()));
         assert_eq!(cache(&|_| None), None);
     }
 }

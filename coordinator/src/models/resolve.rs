@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use millrace_shared::dirs;
 use millrace_shared::names::env;
 
 use super::catalogue::{CATALOGUE, CatalogueEntry, find};
@@ -60,11 +61,7 @@ impl Settings {
 /// # Errors
 /// If none of the variables is set.
 pub fn cache_dir() -> Result<PathBuf, ModelError> {
-    let path = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    path(env::CACHE)
-        .or_else(|| Some(path("XDG_CACHE_HOME").filter(|p| p.is_absolute())?.join("millrace")))
-        .or_else(|| Some(path("HOME")?.join(".cache").join("millrace")))
-        .ok_or(ModelError::NoCache)
+    dirs::cache(&|name| std::env::var_os(name)).ok_or(ModelError::NoCache)
 }
 
 /// The file of a model: a path as it is, or a name of the [`CATALOGUE`] from the cache, fetched if

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// Bytes that are free; `None` where the system does not say.
-pub(crate) fn available_bytes() -> Option<u64> {
+pub fn available_bytes() -> Option<u64> {
     let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     [meminfo_available(), cgroup_available(Path::new(CGROUPS), &groups)].into_iter().flatten().min()
 }
