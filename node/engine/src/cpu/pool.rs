@@ -167,6 +167,18 @@ impl Pool {
         }
     }
 
+    /// Calls `job(member, item)` once for each item of `0..items`; no item waits for another.
+    ///
+    /// # Panics
+    /// As [`Pool::run`].
+    pub(crate) fn each(&mut self, items: usize, job: &(dyn Fn(usize, usize) + Sync)) {
+        if items <= 1 || self.workers.is_empty() {
+            return (0..items).for_each(|item| job(0, item));
+        }
+        let threads = self.threads();
+        self.run(&|member| (member..items).step_by(threads).for_each(|item| job(member, item)));
+    }
+
     /// Starts counting busy time on every member.
     pub(crate) fn begin_step(&mut self) {
         let state = Arc::clone(&self.state);

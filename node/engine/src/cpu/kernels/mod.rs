@@ -17,6 +17,7 @@ pub(crate) mod elementwise;
 pub(crate) mod format;
 pub(crate) mod lanes;
 pub(crate) mod matmul;
+mod paged;
 #[cfg(test)]
 mod properties;
 pub(crate) mod rows;
