@@ -3,11 +3,12 @@
 use clap::Args;
 use millrace_engine::Isa;
 use millrace_shared::model::Dtype;
-use millrace_shared::options::{DEFAULT_PREFILL_CHUNK, MicroBatches};
+use millrace_shared::options::DEFAULT_PREFILL_CHUNK;
 use serde::Serialize;
 
 use super::engine_rig::{Model, Rig, RigSize};
 use super::median;
+use super::timed::PhaseShare;
 use crate::error::usage;
 use crate::output::{self, TableOrJson};
 use crate::table::Align::{Left, Right};
@@ -46,12 +47,9 @@ pub(crate) struct EngineArgs {
     /// Type of activations between layers: f32, bf16 or f16
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub(super) activation_dtype: Dtype,
-    /// No effect here: one stage is measured, alone
-    #[arg(long, value_name = "L,L,…", value_delimiter = ',')]
-    pub(super) cuts: Option<Vec<u32>>,
-    /// No effect here: one stage is measured, one step at a time
-    #[arg(long, value_name = "N|auto", default_value = "auto")]
-    pub(super) micro_batches: MicroBatches,
+    /// Also print where the time of a step goes; a clock around each operation slows it a little
+    #[arg(long)]
+    pub(super) profile: bool,
     /// Engine to measure: cpu
     #[arg(long, value_name = "ENGINE", default_value = "cpu", value_parser = ["cpu"])]
     pub(super) engine: String,
@@ -86,6 +84,9 @@ struct Measurement {
     tokens_per_s: f64,
     slowest: f64,
     fastest: f64,
+    /// Of the average step, with `--profile`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    phases: Vec<PhaseShare>,
 }
 
 pub(crate) fn run(args: &EngineArgs) -> anyhow::Result<()> {
@@ -106,7 +107,7 @@ pub(crate) fn run(args: &EngineArgs) -> anyhow::Result<()> {
     };
     for threads in threads {
         output::remark(&format!("loading {} with {threads} thread(s)", args.model));
-        let mut rig = Rig::load(&model, &size, threads)?;
+        let mut rig = Rig::load(&model, &size, threads, args.profile)?;
         report.numerics = rig.numerics();
         report.weight_bytes = rig.weight_bytes();
         for &depth in &args.depth {
@@ -141,7 +142,7 @@ fn measure(
     depth: u32,
     results: &mut Vec<Measurement>,
 ) -> anyhow::Result<()> {
-    let mut record = |test, batch, tokens: u32, seconds: Vec<f64>| {
+    let mut record = |test, batch, tokens: u32, seconds: Vec<f64>, phases| {
         let mut rates: Vec<f64> = seconds.iter().map(|s| f64::from(tokens) / s).collect();
         rates.sort_by(f64::total_cmp);
         let m = Measurement {
@@ -153,6 +154,7 @@ fn measure(
             tokens_per_s: median(&rates).unwrap_or_default(),
             slowest: rates.first().copied().unwrap_or_default(),
             fastest: rates.last().copied().unwrap_or_default(),
+            phases,
         };
         output::remark(&format!(
             "{test} threads {threads} depth {depth} batch {batch} tokens {tokens}: {:.1} tokens/s",
@@ -161,13 +163,14 @@ fn measure(
         results.push(m);
     };
     rig.fill(depth)?;
+    rig.take_phases();
     for &tokens in &args.prefill {
         let seconds = repeat(args.repeat, || rig.prefill(tokens))?;
-        record("prefill", 1, tokens, seconds);
+        record("prefill", 1, tokens, seconds, rig.take_phases());
     }
     for &batch in &args.batch {
         let seconds = repeat(args.repeat, || rig.decode(batch, args.decode))?;
-        record("decode", batch, batch * args.decode, seconds);
+        record("decode", batch, batch * args.decode, seconds, rig.take_phases());
     }
     Ok(())
 }
@@ -211,5 +214,32 @@ fn print(format: TableOrJson, report: &Report) -> anyhow::Result<()> {
         report.kv_cache_dtype,
         report.prefill_chunk,
         report.repeat
+    ))?;
+    report.results.iter().filter(|m| !m.phases.is_empty()).try_for_each(print_phases)
+}
+
+/// Where the time of the average step of a measurement went.
+fn print_phases(m: &Measurement) -> anyhow::Result<()> {
+    let mut table = Table::new(&[
+        ("phase", Left),
+        ("calls", Right),
+        ("us", Right),
+        ("share %", Right),
+        ("GMAC/s", Right),
+        ("GB/s", Right),
+    ]);
+    for p in &m.phases {
+        table.row([
+            p.phase.name().to_owned(),
+            figure(Some(p.calls)),
+            figure(Some(p.micros)),
+            figure(Some(p.share * 100.0)),
+            figure(p.gmac_per_s),
+            figure(p.gb_per_s),
+        ]);
+    }
+    output::write(format_args!(
+        "\n{}, {} thread(s), depth {}, batch {}, {} tokens: the average step\n\n{table}",
+        m.test, m.threads, m.depth, m.batch, m.tokens
     ))
 }

@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::Context;
 use millrace_engine::cpu::CpuEngine;
 use millrace_engine::{
-    Engine, Isa, LoadedStage, LogitsRow, StageInput, StageOutput, StageSpec, TensorSource,
+    Isa, LoadedStage, LogitsRow, StageInput, StageOutput, StageSpec, TensorSource,
 };
 use millrace_shared::id::SequenceId;
 use millrace_shared::model::ModelConfig;
@@ -21,6 +21,7 @@ use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
 
 use super::engine::EngineArgs;
 use super::pseudo_tokens;
+use super::timed::{Measured, PhaseShare, ProfiledEngine};
 use crate::error::usage;
 use crate::input;
 
@@ -102,7 +103,7 @@ struct Span {
 
 /// The loaded stage and its block tables.
 pub(super) struct Rig {
-    engine: Box<dyn Engine>,
+    engine: Box<dyn Measured>,
     size: RigSize,
     loaded: LoadedStage,
     vocab: u32,
@@ -115,11 +116,16 @@ pub(super) struct Rig {
 }
 
 impl Rig {
-    /// Loads the model.
+    /// Loads the model; with `profile` each operation is timed.
     ///
     /// # Errors
     /// If the engine refuses it or memory runs out.
-    pub(super) fn load(model: &Model, size: &RigSize, threads: usize) -> anyhow::Result<Self> {
+    pub(super) fn load(
+        model: &Model,
+        size: &RigSize,
+        threads: usize,
+        profile: bool,
+    ) -> anyhow::Result<Self> {
         let spec = StageSpec {
             config: model.config.clone(),
             layers: 0..model.config.layers,
@@ -130,7 +136,8 @@ impl Rig {
             host_threads: threads,
             isa: Isa::detect().map_err(anyhow::Error::msg)?,
         };
-        let mut engine: Box<dyn Engine> = Box::new(CpuEngine::new());
+        let mut engine: Box<dyn Measured> =
+            if profile { Box::new(ProfiledEngine::default()) } else { Box::new(CpuEngine::new()) };
         let loaded = engine.load(&spec, &model.sources(), &mut |_| {})?;
         Ok(Self {
             engine,
@@ -150,6 +157,11 @@ impl Rig {
 
     pub(super) fn weight_bytes(&self) -> u64 {
         self.loaded.weight_bytes
+    }
+
+    /// What the steps since the last call were made of, where each operation is timed.
+    pub(super) fn take_phases(&mut self) -> Vec<PhaseShare> {
+        self.engine.take_phases()
     }
 
     /// Fills the shared blocks for sequences of `depth` positions. Not timed.

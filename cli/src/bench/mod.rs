@@ -4,6 +4,7 @@ mod engine;
 mod engine_rig;
 mod serve;
 mod serve_load;
+mod timed;
 
 use clap::Subcommand;
 

@@ -44,8 +44,9 @@ pub struct CpuBackend {
 }
 
 impl CpuBackend {
-    /// An empty backend with its own threads.
-    pub(crate) fn new(isa: Isa, threads: usize, host_threads: usize) -> Self {
+    /// An empty backend with its own threads. `host_threads` are the compute threads of all stages on
+    /// this host, this one's included.
+    pub fn new(isa: Isa, threads: usize, host_threads: usize) -> Self {
         Self {
             compute: Compute { pool: Pool::new(threads, host_threads), isa },
             weights: Arena::new("weights"),
@@ -56,12 +57,12 @@ impl CpuBackend {
     }
 
     /// Bytes of weights loaded so far.
-    pub(crate) fn weight_bytes(&self) -> u64 {
+    pub fn weight_bytes(&self) -> u64 {
         self.weights.taken()
     }
 
     /// Bytes of the KV cache.
-    pub(crate) fn kv_bytes(&self) -> u64 {
+    pub fn kv_bytes(&self) -> u64 {
         self.cache.taken()
     }
 
