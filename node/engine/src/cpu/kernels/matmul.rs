@@ -1,5 +1,5 @@
-//! Matrix products: tiles over groups of rows and columns of activations, split over threads by
-//! rows.
+//! Matrix products: tiles over groups of rows and columns of activations, handed to
+//! threads a few rows at a time.
 //!
 //! An output is one lane: blocks (or, for float weights, inputs) in order, so it does not depend on
 //! the tile, the panel or the thread it was computed in.
@@ -17,6 +17,9 @@ use crate::cpu::tensor::Tensor;
 
 /// Columns that one pass over the weights serves: their int8 form stays in the level-2 cache.
 const PANEL: usize = 64;
+
+/// Weights that an item of a product with up to four columns reads; with more columns it is less.
+const ITEM_BYTES: usize = 24 << 10;
 
 /// Where results go: `out[column * stride + row]`, added or stored.
 #[derive(Clone, Copy, Debug)]
@@ -39,23 +42,32 @@ pub(crate) fn matmul(
     assert!(columns.end <= x.rows && height <= out.stride, "invariant: shapes fit");
     assert!(columns.is_empty() || (columns.len() - 1) * out.stride + height <= out.data.len());
     assert!(parts.iter().all(|p| p.cols == x.width), "invariant: inner dimensions agree");
+    let panels = columns.len().div_ceil(PANEL);
     let groups: usize = parts.iter().map(Packed::groups).sum();
-    let threads = pool.threads();
-    pool.run(&|member| {
-        let mine = groups * member / threads..groups * (member + 1) / threads;
-        for panel in columns.clone().step_by(PANEL) {
-            let panel = panel..columns.end.min(panel + PANEL);
-            let (mut first, mut row) = (0, 0);
-            for part in parts {
-                let start = mine.start.clamp(first, first + part.groups()) - first;
-                let end = mine.end.clamp(first, first + part.groups()) - first;
-                // SAFETY: shapes were checked above; members write rows of disjoint groups.
-                unsafe { panel_rows(isa, part, start..end, x, &panel, columns.start, row, out) };
-                first += part.groups();
-                row += part.rows;
-            }
+    let bytes = parts.iter().map(|p| p.group_bytes).max().unwrap_or(1);
+    // An item is some groups of rows times one panel; panels of the same groups follow each other,
+    // so that weights are read once.
+    let per_item = groups_per_item(bytes, columns.len().min(PANEL));
+    let items = groups.div_ceil(per_item) * panels;
+    pool.each(items, &|_, item| {
+        let (some, panel) = (item / panels * per_item, columns.start + item % panels * PANEL);
+        let some = some..groups.min(some + per_item);
+        let panel = panel..columns.end.min(panel + PANEL);
+        let (mut first, mut row) = (0, 0);
+        for part in parts {
+            let start = some.start.clamp(first, first + part.groups()) - first;
+            let end = some.end.clamp(first, first + part.groups()) - first;
+            // SAFETY: shapes were checked above; items write rows of disjoint groups or columns.
+            unsafe { panel_rows(isa, part, start..end, x, &panel, columns.start, row, out) };
+            first += part.groups();
+            row += part.rows;
         }
     });
+}
+
+/// Groups of `bytes` each that one item takes: about a microsecond's work at least.
+fn groups_per_item(bytes: usize, columns: usize) -> usize {
+    (ITEM_BYTES / (bytes * columns.div_ceil(4)).max(1)).max(1)
 }
 
 /// Groups `groups` of one matrix times the columns of one panel.

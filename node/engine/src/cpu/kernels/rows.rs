@@ -10,6 +10,9 @@ use crate::cpu::rope::Rope;
 use crate::cpu::tensor::{Quant, Tensor};
 use crate::model::Span;
 
+/// Rows that a thread takes at once.
+const ITEM_ROWS: usize = 4;
+
 /// The compute threads and what they run.
 #[derive(Debug)]
 pub(crate) struct Compute {
@@ -61,11 +64,8 @@ impl Compute {
             (0..rows).for_each(f);
             return;
         }
-        let threads = self.pool.threads();
-        self.pool.run(&|member| {
-            for row in rows * member / threads..rows * (member + 1) / threads {
-                f(row);
-            }
+        self.pool.each(rows.div_ceil(ITEM_ROWS), &|_, item| {
+            (item * ITEM_ROWS..rows.min((item + 1) * ITEM_ROWS)).for_each(&f);
         });
     }
 
