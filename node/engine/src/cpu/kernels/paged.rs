@@ -90,7 +90,7 @@ impl Compute {
         let data = Shared::new(&mut out.data);
         let scratch = Shared::new(scratch);
         let threads = self.pool.threads();
-        self.pool.run(&|member| {
+        self.pool.each(threads, &|_, member| {
             let mut item = 0;
             for span in spans {
                 for start in (0..span.count).step_by(per_call) {
