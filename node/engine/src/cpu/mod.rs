@@ -24,6 +24,7 @@ mod buffer;
 mod engine;
 mod kernels;
 mod kv;
+pub mod limits;
 mod memory;
 mod pack;
 mod pool;

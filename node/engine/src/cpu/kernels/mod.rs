@@ -16,6 +16,7 @@ mod avx512;
 pub(crate) mod elementwise;
 pub(crate) mod format;
 pub(crate) mod lanes;
+pub(crate) mod limits;
 pub(crate) mod matmul;
 mod paged;
 #[cfg(test)]
