@@ -7,16 +7,19 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use super::pin::Pins;
+
 /// Processors, and how many stages compute on them at this moment.
 #[derive(Debug)]
 pub(super) struct Cores {
     count: usize,
     steps: AtomicUsize,
+    pub(super) pins: Pins,
 }
 
 impl Cores {
     pub(super) fn new(count: usize) -> Self {
-        Self { count: count.max(1), steps: AtomicUsize::new(0) }
+        Self { count: count.max(1), steps: AtomicUsize::new(0), pins: Pins::of_process() }
     }
 
     /// Those of this process.

@@ -6,26 +6,29 @@
 //! member computes an item changes nothing about the result. Where stages of one process compute at
 //! once, they share its processors ([`cores`]).
 //!
-//! Workers that find no job spin for some microseconds, then park. They park at once where the
+//! Threads are pinned ([`pin`](mod@pin)). Workers that find no job spin for some microseconds, then park. They park at once where the
 //! compute threads of this host outnumber its processors, and for a while after a spinning member
 //! found itself descheduled: somebody else needs the processor. A panic in a job is carried to the
 //! caller after every member has left. Nothing is allocated per job.
 
 mod cores;
 mod gate;
+mod pin;
 mod spin;
 
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{JoinHandle, Thread};
+use std::thread::{JoinHandle, Thread, ThreadId};
 use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
 use cores::Cores;
 use gate::{Gate, Sleeper};
+use nix::sched::CpuSet;
+use pin::{Places, pin, unpin};
 use spin::Spin;
 
 /// A caller that has waited so long for items that others have begun parks.
@@ -49,6 +52,7 @@ struct State {
     members: Vec<Member>,
     spin: Spin,
     cores: Arc<Cores>,
+    places: Places,
 }
 
 #[derive(Default)]
@@ -77,6 +81,8 @@ pub(crate) struct Pool {
     busy: Duration,
     step_began: Duration,
     last_wake: Instant,
+    /// Where the caller ran before it was pinned, and which thread that is.
+    pinned: Option<(ThreadId, Option<CpuSet>)>,
 }
 
 impl std::fmt::Debug for Pool {
@@ -117,6 +123,7 @@ impl Pool {
             caller_sleeps: Sleeper::default(),
             members: (0..threads).map(|_| Member::default()).collect(),
             spin,
+            places: cores.pins.take(threads),
             cores,
         });
         let mut workers = Vec::with_capacity(threads - 1);
@@ -138,7 +145,17 @@ impl Pool {
             }
         }
         let last_wake = Instant::now();
-        Self { state, workers, busy: Duration::ZERO, step_began: Duration::ZERO, last_wake }
+        let (busy, step_began) = (Duration::ZERO, Duration::ZERO);
+        Self { state, workers, busy, step_began, last_wake, pinned: None }
+    }
+
+    /// Pins the caller, at its first step: threads that it starts to load weights run anywhere.
+    fn pin_caller(&mut self) {
+        let me = std::thread::current().id();
+        if self.pinned.as_ref().is_none_or(|(who, _)| *who != me) {
+            let before = self.state.places.cpus.first().and_then(|&cpu| pin(cpu));
+            self.pinned = Some((me, before));
+        }
     }
 
     /// Members, the caller included.
@@ -180,6 +197,7 @@ impl Pool {
 
     /// The stage begins to compute.
     pub(crate) fn begin_step(&mut self) {
+        self.pin_caller();
         self.state.cores.begin();
         self.step_began = cpu_time(ClockId::CLOCK_THREAD_CPUTIME_ID);
         // So that the step's first job finds sleepers already on their way.
@@ -251,6 +269,12 @@ impl Drop for Pool {
             worker.thread().unpark();
             let _ = worker.join();
         }
+        if let Some((who, Some(before))) = &self.pinned
+            && *who == std::thread::current().id()
+        {
+            unpin(before);
+        }
+        self.state.cores.pins.give_back(&self.state.places);
     }
 }
 
@@ -284,6 +308,9 @@ impl State {
     /// What a worker does until the pool is dropped.
     fn work(&self, member: usize) {
         let own = &self.members[member];
+        if let Some(&cpu) = self.places.cpus.get(member) {
+            pin(cpu);
+        }
         own.thread.store(nix::unistd::gettid().as_raw(), Ordering::Release);
         let mut seen = 0;
         loop {
