@@ -8,6 +8,7 @@
 pub mod cpu;
 pub mod mock;
 pub mod model;
+pub mod quantize;
 mod seam;
 pub mod stage;
 pub mod thread;

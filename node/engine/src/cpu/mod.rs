@@ -35,6 +35,7 @@ mod tensor;
 pub use backend::CpuBackend;
 pub use engine::CpuEngine;
 pub use memory::available_bytes;
+pub(crate) use pack::dequantise_row;
 
 /// Revision of everything in this engine that may change a token. Raise the first number with any
 /// change of an order or formula in the table above. Another `libm` gives another revision by itself.

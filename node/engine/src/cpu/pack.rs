@@ -237,6 +237,51 @@ fn unpack_row<F: Format>(group: &[u8], r: usize, lane: usize, out: &mut [f32]) {
     }
 }
 
+/// A row in the file's layout as numbers, exactly as [`Packed::unpack`] gives them; `out` has the
+/// row's elements. `false` where the engine does not know the type.
+pub(crate) fn dequantise_row(dtype: TensorType, row: &[u8], out: &mut [f32]) -> bool {
+    let Some(kind) = kind_of(dtype) else { return false };
+    let halves = row.chunks_exact(2).map(|b| u16_at(b, 0));
+    match kind {
+        Kind::F32 => {
+            for (out, b) in out.iter_mut().zip(row.chunks_exact(4)) {
+                *out = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            }
+        }
+        Kind::F16 => {
+            out.iter_mut().zip(halves).for_each(|(o, b)| *o = half::f16::from_bits(b).to_f32());
+        }
+        Kind::Bf16 => {
+            out.iter_mut().zip(halves).for_each(|(o, b)| *o = half::bf16::from_bits(b).to_f32());
+        }
+        _ => with_format!(kind, dequantise_blocks(kind, row, out), {}),
+    }
+    true
+}
+
+fn dequantise_blocks<F: Format>(kind: Kind, row: &[u8], out: &mut [f32]) {
+    for (i, out) in out.chunks_exact_mut(32).enumerate() {
+        let block = read_block(kind, row, i);
+        let half = |bits| half::f16::from_bits(bits).to_f32();
+        let (scale, min) = if F::WIDE_SCALE {
+            (block.scale, block.min)
+        } else {
+            (half(block.scale_bits), half(block.min_bits))
+        };
+        for (j, (out, &q)) in out.iter_mut().zip(&block.q).enumerate() {
+            let q = (i32::from(q) - F::BIAS) as f32;
+            *out = if F::MIN {
+                // The product is exact, so this has the one rounding of a fused multiply-add.
+                scale * q + min
+            } else if F::HALVES {
+                (scale * f32::from(block.sub[j / 16])) * q
+            } else {
+                scale * q
+            };
+        }
+    }
+}
+
 /// Bytes of a row in the file.
 fn row_bytes(kind: Kind, cols: usize) -> usize {
     match kind {

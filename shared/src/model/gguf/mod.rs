@@ -33,6 +33,8 @@ const MAX_TENSORS: u64 = 1 << 17;
 const MAX_DIMS: u32 = 4;
 /// Alignment where the file names none.
 const DEFAULT_ALIGNMENT: u64 = 32;
+/// The key that names another one.
+const ALIGNMENT_KEY: &str = "general.alignment";
 /// Largest alignment.
 const MAX_ALIGNMENT: u64 = 1 << 16;
 
@@ -250,7 +252,7 @@ fn clip(name: &str) -> String {
 }
 
 fn alignment(metadata: &Metadata) -> Result<u64, GgufError> {
-    const KEY: &str = "general.alignment";
+    const KEY: &str = ALIGNMENT_KEY;
     let Some(v) = metadata.get(KEY) else { return Ok(DEFAULT_ALIGNMENT) };
     match v.as_u64() {
         Some(n) if n.is_power_of_two() && n <= MAX_ALIGNMENT => Ok(n),

@@ -185,7 +185,8 @@ impl Metadata {
     }
 
     /// Sets a key, in place where it is there already.
-    pub(super) fn set(&mut self, key: String, value: Value) {
+    pub fn set(&mut self, key: impl Into<String>, value: impl Into<Value>) {
+        let (key, value) = (key.into(), value.into());
         match self.index.get(&key) {
             Some(&i) => self.entries[i].1 = value,
             None => {

@@ -1,13 +1,16 @@
-//! Writes small GGUF files (version 3, little-endian): for tests and for quantised copies.
+//! Writes GGUF files (version 3, little-endian).
 //!
-//! Everything is held in memory until [`GgufWriter::write_to`].
+//! Two ways: [`GgufWriter`] holds a small file in memory; for one of any size, [`Gguf::lay_out`]
+//! decides where everything goes, [`Gguf::head`] gives the bytes up to the first tensor, and the
+//! caller writes each tensor at its offset, with zeros between. Both give the same bytes.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 
 use super::value::{Array, Metadata, Value};
-use super::{DEFAULT_ALIGNMENT, GgufError, tensor_bytes};
-use crate::model::TensorType;
+use super::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, Gguf, GgufError, tensor_bytes};
+use crate::model::{TensorEntry, TensorType};
 
 struct Tensor<'a> {
     name: String,
@@ -16,7 +19,7 @@ struct Tensor<'a> {
     data: Cow<'a, [u8]>,
 }
 
-/// Builds a GGUF file.
+/// Builds a small GGUF file.
 #[derive(Default)]
 pub struct GgufWriter<'a> {
     metadata: Metadata,
@@ -41,8 +44,8 @@ impl<'a> GgufWriter<'a> {
     /// Sets a key. The alignment is always 32: `general.alignment` is ignored.
     pub fn set(&mut self, key: impl Into<String>, value: impl Into<Value>) -> &mut Self {
         let key = key.into();
-        if key != "general.alignment" {
-            self.metadata.set(key, value.into());
+        if key != ALIGNMENT_KEY {
+            self.metadata.set(key, value);
         }
         self
     }
@@ -83,6 +86,63 @@ impl<'a> GgufWriter<'a> {
     /// # Errors
     /// Those of the writer.
     pub fn write_to(&self, mut out: impl Write) -> io::Result<()> {
+        let tensors = self.tensors.iter().map(|t| (t.name.clone(), t.dtype, t.dims.clone()));
+        let file = Gguf::lay_out(&self.metadata, tensors)
+            .expect("invariant: tensors are checked when they are added");
+        out.write_all(&file.head())?;
+        for t in &self.tensors {
+            out.write_all(&t.data)?;
+            let fill = t.data.len().next_multiple_of(DEFAULT_ALIGNMENT as usize) - t.data.len();
+            out.write_all(&[0u8; DEFAULT_ALIGNMENT as usize][..fill])?;
+        }
+        out.flush()
+    }
+}
+
+impl Gguf {
+    /// The directory of a file to be written: tensors (name, type, dimensions fastest first) in the
+    /// order given, each aligned to 32 bytes; `general.alignment` is left out. `file_len` counts
+    /// zeros up to the alignment after the last tensor.
+    ///
+    /// # Errors
+    /// If a tensor's rows do not fill whole blocks of its type, or a name appears twice.
+    pub fn lay_out(
+        metadata: &Metadata,
+        tensors: impl IntoIterator<Item = (String, TensorType, Vec<u64>)>,
+    ) -> Result<Self, GgufError> {
+        let mut kept = Metadata::default();
+        for (key, value) in metadata.iter().filter(|&(key, _)| key != ALIGNMENT_KEY) {
+            kept.set(key, value.clone());
+        }
+        let mut names = BTreeSet::new();
+        let mut entries = Vec::new();
+        let mut end = 0u64;
+        for (name, dtype, dims) in tensors {
+            let bad = |problem: String| GgufError::Tensor { tensor: name.clone(), problem };
+            let bytes = tensor_bytes(dtype, &dims).map_err(bad)?;
+            if !names.insert(name.clone()) {
+                return Err(bad("the name appears twice".to_owned()));
+            }
+            let after =
+                end.checked_add(bytes).and_then(|e| e.checked_next_multiple_of(DEFAULT_ALIGNMENT));
+            let after = after.ok_or_else(|| bad("the file would be too long".to_owned()))?;
+            entries.push(TensorEntry { name, dtype, dims, offset: end, bytes, hash: [0; 32] });
+            end = after;
+        }
+        let mut file =
+            Self { version: 3, metadata: kept, tensors: entries, data_offset: 0, file_len: 0 };
+        // Offsets have the same length whatever they say.
+        file.data_offset = file.head().len() as u64;
+        file.file_len = file.data_offset.saturating_add(end);
+        for t in &mut file.tensors {
+            t.offset += file.data_offset;
+        }
+        Ok(file)
+    }
+
+    /// The first `data_offset` bytes of the file that [`Gguf::lay_out`] decided on: the directory,
+    /// and zeros up to the first tensor.
+    pub fn head(&self) -> Vec<u8> {
         let mut head = b"GGUF".to_vec();
         head.extend(3u32.to_le_bytes());
         head.extend((self.tensors.len() as u64).to_le_bytes());
@@ -92,23 +152,15 @@ impl<'a> GgufWriter<'a> {
             head.extend(value.type_number().to_le_bytes());
             put_value(&mut head, value);
         }
-        let mut offset = 0u64;
         for t in &self.tensors {
             put_str(&mut head, &t.name);
             head.extend((t.dims.len() as u32).to_le_bytes());
             t.dims.iter().for_each(|d| head.extend(d.to_le_bytes()));
             head.extend((t.dtype as u32).to_le_bytes());
-            head.extend(offset.to_le_bytes());
-            offset = (offset + t.data.len() as u64).next_multiple_of(DEFAULT_ALIGNMENT);
+            head.extend((t.offset - self.data_offset).to_le_bytes());
         }
         pad(&mut head);
-        out.write_all(&head)?;
-        for t in &self.tensors {
-            out.write_all(&t.data)?;
-            let fill = t.data.len().next_multiple_of(DEFAULT_ALIGNMENT as usize) - t.data.len();
-            out.write_all(&[0u8; DEFAULT_ALIGNMENT as usize][..fill])?;
-        }
-        out.flush()
+        head
     }
 }
 

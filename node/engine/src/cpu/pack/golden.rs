@@ -2,7 +2,9 @@
 //! values that the `dequantize` of gguf-py gives for it. Scales of both signs, all bits of the rest
 //! random.
 
-use super::{Arena, Kind, Packed};
+use millrace_shared::model::TensorType;
+
+use super::{Arena, Kind, Packed, dequantise_row};
 
 /// Type, bytes of the block, bits of its values.
 const BLOCKS: [(Kind, &[u8], &[u32]); 5] = [
@@ -183,4 +185,16 @@ fn blocks_stand_for_what_gguf_says() {
             }
         }
     }
+}
+
+#[test]
+fn rows_of_a_file_stand_for_the_same() {
+    use TensorType::{Q4_0, Q4_1, Q4_K, Q6_K, Q8_0};
+    for (dtype, (_, block, expected)) in [Q4_0, Q4_1, Q8_0, Q4_K, Q6_K].into_iter().zip(BLOCKS) {
+        let mut values = vec![f32::NAN; expected.len()];
+        assert!(dequantise_row(dtype, block, &mut values));
+        let bits: Vec<u32> = values.iter().map(|x| x.to_bits()).collect();
+        assert_eq!(bits, expected, "{}", dtype.as_str());
+    }
+    assert!(!dequantise_row(TensorType::Q5_0, &[], &mut []));
 }
