@@ -76,7 +76,9 @@ fn passes(
     barrier: &Barrier,
 ) -> Result<Vec<(Instant, Instant)>, LoadError> {
     let isa = Isa::best();
-    let region = Arena::new("measuring bandwidth").take::<u64>(bytes.div_ceil(8));
+    let mut region = Arena::new("measuring bandwidth").take::<u64>(bytes.div_ceil(8));
+    // Pages that were never written may all be one page of zeros.
+    region.iter_mut().for_each(|r| r.fill(1));
     let data: &[u64] = region.as_ref().map_or(&[], |r| r);
     let pass = |i: usize| {
         barrier.wait();
