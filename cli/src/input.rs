@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use millrace_coordinator::models::{self, ModelError};
+use millrace_coordinator::models::{self, ModelError, ModelOptions};
 use serde::Deserialize;
 
 use crate::error::usage;
@@ -57,11 +57,20 @@ pub(crate) fn token_ids(path: &Path) -> anyhow::Result<Vec<u32>> {
 /// # Errors
 /// If there is no such model or it cannot be fetched.
 pub(crate) fn model(name: &str) -> anyhow::Result<PathBuf> {
+    model_as(name, ModelOptions::default())
+}
+
+/// [`model`], prepared as the options say.
+///
+/// # Errors
+/// As [`model`], and if it cannot be prepared so.
+pub(crate) fn model_as(name: &str, options: ModelOptions) -> anyhow::Result<PathBuf> {
     let mut progress = models::ConsoleProgress::new();
-    models::resolve(name, &mut progress).map_err(|e| match e {
-        ModelError::Unknown(_) | ModelError::NoCache | ModelError::Setting { .. } => {
-            usage(e.to_string())
-        }
+    models::resolve_as(name, options, &mut progress).map_err(|e| match e {
+        ModelError::Unknown(_)
+        | ModelError::NoCache
+        | ModelError::Setting { .. }
+        | ModelError::NothingToQuantize { .. } => usage(e.to_string()),
         other => other.into(),
     })
 }

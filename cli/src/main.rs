@@ -16,6 +16,7 @@ mod input;
 mod inspect;
 mod output;
 mod pull;
+mod quantize;
 mod run;
 mod sampling;
 mod serving;
@@ -37,6 +38,7 @@ Examples:
   millrace generate --prompt \"Once upon\" --output json   ask a running cluster
   millrace bench serve --model smollm2:135m --stages 2  measure a whole pipeline
   millrace inspect ./model.gguf                       what a model file holds
+  millrace quantize ./f16.gguf ./q8.gguf --type q8_0  a smaller copy of a model file
 
 MODEL is the path of a GGUF file or a catalogue name such as smollm2:135m. Commands that talk to a
 running cluster find it by --cluster FILE, $MILLRACE_CLUSTER, or client.toml in $MILLRACE_DIR.
@@ -67,6 +69,8 @@ enum Command {
     Pull(pull::PullArgs),
     /// Show the metadata, tensors and layers of a model file
     Inspect(inspect::InspectArgs),
+    /// Write a smaller copy of a model file: Q8_0, Q4_0, Q4_1, or floats
+    Quantize(Box<quantize::QuantizeArgs>),
     /// Measure the engine alone, or a whole pipeline
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -92,6 +96,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Eval(command) => eval::run(command).await,
         Command::Pull(args) => pull::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Quantize(args) => quantize::run(*args).await,
         Command::Bench(command) => bench::run(command).await,
     }
 }

@@ -6,6 +6,7 @@
 use std::io::{BufRead, IsTerminal, Write};
 
 use clap::Args;
+use millrace_coordinator::models::ModelOptions;
 use millrace_shared::options::EngineOptions;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::rpc::{
@@ -42,6 +43,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     #[command(flatten)]
+    model_options: ModelOptions,
+    #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
     engine: EngineOptions,
@@ -52,7 +55,7 @@ const DEFAULT_STAGES: u32 = 2;
 
 pub(crate) async fn run(args: RunArgs) -> anyhow::Result<()> {
     let stages = serving::stages(args.stages, &args.engine, DEFAULT_STAGES)?;
-    let mut options = serving::private_cluster(&args.model, stages, &args.engine)?;
+    let mut options = serving::private_cluster(&args.model, args.model_options, stages, &args.engine)?;
     options.kv_cache_tokens = serving::kv_cache_for(&options, 1);
     let session = Session::start(options).await?;
     let mut talk = Conversation {

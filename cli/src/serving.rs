@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use millrace_cli::embedded::EmbeddedOptions;
 use millrace_coordinator::cli::served_name;
 use millrace_coordinator::config::DEFAULT_MAX_NUM_SEQS;
+use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::plan::DEFAULT_KV_TOKENS;
 use millrace_shared::model::gguf::Gguf;
 use millrace_shared::options::EngineOptions;
@@ -35,17 +36,19 @@ pub(crate) fn stages(
     }
 }
 
-/// Options of a cluster with a throw-away CA and no HTTP; the model is fetched if need be.
+/// Options of a cluster with a throw-away CA and no HTTP; the model is fetched, and quantised, if
+/// need be.
 ///
 /// # Errors
 /// If there is no such model or it cannot be fetched.
 pub(crate) fn private_cluster(
     model: &str,
+    model_options: ModelOptions,
     stages: u32,
     engine: &EngineOptions,
 ) -> anyhow::Result<EmbeddedOptions> {
     Ok(EmbeddedOptions {
-        model: input::model(model)?,
+        model: input::model_as(model, model_options)?,
         model_name: served_name(model, None),
         stages,
         engine: engine.clone(),

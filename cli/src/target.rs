@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use millrace_cli::embedded::{EmbeddedCluster, EmbeddedOptions};
+use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::state::CLIENT_FILE;
 use millrace_net::client::{Client, ClientConfig, GenerateStream};
 use millrace_shared::dirs;
@@ -40,13 +41,28 @@ pub(crate) struct TargetArgs {
     )]
     stages: Option<u32>,
     #[command(flatten)]
+    model_options: ModelOptions,
+    #[command(flatten)]
     running: RunningArgs,
     #[command(flatten)]
     engine: EngineOptions,
 }
 
+impl TargetArgs {
+    /// As `--model MODEL` alone.
+    pub(crate) fn of_model(model: &str) -> Self {
+        Self {
+            model: Some(model.to_owned()),
+            stages: None,
+            model_options: ModelOptions::default(),
+            running: RunningArgs::default(),
+            engine: EngineOptions::default(),
+        }
+    }
+}
+
 /// Where a running cluster is.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Cluster")]
 struct RunningArgs {
     /// Talk to the running cluster of this client.toml [env: MILLRACE_CLUSTER]
@@ -94,7 +110,7 @@ pub(crate) async fn with_session<T>(
     let session = match &target.model {
         Some(model) => {
             let stages = serving::stages(target.stages, &target.engine, DEFAULT_STAGES)?;
-            let options = serving::private_cluster(model, stages, &target.engine)?;
+            let options = serving::private_cluster(model, target.model_options, stages, &target.engine)?;
             let max_num_seqs = options.max_num_seqs.max(needs.requests);
             let kv_cache_tokens =
                 needs.positions.or_else(|| serving::kv_cache_for(&options, needs.requests));

@@ -9,6 +9,7 @@ use clap::Args;
 use millrace_cli::embedded::EmbeddedOptions;
 use millrace_coordinator::cli::DirArg;
 use millrace_coordinator::config::{DEFAULT_HTTP_PORT, DEFAULT_MAX_NUM_SEQS, DEFAULT_QUIC_PORT};
+use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::paste::paste_lines;
 use millrace_coordinator::state::CLIENT_FILE;
 use millrace_shared::options::EngineOptions;
@@ -39,6 +40,8 @@ pub(crate) struct UpArgs {
     /// Positions that the KV cache holds for all requests together [default: planned]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     kv_cache_tokens: Option<u32>,
+    #[command(flatten)]
+    model_options: ModelOptions,
     #[command(flatten)]
     network: NetworkArgs,
     #[command(flatten)]
@@ -93,7 +96,7 @@ fn options(args: &UpArgs, dir: PathBuf) -> anyhow::Result<EmbeddedOptions> {
     if args.served_model_name.as_deref() == Some("") {
         return Err(usage("--served-model-name must not be empty"));
     }
-    let plain = serving::private_cluster(&args.model, stages, &args.engine)?;
+    let plain = serving::private_cluster(&args.model, args.model_options, stages, &args.engine)?;
     Ok(EmbeddedOptions {
         model_name: args.served_model_name.clone().unwrap_or(plain.model_name),
         dir: Some(dir),

@@ -89,13 +89,14 @@ fn help_shows_every_command_and_examples() {
         "eval",
         "pull",
         "inspect",
+        "quantize",
         "bench",
         "Examples:",
         "smollm2:135m",
     ] {
         assert!(help.contains(word), "{word} is not in: {help}");
     }
-    let commands: [&[&str]; 10] = [
+    let commands: [&[&str]; 11] = [
         &["run"],
         &["up"],
         &["generate"],
@@ -104,6 +105,7 @@ fn help_shows_every_command_and_examples() {
         &["eval", "logits"],
         &["pull"],
         &["inspect"],
+        &["quantize"],
         &["bench", "engine"],
         &["bench", "serve"],
     ];

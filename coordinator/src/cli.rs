@@ -15,7 +15,7 @@ use crate::config::{
     Config, DEFAULT_CLUSTER_PORT, DEFAULT_HTTP_PORT, DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_WAITING,
     DEFAULT_QUIC_PORT, host_port, own_address,
 };
-use crate::models::{ConsoleProgress, resolve};
+use crate::models::{ConsoleProgress, ModelOptions, resolve_as};
 use crate::plan::Deployment;
 use crate::state::{ClusterDir, unix_now};
 
@@ -122,6 +122,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "HOST", value_parser = host, help_heading = "Network")]
     advertise: Option<String>,
     #[command(flatten)]
+    model_options: ModelOptions,
+    #[command(flatten)]
     limits: LimitArgs,
     #[command(flatten)]
     engine: EngineOptions,
@@ -190,7 +192,7 @@ impl ServeArgs {
             (stages, _) => stages,
         };
         let dir = self.dir.resolve()?;
-        let model = resolve(&self.model, &mut ConsoleProgress::new())?;
+        let model = resolve_as(&self.model, self.model_options, &mut ConsoleProgress::new())?;
         Ok(Config {
             dir,
             served_name: served_name(&self.model, self.served_model_name.as_deref()),

@@ -1,6 +1,7 @@
 //! `millrace bench engine`: tokens per second of prefill and decode, by threads, batch and depth.
 
 use clap::Args;
+use millrace_coordinator::models::ModelOptions;
 use millrace_engine::Isa;
 use millrace_shared::model::Dtype;
 use millrace_shared::options::DEFAULT_PREFILL_CHUNK;
@@ -20,6 +21,8 @@ pub(crate) struct EngineArgs {
     /// Path of a GGUF file or catalogue name
     #[arg(long, short, value_name = "MODEL")]
     pub(super) model: String,
+    #[command(flatten)]
+    pub(super) model_options: ModelOptions,
     /// Compute threads, one run each [default: the cores this process may use]
     #[arg(long, short = 't', value_name = "N,…", value_delimiter = ',')]
     pub(super) threads: Vec<usize>,
@@ -91,7 +94,7 @@ struct Measurement {
 
 pub(crate) fn run(args: &EngineArgs) -> anyhow::Result<()> {
     let threads = validate(args)?;
-    let model = Model::open(&args.model)?;
+    let model = Model::open(&args.model, args.model_options)?;
     let size = RigSize::for_runs(args, model.config.context)?;
     let mut report = Report {
         model: args.model.clone(),

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
+use millrace_coordinator::models::ModelOptions;
 use millrace_engine::cpu::CpuEngine;
 use millrace_engine::{
     Isa, LoadedStage, LogitsRow, StageInput, StageOutput, StageSpec, TensorSource,
@@ -36,8 +37,8 @@ pub(super) struct Model {
 }
 
 impl Model {
-    pub(super) fn open(name: &str) -> anyhow::Result<Self> {
-        let path = input::model(name)?;
+    pub(super) fn open(name: &str, options: ModelOptions) -> anyhow::Result<Self> {
+        let path = input::model_as(name, options)?;
         let gguf = Gguf::open(&path).with_context(|| path.display().to_string())?;
         let config = gguf.config().with_context(|| path.display().to_string())?;
         Ok(Self { gguf, config, path })

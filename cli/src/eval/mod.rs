@@ -1,7 +1,7 @@
 //! `millrace eval`: how well, and how exactly, a model predicts.
 
 mod logits;
-mod nll;
+pub(crate) mod nll;
 
 use clap::Subcommand;
 

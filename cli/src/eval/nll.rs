@@ -36,22 +36,18 @@ pub(crate) struct NllArgs {
 
 /// What `--output json` prints.
 #[derive(Debug, PartialEq, Serialize)]
-struct Likelihood {
+pub(crate) struct Likelihood {
     /// Tokens that were scored.
-    tokens: u64,
+    pub(crate) tokens: u64,
     /// Nats per scored token.
-    mean_nll: f64,
+    pub(crate) mean_nll: f64,
     /// Its exponential.
-    perplexity: f64,
+    pub(crate) perplexity: f64,
 }
 
 pub(super) async fn run(args: NllArgs) -> anyhow::Result<()> {
     let text = input::text(&args.file)?;
-    let needs = Needs { requests: WINDOWS_IN_FLIGHT as u32, ..Needs::one_request() };
-    let result = target::with_session(&args.target, needs, async |session| {
-        score(session, text, args.context).await
-    })
-    .await?;
+    let result = likelihood(&args.target, text, args.context).await?;
     match args.output {
         TextOrJson::Json => output::json(&result),
         TextOrJson::Text => output::write(format_args!(
@@ -59,6 +55,19 @@ pub(super) async fn run(args: NllArgs) -> anyhow::Result<()> {
             result.tokens, result.mean_nll, result.perplexity
         )),
     }
+}
+
+/// The likelihood of a text under a model, in windows of `context` tokens or the default.
+///
+/// # Errors
+/// If the target cannot be reached or started, or the text has fewer than two tokens.
+pub(crate) async fn likelihood(
+    target: &TargetArgs,
+    text: String,
+    context: Option<u32>,
+) -> anyhow::Result<Likelihood> {
+    let needs = Needs { requests: WINDOWS_IN_FLIGHT as u32, ..Needs::one_request() };
+    target::with_session(target, needs, async |session| score(session, text, context).await).await
 }
 
 async fn score(

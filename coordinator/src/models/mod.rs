@@ -7,16 +7,19 @@ mod catalogue;
 mod fetch;
 mod manifest;
 mod progress;
+mod quantized;
 mod resolve;
 
 pub use catalogue::{CATALOGUE, CatalogueEntry, HubSource, PypiSource};
 pub use fetch::Source;
 pub use manifest::hash_manifest;
 pub use progress::{ConsoleProgress, NoProgress, Progress};
+pub use quantized::{ModelOptions, quantized, resolve_as};
 pub use resolve::{Settings, cache_dir, resolve, resolve_with};
 
 use std::path::PathBuf;
 
+use millrace_engine::quantize::QuantizeError;
 use millrace_shared::model::gguf::GgufError;
 
 /// Why there is no model.
@@ -57,6 +60,21 @@ pub enum ModelError {
     /// The file is no usable model.
     #[error(transparent)]
     File(#[from] GgufError),
+    /// `--quantize` was given for a model without float matrices.
+    #[error(
+        "--quantize {to}: {path} has no F32, F16 or BF16 matrices to quantise, they are {types}; leave --quantize out, or quantise again with 'millrace quantize --allow-requantize'"
+    )]
+    NothingToQuantize {
+        /// Model file.
+        path: PathBuf,
+        /// Types of its matrices.
+        types: String,
+        /// The wanted type.
+        to: String,
+    },
+    /// A model cannot be quantised.
+    #[error("cannot quantise the model: {0}")]
+    Quantize(#[from] QuantizeError),
 }
 
 impl ModelError {

@@ -125,7 +125,7 @@ fn is_complete(path: &Path, entry: &CatalogueEntry) -> bool {
 }
 
 /// Waits for the lock of a folder; `None` where the file system has no locks.
-fn lock(folder: &Path, progress: &mut dyn Progress) -> Result<Option<File>, ModelError> {
+pub(super) fn lock(folder: &Path, progress: &mut dyn Progress) -> Result<Option<File>, ModelError> {
     let path = folder.join(".lock");
     let file = File::create(&path).map_err(ModelError::io("create", &path))?;
     match file.try_lock() {
@@ -133,14 +133,14 @@ fn lock(folder: &Path, progress: &mut dyn Progress) -> Result<Option<File>, Mode
         Err(fs::TryLockError::Error(_)) => return Ok(None),
         Err(fs::TryLockError::WouldBlock) => {}
     }
-    progress.begin("waiting for another process that fetches the model", None);
+    progress.begin("waiting for another process that prepares the model", None);
     let locked = file.lock();
     progress.end();
     Ok(locked.ok().map(|()| file))
 }
 
 /// Removes what processes that were killed left behind; only under the lock.
-fn sweep(folder: &Path) {
+pub(super) fn sweep(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
         if path.extension().is_some_and(|e| e == "part") {

@@ -82,6 +82,18 @@ pub fn default_output(to: TensorType) -> TensorType {
     }
 }
 
+/// A type of `allowed` by its name, in any case.
+///
+/// # Errors
+/// Names what there is.
+pub fn parse_type(name: &str, allowed: &[TensorType]) -> Result<TensorType, String> {
+    let found = allowed.iter().find(|t| t.as_str().eq_ignore_ascii_case(name));
+    found.copied().ok_or_else(|| {
+        let names: Vec<String> = allowed.iter().map(|t| t.as_str().to_ascii_lowercase()).collect();
+        format!("'{name}' is no type to quantise to: use {}", names.join(", "))
+    })
+}
+
 impl Options {
     /// With the defaults for everything but the type.
     pub fn new(to: TensorType) -> Self {
