@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Measures llama.cpp on the same file, on this machine, for a side-by-side with `millrace bench`.
 #
-# usage: llama_cpp.sh DIR MODEL.gguf
+# usage: llama_cpp.sh DIR [MODEL.gguf]    without a model it only builds; compare.py has more to say
 #   DIR  is where llama.cpp is built, from PyPI's llama-cpp-python source package, if it is not there
 #        yet (about 15 minutes on 2 cores; needs pip, a C++ compiler; installs cmake and ninja by pip)
 #
 # Run it next to the measurement it is compared with: machines drift, only ratios within one run count.
 set -euo pipefail
-[ $# -eq 2 ] || { sed -n '2,9p' "$0"; exit 2; }
+[ $# -eq 1 ] || [ $# -eq 2 ] || { sed -n '2,9p' "$0"; exit 2; }
 mkdir -p "$1"
 dir=$(realpath "$1")
-model=$(realpath "$2")
+model=${2:+$(realpath "$2")}
 version=0.3.36
 
 if [ -z "$(ls "$dir"/llama_cpp_python-*/vendor/llama.cpp/build/bin/llama-bench 2>/dev/null)" ]; then
@@ -21,8 +21,9 @@ if [ -z "$(ls "$dir"/llama_cpp_python-*/vendor/llama.cpp/build/bin/llama-bench 2
     cd llama_cpp_python-*/vendor/llama.cpp
     cmake -B build -G Ninja -DGGML_RPC=ON -DLLAMA_CURL=OFF -DGGML_NATIVE=ON \
         -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_UI=OFF >/dev/null
-    ninja -C build llama-bench llama-batched-bench ggml-rpc-server
+    ninja -C build llama-bench llama-batched-bench llama-quantize ggml-rpc-server
 fi
+[ -n "$model" ] || exit 0
 bin=$(dirname "$(ls "$dir"/llama_cpp_python-*/vendor/llama.cpp/build/bin/llama-bench)")
 export LD_LIBRARY_PATH=$bin
 
