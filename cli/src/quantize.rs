@@ -28,7 +28,7 @@ Examples:
   millrace quantize model-f16.gguf model-q8.gguf --type q8_0
       half the bytes; answers hardly change
   millrace quantize model-f16.gguf model-q4.gguf --type q4_1 --eval text.txt
-      less than a third, and the likelihood of a text before and after
+      about a third, and the likelihood of a text before and after
   millrace quantize q4.gguf f32.gguf --type f32 --allow-requantize
       exactly the same numbers as floats, for programs that read nothing else
 
