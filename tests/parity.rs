@@ -252,7 +252,7 @@ fn generate_on(isa: &str, home: &Path) -> Value {
     generate.args(["--token-ids", "ids.json", "--max-tokens", "12", "--temperature", "0"]);
     generate.args(["--ignore-eos", "--logprobs", "5", "--output", "json"]);
     if !isa.is_empty() {
-        generate.env("MILLRACE_ISA", isa);
+        generate.env("MILLRACE_CPU_PATH", isa);
     }
     let output = processes::run(generate);
     let stderr = String::from_utf8_lossy(&output.stderr);

@@ -21,7 +21,7 @@ pub mod env {
     /// Threads of an engine.
     pub const THREADS: &str = "MILLRACE_THREADS";
     /// Instruction set of the CPU engine: `scalar`, `avx2` or `avx512`; for tests and diagnosis.
-    pub const ISA: &str = "MILLRACE_ISA";
+    pub const CPU_PATH: &str = "MILLRACE_CPU_PATH";
 }
 
 /// Prometheus metrics. Base units, `_total` on counters (the exporter adds it).

@@ -21,12 +21,12 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The best this machine runs, or what `MILLRACE_ISA` says.
+    /// The best this machine runs, or what `MILLRACE_CPU_PATH` says.
     ///
     /// # Errors
     /// If the variable names nothing known, or what this machine does not run.
     pub fn detect() -> Result<Self, String> {
-        const NAME: &str = millrace_shared::names::env::ISA;
+        const NAME: &str = millrace_shared::names::env::CPU_PATH;
         match std::env::var(NAME) {
             Ok(value) => Self::choose(&value, Self::best()).map_err(|e| format!("{NAME}: {e}")),
             Err(std::env::VarError::NotPresent) => Ok(Self::best()),

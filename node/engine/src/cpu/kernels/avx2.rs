@@ -114,11 +114,6 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
         let mut acc = [_mm256_setzero_ps(); N];
         let mut w = t.w;
         for b in 0..t.blocks {
-            if N == 1 {
-                for line in 0..F::block_bytes(ROWS).div_ceil(64) {
-                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(2048 + line * 64).cast());
-                }
-            }
             let dot = dots::<F, N>(w.add(F::quants_at(ROWS)), t.q.add(b * 32), t.blocks * 32);
             let d = scale::<F>(w);
             for c in 0..N {

@@ -1,4 +1,7 @@
 //! Quantised matrix tiles with AVX-512 VNNI: 16 rows times up to 8 columns.
+//!
+//! No prefetch instructions: groups lie one after the other, and the processor's own prefetching of
+//! such a stream is faster alone (measured on Zen 4: up to a quarter for one column).
 
 use std::arch::x86_64::*;
 
@@ -19,7 +22,7 @@ pub(super) unsafe fn tile<F: Format>(t: &Tile, cols: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         match cols {
-            1 => columns::<F, 1>(t),
+            1 => column::<F>(t),
             2 => columns::<F, 2>(t),
             3 => columns::<F, 3>(t),
             4 => columns::<F, 4>(t),
@@ -86,11 +89,6 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
         let mut acc = [_mm512_setzero_ps(); N];
         let mut w = t.w;
         for b in 0..t.blocks {
-            if N == 1 {
-                for line in 0..F::block_bytes(ROWS).div_ceil(64) {
-                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(4096 + line * 64).cast());
-                }
-            }
             let quads = quads::<F>(w.add(F::quants_at(ROWS)));
             let d = scale::<F>(w);
             for c in 0..N {
@@ -132,5 +130,85 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
                 if t.add { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), acc) } else { acc };
             _mm512_mask_storeu_ps(out, mask, sum);
         }
+    }
+}
+
+/// Eight scales.
+#[inline(always)]
+unsafe fn half_scale<F: Format>(p: *const u8) -> __m256 {
+    // SAFETY: 8 scales at `p`.
+    unsafe {
+        if F::WIDE_SCALE {
+            _mm256_loadu_ps(p.cast())
+        } else {
+            _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))
+        }
+    }
+}
+
+/// One column, in 256-bit registers: as fast where the weights are in a cache, and faster where they
+/// stream from memory.
+#[inline(always)]
+unsafe fn column<F: Format>(t: &Tile) {
+    // SAFETY: blocks `0..t.blocks` of the group and of the column exist; outputs as `Tile` says.
+    unsafe {
+        let mut acc = [_mm256_setzero_ps(); 2];
+        let mut w = t.w;
+        for b in 0..t.blocks {
+            let x = t.q.add(b * 32);
+            let sums = *t.sums.add(b);
+            let start = |h: usize| {
+                if F::BIAS == 0 {
+                    _mm256_setzero_si256()
+                } else {
+                    _mm256_set1_epi32(-F::BIAS * sums[h])
+                }
+            };
+            let quants = w.add(F::quants_at(ROWS));
+            let low = _mm256_set1_epi8(15);
+            let mut dots = [[start(0), start(1)]; 2];
+            for v in 0..8 {
+                let xs = _mm256_set1_epi32(x.add(v * 4).cast::<i32>().read_unaligned());
+                for h in 0..2 {
+                    let q = if F::NIBBLES {
+                        let packed = _mm256_loadu_si256(quants.add((v % 4) * 64 + h * 32).cast());
+                        if v < 4 {
+                            _mm256_and_si256(packed, low)
+                        } else {
+                            _mm256_and_si256(_mm256_srli_epi16::<4>(packed), low)
+                        }
+                    } else {
+                        _mm256_loadu_si256(quants.add(v * 64 + h * 32).cast())
+                    };
+                    dots[h][v / 4] = _mm256_dpbusd_epi32(dots[h][v / 4], q, xs);
+                }
+            }
+            for h in 0..2 {
+                let dot = if F::HALVES {
+                    let sub = |s: usize| {
+                        let p = w.add(F::sub_at(ROWS) + s * ROWS + h * 8);
+                        _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))
+                    };
+                    _mm256_add_epi32(
+                        _mm256_mullo_epi32(dots[h][0], sub(0)),
+                        _mm256_mullo_epi32(dots[h][1], sub(1)),
+                    )
+                } else {
+                    _mm256_add_epi32(dots[h][0], dots[h][1])
+                };
+                let d = half_scale::<F>(w.add(h * 8 * F::SCALE_BYTES));
+                let scaled = _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot));
+                acc[h] = _mm256_fmadd_ps(scaled, _mm256_set1_ps(*t.scale.add(b)), acc[h]);
+                if F::MIN {
+                    let m = half_scale::<F>(w.add(F::min_at(ROWS) + h * 8 * F::SCALE_BYTES));
+                    acc[h] = _mm256_fmadd_ps(m, _mm256_set1_ps(*t.scaled_sum.add(b)), acc[h]);
+                }
+            }
+            w = w.add(F::block_bytes(ROWS));
+        }
+        let mask = ((1u32 << t.rows) - 1) as __mmask16;
+        let acc = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(acc[0]), acc[1]);
+        let sum = if t.add { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, t.out), acc) } else { acc };
+        _mm512_mask_storeu_ps(t.out, mask, sum);
     }
 }
