@@ -3,8 +3,9 @@
 
     compare.py --model MODEL.gguf --llama DIR [--quick] [--json OUT.json] [--svg OUT.svg]
 
-DIR is where llama.cpp is; llama_cpp.sh builds it there if it is not there yet. Machines drift, so only ratios of one run count: every repetition runs all programs one after the other. Prints a
-Markdown table of medians and ratios; the spread is (most - least) / median.
+DIR is where llama.cpp is; llama_cpp.sh builds it there if it is not there yet. Machines drift, so only
+ratios of one run count: every repetition runs all programs one after the other. Prints Markdown tables
+of medians and ratios; after ± stands half the distance from the least to the most.
 
 Files: MODEL as it is, and llama.cpp's best case, Q4_0 (made by its llama-quantize unless --q4-0 names
 one). Shapes: decode of one stream, decode of 16 sequences at 128+64 tokens, prefill of 128 and 512, with

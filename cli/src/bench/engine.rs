@@ -1,19 +1,30 @@
-//! `millrace bench engine`: tokens per second of prefill and decode, by threads, batch and depth.
+//! `millrace bench engine`: tokens per second of prefill and decode, by threads, batch and depth,
+//! beside what this machine could do at best, and beside the likelihood of a text.
+
+use std::path::PathBuf;
 
 use clap::Args;
 use millrace_coordinator::models::ModelOptions;
+use millrace_coordinator::text::Tokenizer;
 use millrace_engine::Isa;
 use millrace_shared::model::Dtype;
 use millrace_shared::options::DEFAULT_PREFILL_CHUNK;
 use serde::Serialize;
 
+use super::bound::{Limits, Run, Work};
 use super::engine_rig::{Model, Rig, RigSize};
 use super::median;
 use super::timed::PhaseShare;
 use crate::error::usage;
+use crate::input;
 use crate::output::{self, TableOrJson};
 use crate::table::Align::{Left, Right};
 use crate::table::{Table, bytes, figure};
+
+/// Scored by `--nll` without a file.
+const SAMPLE: &str = include_str!("sample.txt");
+/// Longest window of a text that is scored, as in `eval nll`.
+const WINDOW: u32 = 2048;
 
 /// Flags of `bench engine`.
 #[derive(Debug, Args)]
@@ -35,7 +46,7 @@ pub(crate) struct EngineArgs {
     /// Sequences decoded together
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,8,16,32")]
     pub(super) batch: Vec<u32>,
-    /// Positions already in the KV cache, not timed
+    /// Positions already in the KV cache, neither computed nor timed
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "0")]
     pub(super) depth: Vec<u32>,
     /// Times to repeat each measurement; the median is shown
@@ -44,7 +55,7 @@ pub(crate) struct EngineArgs {
     /// Most tokens of a prompt in one step
     #[arg(long, value_name = "TOKENS", default_value_t = DEFAULT_PREFILL_CHUNK, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(super) prefill_chunk: u32,
-    /// Stored type of keys and values: f16 or f32
+    /// Stored type of keys and values: f16, f32 or int8
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     pub(super) kv_cache_dtype: Dtype,
     /// Type of activations between layers: f32, bf16 or f16
@@ -53,6 +64,9 @@ pub(crate) struct EngineArgs {
     /// Also print where the time of a step goes; a clock around each operation slows it a little
     #[arg(long)]
     pub(super) profile: bool,
+    /// Also print the likelihood of a text [FILE: UTF-8; without it: a short text of this program's]
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    pub(super) nll: Option<Option<PathBuf>>,
     /// Engine to measure: cpu
     #[arg(long, value_name = "ENGINE", default_value = "cpu", value_parser = ["cpu"])]
     pub(super) engine: String,
@@ -73,6 +87,12 @@ struct Report {
     activation_dtype: &'static str,
     prefill_chunk: u32,
     repeat: u32,
+    /// Nats per scored token, of the text asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mean_nll: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scored_tokens: Option<usize>,
+    limits: Vec<Limits>,
     results: Vec<Measurement>,
 }
 
@@ -87,6 +107,11 @@ struct Measurement {
     tokens_per_s: f64,
     slowest: f64,
     fastest: f64,
+    /// Bytes that a step must read: weights, and keys and values of its sequences.
+    bytes_per_step: u64,
+    /// What this machine could do at best, and the share reached.
+    bound_tokens_per_s: f64,
+    share_of_bound: f64,
     /// Of the average step, with `--profile`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     phases: Vec<PhaseShare>,
@@ -95,17 +120,24 @@ struct Measurement {
 pub(crate) fn run(args: &EngineArgs) -> anyhow::Result<()> {
     let threads = validate(args)?;
     let model = Model::open(&args.model, args.model_options)?;
-    let size = RigSize::for_runs(args, model.config.context)?;
+    let text = text_to_score(args, &model)?;
+    let windows: Vec<&[u32]> = text.chunks(WINDOW.min(model.config.context) as usize).collect();
+    let scored = windows.first().map_or(0, |w| w.len() as u32);
+    let size = RigSize::for_runs(args, model.config.context, scored)?;
+    let isa = Isa::detect().map_err(anyhow::Error::msg)?;
     let mut report = Report {
         model: args.model.clone(),
         engine: args.engine.clone(),
-        isa: Isa::detect().map_err(anyhow::Error::msg)?.to_string(),
+        isa: isa.to_string(),
         numerics: String::new(),
         weight_bytes: 0,
         kv_cache_dtype: args.kv_cache_dtype.as_str(),
         activation_dtype: args.activation_dtype.as_str(),
         prefill_chunk: args.prefill_chunk,
         repeat: args.repeat,
+        mean_nll: None,
+        scored_tokens: None,
+        limits: Vec::new(),
         results: Vec::new(),
     };
     for threads in threads {
@@ -113,17 +145,46 @@ pub(crate) fn run(args: &EngineArgs) -> anyhow::Result<()> {
         let mut rig = Rig::load(&model, &size, threads, args.profile)?;
         report.numerics = rig.numerics();
         report.weight_bytes = rig.weight_bytes();
-        for &depth in &args.depth {
-            measure(args, &mut rig, threads, depth, &mut report.results)?;
+        if report.mean_nll.is_none() && !text.is_empty() {
+            (report.mean_nll, report.scored_tokens) = score(&mut rig, &windows)?;
         }
+        let limits = Limits::measure(isa, threads)?;
+        let tensors = &model.gguf.tensors;
+        let work = Work::new(&model.config, tensors, report.weight_bytes, args.kv_cache_dtype);
+        let mut bench = Bench { args, rig, threads, limits, work, results: &mut report.results };
+        for &depth in &args.depth {
+            bench.measure(depth)?;
+        }
+        report.limits.push(bench.limits);
     }
     print(args.output, &report)
+}
+
+/// Tokens of the text whose likelihood is asked for; none if none is.
+fn text_to_score(args: &EngineArgs, model: &Model) -> anyhow::Result<Vec<u32>> {
+    let Some(file) = &args.nll else { return Ok(Vec::new()) };
+    let text = file.as_ref().map_or_else(|| Ok(SAMPLE.to_owned()), |path| input::text(path))?;
+    let tokens = Tokenizer::from_gguf(&model.gguf)?.encode(&text, true)?;
+    if tokens.len() < 2 {
+        return Err(usage("--nll: the text has fewer than two tokens: there is nothing to score"));
+    }
+    Ok(tokens)
+}
+
+/// Mean and number of the scores of windows that do not overlap.
+fn score(rig: &mut Rig, windows: &[&[u32]]) -> anyhow::Result<(Option<f64>, Option<usize>)> {
+    let mut nll = Vec::new();
+    for window in windows {
+        nll.extend(rig.score(window)?);
+    }
+    let mean = nll.iter().sum::<f64>() / nll.len().max(1) as f64;
+    Ok((Some(mean), Some(nll.len())))
 }
 
 /// Checks the lists; returns the thread counts.
 fn validate(args: &EngineArgs) -> anyhow::Result<Vec<usize>> {
     if args.kv_cache_dtype == Dtype::Bf16 {
-        return Err(usage("--kv-cache-dtype bf16: the cache holds f16 or f32"));
+        return Err(usage("--kv-cache-dtype bf16: the cache holds f16, f32 or int8"));
     }
     if args.prefill.contains(&0) || args.batch.contains(&0) || args.decode == 0 {
         return Err(usage("--prefill, --batch and --decode must be at least 1"));
@@ -138,44 +199,73 @@ fn validate(args: &EngineArgs) -> anyhow::Result<Vec<usize>> {
     Ok(args.threads.clone())
 }
 
-fn measure(
-    args: &EngineArgs,
-    rig: &mut Rig,
+/// Measuring one loaded rig.
+struct Bench<'a> {
+    args: &'a EngineArgs,
+    rig: Rig,
     threads: usize,
-    depth: u32,
-    results: &mut Vec<Measurement>,
-) -> anyhow::Result<()> {
-    let mut record = |test, batch, tokens: u32, seconds: Vec<f64>, phases| {
-        let mut rates: Vec<f64> = seconds.iter().map(|s| f64::from(tokens) / s).collect();
+    limits: Limits,
+    work: Work,
+    results: &'a mut Vec<Measurement>,
+}
+
+impl Bench<'_> {
+    fn measure(&mut self, depth: u32) -> anyhow::Result<()> {
+        let args = self.args;
+        self.rig.take_phases();
+        for &tokens in &args.prefill {
+            let seconds = repeat(args.repeat, || self.rig.prefill(depth, tokens))?;
+            let half = u64::from(depth + tokens / 2);
+            let run = Run {
+                steps: tokens.div_ceil(args.prefill_chunk).into(),
+                positions: tokens.into(),
+                wanted: 1,
+                stored_per_step: half,
+                attended: half,
+            };
+            self.record("prefill", depth, 1, &run, &seconds);
+        }
+        for &batch in &args.batch {
+            let seconds = repeat(args.repeat, || self.rig.decode(depth, batch, args.decode))?;
+            let (positions, half) = (u64::from(batch * args.decode), depth + args.decode / 2);
+            let run = Run {
+                steps: args.decode.into(),
+                positions,
+                wanted: positions,
+                stored_per_step: u64::from(batch) * u64::from(half),
+                attended: half.into(),
+            };
+            self.record("decode", depth, batch, &run, &seconds);
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, test: &'static str, depth: u32, batch: u32, run: &Run, seconds: &[f64]) {
+        let tokens = run.positions as f64;
+        let mut rates: Vec<f64> = seconds.iter().map(|s| tokens / s).collect();
         rates.sort_by(f64::total_cmp);
+        let tokens_per_s = median(&rates).unwrap_or_default();
+        let bound = tokens / self.work.seconds(run, &self.limits);
         let m = Measurement {
             test,
-            threads,
+            threads: self.threads,
             depth,
             batch,
-            tokens,
-            tokens_per_s: median(&rates).unwrap_or_default(),
+            tokens: run.positions as u32,
+            tokens_per_s,
             slowest: rates.first().copied().unwrap_or_default(),
             fastest: rates.last().copied().unwrap_or_default(),
-            phases,
+            bytes_per_step: self.work.step_bytes(run),
+            bound_tokens_per_s: bound,
+            share_of_bound: tokens_per_s / bound,
+            phases: self.rig.take_phases(),
         };
         output::remark(&format!(
-            "{test} threads {threads} depth {depth} batch {batch} tokens {tokens}: {:.1} tokens/s",
-            m.tokens_per_s
+            "{test} threads {} depth {depth} batch {batch} tokens {}: {:.1} tokens/s",
+            m.threads, m.tokens, m.tokens_per_s
         ));
-        results.push(m);
-    };
-    rig.fill(depth)?;
-    rig.take_phases();
-    for &tokens in &args.prefill {
-        let seconds = repeat(args.repeat, || rig.prefill(tokens))?;
-        record("prefill", 1, tokens, seconds, rig.take_phases());
+        self.results.push(m);
     }
-    for &batch in &args.batch {
-        let seconds = repeat(args.repeat, || rig.decode(batch, args.decode))?;
-        record("decode", batch, batch * args.decode, seconds, rig.take_phases());
-    }
-    Ok(())
 }
 
 fn repeat(times: u32, mut once: impl FnMut() -> anyhow::Result<f64>) -> anyhow::Result<Vec<f64>> {
@@ -195,6 +285,9 @@ fn print(format: TableOrJson, report: &Report) -> anyhow::Result<()> {
         ("tokens/s", Right),
         ("slowest", Right),
         ("fastest", Right),
+        ("read/step", Right),
+        ("bound", Right),
+        ("share %", Right),
     ]);
     for m in &report.results {
         table.row([
@@ -206,10 +299,19 @@ fn print(format: TableOrJson, report: &Report) -> anyhow::Result<()> {
             figure(Some(m.tokens_per_s)),
             figure(Some(m.slowest)),
             figure(Some(m.fastest)),
+            bytes(m.bytes_per_step),
+            figure(Some(m.bound_tokens_per_s)),
+            figure(Some(m.share_of_bound * 100.0)),
         ]);
     }
+    let likelihood =
+        report.mean_nll.zip(report.scored_tokens).map_or_else(String::new, |(n, of)| {
+            format!("likelihood: mean_nll {n:.6} nats over {of} tokens\n")
+        });
+    let limits: String =
+        report.limits.iter().map(|l| format!("limits, {}\n", l.describe())).collect();
     output::write(format_args!(
-        "{}: {} of weights, engine {} ({}), KV {}, prefill chunk {}, median of {}\n\n{table}",
+        "{}: {} of weights, engine {} ({}), KV {}, prefill chunk {}, median of {}\n{likelihood}{limits}\n{table}",
         report.model,
         bytes(report.weight_bytes),
         report.engine,

@@ -1,9 +1,9 @@
 //! A stage with the whole model, driven by hand: what the scheduler and the block manager would do,
 //! in the simplest form that exercises the engine the same way.
 //!
-//! Block tables: blocks `0..prefix` hold the positions of `depth` that fill whole blocks, prefilled
-//! once and shared by every sequence; blocks after them are dealt out per sequence. A table that
-//! shares a block stands for a copy: the engine reads the same amount of memory, from one place.
+//! Every sequence has KV blocks of its own, as in a cluster, so that the caches hold no more of them
+//! than there. Positions of `depth` are not computed for each: what a timing reads is whatever lies in
+//! the blocks (zeros, or what an earlier run left), which takes as long.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -31,7 +31,7 @@ const BLOCK: u32 = 64;
 
 /// A model file and its dimensions.
 pub(super) struct Model {
-    gguf: Gguf,
+    pub(super) gguf: Gguf,
     pub(super) config: ModelConfig,
     path: PathBuf,
 }
@@ -62,9 +62,11 @@ pub(super) struct RigSize {
 }
 
 impl RigSize {
+    /// `scored` is the length of the longest window of text to score.
+    ///
     /// # Errors
     /// If a measurement would not fit in the model's context.
-    pub(super) fn for_runs(args: &EngineArgs, context: u32) -> anyhow::Result<Self> {
+    pub(super) fn for_runs(args: &EngineArgs, context: u32, scored: u32) -> anyhow::Result<Self> {
         let most = |list: &[u32]| list.iter().copied().max().unwrap_or(0);
         let (depth, batch) = (most(&args.depth), most(&args.batch));
         let longest = depth.saturating_add(most(&args.prefill).max(args.decode));
@@ -73,13 +75,15 @@ impl RigSize {
                 "depth and tokens make {longest} positions, the model's context is {context}: lower --depth, --prefill or --decode"
             )));
         }
-        let own_blocks = |tokens: u32| (BLOCK - 1 + tokens).div_ceil(BLOCK);
-        let decode_blocks = u64::from(batch) * u64::from(own_blocks(args.decode));
-        let blocks = u64::from(depth / BLOCK)
-            + decode_blocks.max(own_blocks(most(&args.prefill)).into())
-            + 1;
-        let kv_blocks = u32::try_from(blocks)
-            .map_err(|_| usage("--batch and --decode need more KV blocks than can be numbered"))?;
+        let per_sequence = |tokens: u32| u64::from((depth + tokens).div_ceil(BLOCK));
+        let window = u64::from(scored.div_ceil(BLOCK));
+        let blocks = (u64::from(batch) * per_sequence(args.decode))
+            .max(per_sequence(most(&args.prefill)))
+            .max(window)
+            .max(1);
+        let kv_blocks = u32::try_from(blocks).map_err(|_| {
+            usage("--batch, --depth and --decode need more KV blocks than can be numbered")
+        })?;
         Ok(Self {
             settings: EngineSettings {
                 kv_blocks,
@@ -88,7 +92,7 @@ impl RigSize {
                 activation_dtype: args.activation_dtype,
                 max_batch_tokens: args.prefill_chunk.max(batch),
                 max_num_seqs: batch + 1,
-                max_model_len: longest,
+                max_model_len: longest.max(scored),
             },
             prefill_chunk: args.prefill_chunk,
         })
@@ -108,11 +112,10 @@ pub(super) struct Rig {
     size: RigSize,
     loaded: LoadedStage,
     vocab: u32,
-    depth: u32,
     sequences: u64,
     /// Changes to tell the engine with the next step.
     pending: StepMeta,
-    /// First block that is not shared and not dealt out.
+    /// First block that is not dealt out.
     next_block: u32,
 }
 
@@ -145,7 +148,6 @@ impl Rig {
             size: size.clone(),
             loaded,
             vocab: model.config.vocab,
-            depth: 0,
             sequences: 0,
             pending: StepMeta::default(),
             next_block: 0,
@@ -165,43 +167,25 @@ impl Rig {
         self.engine.take_phases()
     }
 
-    /// Fills the shared blocks for sequences of `depth` positions. Not timed.
+    /// Seconds to prefill `tokens` positions after `depth`.
     ///
     /// # Errors
     /// If a step fails.
-    pub(super) fn fill(&mut self, depth: u32) -> anyhow::Result<()> {
-        self.depth = depth;
-        self.next_block = 0;
-        let shared = depth / BLOCK * BLOCK;
-        if shared > 0 {
-            let sequence = self.open(0, shared);
-            self.prefill_span(sequence, 0, shared)?;
-            self.close(sequence);
-        }
-        self.next_block = shared / BLOCK;
-        Ok(())
-    }
-
-    /// Seconds to prefill `tokens` positions after the depth.
-    ///
-    /// # Errors
-    /// If a step fails.
-    pub(super) fn prefill(&mut self, tokens: u32) -> anyhow::Result<f64> {
-        let sequence = self.deepen(tokens)?;
+    pub(super) fn prefill(&mut self, depth: u32, tokens: u32) -> anyhow::Result<f64> {
+        let sequence = self.open(depth + tokens);
         let start = Instant::now();
-        self.prefill_span(sequence, self.depth, tokens)?;
+        self.prefill_span(sequence, depth, tokens)?;
         let seconds = start.elapsed().as_secs_f64();
         self.close_all(&[sequence]);
         Ok(seconds)
     }
 
-    /// Seconds to decode `steps` positions of `batch` sequences after the depth.
+    /// Seconds to decode `steps` positions of `batch` sequences after `depth`.
     ///
     /// # Errors
     /// If a step fails.
-    pub(super) fn decode(&mut self, batch: u32, steps: u32) -> anyhow::Result<f64> {
-        let sequences: Vec<SequenceId> =
-            (0..batch).map(|_| self.deepen(steps)).collect::<anyhow::Result<_>>()?;
+    pub(super) fn decode(&mut self, depth: u32, batch: u32, steps: u32) -> anyhow::Result<f64> {
+        let sequences: Vec<SequenceId> = (0..batch).map(|_| self.open(depth + steps)).collect();
         let tokens = pseudo_tokens(u64::from(batch), (batch * steps) as usize, self.vocab);
         let start = Instant::now();
         for (step, tokens) in tokens.chunks(batch as usize).enumerate() {
@@ -210,7 +194,7 @@ impl Rig {
                 .zip(tokens)
                 .map(|(&sequence, &token)| Span {
                     sequence,
-                    position: self.depth + step as u32,
+                    position: depth + step as u32,
                     tokens: vec![token],
                 })
                 .collect();
@@ -221,37 +205,41 @@ impl Rig {
         Ok(seconds)
     }
 
-    /// A sequence at the depth with room for `tokens` more; what of the depth does not fill a block
-    /// is computed here, untimed.
-    fn deepen(&mut self, tokens: u32) -> anyhow::Result<SequenceId> {
-        let shared = self.depth / BLOCK * BLOCK;
-        let sequence = self.open(shared, self.depth - shared + tokens);
-        if self.depth > shared {
-            self.prefill_span(sequence, shared, self.depth - shared)?;
+    /// Negative log-likelihoods of all tokens of a window but the first.
+    ///
+    /// # Errors
+    /// If a step fails.
+    pub(super) fn score(&mut self, window: &[u32]) -> anyhow::Result<Vec<f64>> {
+        let sequence = self.open(window.len() as u32);
+        let mut nll = Vec::with_capacity(window.len());
+        for (i, chunk) in window.chunks(BLOCK.min(self.size.prefill_chunk) as usize).enumerate() {
+            let position = i as u32 * BLOCK.min(self.size.prefill_chunk);
+            let span = Span { sequence, position, tokens: chunk.to_vec() };
+            self.step_with(&[span], Want::Score { top_k: 0 }, &mut |row| {
+                if let Some(&next) = window.get(row.position as usize + 1) {
+                    nll.push(surprise(row.logits, next as usize));
+                }
+            })?;
         }
-        Ok(sequence)
+        self.close_all(&[sequence]);
+        Ok(nll)
     }
 
-    /// Opens a sequence whose first `shared` positions lie in the shared blocks, and deals out
-    /// blocks for `own` more.
-    fn open(&mut self, shared: u32, own: u32) -> SequenceId {
+    /// Opens a sequence with blocks for `positions`.
+    fn open(&mut self, positions: u32) -> SequenceId {
         self.sequences += 1;
         let sequence = SequenceId(self.sequences);
-        let end = self.next_block + own.div_ceil(BLOCK);
-        let blocks = (0..shared / BLOCK).chain(self.next_block..end).collect();
+        let end = self.next_block + positions.div_ceil(BLOCK);
+        let blocks = (self.next_block..end).collect();
         self.next_block = end;
         self.pending.tables.push(TableUpdate { sequence, first: 0, blocks });
         sequence
     }
 
-    fn close(&mut self, sequence: SequenceId) {
-        self.pending.released.push(sequence);
-    }
-
-    /// Closes the sequences of a measurement; their blocks are free again.
+    /// Closes all sequences; their blocks are free again.
     fn close_all(&mut self, sequences: &[SequenceId]) {
-        sequences.iter().for_each(|&s| self.close(s));
-        self.next_block = self.depth / BLOCK;
+        self.pending.released.extend(sequences);
+        self.next_block = 0;
     }
 
     fn prefill_span(
@@ -275,6 +263,17 @@ impl Rig {
     }
 
     fn step(&mut self, spans: &[Span], want: Want) -> anyhow::Result<()> {
+        self.step_with(spans, want, &mut |row| {
+            std::hint::black_box(row.logits.first());
+        })
+    }
+
+    fn step_with(
+        &mut self,
+        spans: &[Span],
+        want: Want,
+        sink: &mut dyn FnMut(LogitsRow<'_>),
+    ) -> anyhow::Result<()> {
         let mut meta = std::mem::take(&mut self.pending);
         meta.rows.extend(spans.iter().map(|s| Row {
             sequence: s.sequence,
@@ -284,10 +283,25 @@ impl Rig {
             want,
         }));
         let tokens: Vec<u32> = spans.iter().flat_map(|s| s.tokens.iter().copied()).collect();
-        let mut sink = |row: LogitsRow<'_>| {
-            std::hint::black_box(row.logits.first());
-        };
-        self.engine.step(&meta, StageInput::Tokens(&tokens), StageOutput::Logits(&mut sink))?;
+        self.engine.step(&meta, StageInput::Tokens(&tokens), StageOutput::Logits(sink))?;
         Ok(())
+    }
+}
+
+/// Nats by which a token surprises: log-sum-exp of all logits less its own.
+fn surprise(logits: &[f32], token: usize) -> f64 {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&l| f64::from(l - most).exp()).sum();
+    sum.ln() - f64::from(logits.get(token).copied().unwrap_or(f32::NEG_INFINITY) - most)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn certainty_surprises_nobody() {
+        assert!(surprise(&[0.0, 100.0], 1).abs() < 1e-9);
+        assert!((surprise(&[1.0, 1.0, 1.0, 1.0], 2) - 4f64.ln()).abs() < 1e-9);
     }
 }

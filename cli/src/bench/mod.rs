@@ -1,5 +1,6 @@
 //! `millrace bench`: the engine alone, or a whole pipeline under load.
 
+mod bound;
 mod engine;
 mod engine_rig;
 mod serve;
