@@ -21,7 +21,7 @@ use crate::api::http::{HttpConfig, HttpServerHandle};
 use crate::blobs::Blobs;
 use crate::config::{Config, host_port};
 use crate::metrics::Metrics;
-use crate::models::{ConsoleProgress, NoProgress, Progress, hash_manifest};
+use crate::models::{ConsoleProgress, NoProgress, Progress, cache_dir, manifest_of};
 use crate::plan::check_stages;
 use crate::service::{Counted, Service};
 use crate::serving::{Prompts, Serving};
@@ -99,7 +99,10 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let mut console = ConsoleProgress::new();
     let progress: &mut dyn Progress =
         if config.show_progress { &mut console } else { &mut NoProgress };
-    let manifest = Arc::new(hash_manifest(&config.model, &config.served_name, progress)?);
+    let cache = cache_dir().ok();
+    let what = (config.model.as_path(), config.served_name.as_str());
+    let manifest = manifest_of(gguf, model_config.clone(), what, cache.as_deref(), progress)?;
+    let manifest = Arc::new(manifest);
     let blobs = Arc::new(Blobs::open(&config.model, &manifest)?);
 
     let host = config.advertised_host();

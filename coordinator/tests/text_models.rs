@@ -283,13 +283,13 @@ fn manifests_of_files() {
     let path = folder.path().join("tiny.gguf");
     fs::write(&path, &bytes).unwrap();
     let mut recorder = Recorder::default();
-    let manifest = hash_manifest(&path, "tiny", &mut recorder).unwrap();
+    let manifest = hash_manifest(&path, "tiny", None, &mut recorder).unwrap();
     assert!(recorder.ended && recorder.last == manifest.weight_bytes());
     assert!(manifest.is_consistent());
     let tensor = manifest.tensor("token_embd.weight").unwrap();
     let data = &bytes[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize];
     assert_eq!(tensor.hash, *blake3::hash(data).as_bytes());
     fs::write(&path, &bytes[..bytes.len() - 200]).unwrap();
-    let message = hash_manifest(&path, "tiny", &mut recorder).unwrap_err().to_string();
+    let message = hash_manifest(&path, "tiny", None, &mut recorder).unwrap_err().to_string();
     assert!(message.contains("tiny.gguf") && message.contains("outside the file"), "{message}");
 }

@@ -9,6 +9,7 @@ pub mod config;
 pub mod enrol;
 pub mod hardware;
 pub mod loader;
+mod profiles;
 mod progress;
 
 use std::net::SocketAddr;
@@ -91,6 +92,7 @@ pub async fn start(config: Config, membership: Membership) -> anyhow::Result<Run
     if config.show_progress {
         announce(&config, &hardware, &hello, listen);
     }
+    let machine = format!("{}\n{}\n{}", hello.hardware, hello.engine, hello.numerics_revision);
     let link = LinkParts {
         endpoint: endpoint.clone(),
         tls: client.clone(),
@@ -104,6 +106,7 @@ pub async fn start(config: Config, membership: Membership) -> anyhow::Result<Run
         engine,
         numerics,
         cores: hardware.cores,
+        machine,
     };
     let node = actors::Node::new(Rc::new(parts)).start();
     actix_rt::spawn(accept_neighbours(endpoint.clone(), node.clone()));

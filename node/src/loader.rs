@@ -1,16 +1,18 @@
 //! Gets the tensors of a stage onto this machine: from the node's own model file, else from its
 //! cache, else from the coordinator. Whatever the source, a tensor is used only if its bytes have
-//! the hash that the plan names; half-fetched files have other names and are never used.
+//! the hash that the plan names, now or when the unchanged file was hashed before; half-fetched
+//! files have other names and are never used.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use millrace_engine::TensorSource;
 use millrace_net::{Connection, MessageReceiver, MessageSender, NetError};
-use millrace_shared::model::TensorEntry;
 use millrace_shared::model::gguf::Gguf;
+use millrace_shared::model::{FileState, KnownHashes, TensorEntry};
 use millrace_shared::wire::control::{BlobRequest, BlobResponse, LoadReport};
 use millrace_shared::wire::{MAX_BLOB_RANGE_BYTES, Plane};
 
@@ -54,6 +56,8 @@ pub enum FetchError {
 #[derive(Debug)]
 pub struct Loader {
     weights: Option<PathBuf>,
+    /// The cache folder, and that of tensors in it.
+    folder: PathBuf,
     cache: PathBuf,
     connection: Connection,
 }
@@ -61,7 +65,7 @@ pub struct Loader {
 impl Loader {
     /// A loader that asks the coordinator on `connection` last.
     pub fn new(weights: Option<PathBuf>, cache: &Path, connection: Connection) -> Self {
-        Self { weights, cache: cache.join("tensors"), connection }
+        Self { weights, folder: cache.to_owned(), cache: cache.join("tensors"), connection }
     }
 
     /// Makes every tensor available; `progress` gets the bytes done so far.
@@ -96,24 +100,29 @@ impl Loader {
         tensors: &[TensorEntry],
         report: &mut LoadReport,
     ) -> Result<Vec<Option<TensorSource>>, FetchError> {
-        let (weights, cache, tensors) =
-            (self.weights.clone(), self.cache.clone(), tensors.to_vec());
+        let (weights, tensors) = (self.weights.clone(), tensors.to_vec());
+        let (folder, cache) = (self.folder.clone(), self.cache.clone());
         let found = tokio::task::spawn_blocking(move || {
             let file =
                 weights.map(|path| open_weights(&path).map(|gguf| (path, gguf))).transpose()?;
+            let mut file = file.map(|(path, gguf)| (KnownHashes::open(&folder, &path), path, gguf));
+            let mut fetched = KnownHashes::open(&folder, &cache);
             let mut counts = LoadReport::default();
             let mut sources = Vec::with_capacity(tensors.len());
             for entry in &tensors {
-                let from_file = file.as_ref().and_then(|(path, gguf)| in_file(path, gguf, entry));
+                let from_file =
+                    file.as_mut().and_then(|(known, path, gguf)| in_file(known, path, gguf, entry));
                 let source = from_file.inspect(|_| counts.from_file += entry.bytes).or_else(|| {
                     let path = cache.join(hex(&entry.hash));
                     let source = TensorSource { entry: entry.clone(), path, offset: 0 };
-                    verified(&source)
+                    verified(&source, &mut fetched)
                         .then_some(source)
                         .inspect(|_| counts.from_cache += entry.bytes)
                 });
                 sources.push(source);
             }
+            file.into_iter().for_each(|(known, ..)| known.save());
+            fetched.save();
             Ok((sources, counts))
         });
         let (sources, counts) = found.await.unwrap_or_else(|e| {
@@ -231,13 +240,18 @@ fn open_weights(path: &Path) -> Result<Gguf, FetchError> {
 }
 
 /// The tensor in the node's own file, if it is there and has the hash.
-fn in_file(path: &Path, gguf: &Gguf, entry: &TensorEntry) -> Option<TensorSource> {
+fn in_file(
+    known: &mut KnownHashes,
+    path: &Path,
+    gguf: &Gguf,
+    entry: &TensorEntry,
+) -> Option<TensorSource> {
     let own = gguf.tensor(&entry.name)?;
     if own.dtype != entry.dtype || own.dims != entry.dims {
         return None;
     }
     let source = TensorSource { entry: entry.clone(), path: path.to_owned(), offset: own.offset };
-    if verified(&source) {
+    if verified(&source, known) {
         return Some(source);
     }
     tracing::warn!(tensor = %entry.name, path = %path.display(), "the file's tensor differs from the model's, not used");
@@ -245,22 +259,27 @@ fn in_file(path: &Path, gguf: &Gguf, entry: &TensorEntry) -> Option<TensorSource
 }
 
 /// Whether the bytes at the source have the hash of its entry.
-fn verified(source: &TensorSource) -> bool {
-    let hash = || -> std::io::Result<blake3::Hash> {
-        let mut file = File::open(&source.path)?;
-        file.seek(SeekFrom::Start(source.offset))?;
-        let mut hasher = blake3::Hasher::new();
-        let mut rest = source.entry.bytes as usize;
-        let mut chunk = vec![0; HASH_CHUNK.min(rest.max(1))];
-        while rest > 0 {
-            let n = chunk.len().min(rest);
-            file.read_exact(&mut chunk[..n])?;
-            hasher.update(&chunk[..n]);
-            rest -= n;
+fn verified(source: &TensorSource, known: &mut KnownHashes) -> bool {
+    let mut hash = || -> std::io::Result<[u8; 32]> {
+        let file = File::open(&source.path)?;
+        let state = FileState::of(&file)?;
+        let (mut at, end) = (source.offset, source.offset.saturating_add(source.entry.bytes));
+        if let Some(hash) = known.get(&state, at, source.entry.bytes) {
+            return Ok(hash);
         }
-        Ok(hasher.finalize())
+        let mut hasher = blake3::Hasher::new();
+        let mut chunk = vec![0; HASH_CHUNK.min(source.entry.bytes.max(1) as usize)];
+        while at < end {
+            let n = chunk.len().min((end - at) as usize);
+            file.read_exact_at(&mut chunk[..n], at)?;
+            hasher.update(&chunk[..n]);
+            at += n as u64;
+        }
+        let hash = hasher.finalize().into();
+        known.insert(&file, &state, (source.offset, source.entry.bytes), hash);
+        Ok(hash)
     };
-    hash().is_ok_and(|h| h.as_bytes() == &source.entry.hash)
+    hash().is_ok_and(|hash| hash == source.entry.hash)
 }
 
 fn hex(hash: &[u8; 32]) -> String {

@@ -22,7 +22,8 @@ impl LoadProgress {
     pub(crate) fn new(show: bool, what: &'static str, total: u64) -> Self {
         let terminal = std::io::stderr().is_terminal();
         let bar = (show && terminal).then(|| {
-            let template = "{msg:10} [{bar:32}] {bytes}/{total_bytes} {binary_bytes_per_sec}";
+            let template =
+                "{msg:10} [{bar:32}] {bytes}/{total_bytes} {binary_bytes_per_sec} {eta} left";
             let style = ProgressStyle::with_template(template)
                 .unwrap_or_else(|_| ProgressStyle::default_bar());
             ProgressBar::new(total).with_style(style.progress_chars("=> ")).with_message(what)

@@ -139,6 +139,7 @@ impl Rig {
             threads,
             host_threads: threads,
             isa: Isa::detect().map_err(anyhow::Error::msg)?,
+            packed_cache: None,
         };
         let mut engine: Box<dyn Measured> =
             if profile { Box::new(ProfiledEngine::default()) } else { Box::new(CpuEngine::new()) };

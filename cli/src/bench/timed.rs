@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use millrace_engine::cpu::{self, CpuBackend, CpuEngine};
 use millrace_engine::model::weights::Sources;
-use millrace_engine::model::{Backend, Batch, BlockTables, Llama, Source, Span};
+use millrace_engine::model::{
+    Backend, Batch, BlockTables, Llama, LoadedPart, Part, Piece, Source, Span,
+};
 use millrace_engine::{
     Engine, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError, TensorSource,
 };
@@ -165,18 +167,32 @@ impl<B: Backend> Backend for Timed<B> {
         Ok(TimedTensor { inner: self.inner.tensor(rows, width, input)?, rows: 0, width })
     }
 
-    fn weight(&mut self, parts: &[&Source]) -> Result<Self::Weight, LoadError> {
-        let entries = || parts.iter().map(|s| s.entry());
-        Ok(TimedWeight {
-            phase: entries().next().map_or(Phase::Head, |e| Phase::of_matrix(&e.name)),
-            elements: entries().map(|e| e.elements()).sum(),
-            bytes: entries().map(|e| e.bytes).sum(),
-            inner: self.inner.weight(parts)?,
-        })
+    fn weights(
+        &mut self,
+        pieces: &[Piece<'_>],
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Vec<LoadedPart<Self::Weight, Self::Vector>>, LoadError> {
+        let loaded = self.inner.weights(pieces, progress)?;
+        let timed = |(part, loaded): (&Part<'_>, _)| match (part, loaded) {
+            (Part::Matrices(sources), LoadedPart::Matrices(inner)) => {
+                let entries = || sources.iter().map(|s| s.entry());
+                LoadedPart::Matrices(TimedWeight {
+                    inner,
+                    phase: entries().next().map_or(Phase::Head, |e| Phase::of_matrix(&e.name)),
+                    elements: entries().map(|e| e.elements()).sum(),
+                    bytes: entries().map(|e| e.bytes).sum(),
+                })
+            }
+            (_, LoadedPart::Vector(vector)) => LoadedPart::Vector(vector),
+            (Part::Vector(_), LoadedPart::Matrices(_)) => {
+                unreachable!("parts come back in the order in which they were asked for")
+            }
+        };
+        Ok(pieces.iter().flatten().zip(loaded).map(timed).collect())
     }
 
-    fn vector(&mut self, source: &Source) -> Result<Self::Vector, LoadError> {
-        self.inner.vector(source)
+    fn touch(&mut self) -> Result<(), LoadError> {
+        self.inner.touch()
     }
 
     fn kv(
@@ -325,15 +341,14 @@ impl Engine for ProfiledEngine {
     ) -> Result<LoadedStage, LoadError> {
         let sources: Vec<Source> = tensors.iter().cloned().map(Source::File).collect();
         let sources = Sources::new(&spec.config, &sources)?;
-        let inner = CpuBackend::new(spec.isa, spec.threads, spec.host_threads);
+        let inner = CpuBackend::new(spec.isa, spec.threads, spec.host_threads)
+            .with_packed_cache(spec.packed_cache.as_deref());
         let mut backend = Timed { inner, spent: Default::default() };
-        let model = Llama::load(&mut backend, spec, &sources, &mut |b: &Timed<CpuBackend>| {
-            progress(b.inner.weight_bytes());
-        })?;
-        let (weight_bytes, kv_bytes) = (backend.inner.weight_bytes(), backend.inner.kv_bytes());
+        let model = Llama::load(&mut backend, spec, &sources, progress)?;
+        let loaded = backend.inner.loaded();
         let (tables, batch) = (BlockTables::new(&spec.settings), Batch::new(&spec.settings));
         self.stage = Some(Stage { backend, model, tables, batch });
-        Ok(LoadedStage { weight_bytes, kv_bytes })
+        Ok(loaded)
     }
 
     fn step(

@@ -12,7 +12,7 @@ mod resolve;
 
 pub use catalogue::{CATALOGUE, CatalogueEntry, HubSource, PypiSource};
 pub use fetch::Source;
-pub use manifest::hash_manifest;
+pub use manifest::{hash_manifest, manifest_of};
 pub use progress::{ConsoleProgress, NoProgress, Progress};
 pub use quantized::{ModelOptions, quantized, resolve_as};
 pub use resolve::{Settings, cache_dir, resolve, resolve_with};

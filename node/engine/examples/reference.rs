@@ -49,6 +49,7 @@ impl Model {
             threads,
             host_threads: threads,
             isa,
+            packed_cache: None,
             config: config.clone(),
         };
         let mut engine = CpuEngine::new();

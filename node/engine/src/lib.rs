@@ -14,6 +14,6 @@ pub mod stage;
 pub mod thread;
 
 pub use seam::{
-    Engine, Isa, LoadError, LoadedStage, LogitsRow, StageInput, StageOutput, StageSpec, StepError,
-    TensorSource,
+    Engine, Isa, LoadError, LoadedStage, LogitsRow, PackingReport, StageInput, StageOutput,
+    StageSpec, StepError, TensorSource,
 };

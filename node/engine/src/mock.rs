@@ -278,7 +278,8 @@ impl Engine for MockEngine {
         self.tables.clear();
         self.spec = Some(spec.clone());
         progress(0);
-        Ok(LoadedStage { weight_bytes: 0, kv_bytes: (slots * spec.layers.len() * 8) as u64 })
+        let kv_bytes = (slots * spec.layers.len() * 8) as u64;
+        Ok(LoadedStage { kv_bytes, ..LoadedStage::default() })
     }
 
     fn step(

@@ -108,6 +108,8 @@ pub struct StageSpec {
     pub host_threads: usize,
     /// Instruction set.
     pub isa: Isa,
+    /// Folder where packed weights are kept between loads; `None` for nowhere.
+    pub packed_cache: Option<PathBuf>,
 }
 
 /// Where the bytes of a tensor lie on this machine; already verified against the hash.
@@ -128,6 +130,23 @@ pub struct LoadedStage {
     pub weight_bytes: u64,
     /// Bytes of the KV cache.
     pub kv_bytes: u64,
+    /// How the weights came.
+    pub packing: PackingReport,
+}
+
+/// Where a stage's weights came from and what that took; all zero for engines that do not pack.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PackingReport {
+    /// Bytes found packed in the cache.
+    pub cached_bytes: u64,
+    /// Bytes packed from the model's tensors.
+    pub packed_bytes: u64,
+    /// Whether cached weights are mapped files, not copies in memory.
+    pub mapped: bool,
+    /// From the first byte to the last.
+    pub seconds: f64,
+    /// What packing the cached bytes took when it was done, about, with as many threads.
+    pub saved_seconds: f64,
 }
 
 /// Input of a step: rows in the order of the metadata.

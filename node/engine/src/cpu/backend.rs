@@ -1,28 +1,31 @@
 //! The CPU's [`Backend`]: tensors, weights and the KV cache in the engine's own memory.
 
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 
-use millrace_shared::model::{Dtype, ModelConfig, TensorType};
+use millrace_shared::model::{Dtype, ModelConfig};
 use millrace_shared::wire::control::EngineSettings;
 
-use super::buffer::{Arena, Buf, Shared};
+use super::buffer::{Arena, Buf, Frozen, Shared};
 use super::kernels::rows::Compute;
 use super::kernels::{attention, group_rows, matmul};
 use super::kv::{Kv, KvShape};
-use super::pack::{Packed, kind_of};
+use super::load;
+use super::pack::Packed;
 use super::pool::Pool;
 use super::rope::Rope;
+use super::store::{Saver, Store};
 use super::tensor::Tensor;
-use crate::model::{Backend, BlockTables, Source, Span};
-use crate::{Isa, LoadError};
+use crate::model::{Backend, BlockTables, LoadedPart, Piece, Source, Span};
+use crate::{Isa, LoadError, LoadedStage, PackingReport};
 
 /// Matrices that share their input, one below the other.
 #[derive(Debug)]
-pub struct Matrices(Vec<Packed>);
+pub struct Matrices(pub(super) Vec<Packed>);
 
 /// A vector of f32.
 #[derive(Debug)]
-pub struct Vector(Buf<f32>);
+pub struct Vector(pub(super) Frozen<f32>);
 
 /// The KV cache and what goes with it.
 #[derive(Debug)]
@@ -41,6 +44,11 @@ pub struct CpuBackend {
     scratch: Arena,
     /// Attention's, for every thread.
     attention: Option<Buf<f32>>,
+    packed_cache: Option<PathBuf>,
+    weight_bytes: u64,
+    packing: PackingReport,
+    /// Keeps packed weights.
+    saver: Option<Saver>,
 }
 
 impl CpuBackend {
@@ -53,12 +61,32 @@ impl CpuBackend {
             cache: Arena::new("the KV cache"),
             scratch: Arena::new("activations"),
             attention: None,
+            packed_cache: None,
+            weight_bytes: 0,
+            packing: PackingReport::default(),
+            saver: None,
+        }
+    }
+
+    /// Keeps packed weights in this folder, and finds them there.
+    #[must_use]
+    pub fn with_packed_cache(mut self, dir: Option<&Path>) -> Self {
+        self.packed_cache = dir.map(Path::to_owned);
+        self
+    }
+
+    /// What was loaded.
+    pub fn loaded(&self) -> LoadedStage {
+        LoadedStage {
+            weight_bytes: self.weight_bytes,
+            kv_bytes: self.cache.taken(),
+            packing: self.packing,
         }
     }
 
     /// Bytes of weights loaded so far.
     pub fn weight_bytes(&self) -> u64 {
-        self.weights.taken()
+        self.weight_bytes
     }
 
     /// Bytes of the KV cache.
@@ -107,29 +135,28 @@ impl Backend for CpuBackend {
         Tensor::new(&mut self.scratch, rows, width, input)
     }
 
-    fn weight(&mut self, parts: &[&Source]) -> Result<Matrices, LoadError> {
-        let pack = |source: &&Source| {
-            let entry = source.entry();
-            let kind = kind_of(entry.dtype).ok_or_else(|| LoadError::UnsupportedType {
-                tensor: entry.name.clone(),
-                dtype: entry.dtype.as_str().to_owned(),
-            })?;
-            let (cols, rows) = source.matrix()?;
-            let row_bytes = entry.dtype.bytes_of(cols as u64).unwrap_or(0);
-            let mut reader = source.open()?;
-            let mut read = |row: usize, out: &mut [u8]| reader.read(row as u64 * row_bytes, out);
-            let r = group_rows(self.compute.isa);
-            Packed::pack(kind, (rows, cols), r, &mut self.weights, &mut read)
-        };
-        parts.iter().map(pack).collect::<Result<_, _>>().map(Matrices)
+    fn weights(
+        &mut self,
+        pieces: &[Piece<'_>],
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Vec<LoadedPart<Matrices, Vector>>, LoadError> {
+        let Compute { pool, isa } = &mut self.compute;
+        let store = self.packed_cache.as_deref().map(Store::new);
+        let what = (pieces, group_rows(*isa));
+        let loaded = load::load(pool, &mut self.weights, store, what, progress)?;
+        // Writing has done so but for what is padding.
+        self.weights.touch(pool)?;
+        self.weight_bytes += loaded.bytes;
+        self.packing = loaded.report;
+        self.saver = loaded.saver;
+        Ok(loaded.parts)
     }
 
-    fn vector(&mut self, source: &Source) -> Result<Vector, LoadError> {
-        debug_assert_eq!(source.entry().dtype, TensorType::F32);
-        let values = read_vector(source)?;
-        let mut out = self.weights.take(values.len())?;
-        out.copy_from_slice(&values);
-        Ok(Vector(out))
+    fn touch(&mut self) -> Result<(), LoadError> {
+        for arena in [&mut self.cache, &mut self.scratch] {
+            arena.touch(&mut self.compute.pool)?;
+        }
+        Ok(())
     }
 
     fn kv(

@@ -8,7 +8,7 @@ use millrace_shared::wire::data::StepMeta;
 
 use super::backend::CpuBackend;
 use super::kernels::{attention, group_rows};
-use super::pack::{kind_of, packed_bytes};
+use super::pack::{Layout, kind_of};
 use super::{memory, numerics_revision, profile};
 use crate::model::weights::Sources;
 use crate::model::{Batch, BlockTables, Llama, Source};
@@ -60,12 +60,10 @@ impl CpuEngine {
         check(spec)?;
         let checked = Sources::new(&spec.config, sources)?;
         check_memory(spec, sources)?;
-        let mut backend = CpuBackend::new(spec.isa, spec.threads, spec.host_threads);
-        let model = Llama::load(&mut backend, spec, &checked, &mut |b: &CpuBackend| {
-            progress(b.weight_bytes());
-        })?;
-        let loaded =
-            LoadedStage { weight_bytes: backend.weight_bytes(), kv_bytes: backend.kv_bytes() };
+        let mut backend = CpuBackend::new(spec.isa, spec.threads, spec.host_threads)
+            .with_packed_cache(spec.packed_cache.as_deref());
+        let model = Llama::load(&mut backend, spec, &checked, progress)?;
+        let loaded = backend.loaded();
         let tables = BlockTables::new(&spec.settings);
         let batch = Batch::new(&spec.settings);
         self.stage = Some(Stage { backend, model, tables, batch });
@@ -158,7 +156,7 @@ fn check_memory(spec: &StageSpec, sources: &[Source]) -> Result<(), LoadError> {
         .iter()
         .map(|t| match (kind_of(t.dtype), t.dims.as_slice()) {
             (Some(kind), &[cols, rows]) if rows < 1 << 40 && cols < 1 << 40 => {
-                packed_bytes(kind, rows as usize, cols as usize, r)
+                Layout::new(kind, (rows as usize, cols as usize), r).bytes()
             }
             _ => t.dims.iter().fold(4, |n: u64, &d| n.saturating_mul(d)),
         })

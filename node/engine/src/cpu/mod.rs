@@ -17,7 +17,7 @@
 //! | residual | `x + w y`, one addition; rounded to the activation dtype at each layer boundary |
 //!
 //! K and V are read back after rounding to the cache's dtype, also inside the current chunk. A step
-//! allocates nothing; unsafe code is in `kernels`, `pool` and `buffer` alone.
+//! allocates nothing; unsafe code is in `kernels`, `pool`, `mapping` and `buffer` alone.
 
 mod backend;
 mod buffer;
@@ -25,11 +25,14 @@ mod engine;
 mod kernels;
 mod kv;
 pub mod limits;
+mod load;
+mod mapping;
 mod memory;
 mod pack;
 mod pool;
 mod profile;
 mod rope;
+mod store;
 mod tensor;
 
 pub use backend::CpuBackend;

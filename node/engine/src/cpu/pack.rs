@@ -5,18 +5,34 @@
 
 #[cfg(test)]
 mod golden;
+#[cfg(test)]
+mod revision;
+mod rows;
 
 use millrace_shared::model::TensorType;
 
-use super::buffer::{Arena, Buf};
+#[cfg(test)]
+use super::buffer::Arena;
+use super::buffer::Frozen;
 use super::kernels::format::{Format, Kind, with_format};
+#[cfg(test)]
 use crate::LoadError;
+use rows::{pack_floats, pack_quants, row_bytes};
 
 /// Rows of a float matrix that lie interleaved, whatever the instruction set.
 pub(crate) const FLOAT_ROWS: usize = 16;
 
-/// Fills a buffer with whole rows of the file, from the given row on.
-pub(crate) type ReadRows<'a> = dyn FnMut(usize, &mut [u8]) -> Result<(), LoadError> + 'a;
+/// How a matrix `rows x cols` is packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    pub(crate) kind: Kind,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    /// Rows per group.
+    pub(crate) r: usize,
+    /// Bytes of one group of rows.
+    pub(crate) group_bytes: usize,
+}
 
 /// A matrix `rows x cols`, packed.
 #[derive(Debug)]
@@ -28,7 +44,7 @@ pub(crate) struct Packed {
     pub(crate) r: usize,
     /// Bytes of one group of rows.
     pub(crate) group_bytes: usize,
-    pub(crate) data: Buf<u8>,
+    pub(crate) data: Frozen<u8>,
 }
 
 /// Thirty-two weights as every quantised format reduces to: `scale * sub * (q - bias) + min`.
@@ -62,22 +78,48 @@ fn block_bytes<F: Format>(r: usize) -> usize {
     F::block_bytes(r)
 }
 
-/// Rows per group and bytes of a group, for rows of `cols` weights. `r` is that of quantised kinds.
-pub(crate) fn group_layout(kind: Kind, cols: usize, r: usize) -> (usize, usize) {
-    match kind {
-        Kind::F32 => (FLOAT_ROWS, FLOAT_ROWS * cols * 4),
-        Kind::F16 | Kind::Bf16 => (FLOAT_ROWS, FLOAT_ROWS * cols * 2),
-        _ => {
-            let bytes = with_format!(kind, block_bytes(r), 0);
-            (r, cols / 32 * bytes)
+impl Layout {
+    /// Of a matrix; `r` is the rows per group of quantised kinds.
+    pub(crate) fn new(kind: Kind, (rows, cols): (usize, usize), r: usize) -> Self {
+        let (r, group_bytes) = match kind {
+            Kind::F32 => (FLOAT_ROWS, FLOAT_ROWS * cols * 4),
+            Kind::F16 | Kind::Bf16 => (FLOAT_ROWS, FLOAT_ROWS * cols * 2),
+            _ => (r, cols / 32 * with_format!(kind, block_bytes(r), 0)),
+        };
+        Self { kind, rows, cols, r, group_bytes }
+    }
+
+    /// Groups of rows.
+    pub(crate) fn groups(&self) -> usize {
+        self.rows.div_ceil(self.r)
+    }
+
+    /// Bytes of the packed matrix; the greatest number where they overflow.
+    pub(crate) fn bytes(&self) -> u64 {
+        (self.groups() as u64).saturating_mul(self.group_bytes as u64)
+    }
+
+    /// Bytes of a row in the file.
+    pub(crate) fn row_bytes(&self) -> usize {
+        match self.kind {
+            Kind::F32 => self.cols * 4,
+            Kind::F16 | Kind::Bf16 => self.cols * 2,
+            kind => with_format!(kind, row_bytes(self.cols), 0),
         }
     }
-}
 
-/// Bytes of a packed matrix; the greatest number where they overflow.
-pub(crate) fn packed_bytes(kind: Kind, rows: usize, cols: usize, r: usize) -> u64 {
-    let (r, group) = group_layout(kind, cols, r);
-    (rows.div_ceil(r) as u64).saturating_mul(group as u64)
+    /// Packs whole groups (the last one of the matrix may have fewer rows): `rows` as in the file
+    /// into `out`, which is zero.
+    pub(crate) fn pack(&self, rows: &[u8], out: &mut [u8]) {
+        let groups = rows.chunks(self.r * self.row_bytes());
+        for (rows, out) in groups.zip(out.chunks_exact_mut(self.group_bytes)) {
+            match self.kind {
+                Kind::F32 => pack_floats::<4>(rows, FLOAT_ROWS, self.cols, out),
+                Kind::F16 | Kind::Bf16 => pack_floats::<2>(rows, FLOAT_ROWS, self.cols, out),
+                kind => with_format!(kind, pack_quants(rows, self.r, self.cols, out), {}),
+            }
+        }
+    }
 }
 
 fn u16_at(b: &[u8], i: usize) -> u16 {
@@ -161,35 +203,6 @@ fn quant_at<F: Format>(r: usize, lane: usize, j: usize) -> (usize, bool) {
     }
 }
 
-/// Writes a block as lane `lane` of a packed block.
-fn write_block<F: Format>(out: &mut [u8], r: usize, lane: usize, block: &Block) {
-    if F::WIDE_SCALE {
-        out[lane * 4..][..4].copy_from_slice(&block.scale.to_le_bytes());
-        out[F::min_at(r) + lane * 4..][..4].copy_from_slice(&block.min.to_le_bytes());
-    } else {
-        out[lane * 2..][..2].copy_from_slice(&block.scale_bits.to_le_bytes());
-        if F::MIN {
-            out[F::min_at(r) + lane * 2..][..2].copy_from_slice(&block.min_bits.to_le_bytes());
-        }
-    }
-    if F::HALVES {
-        out[F::sub_at(r) + lane] = block.sub[0] as u8;
-        out[F::sub_at(r) + r + lane] = block.sub[1] as u8;
-    }
-    let quants = &mut out[F::quants_at(r)..];
-    for quad in 0..8 {
-        let (at, high) = quant_at::<F>(r, lane, quad * 4);
-        for byte in 0..4 {
-            let q = block.q[quad * 4 + byte];
-            if high {
-                quants[at + byte] |= q << 4;
-            } else {
-                quants[at + byte] = q;
-            }
-        }
-    }
-}
-
 /// Reads lane `lane` of a packed block back: dequantised values.
 fn unpack_block<F: Format>(data: &[u8], r: usize, lane: usize, out: &mut [f32]) {
     let value = |at: usize| {
@@ -213,21 +226,6 @@ fn unpack_block<F: Format>(data: &[u8], r: usize, lane: usize, out: &mut [f32]) 
         } else {
             scale * q
         };
-    }
-}
-
-fn pack_quant_rows<F: Format>(kind: Kind, src: &[u8], r: usize, cols: usize, out: &mut [u8]) {
-    let rows = src.chunks_exact(row_bytes(kind, cols));
-    for (lane, row) in rows.enumerate() {
-        for i in 0..cols / 32 {
-            let at = i * F::block_bytes(r);
-            write_block::<F>(
-                &mut out[at..][..F::block_bytes(r)],
-                r,
-                lane,
-                &read_block(kind, row, i),
-            );
-        }
     }
 }
 
@@ -282,52 +280,29 @@ fn dequantise_blocks<F: Format>(kind: Kind, row: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Bytes of a row in the file.
-fn row_bytes(kind: Kind, cols: usize) -> usize {
-    match kind {
-        Kind::Q4_0 => cols / 32 * 18,
-        Kind::Q4_1 => cols / 32 * 20,
-        Kind::Q8_0 => cols / 32 * 34,
-        Kind::Q4K => cols / 256 * 144,
-        Kind::Q6K => cols / 256 * 210,
-        Kind::F32 => cols * 4,
-        Kind::F16 | Kind::Bf16 => cols * 2,
-    }
-}
-
 impl Packed {
-    /// Packs a matrix. `read(first_row, bytes)` fills `bytes` with whole rows of the file from
-    /// `first_row` on.
-    ///
-    /// # Errors
-    /// If memory runs out or `read` fails.
+    /// A matrix that was packed so.
+    pub(crate) fn new(layout: Layout, data: Frozen<u8>) -> Self {
+        let Layout { kind, rows, cols, r, group_bytes } = layout;
+        assert_eq!(data.len() as u64, layout.bytes(), "invariant: all groups");
+        Self { kind, rows, cols, r, group_bytes, data }
+    }
+
+    /// Packs a matrix whose rows, as in the file, `read(first_row, bytes)` gives.
+    #[cfg(test)]
     pub(crate) fn pack(
         kind: Kind,
-        (rows, cols): (usize, usize),
+        size: (usize, usize),
         r: usize,
         arena: &mut Arena,
-        read: &mut ReadRows<'_>,
+        read: &mut dyn FnMut(usize, &mut [u8]) -> Result<(), LoadError>,
     ) -> Result<Self, LoadError> {
-        let (r, group_bytes) = group_layout(kind, cols, r);
-        let mut data = arena.take::<u8>(rows.div_ceil(r) * group_bytes)?;
-        let row_bytes = row_bytes(kind, cols);
-        // About a megabyte at a time.
-        let batch = ((1 << 20) / (row_bytes * r).max(1)).max(1) * r;
-        let mut source = vec![0u8; batch.min(rows) * row_bytes];
-        for first in (0..rows).step_by(batch) {
-            let count = batch.min(rows - first);
-            let source = &mut source[..count * row_bytes];
-            read(first, source)?;
-            for (i, source) in source.chunks(r * row_bytes).enumerate() {
-                let out = &mut data[(first / r + i) * group_bytes..][..group_bytes];
-                match kind {
-                    Kind::F32 => pack_float_rows::<4>(source, cols, out),
-                    Kind::F16 | Kind::Bf16 => pack_float_rows::<2>(source, cols, out),
-                    _ => with_format!(kind, pack_quant_rows(kind, source, r, cols, out), {}),
-                }
-            }
-        }
-        Ok(Self { kind, rows, cols, r, group_bytes, data })
+        let layout = Layout::new(kind, size, r);
+        let mut data = arena.take::<u8>(layout.bytes() as usize)?;
+        let mut rows = vec![0u8; layout.rows * layout.row_bytes()];
+        read(0, &mut rows)?;
+        layout.pack(&rows, &mut data);
+        Ok(Self::new(layout, data.freeze()))
     }
 
     /// Groups of rows.
@@ -358,14 +333,6 @@ impl Packed {
                 }
             }
             _ => with_format!(self.kind, unpack_row(group, r, lane, out), {}),
-        }
-    }
-}
-
-fn pack_float_rows<const B: usize>(source: &[u8], cols: usize, out: &mut [u8]) {
-    for (lane, row) in source.chunks_exact(cols * B).enumerate() {
-        for (k, element) in row.chunks_exact(B).enumerate() {
-            out[(k * FLOAT_ROWS + lane) * B..][..B].copy_from_slice(element);
         }
     }
 }

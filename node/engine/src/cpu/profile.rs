@@ -69,6 +69,7 @@ fn stage_spec(
         threads: threads.max(1),
         host_threads,
         isa,
+        packed_cache: None,
     }
 }
 

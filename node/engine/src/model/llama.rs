@@ -11,7 +11,7 @@ use millrace_shared::model::Dtype;
 use millrace_shared::wire::data::StepMeta;
 
 use super::weights::Sources;
-use super::{Backend, Batch, BlockTables};
+use super::{Backend, Batch, BlockTables, LoadedPart, Part, Piece};
 use crate::{LoadError, LogitsRow, StageInput, StageOutput, StageSpec, StepError};
 
 /// Positions whose logits are computed together.
@@ -76,8 +76,46 @@ impl<B: Backend> std::fmt::Debug for Llama<B> {
     }
 }
 
+/// What a stage needs, in the order in which a step reads it.
+fn pieces<'a>(spec: &StageSpec, sources: &Sources<'a>) -> Result<Vec<Piece<'a>>, LoadError> {
+    let mut pieces = Vec::with_capacity(spec.layers.len() + 3);
+    if spec.embed {
+        pieces.push(vec![Part::Matrices(vec![sources.embedding()?])]);
+    }
+    for layer in spec.layers.clone() {
+        pieces.push(sources.layer(layer)?.piece());
+    }
+    if spec.head {
+        let (norm, head) = sources.head()?;
+        pieces.push(vec![Part::Vector(norm)]);
+        if !(spec.embed && spec.config.tied_head) {
+            pieces.push(vec![Part::Matrices(vec![head])]);
+        }
+    }
+    Ok(pieces)
+}
+
+/// Loaded parts in the order of [`pieces`].
+struct Parts<B: Backend>(std::vec::IntoIter<LoadedPart<B::Weight, B::Vector>>);
+
+impl<B: Backend> Parts<B> {
+    fn vector(&mut self) -> B::Vector {
+        match self.0.next() {
+            Some(LoadedPart::Vector(vector)) => vector,
+            _ => unreachable!("parts come back in the order in which they were asked for"),
+        }
+    }
+
+    fn matrices(&mut self) -> B::Weight {
+        match self.0.next() {
+            Some(LoadedPart::Matrices(matrices)) => matrices,
+            _ => unreachable!("parts come back in the order in which they were asked for"),
+        }
+    }
+}
+
 impl<B: Backend> Llama<B> {
-    /// Loads the stage; `progress` is told after each layer.
+    /// Loads the stage; `progress` gets the bytes of weights done so far.
     ///
     /// # Errors
     /// If a tensor is missing, misshapen or unsupported, or memory runs out.
@@ -85,29 +123,34 @@ impl<B: Backend> Llama<B> {
         backend: &mut B,
         spec: &StageSpec,
         sources: &Sources<'_>,
-        progress: &mut dyn FnMut(&B),
+        progress: &mut dyn FnMut(u64),
     ) -> Result<Self, LoadError> {
         let config = &spec.config;
         let n = spec.settings.max_batch_tokens as usize;
+        let pieces = pieces(spec, sources)?;
         let factors = if spec.layers.is_empty() { None } else { sources.rope_factors()? };
         let kv = backend.kv(spec.layers.len(), config, &spec.settings, factors)?;
         let scratch = Self::scratch(backend, spec, n)?;
-        let ends = Self::ends(backend, spec, sources)?;
-        progress(backend);
-        let final_norm = if spec.head { Some(backend.vector(sources.head()?.0)?) } else { None };
-        let mut layers = Vec::with_capacity(spec.layers.len());
-        for layer in spec.layers.clone() {
-            let s = sources.layer(layer)?;
-            layers.push(Layer {
-                attn_norm: backend.vector(s.attn_norm)?,
-                qkv: backend.weight(&s.qkv)?,
-                attn_output: backend.weight(&[s.attn_output])?,
-                ffn_norm: backend.vector(s.ffn_norm)?,
-                gate_up: backend.weight(&s.gate_up)?,
-                down: backend.weight(&[s.down])?,
-            });
-            progress(backend);
-        }
+        backend.touch()?;
+        let mut parts = Parts::<B>(backend.weights(&pieces, progress)?.into_iter());
+        let embedding = spec.embed.then(|| parts.matrices());
+        let layer = |_| Layer {
+            attn_norm: parts.vector(),
+            qkv: parts.matrices(),
+            attn_output: parts.matrices(),
+            ffn_norm: parts.vector(),
+            gate_up: parts.matrices(),
+            down: parts.matrices(),
+        };
+        let layers = spec.layers.clone().map(layer).collect();
+        let final_norm = spec.head.then(|| parts.vector());
+        let ends = match (embedding, spec.head) {
+            (None, false) => Ends::Neither,
+            (Some(embedding), false) => Ends::Embed(embedding),
+            (None, true) => Ends::Head(parts.matrices()),
+            (Some(both), true) if config.tied_head => Ends::Tied(both),
+            (Some(embedding), true) => Ends::Both(embedding, parts.matrices()),
+        };
         Ok(Self {
             layers,
             kv,
@@ -136,25 +179,6 @@ impl<B: Backend> Llama<B> {
             gate_up: backend.tensor(inner, 2 * ffn, false)?,
             act: backend.tensor(inner, ffn, true)?,
             logits: backend.tensor(head_rows, c.vocab as usize, false)?,
-        })
-    }
-
-    fn ends(
-        backend: &mut B,
-        spec: &StageSpec,
-        sources: &Sources<'_>,
-    ) -> Result<Ends<B>, LoadError> {
-        Ok(match (spec.embed, spec.head) {
-            (false, false) => Ends::Neither,
-            (true, false) => Ends::Embed(backend.weight(&[sources.embedding()?])?),
-            (false, true) => Ends::Head(backend.weight(&[sources.head()?.1])?),
-            (true, true) if spec.config.tied_head => {
-                Ends::Tied(backend.weight(&[sources.embedding()?])?)
-            }
-            (true, true) => Ends::Both(
-                backend.weight(&[sources.embedding()?])?,
-                backend.weight(&[sources.head()?.1])?,
-            ),
         })
     }
 

@@ -17,7 +17,7 @@ use millrace_shared::wire::control::EngineSettings;
 pub use batch::{Batch, Output, Span};
 pub use llama::Llama;
 pub use tables::BlockTables;
-pub use weights::Source;
+pub use weights::{LoadedPart, Part, Piece, Source};
 
 use crate::LoadError;
 
@@ -40,17 +40,22 @@ pub trait Backend {
     fn tensor(&mut self, rows: usize, width: usize, input: bool)
     -> Result<Self::Tensor, LoadError>;
 
-    /// Loads matrices that share their input, one below the other.
+    /// Loads weights; what is loaded comes in the same order, the parts of all pieces one after the
+    /// other. `progress` gets the bytes done so far, as they are in the model's file.
     ///
     /// # Errors
     /// If memory runs out, a type is unsupported or a file cannot be read.
-    fn weight(&mut self, parts: &[&Source]) -> Result<Self::Weight, LoadError>;
+    fn weights(
+        &mut self,
+        pieces: &[Piece<'_>],
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Vec<LoadedPart<Self::Weight, Self::Vector>>, LoadError>;
 
-    /// Loads a vector of `F32`.
+    /// Makes sure that all memory handed out so far is really there.
     ///
     /// # Errors
-    /// As [`Backend::weight`].
-    fn vector(&mut self, source: &Source) -> Result<Self::Vector, LoadError>;
+    /// If memory runs out.
+    fn touch(&mut self) -> Result<(), LoadError>;
 
     /// Allocates the KV cache, and whatever attention and RoPE need besides (`factors`: frequency
     /// factors, if the model has them).

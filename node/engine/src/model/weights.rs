@@ -58,6 +58,28 @@ impl Source {
     }
 }
 
+/// Something to load: what one operation needs.
+#[derive(Clone, Debug)]
+pub enum Part<'a> {
+    /// A vector of `F32`.
+    Vector(&'a Source),
+    /// Matrices that share their input, one below the other.
+    Matrices(Vec<&'a Source>),
+}
+
+/// What lies together in memory, and in the cache of packed weights, in the order in which a step
+/// reads it: a layer, the embedding, the head.
+pub type Piece<'a> = Vec<Part<'a>>;
+
+/// What became of a [`Part`].
+#[derive(Debug)]
+pub enum LoadedPart<W, V> {
+    /// Of a vector.
+    Vector(V),
+    /// Of matrices.
+    Matrices(W),
+}
+
 /// An open tensor.
 #[derive(Debug)]
 pub enum Reader<'a> {
@@ -107,6 +129,20 @@ pub struct LayerSources<'a> {
     pub gate_up: [&'a Source; 2],
     /// `[ffn, hidden]`.
     pub down: &'a Source,
+}
+
+impl<'a> LayerSources<'a> {
+    /// All of it, in the order in which a step reads it.
+    pub fn piece(&self) -> Piece<'a> {
+        vec![
+            Part::Vector(self.attn_norm),
+            Part::Matrices(self.qkv.to_vec()),
+            Part::Matrices(vec![self.attn_output]),
+            Part::Vector(self.ffn_norm),
+            Part::Matrices(self.gate_up.to_vec()),
+            Part::Matrices(vec![self.down]),
+        ]
+    }
 }
 
 /// A stage's tensors by name, checked against the dimensions.

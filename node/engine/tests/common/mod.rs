@@ -42,6 +42,7 @@ pub fn spec(layers: Range<u32>, embed: bool, head: bool, dtype: Dtype) -> StageS
         threads: 1,
         host_threads: 1,
         isa: Isa::Scalar,
+        packed_cache: None,
     }
 }
 

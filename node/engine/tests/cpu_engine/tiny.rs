@@ -22,7 +22,7 @@ pub(crate) const POSITIONS: u32 = 1024;
 pub(crate) struct Tiny {
     pub(crate) config: ModelConfig,
     pub(crate) settings: EngineSettings,
-    entries: Vec<TensorEntry>,
+    pub(crate) entries: Vec<TensorEntry>,
     file: Arc<tempfile::NamedTempFile>,
 }
 
@@ -168,6 +168,7 @@ impl Tiny {
             threads,
             host_threads: threads,
             isa,
+            packed_cache: None,
         };
         let source = |e: &TensorEntry| TensorSource {
             entry: e.clone(),

@@ -28,6 +28,7 @@ use tokio::task::JoinHandle;
 
 use super::stage::{Loss, Stage, Stop};
 use crate::config::Config;
+use crate::profiles::KnownProfile;
 pub use inbox::{Control, EdgeOffered, EpochLost, Leave, LinkDown, LinkUp, Loaded};
 use work::{edge_out, load};
 
@@ -46,6 +47,8 @@ pub struct Parts {
     pub numerics: String,
     /// Cores that the process may use.
     pub cores: usize,
+    /// What measurements depend on besides the model and the threads.
+    pub machine: String,
 }
 
 impl Parts {
@@ -183,13 +186,20 @@ impl Node {
 
     fn profile(&self, spec: ProfileSpec) {
         let Some(link) = &self.link else { return };
+        let threads = self.parts.threads_among(spec.sharing);
+        let known =
+            KnownProfile::new(&self.parts.config.cache, &spec, threads, &self.parts.machine);
+        if let Some(profile) = known.get() {
+            return self.say(NodeMessage::Profiled { profile });
+        }
         let out = link.out.clone();
         let job = Job::Profile {
-            threads: self.parts.threads_among(spec.sharing),
+            threads,
             spec: Box::new(spec),
             done: Box::new(move |result| match result {
                 Ok(profile) => {
                     let _ = out.try_send(NodeMessage::Profiled { profile });
+                    known.put(&profile);
                 }
                 // The coordinator's deadline turns silence into the same decision.
                 Err(e) => tracing::error!("cannot measure the model: {e}"),

@@ -4,9 +4,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+use indicatif::HumanBytes;
 use millrace_engine::stage::StagePlace;
 use millrace_engine::thread::{Job, LoadJob};
-use millrace_engine::{Isa, StageSpec};
+use millrace_engine::{Isa, PackingReport, StageSpec};
 use millrace_net::{Connection, EdgeSender, FramePool, NetError, timing};
 use millrace_shared::wire::control::{Assignment, LoadReport};
 use millrace_shared::wire::{Edge, node_name};
@@ -44,6 +45,7 @@ pub(super) async fn load(
         threads,
         host_threads: threads * assignment.host_stages.max(1) as usize,
         isa: Isa::detect()?,
+        packed_cache: Some(parts.config.cache.join("packed")),
     };
     let place = StagePlace {
         pipeline: assignment.pipeline,
@@ -72,8 +74,28 @@ pub(super) async fn load(
         (Some(_), _) => "as --threads says".to_owned(),
         (None, sharing) => format!("{} cores, {sharing} stages on this host", parts.cores),
     };
-    tracing::info!("stage {} loaded: {threads} compute threads ({why})", assignment.stage);
+    let weights = describe(stage.weight_bytes, &stage.packing);
+    let stage = assignment.stage;
+    tracing::info!("stage {stage} loaded: {weights}; {threads} compute threads ({why})");
     Ok(report)
+}
+
+/// Where the weights came from and what that took.
+fn describe(bytes: u64, packing: &PackingReport) -> String {
+    let PackingReport { cached_bytes, packed_bytes, mapped, seconds, saved_seconds } = *packing;
+    if cached_bytes == 0 {
+        return format!("{} repacked in {seconds:.2} s", HumanBytes(bytes));
+    }
+    let how = if mapped { "mapped" } else { "read" };
+    let cached = format!(
+        "{} {how} from the repacked cache in {seconds:.2} s (repacking took {saved_seconds:.2} s)",
+        HumanBytes(cached_bytes)
+    );
+    // Small vectors are never kept.
+    match packed_bytes {
+        0..1_000_000 => cached,
+        more => format!("{cached}, {} repacked in the same time", HumanBytes(more)),
+    }
 }
 
 pub(super) async fn edge_out(

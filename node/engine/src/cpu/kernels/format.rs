@@ -6,6 +6,10 @@
 //! holds quad `v` in the low and quad `v + 4` in the high halves. Rows are padded with zeros to
 //! whole groups.
 
+/// Revision of the packed layout, of floats too: to be raised with any change of it, because packed
+/// matrices are kept in files. A test of the packers fails until it is.
+pub(crate) const LAYOUT_REVISION: u32 = 1;
+
 /// How a block of 32 inputs is stored and what is done with its integer dot product.
 pub(crate) trait Format {
     /// Two quants a byte.

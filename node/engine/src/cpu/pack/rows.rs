@@ -1,0 +1,163 @@
+//! Moves quants and scales of file rows into packed groups, four quants at a time.
+//!
+//! A packed nibble byte holds elements `j` and `j + 16` of its block, as the bytes of Q4_0 and Q4_1
+//! do: there, packing only moves words about. K quants are split up with masks over whole words.
+
+use super::{f16_at, q4k_scales, u16_at};
+use crate::cpu::kernels::format::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0};
+
+/// Thirty-two weights on their way: `scale * sub * (q - bias) + min`.
+pub(super) struct Words {
+    /// Bits of the scale and of the minimum, as they are stored.
+    scale: u32,
+    min: u32,
+    sub: [i8; 2],
+    /// Quants as they are stored, four bytes each; nibbles have the first four words.
+    quants: [u32; 8],
+}
+
+/// A format that model files have.
+pub(super) trait Stored: Format {
+    /// Bytes of a block of the file.
+    const FILE_BYTES: usize;
+    /// Blocks of 32 in it.
+    const PARTS: usize = 1;
+
+    /// Part `part` of a block.
+    fn read(block: &[u8], part: usize) -> Words;
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+/// Sixteen bytes as four words.
+fn words(bytes: &[u8]) -> [u32; 4] {
+    std::array::from_fn(|i| word(bytes, i * 4))
+}
+
+/// Four words of nibble pairs, and nothing where the others would be.
+fn nibbles(low: [u32; 4]) -> [u32; 8] {
+    [low[0], low[1], low[2], low[3], 0, 0, 0, 0]
+}
+
+impl Stored for Q4_0 {
+    const FILE_BYTES: usize = 18;
+
+    #[inline(always)]
+    fn read(block: &[u8], _: usize) -> Words {
+        let scale = u16_at(block, 0).into();
+        Words { scale, min: 0, sub: [1; 2], quants: nibbles(words(&block[2..18])) }
+    }
+}
+
+impl Stored for Q4_1 {
+    const FILE_BYTES: usize = 20;
+
+    #[inline(always)]
+    fn read(block: &[u8], _: usize) -> Words {
+        let (scale, min) = (u16_at(block, 0).into(), u16_at(block, 2).into());
+        Words { scale, min, sub: [1; 2], quants: nibbles(words(&block[4..20])) }
+    }
+}
+
+impl Stored for Q8_0 {
+    const FILE_BYTES: usize = 34;
+
+    #[inline(always)]
+    fn read(block: &[u8], _: usize) -> Words {
+        let quants = std::array::from_fn(|i| word(block, 2 + i * 4) ^ 0x8080_8080);
+        Words { scale: u16_at(block, 0).into(), min: 0, sub: [1; 2], quants }
+    }
+}
+
+impl Stored for Q4K {
+    const FILE_BYTES: usize = 144;
+    const PARTS: usize = 8;
+
+    #[inline(always)]
+    fn read(block: &[u8], part: usize) -> Words {
+        const LOW: u32 = 0x0f0f_0f0f;
+        let (scale, min) = q4k_scales(&block[4..16], part);
+        let scale = f16_at(block, 0) * f32::from(scale);
+        let min = -(f16_at(block, 2) * f32::from(min));
+        // Even parts are the low halves of 32 bytes, odd ones the high halves.
+        let quants = &block[16 + part / 2 * 32..][..32];
+        let (first, second) = (words(&quants[..16]), words(&quants[16..]));
+        let pair = |i: usize| match part % 2 {
+            0 => (first[i] & LOW) | ((second[i] & LOW) << 4),
+            _ => ((first[i] >> 4) & LOW) | (second[i] & !LOW),
+        };
+        let quants = nibbles(std::array::from_fn(pair));
+        Words { scale: scale.to_bits(), min: min.to_bits(), sub: [1; 2], quants }
+    }
+}
+
+impl Stored for Q6K {
+    const FILE_BYTES: usize = 210;
+    const PARTS: usize = 8;
+
+    #[inline(always)]
+    fn read(block: &[u8], part: usize) -> Words {
+        let (half, quarter) = (part / 4, part % 4);
+        let low = &block[half * 64 + quarter % 2 * 32..][..32];
+        let high = &block[128 + half * 32..][..32];
+        let quants = std::array::from_fn(|i| {
+            let low = (word(low, i * 4) >> (quarter / 2 * 4)) & 0x0f0f_0f0f;
+            low | (((word(high, i * 4) >> (quarter * 2)) & 0x0303_0303) << 4)
+        });
+        let sub = [block[192 + part * 2] as i8, block[193 + part * 2] as i8];
+        Words { scale: u16_at(block, 208).into(), min: 0, sub, quants }
+    }
+}
+
+/// Writes words as lane `lane` of a packed block.
+#[inline(always)]
+fn write<F: Format>(out: &mut [u8], r: usize, lane: usize, words: &Words) {
+    let (head, quants) = out.split_at_mut(F::quants_at(r));
+    let width = F::SCALE_BYTES;
+    head[lane * width..][..width].copy_from_slice(&words.scale.to_le_bytes()[..width]);
+    if F::MIN {
+        head[F::min_at(r) + lane * width..][..width]
+            .copy_from_slice(&words.min.to_le_bytes()[..width]);
+    }
+    if F::HALVES {
+        head[F::sub_at(r) + lane] = words.sub[0] as u8;
+        head[F::sub_at(r) + r + lane] = words.sub[1] as u8;
+    }
+    for (quad, word) in quants.chunks_exact_mut(r * 4).zip(words.quants) {
+        quad[lane * 4..][..4].copy_from_slice(&word.to_le_bytes());
+    }
+}
+
+/// Packs the rows of one group, at most `r` of `cols` weights; what `out` has for others stays.
+pub(super) fn pack_quants<F: Stored>(rows: &[u8], r: usize, cols: usize, out: &mut [u8]) {
+    let row_bytes = cols / 32 / F::PARTS * F::FILE_BYTES;
+    for (i, out) in out.chunks_exact_mut(F::block_bytes(r)).enumerate() {
+        let at = i / F::PARTS * F::FILE_BYTES;
+        for (lane, row) in rows.chunks_exact(row_bytes).enumerate() {
+            write::<F>(out, r, lane, &F::read(&row[at..][..F::FILE_BYTES], i % F::PARTS));
+        }
+    }
+}
+
+/// Bytes of a row in the file.
+pub(super) fn row_bytes<F: Stored>(cols: usize) -> usize {
+    cols / 32 / F::PARTS * F::FILE_BYTES
+}
+
+/// Packs the rows of one group of floats of `B` bytes: element by element, `lanes` rows side by side.
+pub(super) fn pack_floats<const B: usize>(rows: &[u8], lanes: usize, cols: usize, out: &mut [u8]) {
+    // A few elements of every row at a time, so that what is written stays in the nearest cache.
+    const STEP: usize = 32;
+    for first in (0..cols).step_by(STEP) {
+        let count = STEP.min(cols - first);
+        let out = &mut out[first * lanes * B..][..count * lanes * B];
+        for (lane, row) in rows.chunks_exact(cols * B).enumerate() {
+            let row = &row[first * B..][..count * B];
+            for (element, out) in row.chunks_exact(B).zip(out.chunks_exact_mut(lanes * B)) {
+                out[lane * B..][..B].copy_from_slice(element);
+            }
+        }
+    }
+}

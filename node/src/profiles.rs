@@ -1,0 +1,81 @@
+//! Measurements of this machine, kept in the cache folder: what was measured for the same model, the
+//! same share of the same machine and the same engine is not measured again for a week.
+
+use std::fs::{DirBuilder, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use millrace_shared::wire::control::{ProfileSpec, StageProfile};
+
+/// Machines change: other cooling, other neighbours, other kernels.
+const KEEP: Duration = Duration::from_hours(7 * 24);
+
+/// One measurement, known or not.
+#[derive(Clone, Debug)]
+pub(crate) struct KnownProfile(PathBuf);
+
+impl KnownProfile {
+    /// Of `spec` by `threads` threads; `machine` names the machine and the engine.
+    pub(crate) fn new(cache: &Path, spec: &ProfileSpec, threads: usize, machine: &str) -> Self {
+        let version = env!("CARGO_PKG_VERSION");
+        let key = format!("{version}\n{machine}\n{threads}\n{spec:?}");
+        let name = blake3::hash(key.as_bytes()).to_hex();
+        Self(cache.join("profiles").join(&name[..32]))
+    }
+
+    /// What was measured, if that is not long ago.
+    pub(crate) fn get(&self) -> Option<StageProfile> {
+        let at = std::fs::metadata(&self.0).ok()?.modified().ok()?;
+        if SystemTime::now().duration_since(at).unwrap_or_default() > KEEP {
+            return None;
+        }
+        let text = std::fs::read_to_string(&self.0).ok()?;
+        let (layer, head) = text.trim().split_once(' ')?;
+        let seconds = |text: &str| text.parse::<f64>().ok().filter(|s| s.is_finite() && *s > 0.0);
+        Some(StageProfile { layer_seconds: seconds(layer)?, head_seconds: seconds(head)? })
+    }
+
+    /// Keeps a measurement; where that is not possible, the next start measures again.
+    pub(crate) fn put(&self, profile: &StageProfile) {
+        if let Err(error) = self.write(profile) {
+            tracing::debug!(path = %self.0.display(), %error, "the measurement is not kept");
+        }
+    }
+
+    fn write(&self, profile: &StageProfile) -> std::io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(self.0.parent().unwrap_or(&self.0))?;
+        let part = self.0.with_extension(format!("{}.part", uuid::Uuid::now_v7().simple()));
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part)?;
+        let text = format!("{:e} {:e}\n", profile.layer_seconds, profile.head_seconds);
+        let written =
+            file.write_all(text.as_bytes()).and_then(|()| std::fs::rename(&part, &self.0));
+        if written.is_err() {
+            let _ = std::fs::remove_file(&part);
+        }
+        written
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn measurements_are_kept_for_a_while() {
+        let dir = tempfile::tempdir().unwrap();
+        let known = KnownProfile(dir.path().join("profiles/x"));
+        assert_eq!(known.get(), None);
+        let profile = StageProfile { layer_seconds: 1.25e-4, head_seconds: 0.001 };
+        known.put(&profile);
+        assert_eq!(known.get(), Some(profile));
+        let long_ago = SystemTime::now() - KEEP - Duration::from_secs(10);
+        std::fs::File::open(&known.0).unwrap().set_modified(long_ago).unwrap();
+        assert_eq!(known.get(), None);
+        for text in ["", "1", "1 x", "0 1", "NaN 1", "1 -1"] {
+            std::fs::write(&known.0, text).unwrap();
+            assert_eq!(known.get(), None, "{text}");
+        }
+    }
+}
