@@ -363,7 +363,10 @@ impl Engine for ProfiledEngine {
         let start = Instant::now();
         tables.apply(meta);
         batch.fill(meta, tables)?;
-        model.step(backend, meta, batch, tables, input, output)?;
+        backend.inner.begin_step();
+        let result = model.step(backend, meta, batch, tables, input, output);
+        backend.inner.end_step();
+        result?;
         self.wall += start.elapsed();
         self.steps += 1;
         Ok(())

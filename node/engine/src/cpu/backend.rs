@@ -94,6 +94,16 @@ impl CpuBackend {
         self.cache.taken()
     }
 
+    /// A step begins: every operation is called between this and [`CpuBackend::end_step`].
+    pub fn begin_step(&mut self) {
+        self.compute.pool.begin_step();
+    }
+
+    /// The step is over.
+    pub fn end_step(&mut self) {
+        self.compute.pool.end_step();
+    }
+
     fn product(
         &mut self,
         x: &Tensor,

@@ -100,9 +100,9 @@ impl Engine for CpuEngine {
         if batch.positions == 0 {
             return Ok(());
         }
-        backend.compute.pool.begin_step();
+        backend.begin_step();
         let result = model.step(backend, meta, batch, tables, input, output);
-        backend.compute.pool.end_step();
+        backend.end_step();
         result
     }
 

@@ -1,0 +1,128 @@
+//! Matrix products, of every type that is computed with.
+
+use criterion::Criterion;
+use millrace_engine::cpu::CpuBackend;
+use millrace_engine::cpu::limits::uncached_bytes;
+use millrace_engine::model::{Backend, LoadedPart, Part, Source};
+use millrace_shared::model::TensorType;
+
+use crate::{Bench, Tensor, Work, entry, new_backend, tensor, vector};
+
+type Weight = <CpuBackend as Backend>::Weight;
+
+const COLUMNS: [usize; 4] = [1, 4, 16, 64];
+/// The head is applied to as many positions at a time.
+const HEAD_ROWS: usize = 16;
+
+/// A product: inputs, and the outputs of the matrices that share them.
+struct Shape {
+    name: &'static str,
+    inputs: usize,
+    outputs: &'static [usize],
+}
+
+const fn shape(name: &'static str, inputs: usize, outputs: &'static [usize]) -> Shape {
+    Shape { name, inputs, outputs }
+}
+
+const SHAPES: [Shape; 4] = [
+    shape("qkv", 576, &[576, 192, 192]),
+    shape("gate_up", 576, &[1536, 1536]),
+    shape("down", 1536, &[576]),
+    shape("head", 576, &[49152]),
+];
+const K_SHAPES: [Shape; 3] = [
+    shape("gate_up", 512, &[1536, 1536]),
+    shape("down", 2048, &[512]),
+    shape("head", 512, &[49152]),
+];
+const TYPES: [TensorType; 8] = [
+    TensorType::Q4_0,
+    TensorType::Q4_1,
+    TensorType::Q8_0,
+    TensorType::Q4_K,
+    TensorType::Q6_K,
+    TensorType::F32,
+    TensorType::F16,
+    TensorType::BF16,
+];
+
+/// Weights of one shape, and what they are applied to.
+struct Product {
+    backend: CpuBackend,
+    weights: Vec<Weight>,
+    x: Tensor,
+    out: Tensor,
+    next: usize,
+}
+
+impl Product {
+    fn new(mut backend: CpuBackend, sources: &[Source], copies: usize) -> Self {
+        let piece = vec![Part::Matrices(sources.iter().collect()); copies];
+        let loaded = backend.weights(&[piece], &mut |_| {}).expect("memory");
+        let weight = |part| match part {
+            LoadedPart::Matrices(weight) => Some(weight),
+            LoadedPart::Vector(_) => None,
+        };
+        let weights = loaded.into_iter().filter_map(weight).collect();
+        let (inputs, outputs) =
+            (sources[0].entry().dims[0], sources.iter().map(|s| s.entry().dims[1]).sum::<u64>());
+        let x = backend.tensor(64, inputs as usize, true).expect("memory");
+        let out = backend.tensor(64, outputs as usize, false).expect("memory");
+        Self { backend, weights, x, out, next: 0 }
+    }
+
+    /// Makes the input as the model does: by a norm.
+    fn set_columns(&mut self, columns: usize, width: usize) {
+        let x = tensor(&mut self.backend, columns, width, false);
+        let gain = vector(&mut self.backend, width);
+        self.backend.rms_norm(&x, &gain, 1e-5, &mut self.x);
+    }
+
+    fn turn(&mut self, head: Option<usize>) {
+        self.next = (self.next + 1) % self.weights.len();
+        let weight = &self.weights[self.next];
+        if let Some(columns) = head {
+            let logits = self.backend.logits(&self.x, 0..columns, weight, &mut self.out);
+            std::hint::black_box(logits.first());
+        } else {
+            self.backend.linear(&self.x, weight, &mut self.out);
+        }
+    }
+}
+
+pub(crate) fn products(c: &mut Criterion, bench: &mut Bench) {
+    let (isa, threads) = (bench.limits.isa, bench.limits.threads);
+    for dtype in TYPES {
+        let kernel = dtype.as_str();
+        let mut group = c.benchmark_group(kernel);
+        let shapes = if dtype.block_elements() == 256 { &K_SHAPES[..] } else { &SHAPES[..] };
+        for shape in shapes {
+            let matrix = |&rows: &usize| entry(shape.name, dtype, &[shape.inputs, rows]);
+            let sources: Vec<Source> = shape.outputs.iter().map(matrix).collect();
+            let bytes: usize = sources.iter().map(|s| s.entry().bytes as usize).sum();
+            let copies = uncached_bytes().div_ceil(bytes).max(2);
+            let elements: usize = shape.outputs.iter().map(|rows| rows * shape.inputs).sum();
+            let head = shape.name == "head";
+            let mut loaded: Option<Product> = None;
+            for columns in COLUMNS.into_iter().filter(|&n| !head || n <= HEAD_ROWS) {
+                let macs = elements * columns;
+                let float = matches!(dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16);
+                let (int8_macs, float_macs) = if float { (0, macs) } else { (macs, 0) };
+                let work = Work { int8_macs, float_macs, bytes, set: bytes * copies };
+                let name = format!("{} x{columns}", shape.name);
+                let make = |loaded: Option<Product>| {
+                    let new = || Product::new(new_backend(isa, threads), &sources, copies);
+                    let mut product = loaded.unwrap_or_else(new);
+                    product.set_columns(columns, shape.inputs);
+                    product
+                };
+                let head = head.then_some(columns);
+                bench.measure(&mut group, (kernel, &name), &work, &mut loaded, make, |p| {
+                    p.turn(head);
+                });
+            }
+        }
+        group.finish();
+    }
+}
