@@ -134,9 +134,13 @@ impl EmbeddedCluster {
     /// Lets answers finish, then stops nodes and coordinator.
     pub async fn stop(self) {
         self.coordinator.drain().await;
+        let mut stopping = Vec::new();
         for (arbiter, stop) in self.nodes {
             let (done, stopped) = oneshot::channel();
-            if stop.send(done).is_ok() {
+            stopping.push((arbiter, stop.send(done).is_ok().then_some(stopped)));
+        }
+        for (arbiter, stopped) in stopping {
+            if let Some(stopped) = stopped {
                 let _ = stopped.await;
             }
             arbiter.stop();

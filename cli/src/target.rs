@@ -110,7 +110,8 @@ pub(crate) async fn with_session<T>(
     let session = match &target.model {
         Some(model) => {
             let stages = serving::stages(target.stages, &target.engine, DEFAULT_STAGES)?;
-            let options = serving::private_cluster(model, target.model_options, stages, &target.engine)?;
+            let options =
+                serving::private_cluster(model, target.model_options, stages, &target.engine)?;
             let max_num_seqs = options.max_num_seqs.max(needs.requests);
             let kv_cache_tokens =
                 needs.positions.or_else(|| serving::kv_cache_for(&options, needs.requests));
@@ -282,10 +283,13 @@ impl Session {
 
     /// Disconnects, and stops the cluster if it was started for this one command.
     pub(crate) async fn close(self) {
-        self.caller.0.close().await;
-        if let Some(cluster) = self.embedded {
-            cluster.stop().await;
-        }
+        // Each waits for its own farewells: nobody needs to wait for both.
+        let stop = async {
+            if let Some(cluster) = self.embedded {
+                cluster.stop().await;
+            }
+        };
+        tokio::join!(self.caller.0.close(), stop);
     }
 }
 

@@ -79,8 +79,7 @@ impl Running {
         self.drain().await;
         self.public.close("the coordinator is shutting down");
         self.members.close("the coordinator is shutting down");
-        self.public.drain().await;
-        self.members.drain().await;
+        tokio::join!(self.public.drain(), self.members.drain());
     }
 }
 

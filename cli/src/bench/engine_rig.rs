@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use millrace_coordinator::models::ModelOptions;
+use millrace_coordinator::models::{NoProgress, cache_dir, hash_manifest};
 use millrace_engine::cpu::CpuEngine;
 use millrace_engine::{
     Isa, LoadedStage, LogitsRow, StageInput, StageOutput, StageSpec, TensorSource,
@@ -34,14 +35,18 @@ pub(super) struct Model {
     pub(super) gguf: Gguf,
     pub(super) config: ModelConfig,
     path: PathBuf,
+    cache: Option<PathBuf>,
 }
 
 impl Model {
     pub(super) fn open(name: &str, options: ModelOptions) -> anyhow::Result<Self> {
         let path = input::model_as(name, options)?;
-        let gguf = Gguf::open(&path).with_context(|| path.display().to_string())?;
+        let mut gguf = Gguf::open(&path).with_context(|| path.display().to_string())?;
         let config = gguf.config().with_context(|| path.display().to_string())?;
-        Ok(Self { gguf, config, path })
+        let cache = cache_dir().ok();
+        // Hashes, by which packed weights are found.
+        gguf.tensors = hash_manifest(&path, name, cache.as_deref(), &mut NoProgress)?.tensors;
+        Ok(Self { gguf, config, path, cache })
     }
 
     fn sources(&self) -> Vec<TensorSource> {
@@ -139,11 +144,22 @@ impl Rig {
             threads,
             host_threads: threads,
             isa: Isa::detect().map_err(anyhow::Error::msg)?,
-            packed_cache: None,
+            packed_cache: model.cache.as_ref().map(|cache| cache.join("packed")),
         };
-        let mut engine: Box<dyn Measured> =
-            if profile { Box::new(ProfiledEngine::default()) } else { Box::new(CpuEngine::new()) };
-        let loaded = engine.load(&spec, &model.sources(), &mut |_| {})?;
+        let load = || -> anyhow::Result<_> {
+            let mut engine: Box<dyn Measured> = match profile {
+                true => Box::new(ProfiledEngine::default()),
+                false => Box::new(CpuEngine::new()),
+            };
+            let loaded = engine.load(&spec, &model.sources(), &mut |_| {})?;
+            Ok((engine, loaded))
+        };
+        let (mut engine, mut loaded) = load()?;
+        if spec.packed_cache.is_some() && loaded.packing.cached_bytes == 0 {
+            // Packed weights are being written: not while something is measured.
+            drop(engine);
+            (engine, loaded) = load()?;
+        }
         Ok(Self {
             engine,
             size: size.clone(),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use millrace_engine::cpu::{self, CpuBackend, CpuEngine};
 use millrace_engine::model::weights::Sources;
 use millrace_engine::model::{
-    Backend, Batch, BlockTables, Llama, LoadedPart, Part, Piece, Source, Span,
+    Backend, Batch, BlockTables, Llama, LoadedPart, LoadedParts, Part, Piece, Source, Span,
 };
 use millrace_engine::{
     Engine, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError, TensorSource,
@@ -171,7 +171,7 @@ impl<B: Backend> Backend for Timed<B> {
         &mut self,
         pieces: &[Piece<'_>],
         progress: &mut dyn FnMut(u64),
-    ) -> Result<Vec<LoadedPart<Self::Weight, Self::Vector>>, LoadError> {
+    ) -> Result<LoadedParts<Self::Weight, Self::Vector>, LoadError> {
         let loaded = self.inner.weights(pieces, progress)?;
         let timed = |(part, loaded): (&Part<'_>, _)| match (part, loaded) {
             (Part::Matrices(sources), LoadedPart::Matrices(inner)) => {

@@ -97,8 +97,9 @@ impl KnownHashes {
     }
 
     fn write(&self) -> std::io::Result<()> {
-        let folder = self.path.parent().unwrap_or(Path::new("."));
-        DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+        if let Some(folder) = self.path.parent() {
+            DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+        }
         let part = self.path.with_extension(format!("{}.part", uuid::Uuid::now_v7().simple()));
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part)?;
         let mut write = || -> std::io::Result<()> {

@@ -16,7 +16,7 @@ use super::pool::Pool;
 use super::rope::Rope;
 use super::store::{Saver, Store};
 use super::tensor::Tensor;
-use crate::model::{Backend, BlockTables, LoadedPart, Piece, Source, Span};
+use crate::model::{Backend, BlockTables, LoadedParts, Piece, Source, Span};
 use crate::{Isa, LoadError, LoadedStage, PackingReport};
 
 /// Matrices that share their input, one below the other.
@@ -149,7 +149,7 @@ impl Backend for CpuBackend {
         &mut self,
         pieces: &[Piece<'_>],
         progress: &mut dyn FnMut(u64),
-    ) -> Result<Vec<LoadedPart<Matrices, Vector>>, LoadError> {
+    ) -> Result<LoadedParts<Matrices, Vector>, LoadError> {
         let Compute { pool, isa } = &mut self.compute;
         let store = self.packed_cache.as_deref().map(Store::new);
         let what = (pieces, group_rows(*isa));

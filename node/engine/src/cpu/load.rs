@@ -17,7 +17,7 @@ use super::mapping::{Mapping, has_huge_pages};
 use super::pack::{Layout, Packed, kind_of};
 use super::pool::Pool;
 use super::store::{self, HEADER_BYTES, Key, Saver, Store, Stored, Unsaved};
-use crate::model::{LoadedPart, Part, Piece, Source};
+use crate::model::{LoadedPart, LoadedParts, Part, Piece, Source};
 use crate::{LoadError, PackingReport};
 
 /// Bytes of the model's file that a thread packs at a time: they fit its cache.
@@ -30,7 +30,7 @@ const REPORT_BYTES: usize = 8 << 20;
 /// What was loaded.
 #[derive(Debug)]
 pub(super) struct Loaded {
-    pub(super) parts: Vec<LoadedPart<Matrices, Vector>>,
+    pub(super) parts: LoadedParts<Matrices, Vector>,
     /// Bytes of weights.
     pub(super) bytes: u64,
     pub(super) report: PackingReport,

@@ -22,6 +22,10 @@ use rows::{pack_floats, pack_quants, row_bytes};
 /// Rows of a float matrix that lie interleaved, whatever the instruction set.
 pub(crate) const FLOAT_ROWS: usize = 16;
 
+/// Fills a buffer with whole rows of the file, from the given row on.
+#[cfg(test)]
+type ReadRows<'a> = dyn FnMut(usize, &mut [u8]) -> Result<(), LoadError> + 'a;
+
 /// How a matrix `rows x cols` is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
@@ -295,7 +299,7 @@ impl Packed {
         size: (usize, usize),
         r: usize,
         arena: &mut Arena,
-        read: &mut dyn FnMut(usize, &mut [u8]) -> Result<(), LoadError>,
+        read: &mut ReadRows<'_>,
     ) -> Result<Self, LoadError> {
         let layout = Layout::new(kind, size, r);
         let mut data = arena.take::<u8>(layout.bytes() as usize)?;

@@ -17,7 +17,7 @@ use millrace_shared::wire::control::EngineSettings;
 pub use batch::{Batch, Output, Span};
 pub use llama::Llama;
 pub use tables::BlockTables;
-pub use weights::{LoadedPart, Part, Piece, Source};
+pub use weights::{LoadedPart, LoadedParts, Part, Piece, Source};
 
 use crate::LoadError;
 
@@ -49,7 +49,7 @@ pub trait Backend {
         &mut self,
         pieces: &[Piece<'_>],
         progress: &mut dyn FnMut(u64),
-    ) -> Result<Vec<LoadedPart<Self::Weight, Self::Vector>>, LoadError>;
+    ) -> Result<LoadedParts<Self::Weight, Self::Vector>, LoadError>;
 
     /// Makes sure that all memory handed out so far is really there.
     ///

@@ -80,6 +80,9 @@ pub enum LoadedPart<W, V> {
     Matrices(W),
 }
 
+/// The parts of several pieces, one after the other.
+pub type LoadedParts<W, V> = Vec<LoadedPart<W, V>>;
+
 /// An open tensor.
 #[derive(Debug)]
 pub enum Reader<'a> {

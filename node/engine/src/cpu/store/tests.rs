@@ -53,11 +53,14 @@ fn what_is_saved_is_found() {
     assert_eq!(mode & 0o777, 0o600);
 }
 
+/// What is done to a file, and its name.
+type Damage = (&'static str, fn(&File));
+
 #[test]
 fn damaged_and_foreign_files_are_not_used() {
     let dir = tempfile::tempdir().unwrap();
     let (key, bytes) = ([1; 32], vec![3u8; 5000]);
-    let damage: [(&str, fn(&File)); 6] = [
+    let damage: [Damage; 6] = [
         ("one byte short", |f| f.set_len(HEADER_BYTES as u64 + 4999).unwrap()),
         ("empty", |f| f.set_len(0).unwrap()),
         ("longer", |f| f.set_len(HEADER_BYTES as u64 + 6000).unwrap()),
