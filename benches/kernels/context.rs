@@ -110,7 +110,7 @@ impl Context {
 
 pub(crate) fn attention(c: &mut Criterion, bench: &mut Bench) {
     let (isa, threads) = (bench.limits.isa, bench.limits.threads);
-    for dtype in [Dtype::F16] {
+    for dtype in [Dtype::F16, Dtype::Int8] {
         let mut group = c.benchmark_group(format!("attention/{}", dtype.as_str()));
         let per_position = config().kv_bytes_per_position(dtype) as usize;
         for depth in [128, 1024, 4096_u32] {
@@ -123,6 +123,8 @@ pub(crate) fn attention(c: &mut Criterion, bench: &mut Bench) {
                 let (queries, stored) = ((sequences * count) as usize, depth + count / 2);
                 let bytes = per_position * (sequences * (depth + count)) as usize;
                 let macs = 2 * 576 * queries * stored as usize;
+                let (int8_macs, float_macs) =
+                    if dtype == Dtype::Int8 { (macs, 0) } else { (0, macs) };
                 let work = Work { int8_macs, float_macs, bytes, set: bytes * LAYERS };
                 let what = if count > 1 { "prefill" } else { "decode" };
                 let name = format!("{} {what} {queries} at {depth}", dtype.as_str());

@@ -58,8 +58,8 @@ impl Limits {
     /// Least seconds of a call, and the name of the limit.
     fn bound(&self, work: &Work) -> (f64, &'static str) {
         let (rate, name) = match work.set {
-            ..=L2_BYTES => (self.l2, "L2"),
-            ..=L3_BYTES => (self.l3, "L3"),
+            bytes if bytes <= L2_BYTES => (self.l2, "L2"),
+            bytes if bytes <= L3_BYTES => (self.l3, "L3"),
             _ => (self.memory, "memory"),
         };
         let reading = work.bytes as f64 / rate;

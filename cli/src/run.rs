@@ -55,7 +55,8 @@ const DEFAULT_STAGES: u32 = 2;
 
 pub(crate) async fn run(args: RunArgs) -> anyhow::Result<()> {
     let stages = serving::stages(args.stages, &args.engine, DEFAULT_STAGES)?;
-    let mut options = serving::private_cluster(&args.model, args.model_options, stages, &args.engine)?;
+    let mut options =
+        serving::private_cluster(&args.model, args.model_options, stages, &args.engine)?;
     options.kv_cache_tokens = serving::kv_cache_for(&options, 1);
     let session = Session::start(options).await?;
     let mut talk = Conversation {

@@ -18,7 +18,7 @@ use millrace_shared::wire::control::{
 
 /// KV cache, in positions, where nothing else is said: a few long conversations or many short ones.
 pub const DEFAULT_KV_TOKENS: u32 = 32_768;
-/// Positions per KV block: the attention tile, so that a tile is one run of memory.
+/// Positions per KV block: enough that attention reads long runs of memory.
 pub const DEFAULT_BLOCK_SIZE: u32 = 64;
 /// Rows at which layer and head are measured: between decode and a prefill chunk.
 const PROFILE_BATCH: u32 = 16;

@@ -71,8 +71,16 @@ impl FromStr for EngineKind {
 #[cfg(feature = "clap")]
 fn kv_dtype(s: &str) -> Result<Dtype, String> {
     match s.parse()? {
-        d @ (Dtype::F16 | Dtype::F32) => Ok(d),
-        _ => Err(format!("the KV cache cannot be stored as '{s}': use f16 or f32")),
+        d @ (Dtype::F16 | Dtype::F32 | Dtype::Int8) => Ok(d),
+        _ => Err(format!("the KV cache cannot be stored as '{s}': use f16, f32 or int8")),
+    }
+}
+
+#[cfg(feature = "clap")]
+fn activation_dtype(s: &str) -> Result<Dtype, String> {
+    match s.parse()? {
+        d @ (Dtype::F32 | Dtype::Bf16 | Dtype::F16) => Ok(d),
+        _ => Err(format!("activations cannot be '{s}': use f32, bf16 or f16")),
     }
 }
 
@@ -93,11 +101,11 @@ pub struct EngineOptions {
     /// Micro-batches in flight: a number, or auto
     #[cfg_attr(feature = "clap", arg(long, value_name = "N|auto", default_value = "auto"))]
     pub micro_batches: MicroBatches,
-    /// Stored type of keys and values: f16 or f32
+    /// Stored type of keys and values: f16, f32 or int8 (half of f16's memory, a little less exact)
     #[cfg_attr(feature = "clap", arg(long, value_name = "TYPE", default_value = "f16", value_parser = kv_dtype))]
     pub kv_cache_dtype: Dtype,
     /// Type of activations between layers: f32, bf16 or f16
-    #[cfg_attr(feature = "clap", arg(long, value_name = "TYPE", default_value = "f32"))]
+    #[cfg_attr(feature = "clap", arg(long, value_name = "TYPE", default_value = "f32", value_parser = activation_dtype))]
     pub activation_dtype: Dtype,
     /// Engine: cpu, or mock for tests
     #[cfg_attr(feature = "clap", arg(long, value_name = "ENGINE", default_value = "cpu"))]

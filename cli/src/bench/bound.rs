@@ -56,7 +56,7 @@ pub(super) struct Work {
     head: Macs,
     kv_bytes_per_position: u64,
     /// Of attention, per query and stored position.
-    attention_macs: u64,
+    attention: Macs,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -101,12 +101,16 @@ impl Work {
         let bytes = |name: &str| tensors.iter().find(|t| t.name == name).map_or(0, |t| t.bytes);
         let unread = if config.tied_head { 0 } else { bytes("token_embd.weight") };
         let layers = u64::from(config.layers);
+        let attention = 2 * layers * u64::from(config.heads) * u64::from(config.head_dim);
         Self {
             weight_bytes: loaded.saturating_sub(unread),
             layer: Macs::of(tensors.iter().filter(|t| t.name.starts_with("blk."))),
             head: Macs::of(tensors.iter().filter(|t| t.name == head_name(config))),
             kv_bytes_per_position: layers * config.kv_bytes_per_position(kv),
-            attention_macs: 2 * layers * u64::from(config.heads) * u64::from(config.head_dim),
+            attention: match kv {
+                Dtype::Int8 => Macs { int8: attention, float: 0 },
+                _ => Macs { int8: 0, float: attention },
+            },
         }
     }
 
@@ -119,9 +123,10 @@ impl Work {
     pub(super) fn seconds(&self, run: &Run, limits: &Limits) -> f64 {
         let reading = (run.steps * self.step_bytes(run)) as f64 / limits.bandwidth_bytes_per_s;
         let (p, w) = (run.positions, run.wanted);
-        let int8 = p * self.layer.int8 + w * self.head.int8;
-        let attention = p * run.attended * self.attention_macs;
-        let float = p * self.layer.float + w * self.head.float + attention;
+        let total = |of: fn(&Macs) -> u64| {
+            p * (of(&self.layer) + run.attended * of(&self.attention)) + w * of(&self.head)
+        };
+        let (int8, float) = (total(|m| m.int8), total(|m| m.float));
         let at = |macs: u64, rate: Option<f64>| rate.map_or(0.0, |rate| macs as f64 / rate);
         reading.max(at(int8, limits.int8_macs_per_s) + at(float, limits.float_macs_per_s))
     }
@@ -144,7 +149,7 @@ mod tests {
             layer: Macs { int8: 100, float: 0 },
             head: Macs { int8: 50, float: 0 },
             kv_bytes_per_position: 2,
-            attention_macs: 1,
+            attention: Macs { int8: 0, float: 1 },
         };
         let one = Run { steps: 1, positions: 1, wanted: 1, stored_per_step: 10, attended: 10 };
         assert_eq!(work.step_bytes(&one), 100);

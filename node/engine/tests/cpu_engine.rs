@@ -115,6 +115,7 @@ fn dtypes_and_rope_styles_hold_across_cuts() {
     for (kv, activation, style) in [
         (Dtype::F32, Dtype::Bf16, RopeStyle::Halves),
         (Dtype::F16, Dtype::F16, RopeStyle::Interleaved),
+        (Dtype::Int8, Dtype::F32, RopeStyle::Halves),
     ] {
         let mut tiny = Tiny::new(TensorType::F16, TensorType::BF16);
         tiny.settings.kv_dtype = kv;
@@ -123,6 +124,46 @@ fn dtypes_and_rope_styles_hold_across_cuts() {
         let one = run(&mut tiny.pipeline(&[4], 1, Isa::Scalar), &[64]);
         let three = run(&mut tiny.pipeline(&[1, 2, 4], 2, Isa::best()), &[5]);
         assert!(one == three, "{kv:?} {activation:?}");
+    }
+}
+
+/// Logits after the last few of 530 positions: attention in more than one part.
+#[test]
+fn long_contexts_are_the_same_everywhere() {
+    const LONG: usize = 530;
+    for kv in [Dtype::F16, Dtype::Int8, Dtype::F32] {
+        let mut tiny = Tiny::new(TensorType::Q4_1, TensorType::Q8_0);
+        tiny.settings.kv_dtype = kv;
+        tiny.settings.max_model_len = 576;
+        let ids: Vec<u32> = (0..LONG as u32).map(|i| (i * 37 + 5) % 96).collect();
+        let run = |block_size: u32, threads, isa, chunk: usize| {
+            let mut tiny = tiny.clone();
+            tiny.settings.kv_block_size = block_size;
+            tiny.settings.kv_blocks = 576 / block_size;
+            let mut pipeline = tiny.pipeline(&[2, 4], threads, isa);
+            let (mut at, mut out) = (0, Vec::new());
+            while at < LONG {
+                // The last ten one by one: their parts are computed apart where threads are idle.
+                let n = if at >= LONG - 10 { 1 } else { chunk.min(LONG - 10 - at) };
+                let new = if at == 0 { tables(1, LONG, block_size, 0) } else { Vec::new() };
+                let rows = vec![row(1, at, n, Want::Sample)];
+                let meta = StepMeta { rows, tables: new, ..StepMeta::default() };
+                let logits = pipeline.step(&meta, &ids[at..at + n]).unwrap();
+                if at >= LONG - 10 {
+                    out.extend(logits.into_iter().map(|l| l.2));
+                }
+                at += n;
+            }
+            out
+        };
+        let reference = run(64, 1, Isa::best(), 64);
+        assert_eq!(reference.len(), 10);
+        assert!(run(16, 2, Isa::best(), 37) == reference, "{kv:?}");
+        assert!(run(4, 1, Isa::best(), 64) == reference, "{kv:?}");
+        assert!(run(32, 2, Isa::Scalar, 50) == reference, "{kv:?} scalar");
+        if Isa::best() > Isa::Avx2 {
+            assert!(run(64, 2, Isa::Avx2, 64) == reference, "{kv:?} AVX2");
+        }
     }
 }
 

@@ -63,8 +63,10 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Bytes of K and V of one position in one layer.
+    /// Bytes of K and V of one position in one layer, scales included.
     pub fn kv_bytes_per_position(&self, dtype: super::Dtype) -> u64 {
-        2 * u64::from(self.kv_heads) * u64::from(self.head_dim) * dtype.bytes() as u64
+        let scale = if dtype == super::Dtype::Int8 { 4 } else { 0 };
+        let head = u64::from(self.head_dim) * dtype.bytes() as u64 + scale;
+        2 * u64::from(self.kv_heads) * head
     }
 }

@@ -71,7 +71,7 @@ pub fn content_hash(config: &ModelConfig, tensors: &[TensorEntry]) -> [u8; 32] {
 
 /// Everything that may change a token, in one id: two stages may work on one pipeline exactly only
 /// if theirs are equal. `engine_revision` is `Engine::numerics_revision`, which covers kernels,
-/// activation group and attention tile. Block sizes, cuts, threads and batches are absent on
+/// activation group and parts of attention. Block sizes, cuts, threads and batches are absent on
 /// purpose: they change nothing.
 pub fn numerics_id(
     content_hash: &[u8; 32],

@@ -14,14 +14,17 @@ pub enum Dtype {
     Bf16 = 2,
     /// Token ids.
     U32 = 3,
+    /// Integers with a scale per position and head: the KV cache alone.
+    Int8 = 4,
 }
 
 impl Dtype {
-    /// Bytes per element.
+    /// Bytes per element, scales not counted.
     pub fn bytes(self) -> usize {
         match self {
             Self::F32 | Self::U32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::Int8 => 1,
         }
     }
     /// From the number on the wire.
@@ -41,6 +44,7 @@ impl Dtype {
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
             Self::U32 => "u32",
+            Self::Int8 => "int8",
         }
     }
 }
@@ -52,7 +56,8 @@ impl std::str::FromStr for Dtype {
             "f32" => Ok(Self::F32),
             "f16" => Ok(Self::F16),
             "bf16" => Ok(Self::Bf16),
-            _ => Err(format!("unknown dtype '{s}': use f32, f16 or bf16")),
+            "int8" => Ok(Self::Int8),
+            _ => Err(format!("unknown dtype '{s}': use f32, f16, bf16 or int8")),
         }
     }
 }

@@ -8,7 +8,7 @@ use millrace_shared::wire::control::EngineSettings;
 
 use super::buffer::{Arena, Buf, Frozen, Shared};
 use super::kernels::rows::Compute;
-use super::kernels::{attention, group_rows, matmul};
+use super::kernels::{group_rows, matmul, paged};
 use super::kv::{Kv, KvShape};
 use super::load;
 use super::pack::Packed;
@@ -42,7 +42,7 @@ pub struct CpuBackend {
     weights: Arena,
     cache: Arena,
     scratch: Arena,
-    /// Attention's, for every thread.
+    /// Attention's scratch.
     attention: Option<Buf<f32>>,
     packed_cache: Option<PathBuf>,
     weight_bytes: u64,
@@ -129,7 +129,7 @@ fn read_vector(source: &Source) -> Result<Vec<f32>, LoadError> {
 /// Rounds in place.
 fn round(x: &mut [f32], dtype: Dtype) {
     match dtype {
-        Dtype::F32 | Dtype::U32 => {}
+        Dtype::F32 | Dtype::U32 | Dtype::Int8 => {}
         Dtype::F16 => x.iter_mut().for_each(|x| *x = half::f16::from_f32(*x).to_f32()),
         Dtype::Bf16 => x.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32()),
     }
@@ -189,8 +189,9 @@ impl Backend for CpuBackend {
         let positions = if layers == 0 { 0 } else { settings.max_model_len as usize };
         let scratch = &mut self.scratch;
         let rope = Rope::new(scratch, &config.rope, dim, positions, factors.as_deref())?;
-        let per_thread = attention::scratch_len(heads / shape.heads, dim);
-        self.attention = Some(scratch.take(per_thread * self.compute.pool.threads())?);
+        let (threads, group) = (self.compute.pool.threads(), heads / shape.heads);
+        let len = paged::scratch_len(threads, shape.heads, group, dim, positions);
+        self.attention = Some(scratch.take(len)?);
         Ok(CpuKv { store, rope, heads })
     }
 

@@ -7,7 +7,7 @@ use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::StepMeta;
 
 use super::backend::CpuBackend;
-use super::kernels::{attention, group_rows};
+use super::kernels::{group_rows, paged};
 use super::pack::{Layout, kind_of};
 use super::{memory, numerics_revision, profile};
 use crate::model::weights::Sources;
@@ -191,10 +191,17 @@ fn scratch_bytes(spec: &StageSpec) -> u64 {
     let plain = hidden + (heads + 2 * kv_heads) * dim + 2 * ffn;
     let quantised = hidden + heads * dim + ffn;
     let group = (c.heads / c.kv_heads.max(1)) as usize;
-    let attention = attention::scratch_len(group, c.head_dim as usize) as u64;
+    let positions = spec.settings.max_model_len as usize;
+    let attention = paged::scratch_len(
+        spec.threads,
+        c.kv_heads as usize,
+        group,
+        c.head_dim as usize,
+        positions,
+    ) as u64;
     [
         u64::from(spec.settings.max_batch_tokens).saturating_mul(plain * 4 + quantised * 6),
-        (spec.threads as u64).saturating_mul(attention * 4),
+        attention.saturating_mul(4),
         u64::from(spec.settings.max_model_len).saturating_mul(u64::from(c.rope.dim) * 4),
         if spec.head { vocab * 64 } else { 0 },
         BlockTables::bytes(&spec.settings),

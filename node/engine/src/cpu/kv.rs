@@ -1,12 +1,14 @@
-//! The paged KV cache: keys `[layer][block][head][dim][position]`, values
-//! `[layer][block][head][position][dim]`.
+//! The paged KV cache: keys and values `[layer][block][head]`, each head of a block as
+//! `kernels::stored` lays it out.
 //!
-//! Keys lie transposed so that a score is one lane. Blocks are named by the coordinator; this file
-//! neither allocates nor frees them, and `model::Batch` has checked every index before it is used.
+//! Keys lie so that a score is one lane. Blocks are named by the coordinator; this file neither
+//! allocates nor frees them, and `model::Batch` has checked every index before it is used.
 
 use millrace_shared::model::Dtype;
 
 use super::buffer::{Arena, Buf};
+use super::kernels::attention::MAX_INT8_DIM;
+use super::kernels::stored::KvType;
 use crate::LoadError;
 
 /// Keys and values of a stage's layers.
@@ -14,8 +16,7 @@ use crate::LoadError;
 pub(crate) struct Kv {
     pub(crate) keys: Buf<u8>,
     pub(crate) values: Buf<u8>,
-    /// f16, else f32.
-    pub(crate) half: bool,
+    pub(crate) kind: KvType,
     pub(crate) shape: KvShape,
 }
 
@@ -31,8 +32,8 @@ pub(crate) struct KvShape {
 
 impl KvShape {
     /// Bytes of the keys (as many again of the values); `None` where they overflow.
-    pub(crate) fn bytes(&self, dtype: Dtype) -> Option<usize> {
-        [self.blocks, self.block_size, self.heads, self.dim, dtype.bytes()]
+    pub(crate) fn bytes(&self, kind: KvType) -> Option<usize> {
+        [self.blocks, self.heads, kind.head_bytes(self.block_size, self.dim)]
             .iter()
             .try_fold(self.layers, |n, &x| n.checked_mul(x))
     }
@@ -42,27 +43,32 @@ impl Kv {
     /// Allocates and touches.
     ///
     /// # Errors
-    /// If memory runs out or the dtype is neither f16 nor f32.
+    /// If memory runs out or the dtype is none of f16, f32 and int8, or heads are too long for int8.
     pub(crate) fn new(arena: &mut Arena, shape: KvShape, dtype: Dtype) -> Result<Self, LoadError> {
-        if !matches!(dtype, Dtype::F16 | Dtype::F32) {
+        let Some(kind) = KvType::of(dtype) else {
             return Err(LoadError::Settings(format!(
-                "the CPU engine keeps K and V as f16 or f32, not {}",
+                "the CPU engine keeps K and V as f16, f32 or int8, not {}",
                 dtype.as_str()
             )));
+        };
+        if kind == KvType::Int8 && shape.dim > MAX_INT8_DIM {
+            return Err(LoadError::Settings(format!(
+                "an int8 KV cache holds heads of at most {MAX_INT8_DIM} elements, not {}; use f16",
+                shape.dim
+            )));
         }
-        let bytes = shape.bytes(dtype).unwrap_or(usize::MAX);
+        let bytes = shape.bytes(kind).unwrap_or(usize::MAX);
         let (keys, values) = (arena.take(bytes)?, arena.take(bytes)?);
-        Ok(Self { keys, values, half: dtype == Dtype::F16, shape })
+        Ok(Self { keys, values, kind, shape })
     }
 
-    /// Bytes of one element.
-    pub(crate) fn element_bytes(&self) -> usize {
-        if self.half { 2 } else { 4 }
+    /// Bytes of one head of a block, in keys and in values alike.
+    pub(crate) fn head_bytes(&self) -> usize {
+        self.kind.head_bytes(self.shape.block_size, self.shape.dim)
     }
 
     /// Byte offset of a layer, in keys and in values alike.
     pub(crate) fn layer_at(&self, layer: usize) -> usize {
-        let s = &self.shape;
-        layer * s.blocks * s.heads * s.block_size * s.dim * self.element_bytes()
+        layer * self.shape.blocks * self.shape.heads * self.head_bytes()
     }
 }

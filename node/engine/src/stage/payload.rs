@@ -29,7 +29,9 @@ pub(super) fn read<'a>(
         Dtype::Bf16 => {
             cast::<bf16>(frame.payload())?.convert_to_f32_slice(&mut scratch[..values]);
         }
-        Dtype::F32 | Dtype::U32 => return Ok(StageInput::Hidden(frame.payload_f32()?)),
+        Dtype::F32 | Dtype::U32 | Dtype::Int8 => {
+            return Ok(StageInput::Hidden(frame.payload_f32()?));
+        }
     }
     Ok(StageInput::Hidden(&scratch[..values]))
 }

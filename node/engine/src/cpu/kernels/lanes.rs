@@ -56,7 +56,7 @@ pub(crate) fn scales(absmax: f32) -> (f32, f32) {
 /// The plain implementation.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-pub(crate) struct Plain([f32; 16]);
+pub(crate) struct Plain(pub(super) [f32; 16]);
 
 macro_rules! zip {
     ($a:expr, $b:expr, $f:expr) => {{
@@ -185,11 +185,11 @@ mod x86 {
 
     /// Two AVX2 registers.
     #[derive(Clone, Copy)]
-    pub(crate) struct Ymm2(__m256, __m256);
+    pub(crate) struct Ymm2(pub(in super::super) __m256, pub(in super::super) __m256);
 
     /// One AVX-512 register.
     #[derive(Clone, Copy)]
-    pub(crate) struct Zmm(__m512);
+    pub(crate) struct Zmm(pub(in super::super) __m512);
 
     /// Sum of 8 lanes: 4, 2, 1 apart.
     #[inline(always)]

@@ -18,12 +18,16 @@ pub(crate) mod format;
 pub(crate) mod lanes;
 pub(crate) mod limits;
 pub(crate) mod matmul;
-mod paged;
+pub(crate) mod paged;
+mod pairs;
+mod part;
+mod products;
 #[cfg(test)]
 mod properties;
 pub(crate) mod rows;
 mod scalar;
 mod store;
+pub(crate) mod stored;
 #[cfg(test)]
 mod tests;
 
@@ -65,7 +69,7 @@ macro_rules! dispatch {
                 unsafe { $generic::<$crate::cpu::kernels::lanes::Ymm2>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
             unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: the caller's promise, and this function has the features.
                 unsafe { $generic::<$crate::cpu::kernels::lanes::Zmm>($($arg),*) }

@@ -1,7 +1,11 @@
 //! Writing keys and values and attending to them, split over threads: the safe face of `store` and
 //! `attention`.
+//!
+//! An item of attention is one KV head of a run of positions. Where those are too few to keep the
+//! threads busy, the items of single positions are parts of the sequence, merged afterwards; the
+//! result is the same.
 
-use super::attention::{self, Attend};
+use super::attention::{self, Attend, parts, record_len};
 use super::elementwise as ew;
 use super::rows::{Compute, QuantRows};
 use super::store::{Store, store};
@@ -9,6 +13,84 @@ use crate::cpu::buffer::{Buf, Shared};
 use crate::cpu::kv::Kv;
 use crate::cpu::tensor::Tensor;
 use crate::model::{BlockTables, Span};
+
+/// Below so many items per thread, parts are items.
+const SPLIT: usize = 4;
+
+/// Floats of scratch for a call's members, and for the records of parts that are items.
+pub(crate) fn scratch_len(
+    threads: usize,
+    kv_heads: usize,
+    group: usize,
+    dim: usize,
+    max_positions: usize,
+) -> usize {
+    threads * attention::scratch_len(group, dim)
+        + split_items(threads, kv_heads, max_positions) * group * record_len(dim)
+}
+
+/// The most items there are when parts are items.
+fn split_items(threads: usize, kv_heads: usize, max_positions: usize) -> usize {
+    if threads == 1 { 0 } else { (SPLIT * threads).max(kv_heads) * parts(max_positions) }
+}
+
+/// Part of a batch.
+#[derive(Clone, Copy)]
+struct Item {
+    span: usize,
+    /// First position of the span's, and how many.
+    start: usize,
+    count: usize,
+    kv_head: usize,
+    /// Which part of how many, if the item is not all of them.
+    part: Option<(usize, usize)>,
+}
+
+/// How a batch is cut into items.
+#[derive(Clone, Copy)]
+struct Cut<'a> {
+    spans: &'a [Span],
+    per_call: usize,
+    kv_heads: usize,
+    split: bool,
+}
+
+impl Cut<'_> {
+    /// Runs and parts of one span.
+    fn pieces(&self, span: &Span) -> (usize, usize) {
+        let runs = span.count.div_ceil(self.per_call);
+        let parts = parts(span.position as usize + span.count);
+        (runs, if self.split && span.count == 1 { parts } else { 1 })
+    }
+
+    fn items(&self) -> usize {
+        let of = |s| {
+            let (runs, parts) = self.pieces(s);
+            runs * parts * self.kv_heads
+        };
+        self.spans.iter().map(of).sum()
+    }
+
+    fn item(&self, mut index: usize) -> Item {
+        for (span, s) in self.spans.iter().enumerate() {
+            let (runs, parts) = self.pieces(s);
+            let items = runs * parts * self.kv_heads;
+            if index >= items {
+                index -= items;
+                continue;
+            }
+            let start = index / parts / self.kv_heads * self.per_call;
+            return Item {
+                span,
+                start,
+                count: self.per_call.min(s.count - start),
+                kv_head: index / parts % self.kv_heads,
+                part: (parts > 1).then_some((index % parts, parts)),
+            };
+        }
+        unreachable!("invariant: items are counted")
+    }
+}
 
 impl Compute {
     /// Stores key and value heads of every row; `heads` query heads come first.
@@ -21,7 +103,7 @@ impl Compute {
         spans: &[Span],
         tables: &BlockTables,
     ) {
-        let (isa, s, half, bytes) = (self.isa, kv.shape, kv.half, kv.element_bytes());
+        let (isa, s, kind, len) = (self.isa, kv.shape, kv.kind, kv.head_bytes());
         let layer_at = kv.layer_at(layer);
         let keys = Shared::new(&mut kv.keys);
         let values = Shared::new(&mut kv.values);
@@ -31,7 +113,6 @@ impl Compute {
                 for i in 0..span.count {
                     let (block, offset) = tables.place(span.slot, span.position + i as u32);
                     let row = qkv.row(span.start + i);
-                    let len = s.block_size * s.dim * bytes;
                     let at = layer_at + (block as usize * s.heads + head) * len;
                     let key = &row[(heads + head) * s.dim..][..s.dim];
                     let value = &row[(heads + s.heads + head) * s.dim..][..s.dim];
@@ -45,7 +126,7 @@ impl Compute {
                                 value: value.as_ptr(),
                                 keys: keys.slice(at, len).as_mut_ptr(),
                                 values: values.slice(at, len).as_mut_ptr(),
-                                half,
+                                kind,
                                 dim: s.dim,
                                 block_size: s.block_size,
                                 offset,
@@ -62,7 +143,7 @@ impl Compute {
         }
     }
 
-    /// Causal attention of `heads` query heads; `scratch` has room for every thread.
+    /// Causal attention of `heads` query heads; `scratch` has [`scratch_len`] floats.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn attention(
         &mut self,
@@ -77,66 +158,110 @@ impl Compute {
     ) {
         let (isa, s) = (self.isa, kv.shape);
         let (group, width) = (heads / s.heads, out.width);
-        let per_call = attention::positions_per_call(group);
-        let scratch_len = attention::scratch_len(group, s.dim);
         assert!(qkv.width == (heads + 2 * s.heads) * s.dim && width == heads * s.dim);
         let rows = qkv.rows;
         assert!(rows * width <= out.data.len() && rows * qkv.width <= qkv.data.len());
         assert!(spans.iter().all(|s| s.start + s.count <= rows), "invariant: spans are of rows");
         out.rows = rows;
-        let layer_at = kv.layer_at(layer);
-        let keys = kv.keys[layer_at..].as_ptr() as usize;
-        let values = kv.values[layer_at..].as_ptr() as usize;
         let data = Shared::new(&mut out.data);
-        let scratch = Shared::new(scratch);
-        let threads = self.pool.threads();
-        self.pool.each(threads, &|_, member| {
-            let mut item = 0;
-            for span in spans {
-                for start in (0..span.count).step_by(per_call) {
-                    for kv_head in 0..s.heads {
-                        item += 1;
-                        if item % threads != member {
-                            continue;
-                        }
-                        let count = per_call.min(span.count - start);
-                        let row = span.start + start;
-                        let head_at = kv_head * group * s.dim;
-                        let call = Attend {
-                            q: qkv.row(row)[head_at..].as_ptr(),
-                            q_stride: qkv.width,
-                            // SAFETY: rows of the output, by the assertions above. No slice: other
-                            // heads of the same rows belong to other threads.
-                            out: unsafe { data.as_mut_ptr().add(row * width + head_at) },
-                            out_stride: width,
-                            keys: keys as *const u8,
-                            values: values as *const u8,
-                            half: kv.half,
-                            blocks: tables.blocks(span.slot),
-                            block_size: s.block_size,
-                            kv_heads: s.heads,
-                            kv_head,
-                            group,
-                            dim: s.dim,
-                            first: span.position as usize + start,
-                            count,
-                            scale: 1.0 / (s.dim as f32).sqrt(),
-                            // SAFETY: each member has its own part.
-                            scratch: unsafe { scratch.slice(member * scratch_len, scratch_len) }
-                                .as_mut_ptr(),
-                        };
-                        // SAFETY: rows exist, and blocks (`model::Batch` checked the tables); only
-                        // this item writes these heads of these rows.
-                        unsafe { attention::attend(isa, &call) };
+        let (scratch, records) =
+            scratch.split_at_mut(self.pool.threads() * attention::scratch_len(group, s.dim));
+        let batch = Batch {
+            qkv,
+            kv,
+            layer_at: kv.layer_at(layer),
+            group,
+            spans,
+            tables,
+            data,
+            width,
+            scratch: Shared::new(scratch),
+        };
+        let per_call = attention::positions_per_call(group);
+        let mut cut = Cut { spans, per_call, kv_heads: s.heads, split: false };
+        let (items, threads) = (cut.items(), self.pool.threads());
+        cut.split = threads > 1 && items <= (SPLIT * threads).max(s.heads);
+        let each = group * record_len(s.dim);
+        let items = if cut.split { cut.items() } else { items };
+        let records = Shared::new(records);
+        self.pool.each(items, &|member, index| {
+            let item = cut.item(index);
+            let call = batch.call(member, &item);
+            // SAFETY: rows exist, and blocks (`model::Batch` checked the tables); only this item
+            // writes these heads of these rows, or this record.
+            unsafe {
+                match item.part {
+                    None => attention::attend(isa, &call),
+                    Some((part, _)) => {
+                        let record = records.slice(index * each, each);
+                        attention::attend_part(isa, &call, part, record.as_mut_ptr());
                     }
                 }
             }
         });
+        for index in if cut.split { 0..items } else { 0..0 } {
+            let item = cut.item(index);
+            let Some((0, parts)) = item.part else { continue };
+            let call = batch.call(0, &item);
+            // SAFETY: `group` records of each part, one part after the other; no thread runs.
+            unsafe {
+                let all = records.slice(index * each, parts * each).as_mut_ptr();
+                for i in 0..group {
+                    let (from, to) = (all.add(i * record_len(s.dim)), call.out.add(i * s.dim));
+                    attention::join(isa, from, each, parts, to, s.dim);
+                }
+            }
+        }
         let quant = QuantRows::new(&mut out.quant, width);
         let data = &out.data;
         self.each_row(out.rows, |i| {
             // SAFETY: rows of `width` elements, each with one thread.
             unsafe { ew::quantise(isa, data[i * width..].as_ptr(), width, quant.row(i)) };
         });
+    }
+}
+
+/// What all items of a batch share.
+struct Batch<'a> {
+    qkv: &'a Tensor,
+    kv: &'a Kv,
+    layer_at: usize,
+    group: usize,
+    spans: &'a [Span],
+    tables: &'a BlockTables,
+    data: Shared<'a, f32>,
+    width: usize,
+    scratch: Shared<'a, f32>,
+}
+
+impl Batch<'_> {
+    /// An item as the kernel takes it, with the scratch of a member.
+    fn call(&self, member: usize, item: &Item) -> Attend<'_> {
+        let (s, span) = (self.kv.shape, &self.spans[item.span]);
+        let row = span.start + item.start;
+        let head_at = item.kv_head * self.group * s.dim;
+        let scratch_len = attention::scratch_len(self.group, s.dim);
+        Attend {
+            q: self.qkv.row(row)[head_at..].as_ptr(),
+            q_stride: self.qkv.width,
+            // SAFETY: rows of the output, as `attention` asserts. No slice: other heads of the same
+            // rows belong to other threads.
+            out: unsafe { self.data.as_mut_ptr().add(row * self.width + head_at) },
+            out_stride: self.width,
+            keys: self.kv.keys[self.layer_at..].as_ptr(),
+            values: self.kv.values[self.layer_at..].as_ptr(),
+            kind: self.kv.kind,
+            blocks: self.tables.blocks(span.slot),
+            block_size: s.block_size,
+            kv_heads: s.heads,
+            kv_head: item.kv_head,
+            group: self.group,
+            dim: s.dim,
+            first: span.position as usize + item.start,
+            count: item.count,
+            scale: 1.0 / (s.dim as f32).sqrt(),
+            // SAFETY: each member has its own part.
+            scratch: unsafe { self.scratch.slice(member * scratch_len, scratch_len) }.as_mut_ptr(),
+        }
     }
 }

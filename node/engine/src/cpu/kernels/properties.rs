@@ -1,12 +1,15 @@
 //! Attention, the KV store, rotation and `exp` on random shapes: every instruction set gives the bits
 //! of the plain one, and those are close to f64.
 
-use super::attention::{Attend, attend, positions_per_call, scratch_len};
+use super::attention::{
+    Attend, PART, attend, attend_part, join, parts, positions_per_call, record_len, scratch_len,
+};
+use super::dispatch;
 use super::elementwise::{self as ew, Rotation};
 use super::lanes::Lanes;
 use super::store::{Store, store};
+use super::stored::KvType;
 use super::tests::{Random, bits, isas};
-use super::{attention, dispatch};
 use crate::Isa;
 
 impl Random {
@@ -21,7 +24,7 @@ impl Random {
 
 /// A cache of one sequence, whose unused places are NaN, and queries for its last positions.
 struct Case {
-    half: bool,
+    kind: KvType,
     dim: usize,
     group: usize,
     kv_heads: usize,
@@ -38,9 +41,14 @@ struct Case {
 }
 
 impl Case {
-    fn new(half: bool, [dim, group, block_size]: [usize; 3], random: &mut Random) -> Self {
+    fn new(
+        kind: KvType,
+        [dim, group, block_size]: [usize; 3],
+        longest: usize,
+        random: &mut Random,
+    ) -> Self {
         let kv_heads = 1 + random.below(3);
-        let (first, count) = (random.below(150), 1 + random.below(positions_per_call(group)));
+        let (first, count) = (random.below(longest), 1 + random.below(positions_per_call(group)));
         let used = (first + count).div_ceil(block_size);
         let mut blocks: Vec<u32> = (0..used as u32 + 2).collect();
         for i in (1..blocks.len()).rev() {
@@ -49,7 +57,7 @@ impl Case {
         blocks.truncate(used);
         let elements = (first + count) * kv_heads * dim;
         Self {
-            half,
+            kind,
             dim,
             group,
             kv_heads,
@@ -65,7 +73,7 @@ impl Case {
 
     /// Keys and values of the cache as bytes.
     fn store(&self, isa: Isa) -> [Vec<u8>; 2] {
-        let head = self.block_size * self.dim * if self.half { 2 } else { 4 };
+        let head = self.kind.head_bytes(self.block_size, self.dim);
         let bytes = (self.blocks.len() + 2) * self.kv_heads * head;
         let [mut keys, mut values] = [vec![0xffu8; bytes], vec![0xffu8; bytes]];
         for position in 0..self.first + self.count {
@@ -78,7 +86,7 @@ impl Case {
                     value: self.values[from..][..self.dim].as_ptr(),
                     keys: keys[at..][..head].as_mut_ptr(),
                     values: values[at..][..head].as_mut_ptr(),
-                    half: self.half,
+                    kind: self.kind,
                     dim: self.dim,
                     block_size: self.block_size,
                     offset: position % self.block_size,
@@ -90,34 +98,45 @@ impl Case {
         [keys, values]
     }
 
-    /// Results of `count` positions from `first`, all heads, as the queries lie.
-    fn attend(&self, isa: Isa, [keys, values]: &[Vec<u8>; 2], first: usize) -> Vec<f32> {
-        let count = self.first + self.count - first;
+    /// The kernel's arguments for one KV head and the positions from `first`.
+    fn call<'a>(
+        &'a self,
+        [keys, values]: &'a [Vec<u8>; 2],
+        (kv_head, first): (usize, usize),
+        out: &mut [f32],
+        scratch: &mut [f32],
+    ) -> Attend<'a> {
         let width = self.kv_heads * self.group * self.dim;
-        let (queries, stride) = (&self.queries[(self.count - count) * width..], width + 3);
-        let mut out = vec![7.5f32; count * stride];
+        let head_at = kv_head * self.group * self.dim;
+        Attend {
+            q: self.queries[(first - self.first) * width + head_at..].as_ptr(),
+            q_stride: width,
+            out: out[head_at..].as_mut_ptr(),
+            out_stride: width + 3,
+            keys: keys.as_ptr(),
+            values: values.as_ptr(),
+            kind: self.kind,
+            blocks: &self.blocks,
+            block_size: self.block_size,
+            kv_heads: self.kv_heads,
+            kv_head,
+            group: self.group,
+            dim: self.dim,
+            first,
+            count: self.first + self.count - first,
+            scale: 1.0 / (self.dim as f32).sqrt(),
+            scratch: scratch.as_mut_ptr(),
+        }
+    }
+
+    /// Results of the positions from `first`, all heads, as the queries lie.
+    fn attend(&self, isa: Isa, cache: &[Vec<u8>; 2], first: usize) -> Vec<f32> {
+        let width = self.kv_heads * self.group * self.dim;
+        let stride = width + 3;
+        let mut out = vec![7.5f32; (self.first + self.count - first) * stride];
         let mut scratch = vec![f32::NAN; scratch_len(self.group, self.dim)];
         for kv_head in 0..self.kv_heads {
-            let head_at = kv_head * self.group * self.dim;
-            let call = Attend {
-                q: queries[head_at..].as_ptr(),
-                q_stride: width,
-                out: out[head_at..].as_mut_ptr(),
-                out_stride: stride,
-                keys: keys.as_ptr(),
-                values: values.as_ptr(),
-                half: self.half,
-                blocks: &self.blocks,
-                block_size: self.block_size,
-                kv_heads: self.kv_heads,
-                kv_head,
-                group: self.group,
-                dim: self.dim,
-                first,
-                count,
-                scale: 1.0 / (self.dim as f32).sqrt(),
-                scratch: scratch.as_mut_ptr(),
-            };
+            let call = self.call(cache, (kv_head, first), &mut out, &mut scratch);
             // SAFETY: all positions are stored; sizes as `Attend` says.
             unsafe { attend(isa, &call) };
         }
@@ -125,12 +144,45 @@ impl Case {
         out.chunks(stride).flat_map(|c| &c[..width]).copied().collect()
     }
 
+    /// Results of the last position, each part by itself, the last part first.
+    fn attend_parts(&self, isa: Isa, cache: &[Vec<u8>; 2]) -> Vec<f32> {
+        let last = self.first + self.count - 1;
+        let (heads, len) = (self.kv_heads * self.group, record_len(self.dim));
+        let mut out = vec![7.5f32; heads * self.dim];
+        let mut scratch = vec![f32::NAN; scratch_len(self.group, self.dim)];
+        for kv_head in 0..self.kv_heads {
+            let mut records = vec![f32::NAN; parts(last + 1) * self.group * len];
+            let call = self.call(cache, (kv_head, last), &mut out, &mut scratch);
+            // SAFETY: as above; a record for every query and part.
+            unsafe {
+                for part in (0..parts(last + 1)).rev() {
+                    attend_part(isa, &call, part, records[part * self.group * len..].as_mut_ptr());
+                }
+                for i in 0..self.group {
+                    let from = records[i * len..].as_mut_ptr();
+                    let to = call.out.add(i * self.dim);
+                    join(isa, from, self.group * len, parts(last + 1), to, self.dim);
+                }
+            }
+        }
+        out
+    }
+
+    /// Elements of a head of a position as the cache rounds them.
+    fn rounded(&self, head: &[f32]) -> Vec<f64> {
+        let absmax = head.iter().fold(0f32, |m, x| m.max(x.abs()));
+        let one = |&x: &f32| match self.kind {
+            KvType::F32 => x,
+            KvType::F16 => half::f16::from_f32(x).to_f32(),
+            KvType::Int8 => (x * (127.0 / absmax)).round_ties_even() * (absmax / 127.0),
+        };
+        head.iter().map(|x| f64::from(one(x))).collect()
+    }
+
     /// The same in f64, from keys and values as rounded.
     fn exact(&self) -> Vec<f64> {
-        let rounded =
-            |x: f32| f64::from(if self.half { half::f16::from_f32(x).to_f32() } else { x });
         let [keys, values] = [&self.keys, &self.values]
-            .map(|all| all.iter().map(|&x| rounded(x)).collect::<Vec<f64>>());
+            .map(|all| all.chunks(self.dim).flat_map(|h| self.rounded(h)).collect::<Vec<f64>>());
         let mut out = Vec::new();
         for (i, query) in self.queries.chunks_exact(self.dim).enumerate() {
             let heads = self.kv_heads * self.group;
@@ -156,16 +208,39 @@ impl Case {
     }
 }
 
+const KINDS: [KvType; 3] = [KvType::F32, KvType::F16, KvType::Int8];
+
 #[test]
 fn attention_and_store_on_random_shapes() {
     let mut random = Random(0x51ab);
     for dim in [16, 48, 64, 128] {
         for group in [1, 3, 4, 8] {
-            for block_size in [1, 4, 16, 64] {
-                for half in [false, true] {
-                    let case = Case::new(half, [dim, group, block_size], &mut random);
+            for block_size in [1, 2, 4, 16, 64] {
+                for kind in KINDS {
+                    let case = Case::new(kind, [dim, group, block_size], 150, &mut random);
                     let later = case.first + random.below(case.count);
                     check_attention(&case, later);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_over_several_parts() {
+    let mut random = Random(0x9a27);
+    for (turn, dim) in [64, 32, 128, 80].into_iter().enumerate() {
+        for block_size in [1, 16, 32, 64] {
+            for kind in KINDS {
+                let group = [1, 3, 5, 7, 9][(turn + block_size) % 5];
+                let mut case =
+                    Case::new(kind, [dim, group, block_size], 4 * PART - 100, &mut random);
+                let later = case.first + random.below(case.count);
+                check_attention(&case, later);
+                // Queries on both sides of the end of a part.
+                if case.first > PART {
+                    case.first = PART - 2;
+                    check_attention(&case, case.first + case.count / 2);
                 }
             }
         }
@@ -175,23 +250,26 @@ fn attention_and_store_on_random_shapes() {
 fn check_attention(case: &Case, later: usize) {
     let (first, count) = (case.first, case.count);
     let what = format!(
-        "half {}, dim {}, group {}, {} KV heads, blocks of {}, positions {first} + {count}",
-        case.half, case.dim, case.group, case.kv_heads, case.block_size
+        "{:?}, dim {}, group {}, {} KV heads, blocks of {}, positions {first} + {count}",
+        case.kind, case.dim, case.group, case.kv_heads, case.block_size
     );
-    assert_eq!(attention::TILE % case.block_size, 0);
+    assert_eq!(PART % case.block_size, 0);
     let cache = case.store(Isa::Scalar);
     let reference = case.attend(Isa::Scalar, &cache, first);
-    for (got, exact) in reference.iter().zip(case.exact()) {
-        assert!((f64::from(*got) - exact).abs() < 2e-5, "{got} for {exact}: {what}");
-    }
+    let tolerance = if case.kind == KvType::Int8 { 1e-3 } else { 2e-5 };
+    let wrong = |(got, exact): (&f32, f64)| (f64::from(*got) - exact).abs();
+    let worst = reference.iter().zip(case.exact()).map(wrong).fold(0.0, f64::max);
+    assert!(worst < tolerance, "{worst} off: {what}");
     let expected = bits(&reference);
     let width = case.kv_heads * case.group * case.dim;
     for isa in isas() {
         assert!(case.store(isa) == cache, "store, {isa}: {what}");
         assert!(bits(&case.attend(isa, &cache, first)) == expected, "{isa}: {what}");
-        // The last positions in a call of their own.
+        // The last positions in a call of their own, and the very last in parts.
         let tail = bits(&case.attend(isa, &cache, later));
         assert!(tail == expected[(later - first) * width..], "{isa} from {later}: {what}");
+        let last = bits(&case.attend_parts(isa, &cache));
+        assert!(last == expected[(count - 1) * width..], "{isa} in parts: {what}");
     }
 }
 

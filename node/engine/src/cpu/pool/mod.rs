@@ -80,6 +80,7 @@ pub(crate) struct Pool {
     /// Of the caller inside steps: CPU time of those that ended, and at the start of this one.
     busy: Duration,
     step_began: Duration,
+    in_step: bool,
     last_wake: Instant,
     /// Where the caller ran before it was pinned, and which thread that is.
     pinned: Option<(ThreadId, Option<CpuSet>)>,
@@ -146,7 +147,7 @@ impl Pool {
         }
         let last_wake = Instant::now();
         let (busy, step_began) = (Duration::ZERO, Duration::ZERO);
-        Self { state, workers, busy, step_began, last_wake, pinned: None }
+        Self { state, workers, busy, step_began, in_step: false, last_wake, pinned: None }
     }
 
     /// Pins the caller, at its first step: threads that it starts to load weights run anywhere.
@@ -195,10 +196,12 @@ impl Pool {
         }
     }
 
-    /// The stage begins to compute.
+    /// The stage begins to compute; ends a step that a panic has left open.
     pub(crate) fn begin_step(&mut self) {
+        self.end_step();
         self.pin_caller();
         self.state.cores.begin();
+        self.in_step = true;
         self.step_began = cpu_time(ClockId::CLOCK_THREAD_CPUTIME_ID);
         // So that the step's first job finds sleepers already on their way.
         self.last_wake = Instant::now().checked_sub(WAKE_EVERY).unwrap_or(self.last_wake);
@@ -206,6 +209,9 @@ impl Pool {
 
     /// The stage has computed.
     pub(crate) fn end_step(&mut self) {
+        if !std::mem::take(&mut self.in_step) {
+            return;
+        }
         self.state.cores.end();
         let now = cpu_time(ClockId::CLOCK_THREAD_CPUTIME_ID);
         self.busy += now.saturating_sub(self.step_began);
@@ -264,6 +270,7 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
+        self.end_step();
         self.state.stop.store(true, Ordering::SeqCst);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();

@@ -107,6 +107,27 @@ fn busy_counts_the_work_of_helpers() {
     assert!(pool.busy() >= Duration::from_nanos(worked.into_inner()));
 }
 
+/// A step that panicked is never ended by its caller; other stages must not share with it for ever.
+#[test]
+fn steps_are_counted_once() {
+    let mut pool = pool(2);
+    let cores = Arc::clone(&pool.state.cores);
+    pool.begin_step();
+    pool.begin_step();
+    cores.begin();
+    assert_eq!(cores.share(), 1);
+    pool.end_step();
+    pool.end_step();
+    assert_eq!(cores.share(), usize::MAX);
+    cores.begin();
+    pool.begin_step();
+    assert_eq!(cores.share(), 1);
+    drop(pool);
+    assert_eq!(cores.share(), 1, "two others are still at work");
+    cores.end();
+    assert_eq!(cores.share(), usize::MAX);
+}
+
 #[test]
 fn a_crowded_host_does_not_spin() {
     let cores = std::thread::available_parallelism().unwrap().get();
