@@ -1,24 +1,23 @@
 //! A whole cluster inside this process: a coordinator and its nodes, over QUIC on loopback.
 //!
 //! The same parts as in separate processes, with the same wire between them; only papers are issued
-//! directly instead of by token. Each node has a thread of its own for its actors, beside the
-//! engine's.
+//! directly instead of by token. All actors share the calling thread, so that a frame passes from
+//! member to member without waking another; each node has its engine's threads beside it, which take
+//! turns on the processors.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use actix_rt::Arbiter;
 use anyhow::{Context as _, anyhow};
 use millrace_coordinator::cli::{LimitArgs, deployment};
 use millrace_coordinator::{Config as CoordinatorConfig, Running as Coordinator, start};
 use millrace_net::client::ClientConfig;
-use millrace_node::Config as NodeConfig;
 use millrace_node::enrol::Issued;
+use millrace_node::{Config as NodeConfig, Running as Node};
 use millrace_shared::dirs;
 use millrace_shared::id::NodeId;
 use millrace_shared::options::EngineOptions;
-use tokio::sync::oneshot;
 
 /// Longest start: measuring and loading have deadlines of their own, which add up to less.
 const START_DEADLINE: Duration = Duration::from_secs(900);
@@ -54,7 +53,7 @@ pub struct EmbeddedOptions {
 #[derive(Debug)]
 pub struct EmbeddedCluster {
     coordinator: Coordinator,
-    nodes: Vec<(Arbiter, oneshot::Sender<oneshot::Sender<()>>)>,
+    nodes: Vec<Node>,
     /// Removed when the cluster is dropped.
     _throw_away: Option<tempfile::TempDir>,
 }
@@ -84,7 +83,8 @@ impl EmbeddedCluster {
             let identity = coordinator.dir.ca.issue_node(NodeId(uuid::Uuid::now_v7()))?;
             let cluster = format!("127.0.0.1:{}", coordinator.cluster.port());
             let papers = Issued { identity, coordinator: cluster };
-            nodes.push(start_node(node_config(&options, &dir, index)?, papers).await?);
+            let config = node_config(&options, &dir, index, stages)?;
+            nodes.push(millrace_node::start(config, papers.membership()?).await?);
         }
         let cluster = Self { coordinator, nodes, _throw_away: throw_away };
         match cluster.wait_until_ready().await {
@@ -134,17 +134,7 @@ impl EmbeddedCluster {
     /// Lets answers finish, then stops nodes and coordinator.
     pub async fn stop(self) {
         self.coordinator.drain().await;
-        let mut stopping = Vec::new();
-        for (arbiter, stop) in self.nodes {
-            let (done, stopped) = oneshot::channel();
-            stopping.push((arbiter, stop.send(done).is_ok().then_some(stopped)));
-        }
-        for (arbiter, stopped) in stopping {
-            if let Some(stopped) = stopped {
-                let _ = stopped.await;
-            }
-            arbiter.stop();
-        }
+        futures::future::join_all(self.nodes.into_iter().map(Node::stop)).await;
         self.coordinator.stop().await;
     }
 }
@@ -189,6 +179,7 @@ fn node_config(
     options: &EmbeddedOptions,
     dir: &std::path::Path,
     index: u32,
+    nodes: u32,
 ) -> anyhow::Result<NodeConfig> {
     let cache = dirs::cache(&|name| std::env::var_os(name)).unwrap_or_else(|| dir.join("cache"));
     Ok(NodeConfig {
@@ -202,40 +193,11 @@ fn node_config(
         name: format!("local-{index}"),
         weights: Some(options.model.clone()),
         threads: options.engine.threads,
+        nodes_in_process: nodes,
         memory_bytes: None,
         engine: options.engine.engine,
         require_kv_dtype: None,
         require_activation_dtype: None,
         show_progress: false,
     })
-}
-
-/// Starts a node on an arbiter of its own; the channel stops it.
-async fn start_node(
-    config: NodeConfig,
-    papers: Issued,
-) -> anyhow::Result<(Arbiter, oneshot::Sender<oneshot::Sender<()>>)> {
-    let arbiter = Arbiter::new();
-    let (started, starting) = oneshot::channel();
-    let (stop, stopping) = oneshot::channel::<oneshot::Sender<()>>();
-    arbiter.spawn(async move {
-        let running = match papers.membership() {
-            Ok(membership) => millrace_node::start(config, membership).await,
-            Err(e) => Err(e),
-        };
-        match running {
-            Err(e) => {
-                let _ = started.send(Err(e));
-            }
-            Ok(running) => {
-                let _ = started.send(Ok(()));
-                if let Ok(done) = stopping.await {
-                    running.stop().await;
-                    let _ = done.send(());
-                }
-            }
-        }
-    });
-    starting.await.map_err(|_| anyhow!("a node's thread ended"))??;
-    Ok((arbiter, stop))
 }

@@ -122,6 +122,7 @@ impl RunArgs {
             name: self.name.unwrap_or_else(|| Hardware::probe().host),
             weights: self.weights,
             threads: self.engine.threads,
+            nodes_in_process: 1,
             memory_bytes: self.memory,
             engine: self.engine.engine,
             require_kv_dtype: given(self.engine.kv_cache_dtype, defaults.kv_cache_dtype),

@@ -35,6 +35,9 @@ pub struct Config {
     pub weights: Option<PathBuf>,
     /// Compute threads; `None` for every physical core granted, shared among the stages on the host.
     pub threads: Option<usize>,
+    /// Nodes in this process, this one included: their stages take turns on the same threads' worth of
+    /// processors, where those of other processes divide them.
+    pub nodes_in_process: u32,
     /// Most bytes of memory to use; `None` for what is available.
     pub memory_bytes: Option<u64>,
     /// Engine.

@@ -5,14 +5,14 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use millrace_engine::TensorSource;
+use millrace_engine::cache::KnownHashes;
 use millrace_net::{Connection, MessageReceiver, MessageSender, NetError};
+use millrace_shared::model::TensorEntry;
 use millrace_shared::model::gguf::Gguf;
-use millrace_shared::model::{FileState, KnownHashes, TensorEntry};
 use millrace_shared::wire::control::{BlobRequest, BlobResponse, LoadReport};
 use millrace_shared::wire::{MAX_BLOB_RANGE_BYTES, Plane};
 
@@ -20,8 +20,6 @@ use millrace_shared::wire::{MAX_BLOB_RANGE_BYTES, Plane};
 const RANGE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(40);
 /// Longest answer before the bytes.
 const MAX_RESPONSE_BYTES: usize = 4096;
-/// Read size while hashing.
-const HASH_CHUNK: usize = 1 << 20;
 
 /// Why a tensor is not here.
 #[derive(Debug, thiserror::Error)]
@@ -105,8 +103,9 @@ impl Loader {
         let found = tokio::task::spawn_blocking(move || {
             let file =
                 weights.map(|path| open_weights(&path).map(|gguf| (path, gguf))).transpose()?;
-            let mut file = file.map(|(path, gguf)| (KnownHashes::open(&folder, &path), path, gguf));
-            let mut fetched = KnownHashes::open(&folder, &cache);
+            let known = |of: &Path| KnownHashes::open(Some(&folder), of);
+            let mut file = file.map(|(path, gguf)| (known(&path), path, gguf));
+            let mut fetched = known(&cache);
             let mut counts = LoadReport::default();
             let mut sources = Vec::with_capacity(tensors.len());
             for entry in &tensors {
@@ -260,26 +259,9 @@ fn in_file(
 
 /// Whether the bytes at the source have the hash of its entry.
 fn verified(source: &TensorSource, known: &mut KnownHashes) -> bool {
-    let mut hash = || -> std::io::Result<[u8; 32]> {
-        let file = File::open(&source.path)?;
-        let state = FileState::of(&file)?;
-        let (mut at, end) = (source.offset, source.offset.saturating_add(source.entry.bytes));
-        if let Some(hash) = known.get(&state, at, source.entry.bytes) {
-            return Ok(hash);
-        }
-        let mut hasher = blake3::Hasher::new();
-        let mut chunk = vec![0; HASH_CHUNK.min(source.entry.bytes.max(1) as usize)];
-        while at < end {
-            let n = chunk.len().min((end - at) as usize);
-            file.read_exact_at(&mut chunk[..n], at)?;
-            hasher.update(&chunk[..n]);
-            at += n as u64;
-        }
-        let hash = hasher.finalize().into();
-        known.insert(&file, &state, (source.offset, source.entry.bytes), hash);
-        Ok(hash)
-    };
-    hash().is_ok_and(|hash| hash == source.entry.hash)
+    let hash = File::open(&source.path)
+        .and_then(|file| known.hash(&file, source.offset, source.entry.bytes, &mut |_| ()));
+    hash.is_ok_and(|hash| hash == source.entry.hash)
 }
 
 fn hex(hash: &[u8; 32]) -> String {

@@ -1,6 +1,7 @@
 //! Measuring a model's layers and head on made-up weights.
 //!
-//! Several layers are measured together, enough that they do not all stay in the caches.
+//! Several layers are measured together, and layers and head by turns, so that neither finds its
+//! weights in a cache where a real step would not.
 
 use std::time::{Duration, Instant};
 
@@ -15,8 +16,8 @@ use crate::{Engine, Isa, LoadError, StageInput, StageOutput, StageSpec};
 
 /// Weights to run through, so that caches do not flatter.
 const LAYER_BYTES: u64 = 16 << 20;
-/// Measurements; the fastest counts.
-const RUNS: u32 = 3;
+/// Measurements; the fastest counts. The plan is kept for long, so that it must not rest on chance.
+const RUNS: u32 = 8;
 
 /// Seconds of one layer and of the head for a decode of `spec.batch` rows.
 pub(super) fn profile(spec: &ProfileSpec, threads: usize) -> Result<StageProfile, LoadError> {
@@ -33,14 +34,20 @@ pub(super) fn profile(spec: &ProfileSpec, threads: usize) -> Result<StageProfile
     entries.push(entry(head_name(&config).to_owned(), spec.head_type, &head_dims));
     let sources: Vec<Source> = entries.into_iter().map(Source::Synthetic).collect();
     let isa = Isa::detect().map_err(LoadError::Settings)?;
-    let measure = |layers: u32, head: bool| {
+    let rig = |layers: u32, head: bool| {
         let host_threads = threads * spec.sharing.max(1) as usize;
         let stage = stage_spec(&config, layers, head, (spec.batch, threads, host_threads), isa);
-        time(&stage, &sources, spec.batch).map(|d| d.as_secs_f64())
+        Rig::load(&stage, &sources, spec.batch)
     };
+    let (mut stage, mut head) = (rig(layers, false)?, rig(0, true)?);
+    let [mut layer_time, mut head_time] = [Duration::MAX; 2];
+    for _ in 0..RUNS {
+        layer_time = layer_time.min(stage.run());
+        head_time = head_time.min(head.run());
+    }
     Ok(StageProfile {
-        layer_seconds: measure(layers, false)? / f64::from(layers),
-        head_seconds: measure(0, true)?,
+        layer_seconds: layer_time.as_secs_f64() / f64::from(layers),
+        head_seconds: head_time.as_secs_f64(),
     })
 }
 
@@ -73,43 +80,51 @@ fn stage_spec(
     }
 }
 
-/// The fastest of a few steps.
-fn time(spec: &StageSpec, sources: &[Source], batch: u32) -> Result<Duration, LoadError> {
-    let mut engine = CpuEngine::new();
-    engine.load_sources(spec, sources, &mut |_| {})?;
-    let sequences = || (0..batch.max(1)).map(|i| (SequenceId(u64::from(i)), i));
-    let meta = StepMeta {
-        rows: sequences()
-            .map(|(sequence, _)| Row {
-                sequence,
-                sequence_epoch: 0,
-                position: 0,
-                count: 1,
-                want: Want::Sample,
-            })
-            .collect(),
-        tables: sequences()
-            .map(|(sequence, i)| TableUpdate { sequence, first: 0, blocks: vec![i] })
-            .collect(),
-        ..StepMeta::default()
-    };
-    let width = spec.config.hidden as usize;
-    let input: Vec<f32> =
-        (0..meta.rows.len() * width).map(|i| (i % 13) as f32 / 13.0 - 0.5).collect();
-    let mut out = vec![0f32; input.len()];
-    let mut best = Duration::MAX;
-    for _ in 0..RUNS {
+/// A stage on made-up weights, and a step for it.
+struct Rig {
+    engine: CpuEngine,
+    meta: StepMeta,
+    input: Vec<f32>,
+    out: Vec<f32>,
+    head: bool,
+}
+
+impl Rig {
+    fn load(spec: &StageSpec, sources: &[Source], batch: u32) -> Result<Self, LoadError> {
+        let mut engine = CpuEngine::new();
+        engine.load_sources(spec, sources, &mut |_| {})?;
+        let sequences = || (0..batch.max(1)).map(|i| (SequenceId(u64::from(i)), i));
+        let row = |(sequence, _)| Row {
+            sequence,
+            sequence_epoch: 0,
+            position: 0,
+            count: 1,
+            want: Want::Sample,
+        };
+        let table = |(sequence, i)| TableUpdate { sequence, first: 0, blocks: vec![i] };
+        let meta = StepMeta {
+            rows: sequences().map(row).collect(),
+            tables: sequences().map(table).collect(),
+            ..StepMeta::default()
+        };
+        let width = spec.config.hidden as usize;
+        let input: Vec<f32> =
+            (0..meta.rows.len() * width).map(|i| (i % 13) as f32 / 13.0 - 0.5).collect();
+        let out = vec![0f32; input.len()];
+        Ok(Self { engine, meta, input, out, head: spec.head })
+    }
+
+    fn run(&mut self) -> Duration {
         let start = Instant::now();
-        let output = if spec.head {
+        let output = if self.head {
             StageOutput::Logits(&mut |_| {})
         } else {
-            StageOutput::Hidden(&mut out)
+            StageOutput::Hidden(&mut self.out)
         };
         // Made-up weights may overflow; the time is the same but for the error.
-        let _ = engine.step(&meta, StageInput::Hidden(&input), output);
-        best = best.min(start.elapsed());
+        let _ = self.engine.step(&self.meta, StageInput::Hidden(&self.input), output);
+        start.elapsed()
     }
-    Ok(best)
 }
 
 fn entry(name: String, dtype: TensorType, dims: &[u64]) -> TensorEntry {

@@ -52,10 +52,28 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Compute threads: as told, else a share of the cores.
+    /// Processes that share the host's cores, where it has so many nodes or stages.
+    fn processes_among(&self, sharing: u32) -> usize {
+        sharing.max(1).div_ceil(self.config.nodes_in_process.max(1)) as usize
+    }
+
+    /// Compute threads: as told, else this process's share of the cores.
     fn threads_among(&self, sharing: u32) -> usize {
-        let share = || self.cores / sharing.max(1) as usize;
+        let share = || self.cores / self.processes_among(sharing);
         self.config.threads.unwrap_or_else(share).max(1)
+    }
+
+    /// Why so many, for people.
+    fn why_threads(&self, sharing: u32) -> String {
+        let (cores, processes) = (self.cores, self.processes_among(sharing));
+        match (self.config.threads, processes, sharing) {
+            (Some(_), ..) => "as --threads says".to_owned(),
+            (None, 1, 0 | 1) => format!("all {cores} cores, the only stage on this host"),
+            (None, 1, _) => {
+                format!("all {cores} cores, {sharing} stages in this process take turns")
+            }
+            _ => format!("{cores} cores among {processes} processes with stages on this host"),
+        }
     }
 }
 
@@ -184,9 +202,11 @@ impl Node {
         self.say(NodeMessage::Heartbeat(beat));
     }
 
-    fn profile(&self, spec: ProfileSpec) {
+    fn profile(&self, mut spec: ProfileSpec) {
         let Some(link) = &self.link else { return };
         let threads = self.parts.threads_among(spec.sharing);
+        // Nodes of this process take turns.
+        spec.sharing = self.parts.processes_among(spec.sharing) as u32;
         let known =
             KnownProfile::new(&self.parts.config.cache, &spec, threads, &self.parts.machine);
         if let Some(profile) = known.get() {

@@ -43,7 +43,7 @@ pub(super) async fn load(
         head: assignment.next.is_none(),
         settings: assignment.settings.clone(),
         threads,
-        host_threads: threads * assignment.host_stages.max(1) as usize,
+        host_threads: threads * parts.processes_among(assignment.host_stages),
         isa: Isa::detect()?,
         packed_cache: Some(parts.config.cache.join("packed")),
     };
@@ -70,10 +70,7 @@ pub(super) async fn load(
     report.kv_bytes = stage.kv_bytes;
     report.threads = threads as u32;
     report.seconds = started.elapsed().as_secs_f64();
-    let why = match (parts.config.threads, assignment.host_stages) {
-        (Some(_), _) => "as --threads says".to_owned(),
-        (None, sharing) => format!("{} cores, {sharing} stages on this host", parts.cores),
-    };
+    let why = parts.why_threads(assignment.host_stages);
     let weights = describe(stage.weight_bytes, &stage.packing);
     let stage = assignment.stage;
     tracing::info!("stage {stage} loaded: {weights}; {threads} compute threads ({why})");
