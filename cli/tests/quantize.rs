@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use millrace_shared::model::TensorType;
 use millrace_shared::model::gguf::{Gguf, GgufWriter, Value};
@@ -180,6 +180,12 @@ fn on_load_a_copy_is_made_once_and_served() {
     let dir = dir();
     let d = dir.path();
     let source = model(d);
+    // A copy that nobody has used for long makes room.
+    let old = d.join("cache/quantized/old.gguf");
+    std::fs::create_dir_all(d.join("cache/quantized")).expect("a folder");
+    let long_ago = SystemTime::now() - Duration::from_hours(61 * 24);
+    let file = std::fs::File::create(&old).expect("a file");
+    file.set_modified(long_ago).expect("a time");
     let ask = |model: &str, more: &[&str]| {
         let args = ["generate", "--model", model, "--prompt", "abc", "--max-tokens", "6"];
         millrace(d, &[&args[..], &["--temperature", "0", "--output", "json"], more].concat())
@@ -202,6 +208,7 @@ fn on_load_a_copy_is_made_once_and_served() {
     assert_eq!(tokens(&succeeds(&again)), tokens(&answer));
     assert!(!text(&again.stderr).contains("quantising"), "{}", text(&again.stderr));
     assert_eq!(kept(d), (copy.clone(), made));
+    assert!(copy.with_extension("used").exists(), "use is marked");
     let copy = copy.to_str().expect("a UTF-8 path");
     assert_eq!(tokens(&succeeds(&ask(copy, &[]))), tokens(&answer));
 

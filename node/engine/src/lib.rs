@@ -5,6 +5,7 @@
 //! from the arithmetic. Nothing here is asynchronous and nothing knows of a network: frames come in
 //! and go out as owned buffers, and only the engine's own threads compute.
 
+pub mod cache;
 pub mod cpu;
 pub mod mock;
 pub mod model;

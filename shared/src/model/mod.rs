@@ -2,13 +2,11 @@
 
 mod config;
 pub mod gguf;
-mod known_hashes;
 mod layers;
 pub mod manifest;
 mod types;
 
 pub use config::{Family, ModelConfig, RopeConfig, RopeStyle};
-pub use known_hashes::{FileState, KnownHashes};
 pub use layers::{StageTensors, embedding_name, head_name, stage_tensors};
 pub use manifest::{ModelManifest, numerics_id};
 pub use types::{Dtype, TensorEntry, TensorType};

@@ -72,6 +72,9 @@ macro_rules! tensor_types {
         pub enum TensorType { $($name = $id,)* }
 
         impl TensorType {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
             /// From ggml's number.
             pub fn from_ggml(n: u32) -> Option<Self> {
                 match n { $($id => Some(Self::$name),)* _ => None }
@@ -125,6 +128,8 @@ tensor_types! {
     TQ1_0 = 34, "TQ1_0", 256, 54;
     TQ2_0 = 35, "TQ2_0", 256, 66;
     MXFP4 = 39, "MXFP4", 32, 17;
+    NVFP4 = 40, "NVFP4", 64, 36;
+    Q1_0 = 41, "Q1_0", 128, 18;
 }
 
 impl TensorType {
@@ -136,18 +141,43 @@ impl TensorType {
         (elements / self.block_elements()).checked_mul(self.block_bytes())
     }
 
+    /// The type as which the CPU engine computes with it: itself, or one that holds every value of
+    /// it exactly. `None` where there is none.
+    pub fn computed_as(self) -> Option<Self> {
+        Some(match self {
+            Self::F32
+            | Self::F16
+            | Self::BF16
+            | Self::Q4_0
+            | Self::Q4_1
+            | Self::Q8_0
+            | Self::Q4_K
+            | Self::Q6_K => self,
+            // `d * q` with an integer `q` of five bits, or of a table of i8.
+            Self::Q5_0 | Self::IQ4_NL => Self::Q8_0,
+            // `d * (scale - 32) * q` for each 16 elements.
+            Self::Q3_K => Self::Q6_K,
+            // `d * q` with a `q` of -1, 0 or 1.
+            Self::TQ1_0 | Self::TQ2_0 => Self::Q4_0,
+            _ => return None,
+        })
+    }
+
     /// Whether the CPU engine computes with it.
     pub fn is_supported(self) -> bool {
-        matches!(
-            self,
-            Self::F32
-                | Self::F16
-                | Self::BF16
-                | Self::Q4_0
-                | Self::Q4_1
-                | Self::Q8_0
-                | Self::Q4_K
-                | Self::Q6_K
+        self.computed_as().is_some()
+    }
+
+    /// What to do about a tensor of a type that the CPU engine does not compute with: the end of a
+    /// message.
+    pub fn advice() -> String {
+        let known = Self::ALL.iter().filter(|t| t.is_supported());
+        let names: Vec<&str> = known.map(|t| t.as_str()).collect();
+        format!(
+            "matrices can be {}, vectors F32; `millrace quantize` reads the same types, and makes \
+             F16 and BF16 vectors F32; convert other files elsewhere, for example with \
+             `llama-quantize --allow-requantize IN OUT Q8_0` of llama.cpp",
+            names.join(", ")
         )
     }
 }
@@ -173,5 +203,31 @@ impl TensorEntry {
     /// Elements in all.
     pub fn elements(&self) -> u64 {
         self.dims.iter().product()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::TensorType;
+
+    #[test]
+    fn types_are_computed_as_types_with_kernels() {
+        for &dtype in TensorType::ALL {
+            assert_eq!(TensorType::from_ggml(dtype as u32), Some(dtype));
+            if let Some(other) = dtype.computed_as() {
+                assert_eq!(other.computed_as(), Some(other), "{}", dtype.as_str());
+                let whole = dtype.block_elements().is_multiple_of(other.block_elements());
+                assert!(whole, "{} in blocks of another size", dtype.as_str());
+            }
+        }
+    }
+
+    #[test]
+    fn advice_names_what_is_computed() {
+        let advice = TensorType::advice();
+        for (name, there) in [("Q5_0,", true), ("Q3_K,", true), ("IQ4_NL,", true), ("Q5_1", false)]
+        {
+            assert_eq!(advice.contains(name), there, "{name} in: {advice}");
+        }
     }
 }

@@ -167,7 +167,7 @@ impl Store {
         };
         match header() {
             Ok(Ok(Header { crc, nanos, .. })) => {
-                // For `sweep`; a cache that cannot be written works as well.
+                // For `prune`; a cache that cannot be written works as well.
                 let _ = file.set_modified(SystemTime::now());
                 Some(Stored { file, crc, nanos })
             }

@@ -118,8 +118,9 @@ impl Gguf {
             Some(t) => Err(GgufError::Tensor {
                 tensor: t.name.clone(),
                 problem: format!(
-                    "type {} is not supported (supported: F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K)",
-                    t.dtype.as_str()
+                    "type {} is not supported: {}",
+                    t.dtype.as_str(),
+                    TensorType::advice()
                 ),
             }),
         }

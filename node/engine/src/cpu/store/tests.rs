@@ -132,29 +132,3 @@ fn keys_tell_everything_apart() {
     assert_eq!(key(&pair(&a, &unknown), 8), None, "unknown content is not kept");
     assert_eq!(key(&[Part::Vector(&a)], 8), None);
 }
-
-#[test]
-fn what_is_not_used_goes() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::new(dir.path());
-    let age = |key: u8, hours: u64| {
-        save(&store, [key; 32], &[key; 1000]);
-        let at = SystemTime::now() - Duration::from_hours(hours);
-        File::open(store.path(&[key; 32])).unwrap().set_modified(at).unwrap();
-    };
-    age(4, 24 * 90); // too old
-    age(1, 0);
-    age(2, 1);
-    age(3, 2);
-    age(5, 24 * 80); // old, but in use
-    let abandoned = dir.path().join("x.1-2-3.part");
-    let young = dir.path().join("y.1-2-3.part");
-    for (path, hours) in [(&abandoned, 2), (&young, 0)] {
-        let at = SystemTime::now() - Duration::from_hours(hours);
-        File::create(path).unwrap().set_modified(at).unwrap();
-    }
-    let there = |key: u8| store.path(&[key; 32]).exists();
-    store.sweep(&[[5; 32]], 2 * (HEADER_BYTES as u64 + 1000));
-    assert_eq!([1, 2, 3, 4, 5].map(there), [true, true, false, false, true]);
-    assert!(!abandoned.exists() && young.exists());
-}
