@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use anyhow::Context;
 use clap::Args;
-use millrace_shared::model::TensorEntry;
 use millrace_shared::model::gguf::{Array, Gguf, Value};
+use millrace_shared::model::{TensorEntry, TensorType};
 
 use crate::table::Align::{Left, Right};
 use crate::table::{Table, bytes};
@@ -96,10 +96,10 @@ fn layer_of(name: &str) -> Option<u32> {
 }
 
 fn type_table(tensors: &[TensorEntry]) -> Table {
-    let mut types: BTreeMap<&str, (bool, usize, u64, u64)> = BTreeMap::new();
+    let mut types: BTreeMap<&str, (Option<TensorType>, usize, u64, u64)> = BTreeMap::new();
     for t in tensors {
         let entry = types.entry(t.dtype.as_str()).or_default();
-        entry.0 = t.dtype.is_supported();
+        entry.0 = t.dtype.computed_as();
         entry.1 += 1;
         entry.2 += t.elements();
         entry.3 += t.bytes;
@@ -111,14 +111,18 @@ fn type_table(tensors: &[TensorEntry]) -> Table {
         ("bytes", Right),
         ("engine", Left),
     ]);
-    for (name, (supported, count, elements, bytes)) in &types {
-        let engine = if *supported { "cpu" } else { "unsupported" };
+    for (name, (computed, count, elements, bytes)) in &types {
+        let engine = match computed.map(TensorType::as_str) {
+            Some(own) if own == *name => "cpu".to_owned(),
+            Some(other) => format!("cpu, as {other}"),
+            None => "unsupported".to_owned(),
+        };
         table.row([
             (*name).to_owned(),
             count.to_string(),
             elements.to_string(),
             bytes.to_string(),
-            engine.to_owned(),
+            engine,
         ]);
     }
     table

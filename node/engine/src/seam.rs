@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use millrace_shared::model::{ModelConfig, TensorEntry};
+use millrace_shared::model::{ModelConfig, TensorEntry, TensorType};
 use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::StepMeta;
 
@@ -192,7 +192,8 @@ impl fmt::Debug for StageOutput<'_> {
 pub enum LoadError {
     /// A tensor's storage type has no kernel.
     #[error(
-        "tensor '{tensor}' has type {dtype}, which this engine does not compute with (supported: F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K)"
+        "tensor '{tensor}' has type {dtype}, which this engine does not compute with: {}",
+        TensorType::advice()
     )]
     UnsupportedType {
         /// Name.

@@ -1,8 +1,11 @@
 //! Load-time repacking: from the rows of a model file to the layout of `kernels::format`.
 //!
 //! Values do not change: quants and scales are moved, and for Q4_K the products of scales, exact in
-//! f32, are formed once. Also unpacks single rows, for the embedding.
+//! f32, are formed once. Types without a kernel of their own are packed as one that holds each of
+//! their values exactly (`converted`); types of which none does are not packed at all. Also unpacks
+//! single rows, for the embedding.
 
+mod converted;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
@@ -17,7 +20,7 @@ use super::buffer::Frozen;
 use super::kernels::format::{Format, Kind, with_format};
 #[cfg(test)]
 use crate::LoadError;
-use rows::{pack_floats, pack_quants, row_bytes};
+use rows::{Stored, pack_floats, pack_quants, with_stored};
 
 /// Rows of a float matrix that lie interleaved, whatever the instruction set.
 pub(crate) const FLOAT_ROWS: usize = 16;
@@ -26,9 +29,18 @@ pub(crate) const FLOAT_ROWS: usize = 16;
 #[cfg(test)]
 type ReadRows<'a> = dyn FnMut(usize, &mut [u8]) -> Result<(), LoadError> + 'a;
 
+/// A file's type and what its matrices are packed as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Packing {
+    from: TensorType,
+    kind: Kind,
+}
+
 /// How a matrix `rows x cols` is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
+    /// As in the file.
+    from: TensorType,
     pub(crate) kind: Kind,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
@@ -51,21 +63,9 @@ pub(crate) struct Packed {
     pub(crate) data: Frozen<u8>,
 }
 
-/// Thirty-two weights as every quantised format reduces to: `scale * sub * (q - bias) + min`.
-#[derive(Clone, Copy, Debug)]
-struct Block {
-    scale_bits: u16,
-    min_bits: u16,
-    scale: f32,
-    min: f32,
-    sub: [i8; 2],
-    /// As stored: with the bias.
-    q: [u8; 32],
-}
-
-/// The packed kind of a file's type; `None` where the engine has none.
-pub(crate) fn kind_of(dtype: TensorType) -> Option<Kind> {
-    Some(match dtype {
+/// What matrices of a file's type are packed as; `None` where the engine has nothing for it.
+pub(crate) fn kind_of(dtype: TensorType) -> Option<Packing> {
+    let kind = match dtype.computed_as()? {
         TensorType::F32 => Kind::F32,
         TensorType::F16 => Kind::F16,
         TensorType::BF16 => Kind::Bf16,
@@ -75,7 +75,8 @@ pub(crate) fn kind_of(dtype: TensorType) -> Option<Kind> {
         TensorType::Q4_K => Kind::Q4K,
         TensorType::Q6_K => Kind::Q6K,
         _ => return None,
-    })
+    };
+    Some(Packing { from: dtype, kind })
 }
 
 fn block_bytes<F: Format>(r: usize) -> usize {
@@ -84,13 +85,14 @@ fn block_bytes<F: Format>(r: usize) -> usize {
 
 impl Layout {
     /// Of a matrix; `r` is the rows per group of quantised kinds.
-    pub(crate) fn new(kind: Kind, (rows, cols): (usize, usize), r: usize) -> Self {
+    pub(crate) fn new(packing: Packing, (rows, cols): (usize, usize), r: usize) -> Self {
+        let Packing { from, kind } = packing;
         let (r, group_bytes) = match kind {
             Kind::F32 => (FLOAT_ROWS, FLOAT_ROWS * cols * 4),
             Kind::F16 | Kind::Bf16 => (FLOAT_ROWS, FLOAT_ROWS * cols * 2),
             _ => (r, cols / 32 * with_format!(kind, block_bytes(r), 0)),
         };
-        Self { kind, rows, cols, r, group_bytes }
+        Self { from, kind, rows, cols, r, group_bytes }
     }
 
     /// Groups of rows.
@@ -105,11 +107,7 @@ impl Layout {
 
     /// Bytes of a row in the file.
     pub(crate) fn row_bytes(&self) -> usize {
-        match self.kind {
-            Kind::F32 => self.cols * 4,
-            Kind::F16 | Kind::Bf16 => self.cols * 2,
-            kind => with_format!(kind, row_bytes(self.cols), 0),
-        }
+        self.cols / self.from.block_elements() as usize * self.from.block_bytes() as usize
     }
 
     /// Packs whole groups (the last one of the matrix may have fewer rows): `rows` as in the file
@@ -120,7 +118,7 @@ impl Layout {
             match self.kind {
                 Kind::F32 => pack_floats::<4>(rows, FLOAT_ROWS, self.cols, out),
                 Kind::F16 | Kind::Bf16 => pack_floats::<2>(rows, FLOAT_ROWS, self.cols, out),
-                kind => with_format!(kind, pack_quants(rows, self.r, self.cols, out), {}),
+                _ => with_stored!(self.from, pack_quants(rows, self.r, self.cols, out), {}),
             }
         }
     }
@@ -134,11 +132,6 @@ fn f16_at(b: &[u8], i: usize) -> f32 {
     half::f16::from_bits(u16_at(b, i)).to_f32()
 }
 
-/// Nibbles of 16 bytes: element `j` low in byte `j`, element `j + 16` high.
-fn nibbles(b: &[u8]) -> [u8; 32] {
-    std::array::from_fn(|j| if j < 16 { b[j] & 15 } else { b[j - 16] >> 4 })
-}
-
 /// 6-bit scale and minimum `j` of a Q4_K block.
 fn q4k_scales(s: &[u8], j: usize) -> (u8, u8) {
     if j < 4 {
@@ -146,55 +139,6 @@ fn q4k_scales(s: &[u8], j: usize) -> (u8, u8) {
     } else {
         ((s[j + 4] & 15) | ((s[j - 4] >> 6) << 4), (s[j + 4] >> 4) | ((s[j] >> 6) << 4))
     }
-}
-
-/// Element `e` of a Q6_K block, 0..=63.
-fn q6k_quant(b: &[u8], e: usize) -> u8 {
-    let (half, e) = (e / 128, e % 128);
-    let (part, l) = (e / 32, e % 32);
-    let low = b[half * 64 + (part % 2) * 32 + l];
-    let low = if part < 2 { low & 15 } else { low >> 4 };
-    let high = b[128 + half * 32 + l] >> (2 * part);
-    low | ((high & 3) << 4)
-}
-
-/// Weights `32 i ..` of a row in the file's layout.
-fn read_block(kind: Kind, row: &[u8], i: usize) -> Block {
-    let mut block =
-        Block { scale_bits: 0, min_bits: 0, scale: 0.0, min: 0.0, sub: [1, 1], q: [0; 32] };
-    match kind {
-        Kind::Q4_0 => {
-            let b = &row[i * 18..][..18];
-            block.scale_bits = u16_at(b, 0);
-            block.q = nibbles(&b[2..]);
-        }
-        Kind::Q4_1 => {
-            let b = &row[i * 20..][..20];
-            (block.scale_bits, block.min_bits) = (u16_at(b, 0), u16_at(b, 2));
-            block.q = nibbles(&b[4..]);
-        }
-        Kind::Q8_0 => {
-            let b = &row[i * 34..][..34];
-            block.scale_bits = u16_at(b, 0);
-            block.q = std::array::from_fn(|j| b[2 + j] ^ 0x80);
-        }
-        Kind::Q4K => {
-            let (b, sub) = (&row[i / 8 * 144..][..144], i % 8);
-            let (scale, min) = q4k_scales(&b[4..16], sub);
-            block.scale = f16_at(b, 0) * f32::from(scale);
-            block.min = -(f16_at(b, 2) * f32::from(min));
-            let qs = &b[16 + sub / 2 * 32..][..32];
-            block.q = std::array::from_fn(|j| if sub % 2 == 0 { qs[j] & 15 } else { qs[j] >> 4 });
-        }
-        Kind::Q6K => {
-            let (b, sub) = (&row[i / 8 * 210..][..210], i % 8);
-            block.scale_bits = u16_at(b, 208);
-            block.sub = [b[192 + sub * 2] as i8, b[193 + sub * 2] as i8];
-            block.q = std::array::from_fn(|j| q6k_quant(b, sub * 32 + j));
-        }
-        Kind::F32 | Kind::F16 | Kind::Bf16 => unreachable!("float rows have no blocks"),
-    }
-    block
 }
 
 /// Where element `j` of a block lies among the quants of lane `lane`: byte, and whether high.
@@ -242,7 +186,7 @@ fn unpack_row<F: Format>(group: &[u8], r: usize, lane: usize, out: &mut [f32]) {
 /// A row in the file's layout as numbers, exactly as [`Packed::unpack`] gives them; `out` has the
 /// row's elements. `false` where the engine does not know the type.
 pub(crate) fn dequantise_row(dtype: TensorType, row: &[u8], out: &mut [f32]) -> bool {
-    let Some(kind) = kind_of(dtype) else { return false };
+    let Some(Packing { kind, .. }) = kind_of(dtype) else { return false };
     let halves = row.chunks_exact(2).map(|b| u16_at(b, 0));
     match kind {
         Kind::F32 => {
@@ -256,52 +200,36 @@ pub(crate) fn dequantise_row(dtype: TensorType, row: &[u8], out: &mut [f32]) -> 
         Kind::Bf16 => {
             out.iter_mut().zip(halves).for_each(|(o, b)| *o = half::bf16::from_bits(b).to_f32());
         }
-        _ => with_format!(kind, dequantise_blocks(kind, row, out), {}),
+        _ => with_stored!(dtype, dequantise_blocks(row, out), {}),
     }
     true
 }
 
-fn dequantise_blocks<F: Format>(kind: Kind, row: &[u8], out: &mut [f32]) {
+fn dequantise_blocks<S: Stored>(row: &[u8], out: &mut [f32]) {
     for (i, out) in out.chunks_exact_mut(32).enumerate() {
-        let block = read_block(kind, row, i);
-        let half = |bits| half::f16::from_bits(bits).to_f32();
-        let (scale, min) = if F::WIDE_SCALE {
-            (block.scale, block.min)
-        } else {
-            (half(block.scale_bits), half(block.min_bits))
-        };
-        for (j, (out, &q)) in out.iter_mut().zip(&block.q).enumerate() {
-            let q = (i32::from(q) - F::BIAS) as f32;
-            *out = if F::MIN {
-                // The product is exact, so this has the one rounding of a fused multiply-add.
-                scale * q + min
-            } else if F::HALVES {
-                (scale * f32::from(block.sub[j / 16])) * q
-            } else {
-                scale * q
-            };
-        }
+        let block = &row[i / S::PARTS * S::FILE_BYTES..][..S::FILE_BYTES];
+        S::read(block, i % S::PARTS).dequantise::<S::Packed>(out);
     }
 }
 
 impl Packed {
     /// A matrix that was packed so.
     pub(crate) fn new(layout: Layout, data: Frozen<u8>) -> Self {
-        let Layout { kind, rows, cols, r, group_bytes } = layout;
+        let Layout { kind, rows, cols, r, group_bytes, .. } = layout;
         assert_eq!(data.len() as u64, layout.bytes(), "invariant: all groups");
         Self { kind, rows, cols, r, group_bytes, data }
     }
 
-    /// Packs a matrix whose rows, as in the file, `read(first_row, bytes)` gives.
+    /// Packs a matrix of a supported type whose rows, as in the file, `read(first_row, bytes)` gives.
     #[cfg(test)]
     pub(crate) fn pack(
-        kind: Kind,
+        dtype: TensorType,
         size: (usize, usize),
         r: usize,
         arena: &mut Arena,
         read: &mut ReadRows<'_>,
     ) -> Result<Self, LoadError> {
-        let layout = Layout::new(kind, size, r);
+        let layout = Layout::new(kind_of(dtype).unwrap(), size, r);
         let mut data = arena.take::<u8>(layout.bytes() as usize)?;
         let mut rows = vec![0u8; layout.rows * layout.row_bytes()];
         read(0, &mut rows)?;

@@ -1,8 +1,9 @@
 //! Every kernel in every instruction set against the plain one, bit by bit, and against f64 within
 //! tolerance.
 
+use millrace_shared::model::TensorType;
+
 use super::elementwise::{self as ew, QuantOut};
-use super::format::Kind;
 use super::matmul::{Output, matmul};
 use crate::Isa;
 use crate::cpu::buffer::{Arena, Shared};
@@ -30,36 +31,48 @@ pub(super) fn isas() -> Vec<Isa> {
     [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().filter(|&i| i <= Isa::best()).collect()
 }
 
-const KINDS: [Kind; 8] =
-    [Kind::Q4_0, Kind::Q4_1, Kind::Q4K, Kind::Q8_0, Kind::Q6K, Kind::F32, Kind::F16, Kind::Bf16];
+const TYPES: [TensorType; 13] = [
+    TensorType::Q4_0,
+    TensorType::Q4_1,
+    TensorType::Q4_K,
+    TensorType::Q8_0,
+    TensorType::Q6_K,
+    TensorType::F32,
+    TensorType::F16,
+    TensorType::BF16,
+    TensorType::Q5_0,
+    TensorType::Q3_K,
+    TensorType::IQ4_NL,
+    TensorType::TQ1_0,
+    TensorType::TQ2_0,
+];
 
-/// Bytes of a block in a file, elements in it, and where its f16 scales lie.
-fn shape(kind: Kind) -> (usize, usize, &'static [usize]) {
-    match kind {
-        Kind::Q4_0 => (18, 32, &[0]),
-        Kind::Q4_1 => (20, 32, &[0, 2]),
-        Kind::Q8_0 => (34, 32, &[0]),
-        Kind::Q4K => (144, 256, &[0, 2]),
-        Kind::Q6K => (210, 256, &[208]),
-        Kind::F32 => (4, 1, &[]),
-        Kind::F16 | Kind::Bf16 => (2, 1, &[0]),
+/// Where the f16 scales of a block lie in a file.
+fn scales(dtype: TensorType) -> &'static [usize] {
+    match dtype {
+        TensorType::Q4_1 | TensorType::Q4_K => &[0, 2],
+        TensorType::Q6_K => &[208],
+        TensorType::Q3_K => &[108],
+        TensorType::TQ1_0 => &[52],
+        TensorType::TQ2_0 => &[64],
+        TensorType::F32 => &[],
+        _ => &[0],
     }
 }
 
 /// A random matrix in the layout of a file: random quants, small scales.
-fn matrix(kind: Kind, rows: usize, cols: usize, random: &mut Random) -> Vec<u8> {
-    let (bytes, elements, scales) = shape(kind);
+fn matrix(dtype: TensorType, rows: usize, cols: usize, random: &mut Random) -> Vec<u8> {
     let mut out = Vec::new();
-    for _ in 0..rows * cols / elements {
-        let mut block: Vec<u8> = (0..bytes).map(|_| random.next() as u8).collect();
+    for _ in 0..(rows * cols) as u64 / dtype.block_elements() {
+        let mut block: Vec<u8> = (0..dtype.block_bytes()).map(|_| random.next() as u8).collect();
         let mut value = random.float() * 0.1;
-        match kind {
-            Kind::F32 => block.copy_from_slice(&value.to_le_bytes()),
-            Kind::Bf16 => {
+        match dtype {
+            TensorType::F32 => block.copy_from_slice(&value.to_le_bytes()),
+            TensorType::BF16 => {
                 block.copy_from_slice(&half::bf16::from_f32(value).to_bits().to_le_bytes());
             }
             _ => {
-                for &at in scales {
+                for &at in scales(dtype) {
                     let bits = half::f16::from_f32(value).to_bits().to_le_bytes();
                     block[at..at + 2].copy_from_slice(&bits);
                     value = random.float() * 0.1;
@@ -71,13 +84,13 @@ fn matrix(kind: Kind, rows: usize, cols: usize, random: &mut Random) -> Vec<u8> 
     out
 }
 
-fn pack(kind: Kind, (rows, cols): (usize, usize), r: usize, data: &[u8]) -> Packed {
+fn pack(dtype: TensorType, (rows, cols): (usize, usize), r: usize, data: &[u8]) -> Packed {
     let row = data.len() / rows;
     let mut read = |first: usize, out: &mut [u8]| {
         out.copy_from_slice(&data[first * row..][..out.len()]);
         Ok(())
     };
-    Packed::pack(kind, (rows, cols), r, &mut Arena::new("a test"), &mut read).unwrap()
+    Packed::pack(dtype, (rows, cols), r, &mut Arena::new("a test"), &mut read).unwrap()
 }
 
 fn quantise(isa: Isa, t: &mut Tensor) {
@@ -122,16 +135,16 @@ pub(super) fn bits(x: &[f32]) -> Vec<u32> {
 #[test]
 fn products_are_the_same_bits_everywhere_and_close_to_exact() {
     let mut random = Random(7);
-    for kind in KINDS {
-        let step = shape(kind).1.max(32);
+    for dtype in TYPES {
+        let step = dtype.block_elements().max(32) as usize;
         for (rows, cols, columns) in
             [(1, step, 1), (7, step * 3, 9), (33, step, 17), (960, step * 2, 3), (16, step, 70)]
         {
-            let file = matrix(kind, rows, cols, &mut random);
+            let file = matrix(dtype, rows, cols, &mut random);
             let seed = random.next();
             let reference = {
                 let x = activations(Isa::Scalar, columns, cols, &mut Random(seed));
-                let w = [pack(kind, (rows, cols), 8, &file)];
+                let w = [pack(dtype, (rows, cols), 8, &file)];
                 let got = product(Isa::Scalar, 1, &w, &x, false);
                 close_to_exact(&w[0], &x, &got);
                 got
@@ -139,9 +152,9 @@ fn products_are_the_same_bits_everywhere_and_close_to_exact() {
             for isa in isas() {
                 for threads in [1, 2, 3] {
                     let x = activations(isa, columns, cols, &mut Random(seed));
-                    let w = [pack(kind, (rows, cols), group(isa), &file)];
+                    let w = [pack(dtype, (rows, cols), group(isa), &file)];
                     let got = product(isa, threads, &w, &x, false);
-                    assert_eq!(bits(&got), bits(&reference), "{kind:?} {isa} {rows}x{cols}");
+                    assert_eq!(bits(&got), bits(&reference), "{dtype:?} {isa} {rows}x{cols}");
                 }
             }
         }
@@ -167,12 +180,15 @@ fn close_to_exact(w: &Packed, x: &Tensor, got: &[f32]) {
 #[test]
 fn several_matrices_and_addition() {
     let mut random = Random(11);
-    let q = matrix(Kind::Q4_1, 40, 64, &mut random);
-    let v = matrix(Kind::Q8_0, 9, 64, &mut random);
+    let q = matrix(TensorType::Q4_1, 40, 64, &mut random);
+    let v = matrix(TensorType::Q8_0, 9, 64, &mut random);
     for isa in isas() {
         let x = activations(isa, 5, 64, &mut Random(3));
         let pack_both = || {
-            [pack(Kind::Q4_1, (40, 64), group(isa), &q), pack(Kind::Q8_0, (9, 64), group(isa), &v)]
+            [
+                pack(TensorType::Q4_1, (40, 64), group(isa), &q),
+                pack(TensorType::Q8_0, (9, 64), group(isa), &v),
+            ]
         };
         let [a, b] = pack_both();
         let (first, second) = (product(isa, 1, &[a], &x, false), product(isa, 1, &[b], &x, false));

@@ -1,26 +1,33 @@
 //! The packed layout, byte by byte: files of packed weights are found by the revision of the layout,
 //! so no change of it must go without another revision.
 
+use millrace_shared::model::TensorType;
+
 use crate::cpu::buffer::Arena;
-use crate::cpu::kernels::format::{Kind, LAYOUT_REVISION};
+use crate::cpu::kernels::format::LAYOUT_REVISION;
 use crate::cpu::pack::Packed;
 
 /// CRC32C of a matrix of 19 rows, packed in groups of 8 and of 16.
-const LAYOUTS: [(Kind, [u32; 2]); 8] = [
-    (Kind::Q4_0, [0xe13a737d, 0xdc8fe3a9]),
-    (Kind::Q4_1, [0x57101b1b, 0x6ba8258c]),
-    (Kind::Q4K, [0x3c5816cc, 0x6ee7f66e]),
-    (Kind::Q8_0, [0x65dbb9e8, 0xbfba1ee]),
-    (Kind::Q6K, [0x5f6621b5, 0x16f57391]),
-    (Kind::F32, [0x35be07d7, 0x35be07d7]),
-    (Kind::F16, [0x3d554ba2, 0x3d554ba2]),
-    (Kind::Bf16, [0x3d554ba2, 0x3d554ba2]),
+const LAYOUTS: [(TensorType, [u32; 2]); 13] = [
+    (TensorType::Q4_0, [0xe13a737d, 0xdc8fe3a9]),
+    (TensorType::Q4_1, [0x57101b1b, 0x6ba8258c]),
+    (TensorType::Q4_K, [0x3c5816cc, 0x6ee7f66e]),
+    (TensorType::Q8_0, [0x65dbb9e8, 0xbfba1ee]),
+    (TensorType::Q6_K, [0x5f6621b5, 0x16f57391]),
+    (TensorType::F32, [0x35be07d7, 0x35be07d7]),
+    (TensorType::F16, [0x3d554ba2, 0x3d554ba2]),
+    (TensorType::BF16, [0x3d554ba2, 0x3d554ba2]),
+    (TensorType::Q5_0, [0xf3bdfca5, 0x11dabf39]),
+    (TensorType::Q3_K, [0xb7796234, 0x32a41245]),
+    (TensorType::IQ4_NL, [0x797fe45, 0x4077f499]),
+    (TensorType::TQ1_0, [0xcad3f404, 0xc851fc26]),
+    (TensorType::TQ2_0, [0x7f022752, 0x56f149fb]),
 ];
 
 #[test]
 fn another_layout_needs_another_revision() {
     assert_eq!(LAYOUT_REVISION, 1, "then the sums below are to be taken anew");
-    let found = LAYOUTS.map(|(kind, _)| {
+    let found = LAYOUTS.map(|(dtype, _)| {
         let sums = [8, 16].map(|r| {
             let mut state = 0x1234_5678_u32;
             let mut read = |_: usize, rows: &mut [u8]| {
@@ -32,10 +39,10 @@ fn another_layout_needs_another_revision() {
                 Ok(())
             };
             let mut arena = Arena::new("a test");
-            let packed = Packed::pack(kind, (19, 512), r, &mut arena, &mut read).unwrap();
+            let packed = Packed::pack(dtype, (19, 512), r, &mut arena, &mut read).unwrap();
             crc32c::crc32c(&packed.data)
         });
-        (kind, sums)
+        (dtype, sums)
     });
     assert_eq!(found, LAYOUTS, "raise LAYOUT_REVISION: packed files have another layout");
 }

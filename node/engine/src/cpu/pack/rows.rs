@@ -8,16 +8,18 @@ use crate::cpu::kernels::format::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0};
 
 /// Thirty-two weights on their way: `scale * sub * (q - bias) + min`.
 pub(super) struct Words {
-    /// Bits of the scale and of the minimum, as they are stored.
-    scale: u32,
-    min: u32,
-    sub: [i8; 2],
-    /// Quants as they are stored, four bytes each; nibbles have the first four words.
-    quants: [u32; 8],
+    /// Bits of the scale and of the minimum, as they are packed.
+    pub(super) scale: u32,
+    pub(super) min: u32,
+    pub(super) sub: [i8; 2],
+    /// Quants as they are packed, four bytes each; nibbles have the first four words.
+    pub(super) quants: [u32; 8],
 }
 
 /// A format that model files have.
-pub(super) trait Stored: Format {
+pub(super) trait Stored {
+    /// What it is packed as.
+    type Packed: Format;
     /// Bytes of a block of the file.
     const FILE_BYTES: usize;
     /// Blocks of 32 in it.
@@ -27,21 +29,73 @@ pub(super) trait Stored: Format {
     fn read(block: &[u8], part: usize) -> Words;
 }
 
-fn word(bytes: &[u8], at: usize) -> u32 {
+/// Calls `$f::<S>` with the [`Stored`] format of a file's quantised type; `$else` for other types.
+macro_rules! with_stored {
+    ($dtype:expr, $f:ident ( $($arg:expr),* ), $else:expr) => {{
+        use $crate::cpu::kernels::format;
+        use $crate::cpu::pack::converted;
+        match $dtype {
+            TensorType::Q4_0 => $f::<format::Q4_0>($($arg),*),
+            TensorType::Q4_1 => $f::<format::Q4_1>($($arg),*),
+            TensorType::Q5_0 => $f::<converted::Q5_0>($($arg),*),
+            TensorType::Q8_0 => $f::<format::Q8_0>($($arg),*),
+            TensorType::Q3_K => $f::<converted::Q3K>($($arg),*),
+            TensorType::Q4_K => $f::<format::Q4K>($($arg),*),
+            TensorType::Q6_K => $f::<format::Q6K>($($arg),*),
+            TensorType::IQ4_NL => $f::<converted::Iq4Nl>($($arg),*),
+            TensorType::TQ1_0 => $f::<converted::Tq1_0>($($arg),*),
+            TensorType::TQ2_0 => $f::<converted::Tq2_0>($($arg),*),
+            _ => $else,
+        }
+    }};
+}
+pub(super) use with_stored;
+
+impl Words {
+    /// The 32 values, of weights packed as `F`.
+    pub(super) fn dequantise<F: Format>(&self, out: &mut [f32]) {
+        let value = |bits: u32| match F::WIDE_SCALE {
+            true => f32::from_bits(bits),
+            false => half::f16::from_bits(bits as u16).to_f32(),
+        };
+        let (scale, min) = (value(self.scale), value(self.min));
+        for (j, out) in out.iter_mut().enumerate() {
+            let at = if F::NIBBLES { j % 16 } else { j };
+            let byte = self.quants[at / 4].to_le_bytes()[at % 4];
+            let q = match (F::NIBBLES, j < 16) {
+                (true, true) => byte & 15,
+                (true, false) => byte >> 4,
+                (false, _) => byte,
+            };
+            let q = (i32::from(q) - F::BIAS) as f32;
+            *out = if F::MIN {
+                // The product is exact, so this has the one rounding of a fused multiply-add.
+                scale * q + min
+            } else if F::HALVES {
+                (scale * f32::from(self.sub[j / 16])) * q
+            } else {
+                scale * q
+            };
+        }
+    }
+}
+
+pub(super) fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
 /// Sixteen bytes as four words.
-fn words(bytes: &[u8]) -> [u32; 4] {
+pub(super) fn words(bytes: &[u8]) -> [u32; 4] {
     std::array::from_fn(|i| word(bytes, i * 4))
 }
 
 /// Four words of nibble pairs, and nothing where the others would be.
-fn nibbles(low: [u32; 4]) -> [u32; 8] {
+pub(super) fn nibbles(low: [u32; 4]) -> [u32; 8] {
     [low[0], low[1], low[2], low[3], 0, 0, 0, 0]
 }
 
 impl Stored for Q4_0 {
+    type Packed = Self;
     const FILE_BYTES: usize = 18;
 
     #[inline(always)]
@@ -52,6 +106,7 @@ impl Stored for Q4_0 {
 }
 
 impl Stored for Q4_1 {
+    type Packed = Self;
     const FILE_BYTES: usize = 20;
 
     #[inline(always)]
@@ -62,6 +117,7 @@ impl Stored for Q4_1 {
 }
 
 impl Stored for Q8_0 {
+    type Packed = Self;
     const FILE_BYTES: usize = 34;
 
     #[inline(always)]
@@ -72,6 +128,7 @@ impl Stored for Q8_0 {
 }
 
 impl Stored for Q4K {
+    type Packed = Self;
     const FILE_BYTES: usize = 144;
     const PARTS: usize = 8;
 
@@ -94,6 +151,7 @@ impl Stored for Q4K {
 }
 
 impl Stored for Q6K {
+    type Packed = Self;
     const FILE_BYTES: usize = 210;
     const PARTS: usize = 8;
 
@@ -131,19 +189,15 @@ fn write<F: Format>(out: &mut [u8], r: usize, lane: usize, words: &Words) {
 }
 
 /// Packs the rows of one group, at most `r` of `cols` weights; what `out` has for others stays.
-pub(super) fn pack_quants<F: Stored>(rows: &[u8], r: usize, cols: usize, out: &mut [u8]) {
-    let row_bytes = cols / 32 / F::PARTS * F::FILE_BYTES;
-    for (i, out) in out.chunks_exact_mut(F::block_bytes(r)).enumerate() {
-        let at = i / F::PARTS * F::FILE_BYTES;
+pub(super) fn pack_quants<S: Stored>(rows: &[u8], r: usize, cols: usize, out: &mut [u8]) {
+    let row_bytes = cols / 32 / S::PARTS * S::FILE_BYTES;
+    for (i, out) in out.chunks_exact_mut(S::Packed::block_bytes(r)).enumerate() {
+        let at = i / S::PARTS * S::FILE_BYTES;
         for (lane, row) in rows.chunks_exact(row_bytes).enumerate() {
-            write::<F>(out, r, lane, &F::read(&row[at..][..F::FILE_BYTES], i % F::PARTS));
+            let words = S::read(&row[at..][..S::FILE_BYTES], i % S::PARTS);
+            write::<S::Packed>(out, r, lane, &words);
         }
     }
-}
-
-/// Bytes of a row in the file.
-pub(super) fn row_bytes<F: Stored>(cols: usize) -> usize {
-    cols / 32 / F::PARTS * F::FILE_BYTES
 }
 
 /// Packs the rows of one group of floats of `B` bytes: element by element, `lanes` rows side by side.
