@@ -8,6 +8,17 @@ use serde::Deserialize;
 
 use crate::error::usage;
 
+/// A short text of this program's, scored where none is given.
+const SAMPLE: &str = include_str!("sample.txt");
+
+/// [`text`] of a file, or the sample.
+///
+/// # Errors
+/// As [`text`].
+pub(crate) fn text_or_sample(path: Option<&Path>) -> anyhow::Result<String> {
+    path.map_or_else(|| Ok(SAMPLE.to_owned()), text)
+}
+
 /// Reads a file of UTF-8 text; `-` is stdin.
 ///
 /// # Errors

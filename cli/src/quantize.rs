@@ -27,7 +27,7 @@ const EXAMPLES: &str = "\
 Examples:
   millrace quantize model-f16.gguf model-q8.gguf --type q8_0
       half the bytes; answers hardly change
-  millrace quantize model-f16.gguf model-q4.gguf --type q4_1 --eval text.txt
+  millrace quantize model-f16.gguf model-q4.gguf --type q4_1 --eval
       about a third, and the likelihood of a text before and after
   millrace quantize q4.gguf f32.gguf --type f32 --allow-requantize
       exactly the same numbers as floats, for programs that read nothing else
@@ -64,9 +64,10 @@ pub(crate) struct QuantizeArgs {
     /// Threads [default: the cores this process may use]; they change nothing but the time
     #[arg(long, short = 't', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// UTF-8 text whose likelihood is computed with both files; - reads stdin
-    #[arg(long, value_name = "FILE")]
-    eval: Option<PathBuf>,
+    /// Also compute the likelihood of a text with both files [FILE: UTF-8, - reads stdin; without
+    /// it: a short text of this program's]
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    eval: Option<Option<PathBuf>>,
     /// Show each tensor instead of one line for all layers
     #[arg(long)]
     per_tensor: bool,
@@ -95,7 +96,7 @@ struct Report {
     relative_rmse: f64,
     max_error: f32,
     seconds: f64,
-    /// Likelihoods of the text given with `--eval`.
+    /// Likelihoods of the text of `--eval`.
     eval: Option<Eval>,
     tensors: Vec<Row>,
 }
@@ -124,7 +125,7 @@ pub(crate) async fn run(args: QuantizeArgs) -> anyhow::Result<()> {
     if !args.force && args.target.exists() {
         return Err(explain(QuantizeError::Exists(args.target)));
     }
-    let text = args.eval.as_deref().map(input::text).transpose()?;
+    let text = args.eval.as_ref().map(|file| input::text_or_sample(file.as_deref())).transpose()?;
     let begun = Instant::now();
     let tensors = write(&args, &plan, &source)?;
     let seconds = begun.elapsed().as_secs_f64();

@@ -142,6 +142,12 @@ fn a_copy_and_its_report() {
     assert!(number("/bits_per_weight_after") < 9.0);
     let (before, after) = (number("/eval/before/mean_nll"), number("/eval/after/mean_nll"));
     assert!((before - after).abs() < 0.05 && before > 1.0, "{before} {after}");
+
+    let shown = succeeds(&millrace(
+        dir.path(),
+        &["quantize", "tiny.gguf", "a.gguf", "--type", "q8_0", "--eval"],
+    ));
+    assert!(shown.contains("eval nll: "), "the program's own text: {shown}");
 }
 
 #[test]

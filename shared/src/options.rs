@@ -68,18 +68,24 @@ impl FromStr for EngineKind {
     }
 }
 
-#[cfg(feature = "clap")]
-fn kv_dtype(s: &str) -> Result<Dtype, String> {
-    match s.parse()? {
-        d @ (Dtype::F16 | Dtype::F32 | Dtype::Int8) => Ok(d),
+/// The KV cache's type from a flag.
+///
+/// # Errors
+/// If it is none of f16, f32 and int8.
+pub fn kv_dtype(s: &str) -> Result<Dtype, String> {
+    match s.parse() {
+        Ok(d @ (Dtype::F16 | Dtype::F32 | Dtype::Int8)) => Ok(d),
         _ => Err(format!("the KV cache cannot be stored as '{s}': use f16, f32 or int8")),
     }
 }
 
-#[cfg(feature = "clap")]
-fn activation_dtype(s: &str) -> Result<Dtype, String> {
-    match s.parse()? {
-        d @ (Dtype::F32 | Dtype::Bf16 | Dtype::F16) => Ok(d),
+/// The activations' type from a flag.
+///
+/// # Errors
+/// If it is none of f32, bf16 and f16.
+pub fn activation_dtype(s: &str) -> Result<Dtype, String> {
+    match s.parse() {
+        Ok(d @ (Dtype::F32 | Dtype::Bf16 | Dtype::F16)) => Ok(d),
         _ => Err(format!("activations cannot be '{s}': use f32, bf16 or f16")),
     }
 }
@@ -125,6 +131,23 @@ impl Default for EngineOptions {
             kv_cache_dtype: Dtype::F16,
             activation_dtype: Dtype::F32,
             engine: EngineKind::Cpu,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_place_has_its_types() {
+        assert_eq!(kv_dtype("int8"), Ok(Dtype::Int8));
+        assert_eq!(activation_dtype("bf16"), Ok(Dtype::Bf16));
+        for bad in ["bf16", "u32", "f8", ""] {
+            assert!(kv_dtype(bad).is_err_and(|e| e.ends_with("use f16, f32 or int8")), "{bad}");
+        }
+        for bad in ["int8", "u32", "f8"] {
+            assert!(activation_dtype(bad).is_err_and(|e| e.ends_with("use f32, bf16 or f16")));
         }
     }
 }

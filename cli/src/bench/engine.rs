@@ -8,7 +8,7 @@ use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::text::Tokenizer;
 use millrace_engine::Isa;
 use millrace_shared::model::Dtype;
-use millrace_shared::options::DEFAULT_PREFILL_CHUNK;
+use millrace_shared::options::{DEFAULT_PREFILL_CHUNK, activation_dtype, kv_dtype};
 use serde::Serialize;
 
 use super::bound::{Limits, Run, Work};
@@ -21,8 +21,6 @@ use crate::output::{self, TableOrJson};
 use crate::table::Align::{Left, Right};
 use crate::table::{Table, bytes, figure};
 
-/// Scored by `--nll` without a file.
-const SAMPLE: &str = include_str!("sample.txt");
 /// Longest window of a text that is scored, as in `eval nll`.
 const WINDOW: u32 = 2048;
 
@@ -56,10 +54,10 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = DEFAULT_PREFILL_CHUNK, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(super) prefill_chunk: u32,
     /// Stored type of keys and values: f16, f32 or int8
-    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = kv_dtype)]
     pub(super) kv_cache_dtype: Dtype,
     /// Type of activations between layers: f32, bf16 or f16
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = activation_dtype)]
     pub(super) activation_dtype: Dtype,
     /// Also print where the time of a step goes; a clock around each operation slows it a little
     #[arg(long)]
@@ -163,7 +161,7 @@ pub(crate) fn run(args: &EngineArgs) -> anyhow::Result<()> {
 /// Tokens of the text whose likelihood is asked for; none if none is.
 fn text_to_score(args: &EngineArgs, model: &Model) -> anyhow::Result<Vec<u32>> {
     let Some(file) = &args.nll else { return Ok(Vec::new()) };
-    let text = file.as_ref().map_or_else(|| Ok(SAMPLE.to_owned()), |path| input::text(path))?;
+    let text = input::text_or_sample(file.as_deref())?;
     let tokens = Tokenizer::from_gguf(&model.gguf)?.encode(&text, true)?;
     if tokens.len() < 2 {
         return Err(usage("--nll: the text has fewer than two tokens: there is nothing to score"));
@@ -183,9 +181,6 @@ fn score(rig: &mut Rig, windows: &[&[u32]]) -> anyhow::Result<(Option<f64>, Opti
 
 /// Checks the lists; returns the thread counts.
 fn validate(args: &EngineArgs) -> anyhow::Result<Vec<usize>> {
-    if args.kv_cache_dtype == Dtype::Bf16 {
-        return Err(usage("--kv-cache-dtype bf16: the cache holds f16, f32 or int8"));
-    }
     if args.prefill.contains(&0) || args.batch.contains(&0) || args.decode == 0 {
         return Err(usage("--prefill, --batch and --decode must be at least 1"));
     }
