@@ -5,8 +5,9 @@
 //! multiplications of f64 in one written order, no branches, so that the compiler may use SIMD
 //! without changing a bit. Relative error below 2e-14; `e^0` is exactly 1.
 
-/// Below this a term vanishes in any sum that contains a 1; its exponential is given as 0.
-const NEGLIGIBLE: f64 = -60.0;
+/// Below this a term vanishes in any sum that contains a 1 (it is less than half of the last place);
+/// its exponential is given as 0.
+const NEGLIGIBLE: f64 = -37.0;
 /// Adding it rounds to an integer, which then lies in the low bits.
 const ROUND: f64 = 6_755_399_441_055_744.0;
 const LN2_HIGH: f64 = 6.931_471_803_691_238e-1;
@@ -27,7 +28,7 @@ const FACTORIALS: [f64; 12] = [
     1.0,
 ];
 
-/// `e^x` for `x <= 0` (or NaN, which gives 0); 0 below -60.
+/// `e^x` for `x <= 0` (or NaN, which gives 0); 0 from -37 down.
 #[inline(always)]
 pub(super) fn exp(x: f64) -> f64 {
     let kept = x > NEGLIGIBLE;
@@ -45,16 +46,41 @@ pub(super) fn exp(x: f64) -> f64 {
     if kept { e } else { 0.0 }
 }
 
-/// `out[i] = e^((logits[i] - max) / temperature)`; `max` is the largest logit.
+/// `out[i] = e^((logits[i] - max) / temperature)`; `max` is the largest logit. Blocks without any
+/// weight, which at low temperatures are nearly all, are passed over.
 pub(super) fn weights(logits: &[f32], max: f32, temperature: f64, out: &mut Vec<f64>) {
     out.clear();
-    out.extend(logits.iter().map(|&logit| weight(logit, max, temperature)));
+    out.resize(logits.len(), 0.0);
+    for (logits, out) in logits.chunks(BLOCK).zip(out.chunks_mut(BLOCK)) {
+        if exponent(largest(logits), max, temperature) > NEGLIGIBLE {
+            for (out, &logit) in out.iter_mut().zip(logits) {
+                *out = weight(logit, max, temperature);
+            }
+        }
+    }
+}
+
+/// The largest of a block.
+fn largest(block: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for part in block.chunks(16) {
+        for (max, &x) in lanes.iter_mut().zip(part) {
+            *max = if x > *max { x } else { *max };
+        }
+    }
+    lanes.iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m })
+}
+
+/// What a weight is the exponential of; it grows with the logit, rounding included.
+#[inline(always)]
+fn exponent(logit: f32, max: f32, temperature: f64) -> f64 {
+    (f64::from(logit) - f64::from(max)) / temperature
 }
 
 /// One of [`weights`].
 #[inline(always)]
 pub(super) fn weight(logit: f32, max: f32, temperature: f64) -> f64 {
-    exp((f64::from(logit) - f64::from(max)) / temperature)
+    exp(exponent(logit, max, temperature))
 }
 
 /// Sums run over blocks of this many, then over the blocks: in order both times.
@@ -86,8 +112,24 @@ mod tests {
             }
             assert!((exp(x) / expected - 1.0).abs() < 2e-14, "{x}: {} {expected}", exp(x));
         }
-        for x in [-60.0, -61.0, -1e300, f64::NEG_INFINITY, f64::NAN] {
+        for x in [-37.0, -61.0, -1e300, f64::NEG_INFINITY, f64::NAN] {
             assert_eq!(exp(x), 0.0, "{x}");
         }
+    }
+
+    #[test]
+    fn passing_blocks_over_changes_no_weight() {
+        let logits: Vec<f32> = (0..1000).map(|i| ((i * 7919) % 1009) as f32 / 20.0).collect();
+        let max = logits.iter().copied().fold(f32::MIN, f32::max);
+        for temperature in [0.05, 0.2, 0.7, 1.0, 2.0] {
+            let mut out = Vec::new();
+            weights(&logits, max, temperature, &mut out);
+            for (i, &logit) in logits.iter().enumerate() {
+                assert_eq!(out[i], weight(logit, max, temperature), "{i} {temperature}");
+            }
+        }
+        let mut out = Vec::new();
+        weights(&[vec![0.0; 640], vec![100.0], vec![0.0; 64]].concat(), 100.0, 1.0, &mut out);
+        assert_eq!((out.len(), out[640], sum(&out)), (705, 1.0, 1.0));
     }
 }

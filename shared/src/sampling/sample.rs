@@ -12,7 +12,7 @@
 //! 6. a number in `[0, 1)` from (seed, position) picks from the running sum of probabilities in
 //!    ascending order of ids.
 //!
-//! Probabilities are f64, unnormalised, relative to the largest, and exactly 0 below e^-60; every sum
+//! Probabilities are f64, unnormalised, relative to the largest, and exactly 0 below e^-37; every sum
 //! has one fixed order. So the result is defined to the last bit.
 
 use super::draw::uniform;
