@@ -1,7 +1,6 @@
 //! Torn, foreign and stale files are found out; what is not used goes.
 
 use std::io::{Seek, SeekFrom, Write};
-use std::time::Duration;
 
 use millrace_shared::model::{TensorEntry, TensorType};
 
