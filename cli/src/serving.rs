@@ -16,6 +16,10 @@ use crate::input;
 use crate::table::Align::{Left, Right};
 use crate::table::{Table, bytes};
 
+/// Stages of a cluster inside this process: its nodes share one machine's processors, so that a cut
+/// gains nothing and costs a hop.
+pub(crate) const DEFAULT_STAGES: u32 = 1;
+
 /// Stages to start: as told, as the cuts imply, or the command's default.
 ///
 /// # Errors

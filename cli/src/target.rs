@@ -95,9 +95,6 @@ impl Needs {
     }
 }
 
-/// Stages of a cluster that is started for one command.
-const DEFAULT_STAGES: u32 = 1;
-
 /// Opens a session, works with it, and closes it however the work ended. Ctrl-C ends the work.
 ///
 /// # Errors
@@ -109,7 +106,7 @@ pub(crate) async fn with_session<T>(
 ) -> anyhow::Result<T> {
     let session = match &target.model {
         Some(model) => {
-            let stages = serving::stages(target.stages, &target.engine, DEFAULT_STAGES)?;
+            let stages = serving::stages(target.stages, &target.engine, serving::DEFAULT_STAGES)?;
             let options =
                 serving::private_cluster(model, target.model_options, stages, &target.engine)?;
             let max_num_seqs = options.max_num_seqs.max(needs.requests);

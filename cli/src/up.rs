@@ -28,7 +28,7 @@ pub(crate) struct UpArgs {
     /// Name of the model in requests [default: its catalogue name, or that of the file]
     #[arg(long, value_name = "NAME")]
     served_model_name: Option<String>,
-    /// Stages to cut the model into, each a node of its own [default: 2]
+    /// Stages to cut the model into, each a node of its own [default: 1, the fastest on one machine]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     stages: Option<u32>,
     /// Longest sequence, tokens of prompt and answer [default: the model's context]
@@ -68,9 +68,6 @@ struct NetworkArgs {
     dir: DirArg,
 }
 
-/// Default of `--stages`.
-const DEFAULT_STAGES: u32 = 2;
-
 pub(crate) async fn run(args: UpArgs) -> anyhow::Result<()> {
     let dir = args.network.dir.resolve()?;
     let options = options(&args, dir.clone())?;
@@ -91,7 +88,7 @@ pub(crate) async fn run(args: UpArgs) -> anyhow::Result<()> {
 }
 
 fn options(args: &UpArgs, dir: PathBuf) -> anyhow::Result<EmbeddedOptions> {
-    let stages = serving::stages(args.stages, &args.engine, DEFAULT_STAGES)?;
+    let stages = serving::stages(args.stages, &args.engine, serving::DEFAULT_STAGES)?;
     let http = serving::address(&args.network.host, args.network.port)?;
     if args.served_model_name.as_deref() == Some("") {
         return Err(usage("--served-model-name must not be empty"));

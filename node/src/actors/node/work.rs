@@ -25,7 +25,7 @@ pub(super) async fn load(
 ) -> Result<LoadReport, String> {
     let started = Instant::now();
     let total: u64 = assignment.tensors.iter().map(|t| t.bytes).sum();
-    let fetching = LoadProgress::new(parts.config.show_progress, "fetching", total);
+    let fetching = LoadProgress::new(parts.config.show_progress, "tensors", total);
     let loader = Loader::new(parts.config.weights.clone(), &parts.config.cache, connection);
     // The mock engine computes from its configuration alone.
     let wanted = match parts.config.engine {
@@ -52,7 +52,7 @@ pub(super) async fn load(
         epoch: assignment.epoch,
         stage: assignment.stage,
     };
-    let loading = LoadProgress::new(parts.config.show_progress, "loading", total);
+    let loading = LoadProgress::new(parts.config.show_progress, "weights", total);
     let (sender, receiver) = oneshot::channel();
     let job = LoadJob {
         spec,
