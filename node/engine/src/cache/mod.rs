@@ -1,6 +1,6 @@
 //! The cache folder: what is computed from model files once and kept for the next start.
 //!
-//! [`KnownHashes`] remembers hashes; [`Part`] gives a file its name when it is whole; [`prune`] is
+//! [`KnownHashes`] remembers hashes; `Part` gives a file its name when it is whole; [`prune`] is
 //! the one rule by which files go: packed weights and quantised copies both follow it. Everything
 //! here can be made again, so a cache that cannot be written costs time and never a start. Fetched
 //! models and tensors are not pruned: making them again takes a network.
