@@ -50,6 +50,7 @@ impl Pins {
     /// Places for a pool of `members`; none where not enough processors are free.
     pub(super) fn take(&self, members: usize) -> Places {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = held.cpus.len();
         for &cpu in &self.allowed {
             if held.cpus.len() >= members {
                 break;
@@ -63,9 +64,12 @@ impl Pins {
         let slot = (0..).find(|s| !held.pools.contains(s)).unwrap_or(0);
         held.pools.push(slot);
         let n = held.cpus.len();
-        let cpus = match n >= members {
-            true => (0..members).map(|m| held.cpus[(slot + m) % n].0).collect(),
-            false => Vec::new(),
+        let cpus = if n >= members {
+            (0..members).map(|m| held.cpus[(slot + m) % n].0).collect()
+        } else {
+            // What does not suffice is left to others.
+            held.cpus.truncate(before);
+            Vec::new()
         };
         Places { cpus, slot }
     }
@@ -141,8 +145,10 @@ mod tests {
         pins.give_back(&a);
         let c = pins.take(1);
         assert_eq!(c.slot, a.slot);
+        let held = pins.held.lock().unwrap().cpus.len();
         let many = pins.take(pins.allowed.len() + 1);
         assert!(many.cpus.is_empty());
+        assert_eq!(pins.held.lock().unwrap().cpus.len(), held, "kept what it could not use");
         for places in [&b, &c, &many] {
             pins.give_back(places);
         }
