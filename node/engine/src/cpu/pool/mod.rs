@@ -6,10 +6,11 @@
 //! member computes an item changes nothing about the result. Where stages of one process compute at
 //! once, they share its processors ([`cores`]).
 //!
-//! Threads are pinned ([`pin`](mod@pin)). Workers that find no job spin for some microseconds, then park. They park at once where the
-//! compute threads of this host outnumber its processors, and for a while after a spinning member
-//! found itself descheduled: somebody else needs the processor. A panic in a job is carried to the
-//! caller after every member has left. Nothing is allocated per job.
+//! Threads are pinned ([`pin`](mod@pin)). Workers that find no job spin for some microseconds, then
+//! park. They park at once when the step ends, where the compute threads of this host outnumber its
+//! processors, and for a while after a spinning member found itself descheduled: somebody else needs
+//! the processor. A panic in a job is carried to the caller after every member has left. Nothing is
+//! allocated per job.
 
 mod cores;
 mod gate;
@@ -45,6 +46,8 @@ struct State {
     items: AtomicUsize,
     gate: Gate<AtomicU64>,
     stop: AtomicBool,
+    /// Between the begin and the end of a step: only then members spin.
+    at_work: AtomicBool,
     panic: Mutex<Option<Box<dyn std::any::Any + Send>>>,
     caller: Mutex<Option<Thread>>,
     caller_sleeps: Sleeper<AtomicBool>,
@@ -119,6 +122,7 @@ impl Pool {
             items: AtomicUsize::new(0),
             gate: Gate::default(),
             stop: AtomicBool::new(false),
+            at_work: AtomicBool::new(false),
             panic: Mutex::new(None),
             caller: Mutex::new(None),
             caller_sleeps: Sleeper::default(),
@@ -202,9 +206,13 @@ impl Pool {
         self.pin_caller();
         self.state.cores.begin();
         self.in_step = true;
+        self.state.at_work.store(true, Ordering::SeqCst);
         self.step_began = cpu_time(ClockId::CLOCK_THREAD_CPUTIME_ID);
-        // So that the step's first job finds sleepers already on their way.
+        // So that the step's first job finds them awake, or at least on their way.
         self.last_wake = Instant::now().checked_sub(WAKE_EVERY).unwrap_or(self.last_wake);
+        if self.state.spin.is_allowed() && !self.workers.is_empty() {
+            self.wake();
+        }
     }
 
     /// The stage has computed.
@@ -213,6 +221,7 @@ impl Pool {
             return;
         }
         self.state.cores.end();
+        self.state.at_work.store(false, Ordering::SeqCst);
         let now = cpu_time(ClockId::CLOCK_THREAD_CPUTIME_ID);
         self.busy += now.saturating_sub(self.step_began);
     }
@@ -325,7 +334,10 @@ impl State {
                 (self.gate.is_new(seen) && self.may_work(member))
                     || self.stop.load(Ordering::SeqCst)
             };
-            if !self.spin.until(Duration::MAX, &own.spun, ready) {
+            // The processor is free for others as soon as the step has ended.
+            let enough = || ready() || !self.at_work.load(Ordering::Relaxed);
+            self.spin.until(Duration::MAX, &own.spun, enough);
+            if !ready() {
                 own.sleeper.sleep(ready, std::thread::park);
             }
             if self.stop.load(Ordering::SeqCst) {

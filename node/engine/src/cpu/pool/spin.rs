@@ -48,6 +48,11 @@ impl Spin {
         Self::up_to(Duration::ZERO)
     }
 
+    /// Whether anybody ever spins.
+    pub(super) fn is_allowed(&self) -> bool {
+        !self.limit.is_zero()
+    }
+
     /// Spins until `ready`, for the least of `most` and the limit; whether it became so. Adds the
     /// nanoseconds to `spun`.
     pub(super) fn until(&self, most: Duration, spun: &AtomicU64, ready: impl Fn() -> bool) -> bool {
