@@ -167,19 +167,30 @@ impl Scheduler {
         outcomes
     }
 
-    /// The epoch is over: forgets every sequence and everything in flight, and returns the
-    /// sequences in the order in which they came.
-    pub fn handle_reset(&mut self) -> Vec<SequenceId> {
-        let mut all: Vec<_> = self.sequences.values().map(|s| (s.order, s.id)).collect();
-        all.sort_unstable();
-        self.sequences.clear();
-        self.waiting.clear();
-        self.running.clear();
-        self.ready.clear();
+    /// An epoch ended and another begins, perhaps with other limits: what was in flight is void, the
+    /// cache is empty, and every sequence is computed anew from its tokens, in the order of age.
+    /// Returns those that the new limits have no room for, which are forgotten. Until the new epoch
+    /// serves, the owner does not poll.
+    pub fn handle_epoch(&mut self, config: SchedulerConfig) -> Vec<(SequenceId, Rejected)> {
+        self.config = config.at_least_one();
+        self.kv = KvBlockManager::new(self.config.num_blocks, self.config.block_size);
         self.in_flight.clear();
         self.released.clear();
-        self.kv.reset();
-        all.into_iter().map(|(_, id)| id).collect()
+        self.ready.clear();
+        self.running.clear();
+        let mut refused = Vec::new();
+        for seq in self.sequences.values_mut() {
+            seq.restart();
+            seq.opened = false;
+            self.waiting.insert(seq.order, seq.id);
+            if let Err(e) = policy::check_room(&self.kv, seq.max_len) {
+                refused.push((seq.id, e));
+            }
+        }
+        for (id, _) in &refused {
+            self.remove(*id);
+        }
+        refused
     }
 
     /// The next micro-batch to send, if a slot is free and something can run. Call until `None`

@@ -47,8 +47,13 @@ pub(super) fn check(
         }
         _ => {}
     }
+    check_room(kv, final_len(new, config.max_model_len))
+}
+
+/// Whether a sequence of this length at its end fits the cache alone.
+pub(super) fn check_room(kv: &KvBlockManager, final_len: u32) -> Result<(), Rejected> {
     // The last token is never fed back, so it needs no position; counting it is the safe side.
-    let needed = kv.blocks_for(final_len(new, config.max_model_len));
+    let needed = kv.blocks_for(final_len);
     if needed > kv.total() {
         return Err(Rejected::NeedsMoreBlocksThanExist { needed, exist: kv.total() });
     }

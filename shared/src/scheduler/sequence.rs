@@ -27,7 +27,7 @@ pub(super) struct Sequence {
     pub(super) tokens: Vec<u32>,
     pub(super) prompt_len: u32,
     /// Length at which it ends.
-    max_len: u32,
+    pub(super) max_len: u32,
     /// Bumped by preemption: rows of older epochs are dropped.
     pub(super) epoch: u32,
     /// Positions issued since the table was started; the next row begins here.
