@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::BlockHash;
 use super::pool::BlockPool;
 use crate::id::{BlockId, SequenceId};
 
@@ -52,7 +53,7 @@ impl KvBlockManager {
         self.pool.total() - self.pool.free_blocks()
     }
 
-    /// Blocks that nobody holds.
+    /// Blocks that nobody holds, those whose content is still known included.
     pub fn free_blocks(&self) -> u32 {
         self.pool.free_blocks()
     }
@@ -111,9 +112,46 @@ impl KvBlockManager {
         true
     }
 
+    /// Blocks whose content is known, held or not.
+    pub fn cached(&self) -> u32 {
+        self.pool.cached()
+    }
+
+    /// How many of the contents `prefix` are here, counted from the first up to the first that is
+    /// not; and how many of those nobody holds, so that adopting them takes free blocks.
+    pub fn cached_prefix(&self, prefix: &[BlockHash]) -> (u32, u32) {
+        let found = prefix.iter().map_while(|content| self.pool.find(content));
+        found.fold((0, 0), |(blocks, free), block| {
+            (blocks + 1, free + u32::from(self.pool.references(block) == 0))
+        })
+    }
+
+    /// Starts the table of `sequence`, which must have none, with the blocks that hold the contents
+    /// `prefix`, as far as they are here. Returns how many.
+    pub fn adopt(&mut self, sequence: SequenceId, prefix: &[BlockHash]) -> u32 {
+        if self.tables.contains_key(&sequence) {
+            return 0;
+        }
+        let table: BlockTable = prefix.iter().map_while(|c| self.pool.find(c)).collect();
+        let adopted = table.len() as u32;
+        if adopted > 0 {
+            table.iter().for_each(|&block| self.pool.share(block));
+            self.tables.insert(sequence, table);
+        }
+        adopted
+    }
+
+    /// Notes that block `index` of `sequence` is full and holds `content`, on every stage.
+    pub fn publish(&mut self, sequence: SequenceId, index: u32, content: BlockHash) {
+        if let Some(&block) = self.table(sequence).get(index as usize) {
+            self.pool.publish(block, content);
+        }
+    }
+
     /// Makes the blocks of positions `first..end` of `sequence` its own, as far as it has them, and
     /// returns the copies that stages must execute before the rows (none where nothing was shared).
-    /// `None`, and nothing changed, where blocks do not suffice.
+    /// Blocks that were published leave the cache. `None`, and nothing changed, where blocks do not
+    /// suffice.
     pub fn prepare_write(
         &mut self,
         sequence: SequenceId,
@@ -138,16 +176,18 @@ impl KvBlockManager {
                 table[copy.index as usize] = copy.to;
                 self.pool.drop_reference(copy.from);
             }
+            table[start..last].iter().for_each(|&block| self.pool.withdraw(block));
         }
         Some(copies)
     }
 
-    /// Takes the table of `sequence` away; blocks that nobody else holds become free. Returns how
-    /// many did.
+    /// Takes the table of `sequence` away; blocks that nobody else holds become free, those that are
+    /// published with their content. Returns how many did.
     pub fn free(&mut self, sequence: SequenceId) -> u32 {
         let before = self.pool.free_blocks();
         if let Some(table) = self.tables.remove(&sequence) {
-            // Last block first, so that the next allocation gets them in table order.
+            // Last block first, so that the next allocation gets them in table order, and the cache
+            // loses the end of a prefix before its beginning.
             for block in table.into_iter().rev() {
                 self.pool.drop_reference(block);
             }
@@ -155,7 +195,7 @@ impl KvBlockManager {
         self.pool.free_blocks() - before
     }
 
-    /// Frees everything.
+    /// Frees everything and forgets all contents.
     pub fn reset(&mut self) {
         *self = Self::new(self.pool.total(), self.block_size);
     }
