@@ -271,6 +271,9 @@ enum PipeOp {
     Lose(u64),
     Suspect(u64, bool),
     EdgeLost,
+    /// A new cut over the nodes whose bits are set.
+    Recut(u8),
+    Restart,
     /// Answers the nth action that is outstanding; `false` badly.
     Answer(usize, bool),
     Wait(u64),
@@ -282,6 +285,8 @@ fn pipe_op() -> impl Strategy<Value = PipeOp> {
         1 => (0..5u64).prop_map(PipeOp::Lose),
         1 => (0..5u64, any::<bool>()).prop_map(|(i, s)| PipeOp::Suspect(i, s)),
         1 => Just(PipeOp::EdgeLost),
+        2 => (1..32u8).prop_map(PipeOp::Recut),
+        1 => Just(PipeOp::Restart),
         12 => (0..4usize, prop::bool::weighted(0.9)).prop_map(|(n, ok)| PipeOp::Answer(n, ok)),
         2 => (1..8000u64).prop_map(PipeOp::Wait),
     ]
@@ -293,6 +298,7 @@ enum Debt {
     Profile(NodeId),
     Plan(Epoch, Vec<NodeId>),
     Load(NodeId, Epoch),
+    Switch(Epoch),
 }
 
 /// The coordinator and its nodes, as the machine sees them.
@@ -300,8 +306,11 @@ struct World {
     p: PipelineState,
     present: BTreeSet<NodeId>,
     debts: Vec<Debt>,
+    /// The epoch that serves.
     started: Option<Epoch>,
     last_assigned: u64,
+    /// Stages that nodes hold, by epoch.
+    held: BTreeSet<(NodeId, u64)>,
     now: Duration,
 }
 
@@ -315,6 +324,12 @@ impl World {
             Debt::Profile(n) => p.handle_profile_failed(n, "no", now),
             Debt::Plan(epoch, nodes) if good => p.handle_planned(epoch, nodes, now),
             Debt::Plan(epoch, _) => p.handle_plan_failed(epoch, "no", now),
+            Debt::Switch(epoch) if p.next_epoch() != Some(epoch) => {}
+            Debt::Switch(epoch) if good => {
+                self.started = Some(epoch);
+                p.handle_switched(epoch);
+            }
+            Debt::Switch(epoch) => p.handle_edge_lost(epoch, "no", now),
             Debt::Load(n, epoch) if good => p.handle_ready(n, epoch, now),
             Debt::Load(n, epoch) => p.handle_load_failed(n, epoch, "no", now),
         }
@@ -327,10 +342,20 @@ impl World {
             PipeOp::Join(_) => {}
             PipeOp::Lose(i) => {
                 self.present.remove(&node(i));
+                self.held.retain(|(n, _)| *n != node(i));
                 self.p.handle_lost(node(i), "gone", now);
             }
             PipeOp::Suspect(i, s) => self.p.handle_suspect(node(i), s, now),
             PipeOp::EdgeLost => self.p.handle_edge_lost(self.p.epoch(), "closed", now),
+            PipeOp::Recut(mask) => {
+                let nodes: Vec<_> = (0..5).filter(|i| mask >> i & 1 == 1).map(node).collect();
+                let idle = self.started.is_some() && self.p.next_epoch().is_none();
+                let began = self.p.handle_recut(&nodes, now);
+                assert!(idle || !began, "only beside an epoch that runs, one at a time");
+            }
+            PipeOp::Restart => {
+                assert_eq!(self.p.handle_restart("told to", now), self.started.is_some());
+            }
             PipeOp::Answer(n, good) if n < self.debts.len() => {
                 let debt = self.debts.remove(n);
                 self.answer(debt, good);
@@ -350,31 +375,56 @@ impl World {
             match action {
                 Action::Profile { node } => self.debts.push(Debt::Profile(node)),
                 Action::Plan { epoch, nodes } => {
-                    assert_eq!(nodes.len(), stages);
+                    assert!(nodes.len() == stages || self.p.next_epoch() == Some(epoch));
                     let order = nodes.into_iter().rev().map(|(n, _)| n).collect();
                     self.debts.push(Debt::Plan(epoch, order));
                 }
                 Action::Assign { epoch, nodes } => {
-                    assert!(self.started.is_none(), "one epoch at a time");
+                    let beside = self.p.next_epoch() == Some(epoch);
+                    assert_eq!(self.started.is_some(), beside, "one at a time, or beside it");
                     assert!(epoch.0 > self.last_assigned, "epochs increase");
                     self.last_assigned = epoch.0;
+                    self.held.extend(nodes.iter().map(|n| (*n, epoch.0)));
                     self.debts.extend(nodes.into_iter().map(|n| Debt::Load(n, epoch)));
                 }
                 Action::Start { epoch, nodes } => {
                     assert!(nodes.iter().all(|n| self.present.contains(n)));
-                    assert_eq!((epoch.0, nodes.len()), (self.last_assigned, stages));
-                    assert!(self.started.replace(epoch).is_none());
+                    assert_eq!(epoch.0, self.last_assigned);
+                    match self.started {
+                        Some(old) => {
+                            assert!(self.p.next_epoch() == Some(epoch) && old < epoch);
+                            self.debts.push(Debt::Switch(epoch));
+                        }
+                        None => {
+                            assert_eq!(nodes.len(), stages);
+                            self.started = Some(epoch);
+                        }
+                    }
                 }
                 Action::Stop { epoch, .. } => assert_eq!(self.started.take(), Some(epoch)),
-                Action::Release { epoch, nodes } => {
-                    assert_eq!(epoch.0, self.last_assigned);
+                Action::Abandon { epoch, nodes } => {
+                    assert!(self.started.is_some_and(|s| s < epoch), "the old one serves on");
                     assert!(nodes.iter().all(|n| self.present.contains(n)));
+                    self.held.retain(|&(n, e)| e != epoch.0 || !nodes.contains(&n));
+                }
+                Action::Release { epoch, nodes } => {
+                    assert!(nodes.iter().all(|n| self.present.contains(n)));
+                    assert!(self.started.is_none_or(|s| s > epoch));
+                    self.held.retain(|&(n, e)| e > epoch.0 || !nodes.contains(&n));
                 }
             }
         }
         let is_running = self.p.phase() == PipelinePhase::Running;
         assert_eq!(self.started.is_some(), is_running);
         assert!(self.p.chosen().iter().all(|n| self.present.contains(n)), "only present nodes");
+        if let (true, None) = (is_running, self.p.next_epoch()) {
+            let held: Vec<_> = self.held.iter().copied().collect();
+            let mut serving: Vec<_> =
+                self.p.chosen().iter().map(|&n| (n, self.p.epoch().0)).collect();
+            serving.sort_unstable();
+            assert_eq!(held, serving, "nobody keeps a stage of another epoch");
+            assert_eq!(self.started, Some(self.p.epoch()));
+        }
     }
 }
 
@@ -385,6 +435,7 @@ fn run_pipeline(stages: u16, ops: &[PipeOp]) {
         debts: Vec::new(),
         started: None,
         last_assigned: 0,
+        held: BTreeSet::new(),
         now: ms(0),
     };
     for op in ops {

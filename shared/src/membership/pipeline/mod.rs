@@ -9,14 +9,20 @@
 //!     from Planning on: epoch + 1; from Assigning on: Release to the survivors; from Running: Stop
 //! ```
 //!
+//! While an epoch runs, the next one may be made ready beside it, and takes over without a stop: see
+//! `next`.
+//!
 //! Nodes are taken in the order in which they joined; the rest stand by. A node that cannot measure
 //! or load is passed over for [`RETRY_NODE`]; a model that cannot be cut waits for other nodes.
+
+mod next;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use crate::id::{Epoch, NodeId};
 use crate::wire::control::StageProfile;
+use next::Next;
 
 /// For measuring one layer and the head: seconds on slow machines.
 pub const PROFILE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -108,6 +114,13 @@ pub enum Action {
         /// Why.
         reason: String,
     },
+    /// Tell nodes to give up the stage they have made ready for an epoch that will not begin.
+    Abandon {
+        /// That epoch alone.
+        epoch: Epoch,
+        /// Whom.
+        nodes: Vec<NodeId>,
+    },
     /// Tell nodes to give their stages up.
     Release {
         /// Every assignment up to this epoch.
@@ -131,6 +144,10 @@ pub struct PipelineState {
     config: PipelineConfig,
     phase: PipelinePhase,
     epoch: Epoch,
+    /// The highest that was ever used.
+    last_epoch: Epoch,
+    /// What is made ready while this epoch runs.
+    next: Option<Next>,
     nodes: BTreeMap<NodeId, Candidate>,
     next_order: u64,
     /// The nodes of this attempt; from `Assigning` on in the order of the stages.
@@ -154,6 +171,8 @@ impl PipelineState {
             config: PipelineConfig { stages: config.stages.max(1), ..config },
             phase: PipelinePhase::Waiting,
             epoch: Epoch(1),
+            last_epoch: Epoch(1),
+            next: None,
             nodes: BTreeMap::new(),
             next_order: 0,
             chosen: Vec::new(),
@@ -193,7 +212,10 @@ impl PipelineState {
             PipelinePhase::Assigning => {
                 format!("stages are loading: {} of {need} are ready", self.ready.len())
             }
-            PipelinePhase::Running => return "running".to_owned(),
+            PipelinePhase::Running => match &self.next {
+                None => return "running".to_owned(),
+                Some(next) => next.detail(),
+            },
         };
         match &self.trouble {
             Some(trouble) => format!("{state}; {trouble}"),
@@ -218,8 +240,11 @@ impl PipelineState {
             return;
         }
         self.unplannable = false;
+        let reason = format!("node {node} was lost: {reason}");
         if self.chosen.contains(&node) {
-            self.abort(format!("node {node} was lost: {reason}"), now);
+            self.abort(reason, now);
+        } else if self.next.as_ref().is_some_and(|n| n.chosen.contains(&node)) {
+            self.abandon(reason, now);
         }
     }
 
@@ -241,14 +266,20 @@ impl PipelineState {
 
     /// A node could not measure.
     pub fn handle_profile_failed(&mut self, node: NodeId, message: &str, now: Duration) {
+        let reason = format!("node {node} could not measure: {message}");
         if self.phase == PipelinePhase::Profiling && self.chosen.contains(&node) {
             self.bar(node, now);
-            self.abort(format!("node {node} could not measure: {message}"), now);
+            self.abort(reason, now);
+        } else if self.next.as_ref().is_some_and(|n| n.is_measuring(node)) {
+            self.abandon(reason, now);
         }
     }
 
     /// The model is cut: the chosen nodes in the order of the stages.
     pub fn handle_planned(&mut self, epoch: Epoch, order: Vec<NodeId>, now: Duration) {
+        if self.next.as_ref().is_some_and(|n| n.epoch == epoch) {
+            return self.next_planned(order, now);
+        }
         if self.phase != PipelinePhase::Planning || epoch != self.epoch {
             return;
         }
@@ -261,7 +292,9 @@ impl PipelineState {
 
     /// The model cannot be cut over these nodes; tried again when a node joins or goes.
     pub fn handle_plan_failed(&mut self, epoch: Epoch, message: &str, now: Duration) {
-        if self.phase == PipelinePhase::Planning && epoch == self.epoch {
+        if self.next.as_ref().is_some_and(|n| n.epoch == epoch) {
+            self.abandon(message.to_owned(), now);
+        } else if self.phase == PipelinePhase::Planning && epoch == self.epoch {
             self.unplannable = true;
             self.abort(message.to_owned(), now);
         }
@@ -269,7 +302,9 @@ impl PipelineState {
 
     /// A node has loaded its stage.
     pub fn handle_ready(&mut self, node: NodeId, epoch: Epoch, now: Duration) {
-        if self.is_assigned(node, epoch) {
+        if self.next.as_ref().is_some_and(|n| n.is_loading(node, epoch)) {
+            self.next_ready(node, now);
+        } else if self.is_assigned(node, epoch) {
             self.ready.insert(node);
             self.advance(now);
         }
@@ -277,22 +312,31 @@ impl PipelineState {
 
     /// A node cannot load its stage.
     pub fn handle_load_failed(&mut self, node: NodeId, epoch: Epoch, message: &str, now: Duration) {
-        if self.is_assigned(node, epoch) {
+        let reason = format!("node {node} could not load its stage: {message}");
+        if self.next.as_ref().is_some_and(|n| n.is_loading(node, epoch)) {
+            self.abandon(reason, now);
+        } else if self.is_assigned(node, epoch) {
             self.bar(node, now);
-            self.abort(format!("node {node} could not load its stage: {message}"), now);
+            self.abort(reason, now);
         }
     }
 
     /// An edge broke, or carried something malformed.
     pub fn handle_edge_lost(&mut self, epoch: Epoch, message: &str, now: Duration) {
         let active = matches!(self.phase, PipelinePhase::Assigning | PipelinePhase::Running);
-        if active && epoch == self.epoch {
-            self.abort(format!("an edge was lost: {message}"), now);
+        let reason = format!("an edge was lost: {message}");
+        if self.next.as_ref().is_some_and(|n| n.epoch == epoch) {
+            self.abandon(reason, now);
+        } else if active && epoch == self.epoch {
+            self.abort(reason, now);
         }
     }
 
     /// Time has passed; call at [`Self::next_timeout`].
     pub fn handle_timeout(&mut self, now: Duration) {
+        if self.next.as_ref().is_some_and(|n| now >= n.deadline) {
+            self.abandon("the nodes were not ready in time".to_owned(), now);
+        }
         if self.deadline.is_some_and(|deadline| now >= deadline) {
             let late: Vec<NodeId> =
                 self.chosen.iter().copied().filter(|&n| !self.has_answered(n)).collect();
@@ -312,7 +356,7 @@ impl PipelineState {
     /// When [`Self::handle_timeout`] has something to do.
     pub fn next_timeout(&self) -> Option<Duration> {
         if self.phase != PipelinePhase::Waiting {
-            return self.deadline;
+            return self.deadline.or(self.next.as_ref().map(|n| n.deadline));
         }
         if self.unplannable {
             return None;
@@ -363,6 +407,7 @@ impl PipelineState {
             let nodes = self.chosen.clone();
             self.actions.push_back(Action::Start { epoch: self.epoch, nodes });
         }
+        self.advance_next(now);
     }
 
     fn choose(&mut self, now: Duration) {
@@ -405,18 +450,21 @@ impl PipelineState {
         let chosen = std::mem::take(&mut self.chosen);
         self.ready.clear();
         self.deadline = None;
-        let epoch = self.epoch;
-        if matches!(phase, PipelinePhase::Planning) {
+        let next = self.next.take();
+        let epoch = next.as_ref().map_or(self.epoch, |n| n.epoch);
+        if phase == PipelinePhase::Running {
+            self.actions.push_back(Action::Stop { epoch: self.epoch, reason: reason.clone() });
+        }
+        if !matches!(phase, PipelinePhase::Waiting | PipelinePhase::Profiling) {
             // A cut that is under way must not meet other nodes.
-            self.epoch = Epoch(epoch.0 + 1);
+            self.last_epoch = Epoch(self.last_epoch.0 + 1);
+            self.epoch = self.last_epoch;
         }
         if matches!(phase, PipelinePhase::Assigning | PipelinePhase::Running) {
-            self.epoch = Epoch(epoch.0 + 1);
             self.retry_at = now + self.config.retry_pipeline;
-            if phase == PipelinePhase::Running {
-                self.actions.push_back(Action::Stop { epoch, reason: reason.clone() });
-            }
-            let nodes = chosen.into_iter().filter(|n| self.nodes.contains_key(n)).collect();
+            let both: BTreeSet<NodeId> =
+                chosen.into_iter().chain(next.into_iter().flat_map(|n| n.chosen)).collect();
+            let nodes = both.into_iter().filter(|n| self.nodes.contains_key(n)).collect();
             self.actions.push_back(Action::Release { epoch, nodes });
         }
         self.trouble = Some(reason);
