@@ -13,7 +13,7 @@ use millrace_shared::options::EngineOptions;
 
 use crate::config::{
     Config, DEFAULT_CLUSTER_PORT, DEFAULT_HTTP_PORT, DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_WAITING,
-    DEFAULT_QUIC_PORT, host_port, own_address,
+    DEFAULT_QUIC_PORT, DEFAULT_RECOVERY_SECONDS, host_port, own_address,
 };
 use crate::models::{ConsoleProgress, ModelOptions, resolve_as};
 use crate::plan::Deployment;
@@ -142,6 +142,9 @@ pub struct LimitArgs {
     /// Requests that may wait; more are told to come back
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_WAITING)]
     pub max_waiting: u32,
+    /// Seconds that requests wait, after a node was lost, for the pipeline to form again
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_RECOVERY_SECONDS)]
+    pub recovery_timeout: u32,
     /// Positions of KV cache over all sequences [default: 32768, less where memory is short]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub kv_cache_tokens: Option<u32>,
@@ -153,6 +156,7 @@ impl Default for LimitArgs {
             max_model_len: None,
             max_num_seqs: DEFAULT_MAX_NUM_SEQS,
             max_waiting: DEFAULT_MAX_WAITING,
+            recovery_timeout: DEFAULT_RECOVERY_SECONDS,
             kv_cache_tokens: None,
         }
     }
@@ -171,6 +175,7 @@ pub fn deployment(engine: &EngineOptions, limits: &LimitArgs) -> Deployment {
         max_num_seqs: limits.max_num_seqs,
         max_waiting: limits.max_waiting,
         kv_cache_tokens: limits.kv_cache_tokens,
+        recovery_timeout: Duration::from_secs(limits.recovery_timeout.into()),
     }
 }
 

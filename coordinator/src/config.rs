@@ -15,6 +15,9 @@ pub const DEFAULT_CLUSTER_PORT: u16 = 8002;
 pub const DEFAULT_MAX_NUM_SEQS: u32 = 64;
 /// Requests that may wait, where nothing else is said: minutes of work; more would only time out.
 pub const DEFAULT_MAX_WAITING: u32 = 256;
+/// Seconds that requests outlive their pipeline: a supervisor has restarted a node by then, and no
+/// client has given up.
+pub const DEFAULT_RECOVERY_SECONDS: u32 = 30;
 
 /// Everything a coordinator needs to run.
 #[derive(Clone, Debug)]

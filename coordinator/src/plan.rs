@@ -1,6 +1,8 @@
 //! From a model, measured nodes and settings to assignments. Pure: the partitioner decides the cut,
 //! this page counts bytes and writes the result down.
 
+use std::time::Duration;
+
 use millrace_shared::id::{Epoch, NodeId, PipelineId, StageIndex};
 use millrace_shared::model::{
     Dtype, ModelConfig, ModelManifest, StageTensors, TensorType, head_name, numerics_id,
@@ -48,6 +50,8 @@ pub struct Deployment {
     pub max_waiting: u32,
     /// Positions of KV cache; `None` for [`DEFAULT_KV_TOKENS`], less where memory is short.
     pub kv_cache_tokens: Option<u32>,
+    /// How long requests wait for a pipeline that was lost to form again.
+    pub recovery_timeout: Duration,
 }
 
 impl Deployment {

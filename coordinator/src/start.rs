@@ -115,7 +115,12 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
 
     let metrics = Arc::new(Metrics::new(&config.served_name));
     let (readiness, watching) = watch::channel(Readiness::default());
-    let batcher = Batcher::new(Arc::clone(&tokenizer), Arc::clone(&metrics)).start();
+    let batcher = Batcher::new(
+        Arc::clone(&tokenizer),
+        Arc::clone(&metrics),
+        config.deployment.recovery_timeout,
+    )
+    .start();
     let card = ModelCard {
         id: config.served_name.clone(),
         created: unix_now(),

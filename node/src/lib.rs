@@ -14,7 +14,6 @@ mod progress;
 
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
 
 use actix::{Actor, Addr};
 use anyhow::Context as _;
@@ -83,8 +82,7 @@ pub async fn start(config: Config, membership: Membership) -> anyhow::Result<Run
     .context("--listen")?;
     let listen = endpoint.local_addr()?;
     let threads = config.threads.unwrap_or(hardware.cores).max(1);
-    let (numerics, factory) = engine(config.engine);
-    let engine = Arc::new(EngineHandle::spawn("engine", ENGINE_QUEUE, factory)?);
+    let numerics = engine(config.engine).0;
     let processor = format!("{}, {isa}", hardware.processor);
     let hello =
         hello(&config, (&hardware, processor), listen, threads, numerics.clone(), &membership);
@@ -103,7 +101,7 @@ pub async fn start(config: Config, membership: Membership) -> anyhow::Result<Run
         config,
         endpoint: endpoint.clone(),
         tls: client,
-        engine,
+        spawn_engine: |kind| EngineHandle::spawn("engine", ENGINE_QUEUE, engine(kind).1),
         numerics,
         cores: hardware.cores,
         machine,

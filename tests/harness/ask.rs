@@ -48,45 +48,59 @@ pub async fn begin(
     client.generate(GenerateRequest { model: String::new(), prompt, params }).await
 }
 
+impl Answer {
+    fn empty() -> Self {
+        Self { tokens: Vec::new(), text: String::new(), reason: FinishReason::Cancelled }
+    }
+
+    /// Takes an event; checks that indices have no gaps.
+    fn take(&mut self, event: GenerateEvent) {
+        match event {
+            GenerateEvent::Started { .. } => {}
+            GenerateEvent::Token { index, token_id, text, .. } => {
+                assert_eq!(index as usize, self.tokens.len(), "indices follow each other");
+                self.tokens.push(token_id);
+                self.text.push_str(&text);
+            }
+            GenerateEvent::Finished { reason, text, usage, .. } => {
+                assert_eq!(usage.completion_tokens as usize, self.tokens.len());
+                self.text.push_str(&text);
+                self.reason = reason;
+            }
+        }
+    }
+}
+
 /// The rest of a continuation; checks that indices have no gaps.
 ///
 /// # Errors
 /// What the cluster says.
-pub async fn finish(mut stream: GenerateStream) -> Result<Answer, Status> {
-    let mut answer =
-        Answer { tokens: Vec::new(), text: String::new(), reason: FinishReason::Cancelled };
+pub async fn finish(stream: GenerateStream) -> Result<Answer, Status> {
+    finish_from(stream, Answer::empty()).await
+}
+
+/// The rest of a continuation whose beginning was taken.
+///
+/// # Errors
+/// What the cluster says.
+pub async fn finish_from(mut stream: GenerateStream, begun: Answer) -> Result<Answer, Status> {
+    let mut answer = begun;
     while let Some(event) = stream.next().await {
-        match event? {
-            GenerateEvent::Started { .. } => {}
-            GenerateEvent::Token { index, token_id, text, .. } => {
-                assert_eq!(index as usize, answer.tokens.len(), "indices follow each other");
-                answer.tokens.push(token_id);
-                answer.text.push_str(&text);
-            }
-            GenerateEvent::Finished { reason, text, usage, .. } => {
-                assert_eq!(usage.completion_tokens as usize, answer.tokens.len());
-                answer.text.push_str(&text);
-                answer.reason = reason;
-            }
-        }
+        answer.take(event?);
     }
     Ok(answer)
 }
 
-/// Waits for this many tokens of a continuation.
+/// The first tokens of a continuation.
 ///
 /// # Errors
 /// What the cluster says.
-pub async fn take_tokens(stream: &mut GenerateStream, tokens: usize) -> Result<(), Status> {
-    let mut taken = 0;
-    while taken < tokens {
-        match stream.next().await.expect("more events")? {
-            GenerateEvent::Token { .. } => taken += 1,
-            GenerateEvent::Started { .. } => {}
-            GenerateEvent::Finished { .. } => panic!("it ended after {taken} tokens"),
-        }
+pub async fn take_tokens(stream: &mut GenerateStream, tokens: usize) -> Result<Answer, Status> {
+    let mut answer = Answer::empty();
+    while answer.tokens.len() < tokens {
+        answer.take(stream.next().await.expect("more events")?);
     }
-    Ok(())
+    Ok(answer)
 }
 
 /// A whole continuation.
@@ -139,22 +153,4 @@ pub async fn until(
         Ok(status) => status,
         Err(_) => panic!("the cluster is not {what}: {:?}", client.status().await),
     }
-}
-
-/// The error that a continuation ends with.
-///
-/// # Panics
-/// If it ends well.
-pub async fn finish_lost(stream: GenerateStream) -> Status {
-    match finish_rest(stream).await {
-        Err(status) => status,
-        Ok(()) => panic!("the continuation ended as if nothing had happened"),
-    }
-}
-
-async fn finish_rest(mut stream: GenerateStream) -> Result<(), Status> {
-    while let Some(event) = stream.next().await {
-        event?;
-    }
-    Ok(())
 }

@@ -193,6 +193,13 @@ impl Coordinator {
         wait_for("pipeline", || (http::get(self.http(), "/health").status == 200).then_some(()));
     }
 
+    /// Waits until requests are not served any more.
+    pub fn wait_not_ready(&self) {
+        wait_for("end of the pipeline", || {
+            (http::get(self.http(), "/health").status == 503).then_some(())
+        });
+    }
+
     /// The value of a metric without labels of its own.
     pub fn metric(&self, name: &str) -> f64 {
         let text = http::get(self.http(), "/metrics").text();

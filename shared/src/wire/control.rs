@@ -113,8 +113,14 @@ pub enum CoordinatorMessage {
     },
     /// Measure one layer and the head of this model.
     Profile(Box<ProfileSpec>),
-    /// Take this stage; drop any older one.
-    Assign(Box<Assignment>),
+    /// Take this stage.
+    Assign {
+        /// The stage.
+        assignment: Box<Assignment>,
+        /// Make it ready beside the older one, which works on until it is released; else drop that
+        /// first.
+        beside: bool,
+    },
     /// Every stage of this epoch is loaded: connect the edges out.
     Start {
         /// Pipeline.
@@ -122,7 +128,14 @@ pub enum CoordinatorMessage {
         /// Epoch of the assignment.
         epoch: Epoch,
     },
-    /// Give the stage up; its epoch is over.
+    /// Give up the stage of this epoch alone: it will not begin.
+    Abandon {
+        /// Pipeline.
+        pipeline: PipelineId,
+        /// That epoch.
+        epoch: Epoch,
+    },
+    /// Give the stage up; its epoch is over. One that was made ready beside it takes its place.
     Release {
         /// Pipeline.
         pipeline: PipelineId,

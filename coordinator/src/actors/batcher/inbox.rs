@@ -4,16 +4,15 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
-use millrace_shared::id::{Epoch, PipelineId, RequestId};
+use millrace_shared::id::RequestId;
 use millrace_shared::sampling::{SamplingParams, choice_seed};
-use millrace_shared::scheduler::{Kind, Scheduler, SchedulerConfig, SchedulerStats};
+use millrace_shared::scheduler::{Kind, SchedulerStats};
 use millrace_shared::wire::data::{FrameKind, ResultMeta};
 use millrace_shared::wire::frame::Frame;
 use millrace_shared::wire::rpc::{GenerateEvent, PositionScore};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
-use super::{Active, Batcher, RETRY_PIPELINE_MS};
-use crate::actors::cluster::EdgeFailed;
+use super::{Active, Batcher};
 use crate::request::{Generation, Request, Scoring, Work, event_capacity};
 use crate::service::EventStream;
 
@@ -37,9 +36,9 @@ impl Handler<Submit> for Batcher {
     type Result = Result<EventStream, Status>;
 
     fn handle(&mut self, m: Submit, _: &mut Context<Self>) -> Self::Result {
-        let Some(active) = self.active.as_ref() else { return Err(self.unavailable()) };
+        let Some(scheduler) = &self.scheduler else { return Err(self.unavailable()) };
         let prompt_tokens = m.tokens.len() as u32;
-        let room = active.scheduler.max_sequence_len().saturating_sub(prompt_tokens).max(1);
+        let room = scheduler.max_sequence_len().saturating_sub(prompt_tokens).max(1);
         let max_new = m.params.max_tokens.unwrap_or(room).min(room);
         let prompt_token_ids = m.tokens.clone();
         let sequence = self.submit(m.tokens, Kind::Generate, max_new)?;
@@ -113,80 +112,6 @@ impl Handler<Cancel> for Batcher {
     }
 }
 
-/// A pipeline is ready.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct PipelineUp {
-    /// Which.
-    pub pipeline: PipelineId,
-    /// Its epoch.
-    pub epoch: Epoch,
-    /// Limits.
-    pub config: SchedulerConfig,
-    /// To the first stage.
-    pub steps: mpsc::Sender<Frame>,
-    /// To the last stage.
-    pub opens: mpsc::Sender<Frame>,
-    /// Whom to tell when the epoch cannot go on.
-    pub failures: Recipient<EdgeFailed>,
-}
-
-impl Handler<PipelineUp> for Batcher {
-    type Result = ();
-
-    fn handle(&mut self, m: PipelineUp, _: &mut Context<Self>) {
-        self.go_down("another epoch began".to_owned());
-        self.active = Some(Active {
-            pipeline: m.pipeline,
-            epoch: m.epoch,
-            scheduler: Scheduler::new(m.config),
-            steps: m.steps,
-            opens: m.opens,
-            failures: m.failures,
-            broken: false,
-        });
-    }
-}
-
-/// The pipeline is lost, or not formed yet.
-#[derive(Debug, Message)]
-#[rtype(result = "()")]
-pub struct PipelineDown {
-    /// Why, and what it waits for.
-    pub detail: String,
-}
-
-impl Handler<PipelineDown> for Batcher {
-    type Result = ();
-
-    fn handle(&mut self, m: PipelineDown, _: &mut Context<Self>) {
-        self.go_down(m.detail);
-    }
-}
-
-impl Batcher {
-    /// Ends every request in flight.
-    fn go_down(&mut self, detail: String) {
-        self.detail = detail;
-        if self.active.is_none() {
-            return;
-        }
-        let stats = self.stats();
-        self.active = None;
-        self.past = stats;
-        self.stale_frames = 0;
-        let lost: Vec<_> = self.requests.drain().map(|(_, request)| request).collect();
-        self.by_id.clear();
-        for request in lost {
-            self.metrics.on_failed(ErrorCode::Unavailable);
-            request.fail(Status::unavailable(
-                format!("the pipeline was lost while the request ran: {}", self.detail),
-                RETRY_PIPELINE_MS,
-            ));
-        }
-    }
-}
-
 /// A frame from the last stage.
 #[derive(Debug, Message)]
 #[rtype(result = "Result<(), String>")]
@@ -198,10 +123,9 @@ impl Handler<ResultFrame> for Batcher {
     fn handle(&mut self, ResultFrame(frame): ResultFrame, _: &mut Context<Self>) -> Self::Result {
         let now = self.now();
         let header = frame.header();
-        let Some(active) = self
-            .active
-            .as_mut()
-            .filter(|a| a.pipeline == header.pipeline && a.epoch == header.epoch)
+        let ours = |a: &Active| a.pipeline == header.pipeline && a.epoch == header.epoch;
+        let Some(scheduler) =
+            self.scheduler.as_mut().filter(|_| self.active.as_ref().is_some_and(ours))
         else {
             self.stale_frames += 1;
             return Ok(());
@@ -210,7 +134,7 @@ impl Handler<ResultFrame> for Batcher {
             return Err(format!("a {:?} frame on the results edge", header.kind));
         }
         let meta: ResultMeta = frame.meta().map_err(|e| e.to_string())?;
-        let outcomes = active.scheduler.handle_result(header.micro_batch, &meta.rows, now);
+        let outcomes = scheduler.handle_result(header.micro_batch, &meta.rows, now);
         self.apply(outcomes, now);
         self.pump();
         Ok(())

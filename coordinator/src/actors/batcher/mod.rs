@@ -1,10 +1,14 @@
 //! Drives the scheduler of one pipeline.
 //!
-//! States: *down* (no pipeline: submissions are refused with `UNAVAILABLE` and a hint) and *up*
-//! (one epoch of one pipeline). Going down ends every request in flight. Inbox: `Submit*`, `Cancel`,
+//! States: *down* (no pipeline: submissions are refused with `UNAVAILABLE` and a hint), *up* (one
+//! epoch of one pipeline), *switching* (the next epoch is connected: nothing more is issued in this
+//! one, and when the last result is in, the next begins) and *suspended* (the pipeline was lost and
+//! forms again: requests wait, new ones too, each for at most the recovery time). Every new epoch
+//! computes the sequences anew from their tokens; clients see a pause. Inbox: `Submit*`, `Cancel`,
 //! `PipelineUp`, `PipelineDown`, `ResultFrame`, `GetCounters`. Held by the service (APIs) and by
 //! [`super::Cluster`].
 
+mod epochs;
 mod inbox;
 
 use std::collections::HashMap;
@@ -28,7 +32,8 @@ use super::cluster::EdgeFailed;
 use crate::metrics::Metrics;
 use crate::request::{Request, Verdict, Work};
 use crate::text::Tokenizer;
-pub use inbox::{Cancel, GetCounters, PipelineDown, PipelineUp, ResultFrame, Submit, SubmitScore};
+pub use epochs::{PipelineDown, PipelineUp};
+pub use inbox::{Cancel, GetCounters, ResultFrame, Submit, SubmitScore};
 
 /// Deadlines and vanished clients are looked for this often: well under what a person notices.
 const SWEEP: Duration = Duration::from_millis(25);
@@ -44,7 +49,6 @@ const RETRY_QUEUE_MS: u32 = 1000;
 struct Active {
     pipeline: PipelineId,
     epoch: Epoch,
-    scheduler: Scheduler,
     /// To the first stage; capacity covers every micro-batch in flight.
     steps: mpsc::Sender<Frame>,
     /// To the last stage.
@@ -68,14 +72,20 @@ pub struct Batcher {
     started: Instant,
     tokenizer: Arc<Tokenizer>,
     metrics: Arc<Metrics>,
+    /// From the first epoch on; idle while nothing is up.
+    scheduler: Option<Scheduler>,
     active: Option<Active>,
+    /// The epoch that begins when the present one has no micro-batch in flight.
+    next: Option<PipelineUp>,
+    /// Since when requests wait for a pipeline.
+    suspended: Option<Duration>,
+    /// How long they may.
+    recovery: Duration,
     /// Why nothing is up.
     detail: String,
     requests: HashMap<SequenceId, Request>,
     by_id: HashMap<RequestId, SequenceId>,
     next_sequence: u64,
-    /// Totals of epochs that are over.
-    past: SchedulerStats,
     stale_frames: u64,
 }
 
@@ -86,18 +96,21 @@ impl std::fmt::Debug for Batcher {
 }
 
 impl Batcher {
-    /// A batcher that waits for a pipeline.
-    pub fn new(tokenizer: Arc<Tokenizer>, metrics: Arc<Metrics>) -> Self {
+    /// A batcher that waits for a pipeline. Requests outlive the loss of one for `recovery`.
+    pub fn new(tokenizer: Arc<Tokenizer>, metrics: Arc<Metrics>, recovery: Duration) -> Self {
         Self {
             started: Instant::now(),
             tokenizer,
             metrics,
+            scheduler: None,
             active: None,
+            next: None,
+            suspended: None,
+            recovery,
             detail: "the cluster is starting".into(),
             requests: HashMap::new(),
             by_id: HashMap::new(),
             next_sequence: 1,
-            past: SchedulerStats::default(),
             stale_frames: 0,
         }
     }
@@ -113,16 +126,18 @@ impl Batcher {
     /// Sends every micro-batch the scheduler has ready.
     fn pump(&mut self) {
         let now = self.now();
-        while let Some(active) = self.active.as_mut().filter(|a| !a.broken) {
-            let Some(step) = active.scheduler.poll_step(now) else { return };
+        self.begin_next(now);
+        while self.next.is_none() && self.active.as_ref().is_some_and(|a| !a.broken) {
+            let Some(scheduler) = &mut self.scheduler else { return };
+            let Some(step) = scheduler.poll_step(now) else { return };
             match self.issue(&step, now) {
                 Ok(()) => {}
                 // Requests end when the cluster says so, and why.
                 Err(IssueError::EdgeLost) => self.break_off(),
                 Err(IssueError::Frame(message)) => {
                     tracing::warn!(micro_batch = %step.id, %message, "a micro-batch was not sent");
-                    let Some(active) = self.active.as_mut() else { return };
-                    let outcomes = active.scheduler.handle_step_failed(step.id, &message);
+                    let Some(scheduler) = self.scheduler.as_mut() else { return };
+                    let outcomes = scheduler.handle_step_failed(step.id, &message);
                     self.apply(outcomes, now);
                 }
             }
@@ -142,12 +157,14 @@ impl Batcher {
                 request.on_scheduled(now);
             }
         }
-        let Some(active) = self.active.as_ref() else { return Ok(()) };
+        let (Some(active), Some(scheduler)) = (&self.active, &self.scheduler) else {
+            return Ok(());
+        };
         let send = |channel: &mpsc::Sender<Frame>, frame: Frame| {
             channel.try_send(frame).map_err(|_| IssueError::EdgeLost)
         };
         if !step.opens.is_empty() {
-            let opens = step.opens.iter().filter_map(|id| self.open(&active.scheduler, *id));
+            let opens = step.opens.iter().filter_map(|id| self.open(scheduler, *id));
             let meta = OpenMeta { opens: opens.collect() };
             let frame = frame(active, FrameKind::Sequences, MicroBatchId(0), &meta, &[])
                 .map_err(IssueError::Frame)?;
@@ -229,8 +246,8 @@ impl Batcher {
 
     /// Ends a sequence everywhere: the scheduler frees its blocks, the stages forget it.
     fn end(&mut self, sequence: SequenceId) -> Option<Request> {
-        if let Some(active) = self.active.as_mut() {
-            active.scheduler.handle_finish(sequence);
+        if let Some(scheduler) = self.scheduler.as_mut() {
+            scheduler.handle_finish(sequence);
         }
         self.forget(sequence)
     }
@@ -259,14 +276,15 @@ impl Batcher {
             self.metrics.on_failed(code);
             request.fail(Status::new(code, "the request's deadline passed"));
         }
+        self.check_suspended(now);
         self.check_stall(now);
         self.pump();
     }
 
     /// Every wait has a deadline: also the one for a stage that neither answers nor dies.
     fn check_stall(&self, now: Duration) {
-        let Some(active) = &self.active else { return };
-        if let Some((id, issued)) = active.scheduler.oldest_in_flight()
+        let (Some(active), Some(scheduler)) = (&self.active, &self.scheduler) else { return };
+        if let Some((id, issued)) = scheduler.oldest_in_flight()
             && now.saturating_sub(issued) > STALL
         {
             let message = format!("micro-batch {id} did not come back within {STALL:?}");
@@ -282,14 +300,14 @@ impl Batcher {
         max_new_tokens: u32,
     ) -> Result<SequenceId, Status> {
         let now = self.now();
-        let Some(active) = self.active.as_mut().filter(|a| !a.broken) else {
+        let serves = self.active.is_some() || self.suspended.is_some();
+        let Some(scheduler) = self.scheduler.as_mut().filter(|_| serves) else {
             return Err(self.unavailable());
         };
         let id = SequenceId(self.next_sequence);
         self.next_sequence += 1;
         let prompt_tokens = tokens.len();
-        active
-            .scheduler
+        scheduler
             .handle_submit(NewSequence { id, prompt: tokens, max_new_tokens, kind, submitted: now })
             .map_err(|e| match e {
                 Rejected::QueueFull { .. } => Status::exhausted(e.to_string(), RETRY_QUEUE_MS),
@@ -309,11 +327,8 @@ impl Batcher {
     }
 
     fn stats(&self) -> SchedulerStats {
-        let mut stats = self.active.as_ref().map(|a| a.scheduler.stats()).unwrap_or_default();
-        stats.preemptions += self.past.preemptions;
-        stats.stale_dropped += self.past.stale_dropped + self.stale_frames;
-        stats.prompt_tokens += self.past.prompt_tokens;
-        stats.generated_tokens += self.past.generated_tokens;
+        let mut stats = self.scheduler.as_ref().map(Scheduler::stats).unwrap_or_default();
+        stats.stale_dropped += self.stale_frames;
         stats
     }
 }

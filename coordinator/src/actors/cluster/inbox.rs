@@ -54,6 +54,7 @@ impl Handler<NodeHello> for Cluster {
             out: m.out,
             heartbeat: Heartbeat::default(),
             report: LoadReport::default(),
+            next_report: None,
         };
         if let Some(replaced) = self.members.insert(m.id, member) {
             replaced.connection.close("the node connected again");
@@ -126,10 +127,10 @@ impl Handler<EdgeOffered> for Cluster {
             tracing::warn!(node = %m.node, plane = ?m.plane, "refused a stream");
             return;
         };
-        let last =
-            self.plan.as_ref().and_then(|p| p.assignments.last()).filter(|(n, _)| *n == m.node);
-        let (Some((_, assignment)), Some(starting)) =
-            (last, self.starting.as_mut().filter(|s| s.epoch == epoch))
+        let last = self.plan_of(epoch).and_then(|p| p.assignments.last());
+        let credits = last.filter(|(n, _)| *n == m.node).map(|(_, a)| a.credits);
+        let (Some(credits), Some(starting)) =
+            (credits, self.starting.as_mut().filter(|s| s.epoch == epoch))
         else {
             tracing::warn!(node = %m.node, %epoch, "refused a results edge: not the last stage");
             return;
@@ -139,7 +140,7 @@ impl Handler<EdgeOffered> for Cluster {
             return;
         }
         let halves = (m.send, m.recv);
-        edges::carry_in(ctx.address(), self.batcher.clone(), halves, epoch, assignment.credits);
+        edges::carry_in(ctx.address(), self.batcher.clone(), halves, epoch, credits);
         self.check_started();
     }
 }
@@ -184,6 +185,35 @@ impl Handler<EdgeFailed> for Cluster {
     }
 }
 
+/// The batcher has begun an epoch.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Switched {
+    /// This one.
+    pub epoch: Epoch,
+}
+
+impl Handler<Switched> for Cluster {
+    type Result = ();
+
+    fn handle(&mut self, m: Switched, ctx: &mut Context<Self>) {
+        if !self.is_next(m.epoch) {
+            return;
+        }
+        if let Some(pipeline) = &mut self.pipeline {
+            pipeline.handle_switched(m.epoch);
+        }
+        self.plan = self.next_plan.take();
+        for member in self.members.values_mut() {
+            if let Some(report) = member.next_report.take() {
+                member.report = report;
+            }
+        }
+        tracing::info!("switched to a new cut, epoch {}\n{}", m.epoch, self.plan_table());
+        self.advance(ctx);
+    }
+}
+
 /// What the cluster looks like; counters of the scheduler are not filled in.
 #[derive(Debug, Message)]
 #[rtype(result = "ClusterStatus")]
@@ -224,6 +254,6 @@ impl Handler<Shutdown> for Cluster {
             self.say(*node, CoordinatorMessage::Shutdown);
         }
         let detail = "the coordinator is shutting down".to_owned();
-        let _ = self.batcher.try_send(PipelineDown { detail });
+        let _ = self.batcher.try_send(PipelineDown { detail, forever: true });
     }
 }

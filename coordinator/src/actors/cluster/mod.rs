@@ -2,8 +2,10 @@
 //!
 //! Feeds what happens to the machines of `millrace_shared::membership` and carries out what they
 //! decide. An epoch serves once every stage has connected its edge out, the coordinator's own edges
-//! are open and the results edge has come in. Inbox: `NodeHello`, `FromNode`, `NodeGone`,
-//! `EdgeOffered`, `OwnEdgeOpen`, `EdgeFailed`, `GetStatus`. Held by member tasks and the service.
+//! are open and the results edge has come in. The next epoch is made ready beside the one that
+//! serves: stages, then edges, then the batcher goes over and says `Switched`. Inbox: `NodeHello`,
+//! `FromNode`, `NodeGone`, `EdgeOffered`, `OwnEdgeOpen`, `EdgeFailed`, `Switched`, `GetStatus`. Held
+//! by member tasks and the service.
 
 mod inbox;
 mod report;
@@ -30,6 +32,7 @@ use super::edges;
 use crate::plan::{Deployment, Plan, PlanNode, plan, profile_spec};
 pub use inbox::{
     EdgeFailed, EdgeOffered, FromNode, GetStatus, NodeGone, NodeHello, OwnEdgeOpen, Shutdown,
+    Switched,
 };
 
 /// The one pipeline of a coordinator.
@@ -61,6 +64,8 @@ struct Member {
     out: mpsc::Sender<CoordinatorMessage>,
     heartbeat: Heartbeat,
     report: LoadReport,
+    /// Of the stage that is made ready beside the one that works.
+    next_report: Option<LoadReport>,
 }
 
 /// Edges that are not connected yet.
@@ -83,6 +88,8 @@ pub struct Cluster {
     members: BTreeMap<NodeId, Member>,
     last_join: Duration,
     plan: Option<Plan>,
+    /// Of the epoch that is made ready while another serves.
+    next_plan: Option<Plan>,
     starting: Option<Starting>,
     readiness: watch::Sender<Readiness>,
     last_tick: Duration,
@@ -114,6 +121,7 @@ impl Cluster {
             members: BTreeMap::new(),
             last_join: Duration::ZERO,
             plan: None,
+            next_plan: None,
             starting: None,
             readiness,
             last_tick: Duration::ZERO,
@@ -231,23 +239,36 @@ impl Cluster {
             }
             Action::Plan { epoch, nodes } => self.make_plan(epoch, &nodes, now),
             Action::Assign { epoch, nodes } => {
-                let Some(plan) = self.plan.as_ref().filter(|p| p.epoch == epoch) else { return };
+                let beside = self.is_next(epoch);
+                let Some(plan) = self.plan_of(epoch) else { return };
                 debug_assert_eq!(nodes.len(), plan.assignments.len());
                 for (node, assignment) in plan.assignments.clone() {
-                    self.say(node, CoordinatorMessage::Assign(Box::new(assignment)));
+                    let assignment = Box::new(assignment);
+                    self.say(node, CoordinatorMessage::Assign { assignment, beside });
                 }
             }
             Action::Start { epoch, nodes } => self.start(epoch, &nodes, now, ctx),
             Action::Stop { epoch, reason } => {
                 tracing::warn!(%epoch, "the pipeline stopped: {reason}");
                 self.starting = None;
+                self.next_plan = None;
                 // Never full but for a stalled program: state must not get out of step.
-                if self.batcher.try_send(PipelineDown { detail: reason }).is_err() {
+                let down = PipelineDown { detail: reason, forever: false };
+                if self.batcher.try_send(down).is_err() {
                     tracing::error!("the batcher's mailbox is full");
                 }
             }
+            Action::Abandon { epoch, nodes } => {
+                let why = self.pipeline.as_ref().and_then(|p| p.trouble()).unwrap_or_default();
+                tracing::warn!(%epoch, "{why}");
+                self.next_plan = None;
+                self.starting = self.starting.take().filter(|s| s.epoch != epoch);
+                for node in nodes {
+                    self.say(node, CoordinatorMessage::Abandon { pipeline: PIPELINE, epoch });
+                }
+            }
             Action::Release { epoch, nodes } => {
-                self.starting = None;
+                self.starting = self.starting.take().filter(|s| s.epoch > epoch);
                 for node in nodes {
                     self.say(node, CoordinatorMessage::Release { pipeline: PIPELINE, epoch });
                 }
@@ -263,25 +284,29 @@ impl Cluster {
                 Some(PlanNode { id: *id, hello, profile: *profile })
             })
             .collect();
+        let beside = self.is_next(epoch);
         let result = plan(&self.manifest, &self.deployment, (PIPELINE, epoch), &planned);
         let Some(pipeline) = &mut self.pipeline else { return };
         match result {
             Ok(plan) => {
                 let order = plan.assignments.iter().map(|(node, _)| *node).collect();
-                self.plan = Some(plan);
+                *(if beside { &mut self.next_plan } else { &mut self.plan }) = Some(plan);
                 pipeline.handle_planned(epoch, order, now);
             }
             Err(e) => {
                 tracing::error!("{e}");
                 pipeline.handle_plan_failed(epoch, &e.to_string(), now);
-                self.failed(e.to_string());
+                if !beside {
+                    self.failed(e.to_string());
+                }
             }
         }
     }
 
     /// Every stage is loaded: connect the edges.
     fn start(&mut self, epoch: Epoch, nodes: &[NodeId], now: Duration, ctx: &mut Context<Self>) {
-        let (Some(plan), Some(first), Some(last)) = (&self.plan, nodes.first(), nodes.last())
+        let (Some(plan), Some(first), Some(last)) =
+            (self.plan_of(epoch), nodes.first(), nodes.last())
         else {
             return;
         };
@@ -311,6 +336,7 @@ impl Cluster {
                 steps,
                 opens,
                 failures: ctx.address().recipient(),
+                switched: ctx.address().recipient(),
             }),
         });
         for node in nodes {
@@ -327,13 +353,23 @@ impl Cluster {
             self.edge_failed(starting.epoch, "the batcher's mailbox is full");
             return;
         }
-        tracing::info!("pipeline ready, epoch {}\n{}", starting.epoch, self.plan_table());
+        if !self.is_next(starting.epoch) {
+            tracing::info!("pipeline ready, epoch {}\n{}", starting.epoch, self.plan_table());
+        }
         self.readiness.send_modify(|r| {
             r.ready = true;
             r.epochs += 1;
             r.failed = None;
             r.detail.clear();
         });
+    }
+
+    fn is_next(&self, epoch: Epoch) -> bool {
+        self.pipeline.as_ref().is_some_and(|p| p.next_epoch() == Some(epoch))
+    }
+
+    fn plan_of(&self, epoch: Epoch) -> Option<&Plan> {
+        [&self.plan, &self.next_plan].into_iter().flatten().find(|p| p.epoch == epoch)
     }
 
     fn failed(&self, message: String) {
@@ -349,7 +385,8 @@ impl Cluster {
 
     fn is_serving(&self) -> bool {
         use millrace_shared::membership::PipelinePhase::Running;
-        self.starting.is_none() && self.pipeline.as_ref().is_some_and(|p| p.phase() == Running)
+        let starts = |epoch| self.starting.as_ref().is_some_and(|s| s.epoch == epoch);
+        self.pipeline.as_ref().is_some_and(|p| p.phase() == Running && !starts(p.epoch()))
     }
 
     fn detail(&self) -> String {
@@ -374,7 +411,7 @@ impl Cluster {
         });
         if changed && !ready {
             tracing::info!("not ready: {detail}");
-            let _ = self.batcher.try_send(PipelineDown { detail });
+            let _ = self.batcher.try_send(PipelineDown { detail, forever: false });
         }
     }
 
@@ -425,7 +462,11 @@ impl Cluster {
             NodeMessage::Heartbeat(beat) => member.heartbeat = beat,
             NodeMessage::Profiled { profile } => pipeline.handle_profiled(id, profile, now),
             NodeMessage::Ready { epoch, report, .. } => {
-                member.report = report;
+                if pipeline.next_epoch() == Some(epoch) {
+                    member.next_report = Some(report);
+                } else {
+                    member.report = report;
+                }
                 pipeline.handle_ready(id, epoch, now);
             }
             NodeMessage::Started { epoch, .. } => {
@@ -436,12 +477,17 @@ impl Cluster {
             }
             NodeMessage::LoadFailed { epoch, message, .. } => {
                 tracing::error!(node = %id, "cannot load its stage: {message}");
+                let beside = pipeline.next_epoch() == Some(epoch);
                 pipeline.handle_load_failed(id, epoch, &message, now);
-                self.failed(format!("a node could not load its stage: {message}"));
+                if !beside {
+                    self.failed(format!("a node could not load its stage: {message}"));
+                }
             }
             NodeMessage::EdgeLost { epoch, message, .. } => {
                 // Nobody but the epoch's own stages can end it.
-                if pipeline.chosen().contains(&id) {
+                let plans = [&self.plan, &self.next_plan];
+                let plan = plans.into_iter().flatten().find(|p| p.epoch == epoch);
+                if plan.is_some_and(|p| p.assignments.iter().any(|(node, _)| *node == id)) {
                     pipeline.handle_edge_lost(epoch, &message, now);
                 }
             }

@@ -10,7 +10,7 @@ use millrace_shared::wire::control::{Assignment, CoordinatorMessage, LoadReport,
 use millrace_shared::wire::{MAX_FRAME_META_BYTES, Plane};
 use tokio::sync::mpsc;
 
-use super::{Link, Node};
+use super::{Active, Link, Node};
 use crate::actors::stage::{Inbound, Loss, Stage};
 
 /// The link is up.
@@ -27,7 +27,7 @@ impl Handler<LinkUp> for Node {
     type Result = ();
 
     fn handle(&mut self, m: LinkUp, _: &mut Context<Self>) {
-        self.drop_stage();
+        self.drop_stages();
         self.link = Some(Link { connection: m.connection, out: m.out });
     }
 }
@@ -45,7 +45,7 @@ impl Handler<LinkDown> for Node {
         if let Some(handle) = self.heartbeat.take() {
             ctx.cancel_future(handle);
         }
-        self.drop_stage();
+        self.drop_stages();
         if self.leaving {
             ctx.stop();
         }
@@ -77,22 +77,22 @@ impl Handler<Loaded> for Node {
     type Result = ();
 
     fn handle(&mut self, m: Loaded, _: &mut Context<Self>) {
-        let Some(active) =
-            self.active.as_mut().filter(|a| Arc::ptr_eq(&a.assignment, &m.assignment))
-        else {
+        let stale = Arc::clone(&self.stale);
+        let (pipeline, epoch) = (m.assignment.pipeline, m.assignment.epoch);
+        let assignment = Arc::clone(&m.assignment);
+        let Some(active) = self.slot(|a| Arc::ptr_eq(&a.assignment, &m.assignment)) else {
             return;
         };
-        let (pipeline, epoch) = (m.assignment.pipeline, m.assignment.epoch);
         match m.result {
             Ok(report) => {
                 // Room for everything the credits allow, so that the engine never waits here.
                 let (out, frames) = mpsc::channel(m.assignment.credits as usize + 2);
                 let stage = Stage::new(
-                    m.assignment,
-                    Arc::clone(&self.parts.engine),
+                    assignment,
+                    Arc::clone(&active.engine),
                     out,
                     active.losses.clone(),
-                    Arc::clone(&self.stale),
+                    stale,
                 );
                 active.stage = Some(stage.start());
                 active.out = Some(frames);
@@ -101,7 +101,7 @@ impl Handler<Loaded> for Node {
             }
             Err(message) => {
                 tracing::error!("cannot load the stage: {message}");
-                self.drop_stage();
+                self.drop_if(|a| Arc::ptr_eq(&a.assignment, &assignment));
                 self.say(NodeMessage::LoadFailed { pipeline, epoch, message });
             }
         }
@@ -131,13 +131,14 @@ impl Handler<EdgeOffered> for Node {
             tracing::warn!(peer = ?m.peer, "refused an edge: {message}");
             return;
         }
-        let Plane::Stage { edge: kind, .. } = m.plane else { return };
-        let Some(active) = &self.active else { return };
+        let Plane::Stage { edge: kind, pipeline, epoch } = m.plane else { return };
+        let pool = self.pool.clone();
+        let Some(active) = self.slot(|a| a.is(pipeline, epoch)) else { return };
         let Some(stage) = active.stage.clone() else { return };
         let a = &active.assignment;
         let row_bytes = (a.config.hidden as usize).max(1) * 4;
         let limit = MAX_FRAME_META_BYTES + a.settings.max_batch_tokens as usize * row_bytes + 4096;
-        let edge = EdgeReceiver::new(m.send, m.recv, a.credits, self.pool.clone(), limit);
+        let edge = EdgeReceiver::new(m.send, m.recv, a.credits, pool, limit);
         let (credits, losses, peer) = (a.credits, active.losses.clone(), m.peer);
         actix_rt::spawn(async move {
             let deliver = |frame, ticket| {
@@ -166,10 +167,10 @@ impl Handler<EpochLost> for Node {
     type Result = ();
 
     fn handle(&mut self, m: EpochLost, _: &mut Context<Self>) {
-        let ours = self.active.as_ref().is_some_and(|a| Arc::ptr_eq(&a.assignment, &m.assignment));
-        if ours {
+        let ours = |a: &Active| Arc::ptr_eq(&a.assignment, &m.assignment);
+        if self.slot(ours).is_some() {
             tracing::warn!("the epoch is over: {}", m.message);
-            self.drop_stage();
+            self.drop_if(ours);
             self.say(NodeMessage::EdgeLost {
                 pipeline: m.assignment.pipeline,
                 epoch: m.assignment.epoch,
@@ -189,7 +190,7 @@ impl Handler<Leave> for Node {
 
     fn handle(&mut self, _: Leave, _: &mut Context<Self>) {
         self.say(NodeMessage::Leaving);
-        self.drop_stage();
+        self.drop_stages();
         self.leaving = true;
     }
 }

@@ -1,8 +1,9 @@
-//! The node: its link to the coordinator and its one assignment.
+//! The node: its link to the coordinator and its assignment, or two of them for a moment.
 //!
 //! States by assignment: *idle* → *loading* (tensors, then the engine) → *loaded* (accepts edges)
 //! → *started* (edge out connected) → *idle* when the coordinator releases it, assigns anew, or the
-//! link is lost. Inbox: `LinkUp`, `LinkDown`, `Control`, `Loaded`, `EdgeOffered`, `EpochLost`.
+//! link is lost. The stage of the next epoch is made ready beside the one that works, with an engine
+//! of its own, and takes its place when that one is released. Inbox: `LinkUp`, `LinkDown`, `Control`, `Loaded`, `EdgeOffered`, `EpochLost`.
 //! Held by the link task and by accept tasks.
 
 mod inbox;
@@ -17,13 +18,15 @@ use actix::prelude::*;
 use millrace_engine::thread::{EngineHandle, Job};
 use millrace_net::pump::pump_out;
 use millrace_net::{ClientTls, Connection, Endpoint, FramePool, PeerName};
+use millrace_shared::id::{Epoch, PipelineId};
 use millrace_shared::model::numerics_id;
+use millrace_shared::options::EngineKind;
 use millrace_shared::wire::control::{
     Assignment, CoordinatorMessage, Heartbeat, NodeMessage, ProfileSpec,
 };
 use millrace_shared::wire::frame::Frame;
 use millrace_shared::wire::{Edge, Plane};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::stage::{Loss, Stage, Stop};
@@ -41,8 +44,8 @@ pub struct Parts {
     pub endpoint: Endpoint,
     /// For connecting to members.
     pub tls: ClientTls,
-    /// The engine's thread.
-    pub engine: Arc<EngineHandle>,
+    /// Makes an engine's thread.
+    pub spawn_engine: fn(EngineKind) -> std::io::Result<EngineHandle>,
     /// Revision of the engine's numerics.
     pub numerics: String,
     /// Cores that the process may use.
@@ -84,6 +87,7 @@ struct Link {
 
 struct Active {
     assignment: Arc<Assignment>,
+    engine: Arc<EngineHandle>,
     /// Set once loaded.
     stage: Option<Addr<Stage>>,
     /// Frames for the edge out, until that is connected.
@@ -92,8 +96,25 @@ struct Active {
     /// Loading, then connecting: stopped with the assignment, so that neither outlives it.
     work: Option<JoinHandle<()>>,
     since: Instant,
-    busy_before: Duration,
-    steps_before: u64,
+}
+
+impl Active {
+    fn is(&self, pipeline: PipelineId, epoch: Epoch) -> bool {
+        self.assignment.pipeline == pipeline && self.assignment.epoch == epoch
+    }
+
+    /// Lets go of the stage. The engine gives its memory back elsewhere: that takes a moment, and
+    /// longer where a step is at work.
+    fn end(self) {
+        if let Some(work) = self.work {
+            work.abort();
+        }
+        if let Some(stage) = self.stage {
+            let _ = stage.try_send(Stop);
+        }
+        let _ = self.engine.try_submit(Job::Unload);
+        drop(tokio::task::spawn_blocking(move || drop(self.engine)));
+    }
 }
 
 /// See the module's documentation.
@@ -102,6 +123,8 @@ pub struct Node {
     pool: FramePool,
     link: Option<Link>,
     active: Option<Active>,
+    /// What takes the place of `active` when that is released.
+    next: Option<Active>,
     stale: Arc<AtomicU64>,
     echo: u64,
     heartbeat: Option<SpawnHandle>,
@@ -122,6 +145,7 @@ impl Node {
             pool: FramePool::new(16),
             link: None,
             active: None,
+            next: None,
             stale: Arc::new(AtomicU64::new(0)),
             echo: 0,
             heartbeat: None,
@@ -139,16 +163,24 @@ impl Node {
         }
     }
 
-    fn drop_stage(&mut self) {
-        if let Some(active) = self.active.take() {
-            if let Some(work) = active.work {
-                work.abort();
+    /// Lets go of every stage.
+    fn drop_stages(&mut self) {
+        self.drop_if(|_| true);
+    }
+
+    fn drop_if(&mut self, which: impl Fn(&Active) -> bool) {
+        for slot in [&mut self.active, &mut self.next] {
+            if let Some(active) = slot.take_if(|a| which(a)) {
+                active.end();
             }
-            if let Some(stage) = active.stage {
-                let _ = stage.try_send(Stop);
-            }
-            let _ = self.parts.engine.try_submit(Job::Unload);
         }
+        if self.active.is_none() {
+            self.active = self.next.take();
+        }
+    }
+
+    fn slot(&mut self, which: impl Fn(&Active) -> bool) -> Option<&mut Active> {
+        self.active.iter_mut().chain(&mut self.next).find(|a| which(a))
     }
 
     fn on_control(&mut self, message: CoordinatorMessage, ctx: &mut Context<Self>) {
@@ -162,27 +194,20 @@ impl Node {
             }
             CoordinatorMessage::Refused { message } => tracing::error!("{message}"),
             CoordinatorMessage::Profile(spec) => self.profile(*spec),
-            CoordinatorMessage::Assign(assignment) => self.assign(Arc::new(*assignment), ctx),
-            CoordinatorMessage::Start { pipeline, epoch } => {
-                let ours = self.active.as_ref().is_some_and(|a| {
-                    a.assignment.pipeline == pipeline && a.assignment.epoch == epoch
-                });
-                if ours {
-                    self.connect();
-                }
+            CoordinatorMessage::Assign { assignment, beside } => {
+                self.assign(Arc::new(*assignment), beside, ctx);
+            }
+            CoordinatorMessage::Start { pipeline, epoch } => self.connect(pipeline, epoch),
+            CoordinatorMessage::Abandon { pipeline, epoch } => {
+                self.drop_if(|a| a.is(pipeline, epoch));
             }
             CoordinatorMessage::Release { pipeline, epoch } => {
-                let ours = self.active.as_ref().is_some_and(|a| {
-                    a.assignment.pipeline == pipeline && a.assignment.epoch <= epoch
-                });
-                if ours {
-                    self.drop_stage();
-                }
+                self.drop_if(|a| a.assignment.pipeline == pipeline && a.assignment.epoch <= epoch)
             }
             CoordinatorMessage::Ping(n) => self.echo = n,
             CoordinatorMessage::Shutdown => {
                 tracing::info!("the coordinator is shutting down");
-                self.drop_stage();
+                self.drop_stages();
             }
         }
     }
@@ -194,10 +219,9 @@ impl Node {
             ..Heartbeat::default()
         };
         if let Some(active) = &self.active {
-            let engine = &self.parts.engine;
-            beat.busy_seconds = engine.busy().saturating_sub(active.busy_before).as_secs_f64();
+            beat.busy_seconds = active.engine.busy().as_secs_f64();
             beat.wall_seconds = active.since.elapsed().as_secs_f64();
-            beat.steps = engine.steps().saturating_sub(active.steps_before);
+            beat.steps = active.engine.steps();
         }
         self.say(NodeMessage::Heartbeat(beat));
     }
@@ -212,22 +236,34 @@ impl Node {
         if let Some(profile) = known.get() {
             return self.say(NodeMessage::Profiled { profile });
         }
-        let out = link.out.clone();
+        let engine = match (self.parts.spawn_engine)(self.parts.config.engine) {
+            Ok(engine) => engine,
+            Err(e) => return tracing::error!("cannot measure the model: no thread: {e}"),
+        };
+        let (out, (finish, finished)) = (link.out.clone(), oneshot::channel::<()>());
         let job = Job::Profile {
             threads,
             spec: Box::new(spec),
-            done: Box::new(move |result| match result {
-                Ok(profile) => {
-                    let _ = out.try_send(NodeMessage::Profiled { profile });
-                    known.put(&profile);
+            done: Box::new(move |result| {
+                match result {
+                    Ok(profile) => {
+                        let _ = out.try_send(NodeMessage::Profiled { profile });
+                        known.put(&profile);
+                    }
+                    // The coordinator's deadline turns silence into the same decision.
+                    Err(e) => tracing::error!("cannot measure the model: {e}"),
                 }
-                // The coordinator's deadline turns silence into the same decision.
-                Err(e) => tracing::error!("cannot measure the model: {e}"),
+                drop(finish);
             }),
         };
-        if let Err(e) = self.parts.engine.try_submit(job) {
+        if let Err(e) = engine.try_submit(job) {
             tracing::error!("cannot measure the model: {e}");
         }
+        // This engine is for the measurement alone.
+        actix_rt::spawn(async move {
+            let _ = finished.await;
+            drop(tokio::task::spawn_blocking(move || drop(engine)));
+        });
     }
 
     /// Why this node cannot take the assignment.
@@ -258,47 +294,63 @@ impl Node {
         None
     }
 
-    fn assign(&mut self, assignment: Arc<Assignment>, ctx: &mut Context<Self>) {
-        self.drop_stage();
-        let (pipeline, epoch) = (assignment.pipeline, assignment.epoch);
-        if let Some(message) = self.objection(&assignment) {
-            self.say(NodeMessage::LoadFailed { pipeline, epoch, message });
-            return;
+    fn assign(&mut self, assignment: Arc<Assignment>, beside: bool, ctx: &mut Context<Self>) {
+        if beside {
+            if let Some(next) = self.next.take() {
+                next.end();
+            }
+        } else {
+            self.drop_stages();
         }
+        let (pipeline, epoch) = (assignment.pipeline, assignment.epoch);
+        let engine = match self.objection(&assignment) {
+            Some(message) => Err(message),
+            None => (self.parts.spawn_engine)(self.parts.config.engine)
+                .map_err(|e| format!("no thread for the engine: {e}")),
+        };
+        let engine = match engine {
+            Ok(engine) => Arc::new(engine),
+            Err(message) => {
+                return self.say(NodeMessage::LoadFailed { pipeline, epoch, message });
+            }
+        };
         let Some(link) = &self.link else { return };
         let (losses, mut lost) = mpsc::channel::<Loss>(4);
-        self.active = Some(Active {
-            assignment: Arc::clone(&assignment),
+        let node = ctx.address();
+        let ended = Arc::clone(&assignment);
+        actix_rt::spawn(async move {
+            if let Some(Loss(message)) = lost.recv().await {
+                let _ = node.send(EpochLost { assignment: ended, message }).await;
+            }
+        });
+        let parts = Rc::clone(&self.parts);
+        let load =
+            load(parts, Arc::clone(&engine), Arc::clone(&assignment), link.connection.clone());
+        let (node, loaded) = (ctx.address(), Arc::clone(&assignment));
+        let work = actix_rt::spawn(async move {
+            let result = load.await;
+            let _ = node.send(Loaded { assignment: loaded, result }).await;
+        });
+        let active = Active {
+            assignment,
+            engine,
             stage: None,
             out: None,
             losses,
-            work: None,
+            work: Some(work),
             since: Instant::now(),
-            busy_before: self.parts.engine.busy(),
-            steps_before: self.parts.engine.steps(),
-        });
-        let node = ctx.address();
-        actix_rt::spawn(async move {
-            if let Some(Loss(message)) = lost.recv().await {
-                let _ = node.send(EpochLost { assignment, message }).await;
-            }
-        });
-        let Some(active) = &mut self.active else { return };
-        let load =
-            load(Rc::clone(&self.parts), Arc::clone(&active.assignment), link.connection.clone());
-        let assignment = Arc::clone(&active.assignment);
-        let node = ctx.address();
-        active.work = Some(actix_rt::spawn(async move {
-            let result = load.await;
-            let _ = node.send(Loaded { assignment, result }).await;
-        }));
+        };
+        let slot = if self.active.is_some() { &mut self.next } else { &mut self.active };
+        *slot = Some(active);
     }
 
     /// Connects the edge out, then tells the coordinator.
-    fn connect(&mut self) {
-        let (Some(link), Some(active)) = (&self.link, &mut self.active) else { return };
-        let Some(frames) = active.out.take() else { return };
+    fn connect(&mut self, pipeline: PipelineId, epoch: Epoch) {
         let (parts, pool) = (Rc::clone(&self.parts), self.pool.clone());
+        let slots = self.active.iter_mut().chain(&mut self.next);
+        let active = slots.into_iter().find(|a| a.is(pipeline, epoch));
+        let (Some(link), Some(active)) = (&self.link, active) else { return };
+        let Some(frames) = active.out.take() else { return };
         let (assignment, losses) = (Arc::clone(&active.assignment), active.losses.clone());
         let (coordinator, out) = (link.connection.clone(), link.out.clone());
         let connecting = async move {
@@ -329,16 +381,11 @@ impl Node {
         let Plane::Stage { pipeline, epoch, edge } = plane else {
             return Err("members open stage edges to nodes, nothing else".into());
         };
-        let Some(active) = self.active.as_ref().filter(|a| a.stage.is_some()) else {
-            return Err("no stage is loaded here".into());
+        let mut loaded = self.active.iter().chain(&self.next).filter(|a| a.stage.is_some());
+        let Some(active) = loaded.find(|a| a.is(*pipeline, *epoch)) else {
+            return Err(format!("no stage of pipeline {pipeline} epoch {epoch} is loaded here"));
         };
         let a = &active.assignment;
-        if a.pipeline != *pipeline || a.epoch != *epoch {
-            return Err(format!(
-                "the edge is of pipeline {pipeline} epoch {epoch}, the stage of {} and {}",
-                a.pipeline, a.epoch
-            ));
-        }
         let (expected, fits) = match edge {
             Edge::Steps => (PeerName::Coordinator, a.previous.is_none()),
             Edge::Sequences => (PeerName::Coordinator, a.next.is_none()),

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use indicatif::HumanBytes;
 use millrace_engine::stage::StagePlace;
-use millrace_engine::thread::{Job, LoadJob};
+use millrace_engine::thread::{EngineHandle, Job, LoadJob};
 use millrace_engine::{Isa, PackingReport, StageSpec};
 use millrace_net::{Connection, EdgeSender, FramePool, NetError, timing};
 use millrace_shared::wire::control::{Assignment, LoadReport};
@@ -20,6 +20,7 @@ use crate::progress::LoadProgress;
 /// Fetches the tensors, then loads the engine.
 pub(super) async fn load(
     parts: Rc<Parts>,
+    engine: Arc<EngineHandle>,
     assignment: Arc<Assignment>,
     connection: Connection,
 ) -> Result<LoadReport, String> {
@@ -63,7 +64,7 @@ pub(super) async fn load(
             let _ = sender.send(result);
         }),
     };
-    parts.engine.try_submit(Job::Load(Box::new(job))).map_err(|e| e.to_string())?;
+    engine.try_submit(Job::Load(Box::new(job))).map_err(|e| e.to_string())?;
     let stage =
         receiver.await.map_err(|_| "the engine stopped".to_owned())?.map_err(|e| e.to_string())?;
     report.weight_bytes = stage.weight_bytes;

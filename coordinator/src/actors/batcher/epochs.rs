@@ -1,0 +1,131 @@
+//! From one epoch to the next: the fence, the switch, and what waits while nothing is up.
+//!
+//! One path for every change. A new epoch gets every sequence by
+//! [`Scheduler::handle_epoch`], which computes it anew from its tokens; the last stage hears of it
+//! again by `SequenceOpen`. Where the old epoch still works, its micro-batches come back first (the
+//! fence), so that no token is computed twice; where it was lost, they are void.
+
+use std::time::Duration;
+
+use actix::prelude::*;
+use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::{Epoch, PipelineId};
+use millrace_shared::scheduler::{Scheduler, SchedulerConfig};
+use millrace_shared::wire::frame::Frame;
+use tokio::sync::mpsc;
+
+use super::{Active, Batcher, RETRY_PIPELINE_MS};
+use crate::actors::cluster::{EdgeFailed, Switched};
+
+/// A pipeline is ready; where another epoch serves, it goes on from there.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct PipelineUp {
+    /// Which.
+    pub pipeline: PipelineId,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Limits.
+    pub config: SchedulerConfig,
+    /// To the first stage.
+    pub steps: mpsc::Sender<Frame>,
+    /// To the last stage.
+    pub opens: mpsc::Sender<Frame>,
+    /// Whom to tell when the epoch cannot go on.
+    pub failures: Recipient<EdgeFailed>,
+    /// Whom to tell when it has begun.
+    pub switched: Recipient<Switched>,
+}
+
+impl Handler<PipelineUp> for Batcher {
+    type Result = ();
+
+    fn handle(&mut self, m: PipelineUp, _: &mut Context<Self>) {
+        self.next = Some(m);
+        self.pump();
+    }
+}
+
+/// The pipeline is lost, or not formed yet.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct PipelineDown {
+    /// Why, and what it waits for.
+    pub detail: String,
+    /// Nothing will come up again.
+    pub forever: bool,
+}
+
+impl Handler<PipelineDown> for Batcher {
+    type Result = ();
+
+    fn handle(&mut self, m: PipelineDown, _: &mut Context<Self>) {
+        self.detail = m.detail;
+        self.next = None;
+        if self.active.take().is_some() && !m.forever {
+            self.suspended = Some(self.now());
+        }
+        if m.forever {
+            self.give_up();
+        }
+    }
+}
+
+impl Batcher {
+    /// Begins the next epoch as soon as the present one has nothing in flight.
+    pub(super) fn begin_next(&mut self, now: Duration) {
+        let busy = |s: &Scheduler| s.stats().in_flight > 0;
+        let fenced = self.active.as_ref().is_some_and(|a| !a.broken)
+            && self.scheduler.as_ref().is_some_and(busy);
+        let Some(next) = self.next.take_if(|_| !fenced) else { return };
+        let refused = match &mut self.scheduler {
+            Some(scheduler) => scheduler.handle_epoch(next.config),
+            None => {
+                self.scheduler = Some(Scheduler::new(next.config));
+                Vec::new()
+            }
+        };
+        if let Some(since) = self.suspended.take() {
+            let waited = now.saturating_sub(since).as_secs_f64();
+            let requests = self.requests.len();
+            tracing::info!(requests, "requests go on after {waited:.2} s without a pipeline");
+        }
+        for (sequence, why) in refused {
+            let Some(request) = self.forget(sequence) else { continue };
+            self.metrics.on_failed(ErrorCode::ResourceExhausted);
+            request.fail(Status::exhausted(why.to_string(), RETRY_PIPELINE_MS));
+        }
+        let _ = next.switched.try_send(Switched { epoch: next.epoch });
+        self.active = Some(Active {
+            pipeline: next.pipeline,
+            epoch: next.epoch,
+            steps: next.steps,
+            opens: next.opens,
+            failures: next.failures,
+            broken: false,
+        });
+    }
+
+    /// Requests do not wait for ever.
+    pub(super) fn check_suspended(&mut self, now: Duration) {
+        if self.suspended.is_some_and(|since| now.saturating_sub(since) >= self.recovery) {
+            self.give_up();
+        }
+    }
+
+    /// Ends every request; until a pipeline is up, new ones are refused.
+    fn give_up(&mut self) {
+        self.suspended = None;
+        self.by_id.clear();
+        for (sequence, request) in self.requests.drain() {
+            if let Some(scheduler) = &mut self.scheduler {
+                scheduler.handle_cancel(sequence);
+            }
+            self.metrics.on_failed(ErrorCode::Unavailable);
+            request.fail(Status::unavailable(
+                format!("the pipeline was lost while the request ran: {}", self.detail),
+                RETRY_PIPELINE_MS,
+            ));
+        }
+    }
+}
