@@ -67,6 +67,10 @@ pub struct Metrics {
     received: Counter,
     prompt_tokens: Counter,
     generation_tokens: Counter,
+    prefix_queries: Counter,
+    prefix_hits: Counter,
+    drafts: Counter,
+    drafts_accepted: Counter,
     preemptions: Counter,
     stale_dropped: Counter,
     success: Family<FinishedLabels, Counter>,
@@ -103,6 +107,25 @@ impl Metrics {
                 r,
                 metric::GENERATION_TOKENS,
                 "Tokens generated",
+                Counter::default(),
+            ),
+            prefix_queries: add(
+                r,
+                metric::PREFIX_CACHE_QUERY_TOKENS,
+                "Tokens looked for in the prefix cache",
+                Counter::default(),
+            ),
+            prefix_hits: add(
+                r,
+                metric::PREFIX_CACHE_HIT_TOKENS,
+                "Tokens found in the prefix cache",
+                Counter::default(),
+            ),
+            drafts: add(r, metric::DRAFT_TOKENS, "Tokens guessed", Counter::default()),
+            drafts_accepted: add(
+                r,
+                metric::DRAFT_TOKENS_ACCEPTED,
+                "Tokens guessed rightly",
                 Counter::default(),
             ),
             preemptions: add(r, metric::PREEMPTIONS, "Sequences preempted", Counter::default()),
@@ -180,6 +203,10 @@ impl Metrics {
         self.nodes.set(status.nodes.into());
         self.plan_epoch.set(i64::try_from(status.epoch).unwrap_or(i64::MAX));
         raise(&self.preemptions, status.preemptions);
+        raise(&self.prefix_queries, status.prefix_query_tokens);
+        raise(&self.prefix_hits, status.prefix_hit_tokens);
+        raise(&self.drafts, status.draft_tokens);
+        raise(&self.drafts_accepted, status.draft_tokens_accepted);
         raise(&self.prompt_tokens, status.prompt_tokens);
         raise(&self.generation_tokens, status.generation_tokens);
         raise(&self.stale_dropped, status.stale_dropped);
@@ -274,6 +301,8 @@ mod tests {
             kv_blocks_used: 2,
             prompt_tokens: 6,
             preemptions: 5,
+            prefix_hit_tokens: 7,
+            draft_tokens_accepted: 9,
             stale_dropped: 3,
             stages: vec![stage("a", 1.5), stage("b", 2.0)],
             ..ClusterStatus::default()
@@ -284,6 +313,8 @@ mod tests {
         let text = m.render();
         assert!(line(&text, "millrace_prompt_tokens_total{").ends_with(" 10"));
         assert!(line(&text, "millrace_preemptions_total{").ends_with(" 5"));
+        assert!(line(&text, "millrace_prefix_cache_hit_tokens_total{").ends_with(" 7"));
+        assert!(line(&text, "millrace_draft_tokens_accepted_total{").ends_with(" 9"));
         assert!(line(&text, "millrace_stale_epoch_dropped_total{").ends_with(" 3"));
         assert!(line(&text, "millrace_kv_cache_usage_ratio{").ends_with(" 0.25"));
         assert!(line(&text, "millrace_plan_epoch{").ends_with(" 4"));

@@ -36,6 +36,7 @@ pub struct Generation {
     stop: StopMatcher,
     end_ids: HashSet<u32>,
     prompt_tokens: u32,
+    cached_tokens: u32,
     produced: u32,
     queue: Option<Duration>,
     first_token: Option<Duration>,
@@ -72,6 +73,7 @@ impl Generation {
             events,
             end_ids,
             prompt_tokens,
+            cached_tokens: 0,
             produced: 0,
             queue: None,
             first_token: None,
@@ -132,7 +134,7 @@ impl Generation {
             usage: Usage {
                 prompt_tokens: self.prompt_tokens,
                 completion_tokens: self.produced,
-                cached_tokens: 0,
+                cached_tokens: self.cached_tokens,
             },
             timings: self.timings(),
         };
@@ -200,6 +202,13 @@ impl Request {
         if let Work::Generate(g) = &mut self.work {
             let submitted = self.submitted;
             g.queue.get_or_insert_with(|| now.saturating_sub(submitted));
+        }
+    }
+
+    /// Notes how many tokens of the prompt were in the prefix cache when it was first computed.
+    pub fn on_cached(&mut self, tokens: u32) {
+        if let Work::Generate(g) = &mut self.work {
+            g.cached_tokens = tokens.min(g.prompt_tokens);
         }
     }
 

@@ -33,6 +33,10 @@ pub mod metric {
     pub const KV_BLOCKS_USED: &str = "millrace_kv_blocks_used";
     pub const KV_BLOCKS: &str = "millrace_kv_blocks";
     pub const PROMPT_TOKENS: &str = "millrace_prompt_tokens";
+    pub const PREFIX_CACHE_QUERY_TOKENS: &str = "millrace_prefix_cache_query_tokens";
+    pub const PREFIX_CACHE_HIT_TOKENS: &str = "millrace_prefix_cache_hit_tokens";
+    pub const DRAFT_TOKENS: &str = "millrace_draft_tokens";
+    pub const DRAFT_TOKENS_ACCEPTED: &str = "millrace_draft_tokens_accepted";
     pub const GENERATION_TOKENS: &str = "millrace_generation_tokens";
     pub const TTFT: &str = "millrace_time_to_first_token_seconds";
     pub const ITL: &str = "millrace_inter_token_latency_seconds";

@@ -315,6 +315,14 @@ pub struct ClusterStatus {
     pub generation_tokens: u64,
     /// Messages of an older epoch that were dropped so far.
     pub stale_dropped: u64,
+    /// Positions of sequences that began, so far: what the prefix cache was asked for.
+    pub prefix_query_tokens: u64,
+    /// Those of them that the prefix cache had.
+    pub prefix_hit_tokens: u64,
+    /// Tokens that were guessed so far.
+    pub draft_tokens: u64,
+    /// Those of them that were right.
+    pub draft_tokens_accepted: u64,
 }
 
 #[cfg(test)]
