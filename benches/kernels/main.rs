@@ -4,7 +4,7 @@
 //! takes longer; both measured in the same run.
 //!
 //! Weights and KV are cycled through as a decode does, in sets that no cache holds. Quantising of
-//! activations is a part of what produces them: `rms_norm`, `silu_mul`, `attention`. `MILLRACE_THREADS`
+//! activations is a part of what produces them: `rms_norm`, `gated`, `attention`. `MILLRACE_THREADS`
 //! and `MILLRACE_CPU_PATH` choose threads (1) and instruction set (the best).
 
 mod context;
@@ -182,24 +182,6 @@ fn rows(c: &mut Criterion, bench: &mut Bench) {
             make,
             |(b, x, gain, out)| {
                 b.rms_norm(x, gain, 1e-5, out);
-            },
-        );
-        let make = |_| {
-            let mut b = new_backend(isa, threads);
-            let x = tensor(&mut b, columns, 3072, false);
-            let out = tensor(&mut b, columns, 1536, true);
-            (b, x, out)
-        };
-        let bytes = columns * 1536 * (8 + 4 + 1);
-        let work = Work { int8_macs: 0, float_macs: 0, bytes, set: bytes };
-        bench.measure(
-            &mut group,
-            ("silu_mul", &format!("silu {name}")),
-            &work,
-            &mut None,
-            make,
-            |(b, x, out)| {
-                b.act_mul(x, out);
             },
         );
     }

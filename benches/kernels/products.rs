@@ -53,7 +53,17 @@ struct Product {
     weights: Vec<Weight>,
     x: Tensor,
     out: Tensor,
+    /// Of the gated product.
+    act: Tensor,
     next: usize,
+}
+
+/// Which operation.
+#[derive(Clone, Copy)]
+enum What {
+    Linear,
+    Gated,
+    Head { columns: usize },
 }
 
 impl Product {
@@ -69,7 +79,8 @@ impl Product {
             (sources[0].entry().dims[0], sources.iter().map(|s| s.entry().dims[1]).sum::<u64>());
         let x = backend.tensor(64, inputs as usize, true).expect("memory");
         let out = backend.tensor(64, outputs as usize, false).expect("memory");
-        Self { backend, weights, x, out, next: 0 }
+        let act = backend.tensor(64, outputs as usize / 2, true).expect("memory");
+        Self { backend, weights, x, out, act, next: 0 }
     }
 
     /// Makes the input as the model does: by a norm.
@@ -79,14 +90,16 @@ impl Product {
         self.backend.rms_norm(&x, &gain, 1e-5, &mut self.x);
     }
 
-    fn turn(&mut self, head: Option<usize>) {
+    fn turn(&mut self, what: What) {
         self.next = (self.next + 1) % self.weights.len();
         let weight = &self.weights[self.next];
-        if let Some(columns) = head {
-            let logits = self.backend.logits(&self.x, 0..columns, weight, &mut self.out);
-            std::hint::black_box(logits.first());
-        } else {
-            self.backend.linear(&self.x, weight, &mut self.out);
+        match what {
+            What::Linear => self.backend.linear(&self.x, weight, &mut self.out),
+            What::Gated => self.backend.gated(&self.x, weight, &mut self.act),
+            What::Head { columns } => {
+                let logits = self.backend.logits(&self.x, 0..columns, weight, &mut self.out);
+                std::hint::black_box(logits.first());
+            }
         }
     }
 }
@@ -117,9 +130,13 @@ pub(crate) fn products(c: &mut Criterion, bench: &mut Bench) {
                     product.set_columns(columns, shape.inputs);
                     product
                 };
-                let head = head.then_some(columns);
+                let what = match shape.name {
+                    "gate_up" => What::Gated,
+                    "head" => What::Head { columns },
+                    _ => What::Linear,
+                };
                 bench.measure(&mut group, (kernel, &name), &work, &mut loaded, make, |p| {
-                    p.turn(head);
+                    p.turn(what);
                 });
             }
         }

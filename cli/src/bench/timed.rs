@@ -27,12 +27,10 @@ pub(super) enum Phase {
     Embed,
     RmsNorm,
     Qkv,
-    Rope,
     WriteKv,
     Attention,
     AttnOutput,
     GateUp,
-    Act,
     Down,
     Settle,
     Gather,
@@ -41,14 +39,14 @@ pub(super) enum Phase {
     Rest,
 }
 
-const PHASES: [Phase; 15] = {
+const PHASES: [Phase; 13] = {
     use Phase::{
-        Act, Attention, AttnOutput, Copy, Down, Embed, GateUp, Gather, Head, Qkv, Rest, RmsNorm,
-        Rope, Settle, WriteKv,
+        Attention, AttnOutput, Copy, Down, Embed, GateUp, Gather, Head, Qkv, Rest, RmsNorm, Settle,
+        WriteKv,
     };
     [
-        Embed, RmsNorm, Qkv, Rope, WriteKv, Attention, AttnOutput, GateUp, Act, Down, Settle,
-        Gather, Head, Copy, Rest,
+        Embed, RmsNorm, Qkv, WriteKv, Attention, AttnOutput, GateUp, Down, Settle, Gather, Head,
+        Copy, Rest,
     ]
 };
 
@@ -58,12 +56,10 @@ impl Phase {
             Self::Embed => "embed",
             Self::RmsNorm => "rms_norm",
             Self::Qkv => "qkv",
-            Self::Rope => "rope",
             Self::WriteKv => "write_kv",
             Self::Attention => "attention",
             Self::AttnOutput => "attn_output",
             Self::GateUp => "gate_up",
-            Self::Act => "act",
             Self::Down => "down",
             Self::Settle => "settle",
             Self::Gather => "gather",
@@ -241,19 +237,21 @@ impl<B: Backend> Backend for Timed<B> {
         self.product(w, x.rows);
     }
 
-    fn rope(&mut self, qkv: &mut Self::Tensor, kv: &Self::Kv, spans: &[Span]) {
-        self.time(Phase::Rope, |b| b.rope(&mut qkv.inner, kv, spans));
+    fn gated(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor) {
+        out.rows = x.rows;
+        self.time(w.phase, |b| b.gated(&x.inner, &w.inner, &mut out.inner));
+        self.product(w, x.rows);
     }
 
     fn write_kv(
         &mut self,
-        qkv: &Self::Tensor,
+        qkv: &mut Self::Tensor,
         kv: &mut Self::Kv,
         layer: usize,
         spans: &[Span],
         tables: &BlockTables,
     ) {
-        self.time(Phase::WriteKv, |b| b.write_kv(&qkv.inner, kv, layer, spans, tables));
+        self.time(Phase::WriteKv, |b| b.write_kv(&mut qkv.inner, kv, layer, spans, tables));
     }
 
     fn attention(
@@ -269,11 +267,6 @@ impl<B: Backend> Backend for Timed<B> {
         self.time(Phase::Attention, |b| {
             b.attention(&qkv.inner, kv, layer, spans, tables, &mut out.inner);
         });
-    }
-
-    fn act_mul(&mut self, gate_up: &Self::Tensor, out: &mut Self::Tensor) {
-        out.rows = gate_up.rows;
-        self.time(Phase::Act, |b| b.act_mul(&gate_up.inner, &mut out.inner));
     }
 
     fn settle(&mut self, x: &mut Self::Tensor, dtype: Dtype) -> Option<usize> {

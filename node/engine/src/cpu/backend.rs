@@ -198,9 +198,11 @@ impl Backend for CpuBackend {
     fn embed(&mut self, table: &Matrices, tokens: &[u32], out: &mut Tensor) {
         out.rows = tokens.len();
         let width = out.width;
-        for (&token, row) in tokens.iter().zip(out.data.chunks_exact_mut(width)) {
-            table.0[0].unpack(token as usize, row);
-        }
+        let data = Shared::new(&mut out.data);
+        self.compute.each_row(tokens.len(), |i| {
+            // SAFETY: each row with one thread.
+            table.0[0].unpack(tokens[i] as usize, unsafe { data.slice(i * width, width) });
+        });
     }
 
     fn upload(&mut self, rows: &[f32], out: &mut Tensor) {
@@ -225,19 +227,21 @@ impl Backend for CpuBackend {
         self.product(x, 0..x.rows, w, out, true);
     }
 
-    fn rope(&mut self, qkv: &mut Tensor, kv: &CpuKv, spans: &[Span]) {
-        self.compute.rope(qkv, kv.heads + kv.store.shape.heads, &kv.rope, spans);
+    fn gated(&mut self, x: &Tensor, w: &Matrices, out: &mut Tensor) {
+        let Compute { pool, isa } = &mut self.compute;
+        matmul::gated(pool, *isa, &w.0, x, out);
     }
 
     fn write_kv(
         &mut self,
-        qkv: &Tensor,
+        qkv: &mut Tensor,
         kv: &mut CpuKv,
         layer: usize,
         spans: &[Span],
         tables: &BlockTables,
     ) {
-        self.compute.write_kv(qkv, &mut kv.store, layer, kv.heads, spans, tables);
+        let CpuKv { store, rope, heads } = kv;
+        self.compute.write_kv(qkv, (store, layer), *heads, rope, spans, tables);
     }
 
     fn attention(
@@ -251,10 +255,6 @@ impl Backend for CpuBackend {
     ) {
         let scratch = self.attention.as_mut().expect("invariant: set with the KV cache");
         self.compute.attention(qkv, &kv.store, layer, kv.heads, spans, tables, out, scratch);
-    }
-
-    fn act_mul(&mut self, gate_up: &Tensor, out: &mut Tensor) {
-        self.compute.silu_mul(gate_up, out);
     }
 
     fn settle(&mut self, x: &mut Tensor, dtype: Dtype) -> Option<usize> {

@@ -188,7 +188,7 @@ fn scratch_bytes(spec: &StageSpec) -> u64 {
     let c = &spec.config;
     let [hidden, heads, kv_heads, dim, ffn, vocab] =
         [c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab].map(u64::from);
-    let plain = hidden + (heads + 2 * kv_heads) * dim + 2 * ffn;
+    let plain = hidden + (heads + 2 * kv_heads) * dim;
     let quantised = hidden + heads * dim + ffn;
     let group = (c.heads / c.kv_heads.max(1)) as usize;
     let positions = spec.settings.max_model_len as usize;

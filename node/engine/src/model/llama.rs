@@ -48,8 +48,6 @@ struct Scratch<B: Backend> {
     qkv: B::Tensor,
     /// `n x heads head_dim`.
     attended: B::Tensor,
-    /// `n x 2 ffn`.
-    gate_up: B::Tensor,
     /// `n x ffn`.
     act: B::Tensor,
     /// `16 x vocab`.
@@ -176,7 +174,6 @@ impl<B: Backend> Llama<B> {
             normed: backend.tensor(n, hidden, true)?,
             qkv: backend.tensor(inner, (heads + 2 * kv_heads) * dim, false)?,
             attended: backend.tensor(inner, heads * dim, true)?,
-            gate_up: backend.tensor(inner, 2 * ffn, false)?,
             act: backend.tensor(inner, ffn, true)?,
             logits: backend.tensor(head_rows, c.vocab as usize, false)?,
         })
@@ -228,8 +225,7 @@ impl<B: Backend> Llama<B> {
         // Attention: normalise, project, rotate, remember.
         b.rms_norm(&s.x, &layer.attn_norm, self.eps, &mut s.normed);
         b.linear(&s.normed, &layer.qkv, &mut s.qkv);
-        b.rope(&mut s.qkv, &self.kv, &batch.spans);
-        b.write_kv(&s.qkv, &mut self.kv, index, &batch.spans, tables);
+        b.write_kv(&mut s.qkv, &mut self.kv, index, &batch.spans, tables);
         let spans = if prune {
             b.gather_rows(&batch.keep, &mut s.qkv);
             b.gather_rows(&batch.keep, &mut s.x);
@@ -243,10 +239,9 @@ impl<B: Backend> Llama<B> {
         // Attend, project back.
         b.attention(&s.qkv, &self.kv, index, spans, tables, &mut s.attended);
         b.linear_add(&s.attended, &layer.attn_output, &mut s.x);
-        // Feed forward: normalise, gate and project, activate, project back.
+        // Feed forward: normalise, project through the gate, project back.
         b.rms_norm(&s.x, &layer.ffn_norm, self.eps, &mut s.normed);
-        b.linear(&s.normed, &layer.gate_up, &mut s.gate_up);
-        b.act_mul(&s.gate_up, &mut s.act);
+        b.gated(&s.normed, &layer.gate_up, &mut s.act);
         b.linear_add(&s.act, &layer.down, &mut s.x);
     }
 

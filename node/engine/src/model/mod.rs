@@ -82,12 +82,13 @@ pub trait Backend {
     fn linear(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor);
     /// `out += w x`.
     fn linear_add(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor);
-    /// Rotates the query and key heads of `q | k | v` rows by their positions.
-    fn rope(&mut self, qkv: &mut Self::Tensor, kv: &Self::Kv, spans: &[Span]);
-    /// Stores the key and value heads of `q | k | v` rows.
+    /// `out = silu(gate x) * (up x)`, of the matrices `gate | up`.
+    fn gated(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor);
+    /// Rotates the query and key heads of `q | k | v` rows by their positions, and stores the key and
+    /// value heads.
     fn write_kv(
         &mut self,
-        qkv: &Self::Tensor,
+        qkv: &mut Self::Tensor,
         kv: &mut Self::Kv,
         layer: usize,
         spans: &[Span],
@@ -103,8 +104,6 @@ pub trait Backend {
         tables: &BlockTables,
         out: &mut Self::Tensor,
     );
-    /// `silu(gate) * up` of `gate | up` rows.
-    fn act_mul(&mut self, gate_up: &Self::Tensor, out: &mut Self::Tensor);
     /// Rounds to the activation dtype; the first row that is not finite, if any.
     fn settle(&mut self, x: &mut Self::Tensor, dtype: Dtype) -> Option<usize>;
     /// Keeps these rows (ascending) and drops the others.

@@ -2,12 +2,16 @@
 //! threads a few rows at a time.
 //!
 //! An output is one lane: blocks (or, for float weights, inputs) in order, so it does not depend on
-//! the tile, the panel or the thread it was computed in.
+//! the tile, the panel or the thread it was computed in. [`gated`] is two products and what is made
+//! of them, block by block of 32 results, so that they never leave the thread.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::elementwise as ew;
 use super::format::{Format, Kind, with_format};
 use super::lanes::Lanes;
+use super::rows::QuantRows;
 use super::{Tile, dispatch, scalar};
 use crate::Isa;
 use crate::cpu::buffer::Shared;
@@ -15,8 +19,12 @@ use crate::cpu::pack::Packed;
 use crate::cpu::pool::Pool;
 use crate::cpu::tensor::Tensor;
 
-/// Columns that one pass over the weights serves: their int8 form stays in the level-2 cache.
+/// Most columns that one pass over the weights serves: their int8 form stays in the level-2 cache.
 const PANEL: usize = 64;
+/// Fewest columns of a panel where threads have panels of their own.
+const PANEL_MIN: usize = 32;
+/// Rows of [`gated`] that make a block of its int8 form.
+const BLOCK: usize = 32;
 
 /// Weights that an item of a product with up to four columns reads; with more columns it is less.
 const ITEM_BYTES: usize = 24 << 10;
@@ -27,6 +35,14 @@ pub(crate) struct Output<'a> {
     pub(crate) data: Shared<'a, f32>,
     pub(crate) stride: usize,
     pub(crate) add: bool,
+}
+
+/// Where a matrix's rows go, from some row and column on.
+#[derive(Clone, Copy)]
+struct Target {
+    at: *mut f32,
+    stride: usize,
+    add: bool,
 }
 
 /// `out = w x` for the given rows of `x`; the parts of `w` lie one after the other in the output.
@@ -42,27 +58,81 @@ pub(crate) fn matmul(
     assert!(columns.end <= x.rows && height <= out.stride, "invariant: shapes fit");
     assert!(columns.is_empty() || (columns.len() - 1) * out.stride + height <= out.data.len());
     assert!(parts.iter().all(|p| p.cols == x.width), "invariant: inner dimensions agree");
-    let panels = columns.len().div_ceil(PANEL);
+    let width = panel_width(columns.len(), pool.threads());
+    let panels = columns.len().div_ceil(width);
     let groups: usize = parts.iter().map(Packed::groups).sum();
     let bytes = parts.iter().map(|p| p.group_bytes).max().unwrap_or(1);
-    // An item is some groups of rows times one panel; panels of the same groups follow each other,
-    // so that weights are read once.
-    let per_item = groups_per_item(bytes, columns.len().min(PANEL));
-    let items = groups.div_ceil(per_item) * panels;
-    pool.each(items, &|_, item| {
-        let (some, panel) = (item / panels * per_item, columns.start + item % panels * PANEL);
+    // An item is some groups of rows times one panel, panel by panel: so the first threads have the
+    // first columns, as with operations on rows, and find them in their caches.
+    let per_item = groups_per_item(bytes, columns.len().min(width));
+    let per_panel = groups.div_ceil(per_item);
+    pool.each(per_panel * panels, &|_, item| {
+        let (some, panel) = (item % per_panel * per_item, columns.start + item / per_panel * width);
         let some = some..groups.min(some + per_item);
-        let panel = panel..columns.end.min(panel + PANEL);
+        let panel = panel..columns.end.min(panel + width);
         let (mut first, mut row) = (0, 0);
         for part in parts {
             let start = some.start.clamp(first, first + part.groups()) - first;
             let end = some.end.clamp(first, first + part.groups()) - first;
             // SAFETY: shapes were checked above; items write rows of disjoint groups or columns.
-            unsafe { panel_rows(isa, part, start..end, x, &panel, columns.start, row, out) };
+            unsafe {
+                let at = (panel.start - columns.start) * out.stride + row + start * part.r;
+                let to =
+                    Target { at: out.data.as_mut_ptr().add(at), stride: out.stride, add: out.add };
+                panel_rows(isa, part, start..end, x, &panel, to);
+            }
             first += part.groups();
             row += part.rows;
         }
     });
+}
+
+/// `out = silu(gate x) * (up x)`, and its int8 form.
+pub(crate) fn gated(pool: &mut Pool, isa: Isa, parts: &[Packed], x: &Tensor, out: &mut Tensor) {
+    let [gate, up] = parts else { unreachable!("invariant: a gate and what goes through it") };
+    let (rows, columns) = (out.width, x.rows);
+    assert!(gate.rows == rows && up.rows == rows && rows.is_multiple_of(BLOCK));
+    assert!(gate.cols == x.width && up.cols == x.width && columns * rows <= out.data.len());
+    out.rows = columns;
+    let quant = QuantRows::new(&mut out.quant, rows);
+    let data = Shared::new(&mut out.data);
+    let width = panel_width(columns, pool.threads());
+    let bytes = BLOCK / gate.r * gate.group_bytes + BLOCK / up.r * up.group_bytes;
+    let (blocks, per_item) = (rows / BLOCK, groups_per_item(bytes, columns.min(width)));
+    let per_panel = blocks.div_ceil(per_item);
+    pool.each(per_panel * columns.div_ceil(width), &|_, item| {
+        let first = item / per_panel * width;
+        let panel = first..columns.min(first + width);
+        let mut sums = [MaybeUninit::<f32>::uninit(); 2 * BLOCK * PANEL];
+        let sums = sums.as_mut_ptr().cast::<f32>();
+        let some = item % per_panel * per_item;
+        for block in some..blocks.min(some + per_item) {
+            // SAFETY: shapes were checked above; `sums` has two blocks for each column of a panel,
+            // written before they are read, and only this item has the outputs.
+            unsafe {
+                for (i, part) in [gate, up].into_iter().enumerate() {
+                    let n = BLOCK / part.r;
+                    let to = Target { at: sums.add(i * BLOCK), stride: 2 * BLOCK, add: false };
+                    panel_rows(isa, part, block * n..(block + 1) * n, x, &panel, to);
+                }
+                for (c, column) in panel.clone().enumerate() {
+                    let gate = sums.add(c * 2 * BLOCK);
+                    let y = data.slice(column * rows + block * BLOCK, BLOCK).as_mut_ptr();
+                    let quant = quant.blocks(column, block..block + 1);
+                    ew::silu_mul(isa, gate, gate.add(BLOCK), y, BLOCK, quant);
+                }
+            }
+        }
+    });
+}
+
+/// Columns of a panel: where they are many, each thread has some of its own, as with operations on
+/// rows, though threads then read the same weights.
+fn panel_width(columns: usize, threads: usize) -> usize {
+    if columns < 2 * PANEL_MIN {
+        return PANEL;
+    }
+    columns.div_ceil(threads).next_multiple_of(8).clamp(PANEL_MIN, PANEL)
 }
 
 /// Groups of `bytes` each that one item takes: about a microsecond's work at least.
@@ -71,16 +141,16 @@ fn groups_per_item(bytes: usize, columns: usize) -> usize {
 }
 
 /// Groups `groups` of one matrix times the columns of one panel.
-#[allow(clippy::too_many_arguments)]
+///
+/// # Safety
+/// They exist, in `x` too, and so does the target for each of their rows and columns.
 unsafe fn panel_rows(
     isa: Isa,
     w: &Packed,
     groups: Range<usize>,
     x: &Tensor,
     panel: &Range<usize>,
-    first_column: usize,
-    first_row: usize,
-    out: Output<'_>,
+    to: Target,
 ) {
     let widest = match (w.kind, isa) {
         (Kind::F32 | Kind::F16 | Kind::Bf16, _) => 4,
@@ -93,14 +163,14 @@ unsafe fn panel_rows(
     // Columns in tiles of nearly equal width.
     let tiles = panel.len().div_ceil(widest);
     let blocks = x.width / 32;
-    for g in groups {
+    for (nth, g) in groups.enumerate() {
         for i in 0..tiles {
             let start = panel.start + panel.len() * i / tiles;
             let cols = panel.start + panel.len() * (i + 1) / tiles - start;
             // SAFETY: offsets are of a group, of existing columns and of their outputs.
             unsafe {
                 let group = w.data.as_ptr().add(g * w.group_bytes);
-                let at = (start - first_column) * out.stride + first_row + g * w.r;
+                let at = (start - panel.start) * to.stride + nth * w.r;
                 let mut tile = Tile {
                     w: group,
                     blocks,
@@ -108,10 +178,10 @@ unsafe fn panel_rows(
                     scale: x.quant.scale.as_ptr(),
                     scaled_sum: x.quant.scaled_sum.as_ptr(),
                     sums: x.quant.sums.as_ptr(),
-                    out: out.data.as_mut_ptr().add(at),
-                    stride: out.stride,
+                    out: to.at.add(at),
+                    stride: to.stride,
                     rows: w.r.min(w.rows - g * w.r),
-                    add: out.add,
+                    add: to.add,
                 };
                 match w.kind {
                     Kind::F32 | Kind::F16 | Kind::Bf16 => {

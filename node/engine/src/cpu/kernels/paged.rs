@@ -1,5 +1,4 @@
-//! Writing keys and values and attending to them, split over threads: the safe face of `store` and
-//! `attention`.
+//! Attention split over threads: the safe face of `attention`.
 //!
 //! An item of attention is one KV head of a run of positions. Where those are too few to keep the
 //! threads busy, the items of single positions are parts of the sequence, merged afterwards; the
@@ -8,7 +7,6 @@
 use super::attention::{self, Attend, parts, record_len};
 use super::elementwise as ew;
 use super::rows::{Compute, QuantRows};
-use super::store::{Store, store};
 use crate::cpu::buffer::{Buf, Shared};
 use crate::cpu::kv::Kv;
 use crate::cpu::tensor::Tensor;
@@ -79,7 +77,11 @@ impl Cut<'_> {
                 index -= items;
                 continue;
             }
-            let start = index / parts / self.kv_heads * self.per_call;
+            // The last run, which sees most, then the first, and so on: so that the ranges with which
+            // threads begin cost about the same.
+            let nth = index / parts / self.kv_heads;
+            let run = if nth.is_multiple_of(2) { runs - 1 - nth / 2 } else { nth / 2 };
+            let start = run * self.per_call;
             return Item {
                 span,
                 start,
@@ -93,56 +95,6 @@ impl Cut<'_> {
 }
 
 impl Compute {
-    /// Stores key and value heads of every row; `heads` query heads come first.
-    pub(crate) fn write_kv(
-        &mut self,
-        qkv: &Tensor,
-        kv: &mut Kv,
-        layer: usize,
-        heads: usize,
-        spans: &[Span],
-        tables: &BlockTables,
-    ) {
-        let (isa, s, kind, len) = (self.isa, kv.shape, kv.kind, kv.head_bytes());
-        let layer_at = kv.layer_at(layer);
-        let keys = Shared::new(&mut kv.keys);
-        let values = Shared::new(&mut kv.values);
-        let positions: usize = spans.iter().map(|s| s.count).sum();
-        let one_head = |head: usize| {
-            for span in spans {
-                for i in 0..span.count {
-                    let (block, offset) = tables.place(span.slot, span.position + i as u32);
-                    let row = qkv.row(span.start + i);
-                    let at = layer_at + (block as usize * s.heads + head) * len;
-                    let key = &row[(heads + head) * s.dim..][..s.dim];
-                    let value = &row[(heads + s.heads + head) * s.dim..][..s.dim];
-                    // SAFETY: one thread has this head of all blocks; the slices are a head's
-                    // whole block and `dim` elements.
-                    unsafe {
-                        store(
-                            isa,
-                            &Store {
-                                key: key.as_ptr(),
-                                value: value.as_ptr(),
-                                keys: keys.slice(at, len).as_mut_ptr(),
-                                values: values.slice(at, len).as_mut_ptr(),
-                                kind,
-                                dim: s.dim,
-                                block_size: s.block_size,
-                                offset,
-                            },
-                        );
-                    }
-                }
-            }
-        };
-        if positions < 8 {
-            (0..s.heads).for_each(one_head);
-        } else {
-            self.pool.each(s.heads, &|_, head| one_head(head));
-        }
-    }
-
     /// Causal attention of `heads` query heads; `scratch` has [`scratch_len`] floats.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn attention(
@@ -184,6 +136,21 @@ impl Compute {
         let each = group * record_len(s.dim);
         let items = if cut.split { cut.items() } else { items };
         let records = Shared::new(records);
+        let quant = QuantRows::new(&mut out.quant, width);
+        // Where heads of an item are whole blocks, it makes their int8 form, else all of a row is made
+        // at the end.
+        let whole = (group * s.dim).is_multiple_of(32);
+        let quantise = |item: &Item| {
+            let (n, row) = (group * s.dim / 32, batch.spans[item.span].start + item.start);
+            for i in if whole { row..row + item.count } else { 0..0 } {
+                let at = item.kv_head * n;
+                // SAFETY: these heads of this row belong to the item, which has written them.
+                unsafe {
+                    let from = data.as_mut_ptr().add(i * width + at * 32);
+                    ew::quantise(isa, from, n * 32, quant.blocks(i, at..at + n));
+                }
+            }
+        };
         self.pool.each(items, &|member, index| {
             let item = cut.item(index);
             let call = batch.call(member, &item);
@@ -191,7 +158,10 @@ impl Compute {
             // writes these heads of these rows, or this record.
             unsafe {
                 match item.part {
-                    None => attention::attend(isa, &call),
+                    None => {
+                        attention::attend(isa, &call);
+                        quantise(&item);
+                    }
                     Some((part, _)) => {
                         let record = records.slice(index * each, each);
                         attention::attend_part(isa, &call, part, record.as_mut_ptr());
@@ -211,12 +181,14 @@ impl Compute {
                     attention::join(isa, from, each, parts, to, s.dim);
                 }
             }
+            quantise(&item);
         }
-        let quant = QuantRows::new(&mut out.quant, width);
-        let data = &out.data;
-        self.each_row(out.rows, |i| {
+        self.each_row(if whole { 0 } else { rows }, |i| {
             // SAFETY: rows of `width` elements, each with one thread.
-            unsafe { ew::quantise(isa, data[i * width..].as_ptr(), width, quant.row(i)) };
+            unsafe {
+                let from = data.as_mut_ptr().add(i * width);
+                ew::quantise(isa, from, width, quant.row(i));
+            }
         });
     }
 }

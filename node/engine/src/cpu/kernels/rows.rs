@@ -2,13 +2,17 @@
 //!
 //! A single row is computed by the caller alone: waking the others costs more.
 
+use std::ops::Range;
+
 use super::elementwise::{self as ew, QuantOut, Rotation};
+use super::store::{Store, store};
 use crate::Isa;
 use crate::cpu::buffer::Shared;
+use crate::cpu::kv::Kv;
 use crate::cpu::pool::Pool;
 use crate::cpu::rope::Rope;
 use crate::cpu::tensor::{Quant, Tensor};
-use crate::model::Span;
+use crate::model::{BlockTables, Span};
 
 /// Rows that a thread takes at once.
 const ITEM_ROWS: usize = 4;
@@ -44,14 +48,23 @@ impl<'a> QuantRows<'a> {
     /// # Safety
     /// No other thread has this row.
     pub(super) unsafe fn row(&self, i: usize) -> QuantOut {
-        let n = self.blocks;
+        // SAFETY: the caller's promise.
+        unsafe { self.blocks(i, 0..self.blocks) }
+    }
+
+    /// Some blocks of row `i`.
+    ///
+    /// # Safety
+    /// No other thread has these blocks.
+    pub(super) unsafe fn blocks(&self, i: usize, blocks: Range<usize>) -> QuantOut {
+        let (at, n) = (i * self.blocks + blocks.start, blocks.len());
         // SAFETY: the caller's promise.
         unsafe {
             QuantOut {
-                q: self.q.slice(i * n * 32, n * 32).as_mut_ptr(),
-                scale: self.scale.slice(i * n, n).as_mut_ptr(),
-                scaled_sum: self.scaled_sum.slice(i * n, n).as_mut_ptr(),
-                sums: self.sums.slice(i * n, n).as_mut_ptr(),
+                q: self.q.slice(at * 32, n * 32).as_mut_ptr(),
+                scale: self.scale.slice(at, n).as_mut_ptr(),
+                scaled_sum: self.scaled_sum.slice(at, n).as_mut_ptr(),
+                sums: self.sums.slice(at, n).as_mut_ptr(),
             }
         }
     }
@@ -59,7 +72,7 @@ impl<'a> QuantRows<'a> {
 
 impl Compute {
     /// Calls `f(row)` for every row, each once.
-    pub(super) fn each_row(&mut self, rows: usize, f: impl Fn(usize) + Sync) {
+    pub(crate) fn each_row(&mut self, rows: usize, f: impl Fn(usize) + Sync) {
         if rows <= 1 {
             (0..rows).for_each(f);
             return;
@@ -86,41 +99,54 @@ impl Compute {
         });
     }
 
-    /// `out = silu(gate) * up`, and its int8 form.
-    pub(crate) fn silu_mul(&mut self, gate_up: &Tensor, out: &mut Tensor) {
-        let (isa, width) = (self.isa, out.width);
-        assert!(gate_up.width == 2 * width, "invariant: gate and up are of the output's width");
-        out.rows = gate_up.rows;
-        let quant = QuantRows::new(&mut out.quant, width);
-        let data = Shared::new(&mut out.data);
-        self.each_row(gate_up.rows, |i| {
-            // SAFETY: rows of `width` elements, each with one thread.
-            unsafe {
-                let y = data.slice(i * width, width).as_mut_ptr();
-                let (gate, up) = gate_up.row(i).split_at(width);
-                ew::silu_mul(isa, gate.as_ptr(), up.as_ptr(), y, width, quant.row(i));
-            }
-        });
-    }
-
     /// The first row that is not finite.
     pub(crate) fn first_not_finite(&self, x: &Tensor) -> Option<usize> {
         // SAFETY: rows of `width` elements, a multiple of 32.
         (0..x.rows).find(|&i| unsafe { !ew::finite(self.isa, x.row(i).as_ptr(), x.width) })
     }
 
-    /// Rotates the first `heads` heads of every row by the position of the row.
-    pub(crate) fn rope(&mut self, qkv: &mut Tensor, heads: usize, rope: &Rope, spans: &[Span]) {
-        let (isa, width, dim) = (self.isa, qkv.width, rope.head_dim);
+    /// Rotates query and key heads of every row by its position, and stores key and value heads;
+    /// `heads` query heads come first.
+    pub(crate) fn write_kv(
+        &mut self,
+        qkv: &mut Tensor,
+        (kv, layer): (&mut Kv, usize),
+        heads: usize,
+        rope: &Rope,
+        spans: &[Span],
+        tables: &BlockTables,
+    ) {
+        let (isa, width, s, kind) = (self.isa, qkv.width, kv.shape, kv.kind);
+        let (len, layer_at) = (kv.head_bytes(), kv.layer_at(layer));
+        assert!(rope.head_dim == s.dim && width == (heads + 2 * s.heads) * s.dim);
+        let (keys, values) = (Shared::new(&mut kv.keys), Shared::new(&mut kv.values));
         let data = Shared::new(&mut qkv.data);
         let rows = spans.last().map_or(0, |s| s.start + s.count);
         self.each_row(rows, |i| {
             let span = &spans[spans.partition_point(|s| s.start + s.count <= i)];
-            let position = span.position as usize + (i - span.start);
-            let (cos, sin) = rope.at(position);
+            let position = span.position + (i - span.start) as u32;
+            let (cos, sin) = rope.at(position as usize);
             let rotation = Rotation { cos, sin, interleaved: rope.interleaved };
             // SAFETY: each row with one thread.
-            unsafe { ew::rotate(isa, data.slice(i * width, heads * dim), dim, rotation) };
+            let row = unsafe { data.slice(i * width, width) };
+            let (turned, value) = row.split_at_mut((heads + s.heads) * s.dim);
+            // SAFETY: whole heads.
+            unsafe { ew::rotate(isa, turned, s.dim, rotation) };
+            let key = &turned[heads * s.dim..];
+            let (block, offset) = tables.place(span.slot, position);
+            for head in 0..s.heads {
+                let at = layer_at + (block as usize * s.heads + head) * len;
+                assert!(at + len <= keys.len() && at + len <= values.len(), "invariant: a block");
+                // SAFETY: a head of a block; no other row has this position of it, and positions
+                // share no element.
+                unsafe {
+                    let (keys, values) = (keys.as_mut_ptr().add(at), values.as_mut_ptr().add(at));
+                    let (key, value) = (&key[head * s.dim..], &value[head * s.dim..]);
+                    let (key, value) = (key.as_ptr(), value.as_ptr());
+                    let (dim, block_size) = (s.dim, s.block_size);
+                    store(isa, &Store { key, value, keys, values, kind, dim, block_size, offset });
+                }
+            }
         });
     }
 }

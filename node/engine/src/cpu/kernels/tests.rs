@@ -4,7 +4,7 @@
 use millrace_shared::model::TensorType;
 
 use super::elementwise::{self as ew, QuantOut};
-use super::matmul::{Output, matmul};
+use super::matmul::{Output, gated, matmul};
 use crate::Isa;
 use crate::cpu::buffer::{Arena, Shared};
 use crate::cpu::pack::Packed;
@@ -269,6 +269,67 @@ fn row_kernels_are_the_same_bits_and_right() {
             let exact = if silu { x / (1.0 + (-x).exp()) * g } else { x / rms * g };
             let got = f64::from(f32::from_bits(got));
             assert!((got - exact).abs() <= 2e-6 * exact.abs() + 1e-12, "{got} {exact}");
+        }
+    }
+}
+
+/// Against the products and the activation one after the other.
+#[test]
+fn gated_is_the_same_bits_as_its_parts() {
+    let types = [TensorType::Q4_1, TensorType::Q8_0, TensorType::F16];
+    for (n, (columns, dtype)) in
+        [1, 3, 16, 70, 130].into_iter().flat_map(|c| types.map(|t| (c, t))).enumerate()
+    {
+        let (rows, cols) = (96, 64);
+        let mut random = Random(n as u64 + 1);
+        let data: [_; 2] = std::array::from_fn(|_| matrix(dtype, rows, cols, &mut random));
+        let seed = random.next();
+        let run = |isa: Isa, threads| {
+            let mut pool = Pool::new(threads, threads);
+            let parts: Vec<Packed> =
+                data.iter().map(|d| pack(dtype, (rows, cols), group(isa), d)).collect();
+            let x = activations(isa, columns, cols, &mut Random(seed));
+            let mut arena = Arena::new("a test");
+            let mut both = Tensor::new(&mut arena, columns, 2 * rows, false).unwrap();
+            let data = Shared::new(&mut both.data);
+            let to = Output { data, stride: 2 * rows, add: false };
+            matmul(&mut pool, isa, &parts, &x, 0..columns, to);
+            let mut apart = Tensor::new(&mut arena, columns, rows, true).unwrap();
+            for (row, y) in both.data.chunks_exact(2 * rows).zip(apart.data.chunks_mut(rows)) {
+                let (mut q, mut sums) = ([0i8; 96], [[0i32; 2]; 3]);
+                let [mut scale, mut scaled_sum] = [[0f32; 3]; 2];
+                let quant = QuantOut {
+                    q: q.as_mut_ptr(),
+                    scale: scale.as_mut_ptr(),
+                    scaled_sum: scaled_sum.as_mut_ptr(),
+                    sums: sums.as_mut_ptr(),
+                };
+                let (gate, up) = row.split_at(rows);
+                // SAFETY: 96 elements everywhere.
+                unsafe {
+                    ew::silu_mul(isa, gate.as_ptr(), up.as_ptr(), y.as_mut_ptr(), rows, quant);
+                }
+            }
+            apart.rows = columns;
+            quantise(isa, &mut apart);
+            let mut out = Tensor::new(&mut arena, columns, rows, true).unwrap();
+            gated(&mut pool, isa, &parts, &x, &mut out);
+            assert_eq!(out.rows, columns);
+            for t in [&apart, &out] {
+                assert!(t.data.iter().all(|x| x.is_finite()), "{dtype:?} {isa}");
+            }
+            let all = |t: &Tensor| {
+                let q = &t.quant;
+                (bits(&t.data), q.q.to_vec(), bits(&q.scale), bits(&q.scaled_sum), q.sums.to_vec())
+            };
+            assert_eq!(all(&out), all(&apart), "{dtype:?} {isa} x{columns}, {threads} threads");
+            bits(&out.data)
+        };
+        let reference = run(Isa::Scalar, 1);
+        for isa in isas() {
+            for threads in [1, 3] {
+                assert_eq!(run(isa, threads), reference, "{dtype:?} {isa} x{columns}");
+            }
         }
     }
 }
