@@ -14,6 +14,7 @@ mod eval;
 mod generate;
 mod input;
 mod inspect;
+mod nodes;
 mod output;
 mod pull;
 mod quantize;
@@ -37,6 +38,7 @@ Examples:
   millrace up --model smollm2:135m --stages 3         serve over HTTP and QUIC until Ctrl-C
   millrace generate --prompt \"Once upon\" --output json   ask a running cluster
   millrace bench serve --model smollm2:135m --stages 2  measure a whole pipeline
+  millrace nodes cordon gpu-2                         move the layers off a node, requests go on
   millrace inspect ./model.gguf                       what a model file holds
   millrace quantize ./f16.gguf ./q8.gguf --type q8_0  a smaller copy of a model file
 
@@ -71,6 +73,10 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Write a smaller copy of a model file: Q8_0, Q4_0, Q4_1, or floats
     Quantize(Box<quantize::QuantizeArgs>),
+    /// List the nodes of a running cluster, take one out of use, cut the model anew
+    Nodes(nodes::NodesArgs),
+    /// Try the network ways between all members of a running cluster
+    Doctor(nodes::DoctorArgs),
     /// Measure the engine alone, or a whole pipeline
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -97,6 +103,8 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Pull(args) => pull::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Quantize(args) => quantize::run(*args).await,
+        Command::Nodes(args) => nodes::run(args).await,
+        Command::Doctor(args) => nodes::doctor(args).await,
         Command::Bench(command) => bench::run(command).await,
     }
 }

@@ -11,6 +11,7 @@ use millrace_net::client::{Client, ClientConfig, GenerateStream};
 use millrace_shared::dirs;
 use millrace_shared::names::env;
 use millrace_shared::options::EngineOptions;
+use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
     ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
     TokenizeRequest,
@@ -64,7 +65,7 @@ impl TargetArgs {
 /// Where a running cluster is.
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Cluster")]
-struct RunningArgs {
+pub(crate) struct RunningArgs {
     /// Talk to the running cluster of this client.toml [env: MILLRACE_CLUSTER]
     /// [default: client.toml in $MILLRACE_DIR or the XDG data folder]
     #[arg(long, value_name = "FILE")]
@@ -159,6 +160,17 @@ impl RunningArgs {
             return Ok((path.into(), true));
         }
         Ok((default_dir()?.join(CLIENT_FILE), false))
+    }
+
+    /// Asks or orders something as an administrator, on a connection of its own.
+    ///
+    /// # Errors
+    /// If there is no cluster, or what it says.
+    pub(crate) async fn admin(&self, request: AdminRequest) -> anyhow::Result<AdminReply> {
+        let client = Client::connect(&self.config()?).await?;
+        let reply = client.admin(request).await;
+        client.close().await;
+        Ok(reply?)
     }
 
     fn config(&self) -> anyhow::Result<ClientConfig> {

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use millrace_net::telemetry::LogFormat;
 use millrace_shared::dirs;
 use millrace_shared::names::env;
-use millrace_shared::options::EngineOptions;
+use millrace_shared::options::{EngineOptions, Replan};
 
 use crate::config::{
     Config, DEFAULT_CLUSTER_PORT, DEFAULT_HTTP_PORT, DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_WAITING,
@@ -142,6 +142,10 @@ pub struct LimitArgs {
     /// Requests that may wait; more are told to come back
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_WAITING)]
     pub max_waiting: u32,
+    /// What is done about a better cut while requests run: auto makes it, propose says so, off
+    /// looks for none. After a loss the pipeline always forms again
+    #[arg(long, value_name = "MODE", default_value = "propose")]
+    pub replan: Replan,
     /// Seconds that requests wait, after a node was lost, for the pipeline to form again
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_RECOVERY_SECONDS)]
     pub recovery_timeout: u32,
@@ -156,6 +160,7 @@ impl Default for LimitArgs {
             max_model_len: None,
             max_num_seqs: DEFAULT_MAX_NUM_SEQS,
             max_waiting: DEFAULT_MAX_WAITING,
+            replan: Replan::Propose,
             recovery_timeout: DEFAULT_RECOVERY_SECONDS,
             kv_cache_tokens: None,
         }
@@ -175,6 +180,7 @@ pub fn deployment(engine: &EngineOptions, limits: &LimitArgs) -> Deployment {
         max_num_seqs: limits.max_num_seqs,
         max_waiting: limits.max_waiting,
         kv_cache_tokens: limits.kv_cache_tokens,
+        replan: limits.replan,
         recovery_timeout: Duration::from_secs(limits.recovery_timeout.into()),
     }
 }
@@ -252,6 +258,9 @@ pub enum KeyCommand {
         /// Whose it is
         #[arg(long, default_value = "client")]
         label: String,
+        /// Its holder may also change the cluster: 'millrace nodes', 'millrace doctor'
+        #[arg(long)]
+        admin: bool,
     },
     /// List keys
     List {
@@ -336,16 +345,21 @@ pub fn create_token(dir: &ClusterDir, uses: u32, expires: Duration) -> anyhow::R
 /// If the folder is not a cluster's, or no key has the id.
 pub fn key(command: &KeyCommand) -> anyhow::Result<String> {
     match command {
-        KeyCommand::Create { dir, label } => {
+        KeyCommand::Create { dir, label, admin } => {
             let dir = ClusterDir::open(&dir.resolve()?)?;
-            let (_, secret) = dir.keys.create(label, unix_now())?;
+            let (_, secret) = dir.keys.create(label, *admin, unix_now())?;
             Ok(secret)
         }
         KeyCommand::List { dir } => {
             let keys = ClusterDir::open(&dir.resolve()?)?.keys.list()?;
-            let mut table = format!("{:<14}  {:<20}  created (Unix time)", "id", "label");
+            let mut table =
+                format!("{:<14}  {:<20}  {:<6}  created (Unix time)", "id", "label", "rights");
             for key in keys {
-                table.push_str(&format!("\n{:<14}  {:<20}  {}", key.id, key.label, key.created));
+                let rights = if key.admin { "admin" } else { "client" };
+                table.push_str(&format!(
+                    "\n{:<14}  {:<20}  {rights:<6}  {}",
+                    key.id, key.label, key.created
+                ));
             }
             Ok(table)
         }

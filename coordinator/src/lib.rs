@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod models;
 pub mod paste;
 pub mod plan;
+pub mod recut;
 pub mod request;
 pub mod service;
 pub mod serving;

@@ -1,6 +1,7 @@
 //! From a model, measured nodes and settings to assignments. Pure: the partitioner decides the cut,
 //! this page counts bytes and writes the result down.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use millrace_shared::id::{Epoch, NodeId, PipelineId, StageIndex};
@@ -8,7 +9,7 @@ use millrace_shared::model::{
     Dtype, ModelConfig, ModelManifest, StageTensors, TensorType, head_name, numerics_id,
     stage_tensors,
 };
-use millrace_shared::options::{EngineKind, MicroBatches};
+use millrace_shared::options::{EngineKind, MicroBatches, Replan};
 use millrace_shared::partition::{
     LayerRange, ModelCost, NodeCapacity, PartitionError, check_memory, from_cuts, partition,
 };
@@ -25,7 +26,7 @@ pub const DEFAULT_BLOCK_SIZE: u32 = 64;
 /// Rows at which layer and head are measured: between decode and a prefill chunk.
 const PROFILE_BATCH: u32 = 16;
 /// Share of a host's memory that plans use: the rest is for scratch, buffers and the system.
-const MEMORY_SHARE: f64 = 0.9;
+pub const MEMORY_SHARE: f64 = 0.9;
 
 /// What the operator asked for.
 #[derive(Clone, Debug)]
@@ -50,6 +51,8 @@ pub struct Deployment {
     pub max_waiting: u32,
     /// Positions of KV cache; `None` for [`DEFAULT_KV_TOKENS`], less where memory is short.
     pub kv_cache_tokens: Option<u32>,
+    /// What is done about a better cut.
+    pub replan: Replan,
     /// How long requests wait for a pipeline that was lost to form again.
     pub recovery_timeout: Duration,
 }
@@ -101,6 +104,64 @@ pub struct Plan {
     pub scheduler: SchedulerConfig,
     /// What the head costs, in layers.
     pub head_in_layers: f64,
+}
+
+impl Plan {
+    /// Rows of the micro-batch that measured times are of.
+    pub fn planning_rows(&self) -> u32 {
+        PROFILE_BATCH
+    }
+
+    /// The ways from node to node that it needs.
+    pub fn ways(&self) -> Vec<(NodeId, NodeId)> {
+        self.assignments.windows(2).map(|pair| (pair[0].0, pair[1].0)).collect()
+    }
+
+    /// Bytes of weights and cache of a stage.
+    pub fn stage_bytes(&self, stage: usize) -> u64 {
+        let Some((_, a)) = self.assignments.get(stage) else { return 0 };
+        let weights: u64 = a.tensors.iter().map(|t| t.bytes).sum();
+        let positions = u64::from(a.settings.kv_blocks) * u64::from(a.settings.kv_block_size);
+        let layers = u64::from(a.end_layer - a.first_layer);
+        weights + layers * positions * a.config.kv_bytes_per_position(a.settings.kv_dtype)
+    }
+
+    /// Bytes of tensors that nodes have here and not in `other`.
+    pub fn bytes_beyond(&self, other: &Plan) -> u64 {
+        let held = |node: NodeId| -> HashSet<&str> {
+            let there = other.assignments.iter().filter(|(id, _)| *id == node);
+            there.flat_map(|(_, a)| a.tensors.iter().map(|t| t.name.as_str())).collect()
+        };
+        let missing = |(node, a): &(NodeId, Assignment)| -> u64 {
+            let held = held(*node);
+            a.tensors.iter().filter(|t| !held.contains(t.name.as_str())).map(|t| t.bytes).sum()
+        };
+        self.assignments.iter().map(missing).sum()
+    }
+}
+
+/// The nodes in an order in which no neighbours have a closed way from one to the next: as given
+/// where that will do, else the first that does.
+pub fn order_without(nodes: &[PlanNode], closed: &[(NodeId, NodeId)]) -> Option<Vec<PlanNode>> {
+    fn extend(order: &mut Vec<usize>, nodes: &[PlanNode], closed: &[(NodeId, NodeId)]) -> bool {
+        if order.len() == nodes.len() {
+            return true;
+        }
+        for next in 0..nodes.len() {
+            let shut = |&last: &usize| closed.contains(&(nodes[last].id, nodes[next].id));
+            if order.contains(&next) || order.last().is_some_and(shut) {
+                continue;
+            }
+            order.push(next);
+            if extend(order, nodes, closed) {
+                return true;
+            }
+            order.pop();
+        }
+        false
+    }
+    let mut order = Vec::with_capacity(nodes.len());
+    extend(&mut order, nodes, closed).then(|| order.into_iter().map(|i| nodes[i].clone()).collect())
 }
 
 /// What nodes are asked to measure; `sharing` of them are on the same host.

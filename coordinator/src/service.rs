@@ -8,6 +8,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
+use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
     ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
 };
@@ -85,6 +86,15 @@ pub trait Service: Send + Sync + 'static {
 
     /// The state of the cluster.
     fn status(&self) -> BoxFuture<'_, ClusterStatus>;
+
+    /// What an administrator asks.
+    ///
+    /// Fails with `PermissionDenied` where the key is not an administrator's.
+    fn admin(
+        &self,
+        key: Option<&str>,
+        request: AdminRequest,
+    ) -> BoxFuture<'_, Result<AdminReply, Status>>;
 
     /// Checks an API key (the text after `Bearer `).
     ///
@@ -167,6 +177,14 @@ impl<S: Service> Service for Counted<S> {
 
     fn status(&self) -> BoxFuture<'_, ClusterStatus> {
         self.inner.status()
+    }
+
+    fn admin(
+        &self,
+        key: Option<&str>,
+        request: AdminRequest,
+    ) -> BoxFuture<'_, Result<AdminReply, Status>> {
+        self.inner.admin(key, request)
     }
 
     fn authenticate(&self, key: Option<&str>) -> Result<(), Status> {

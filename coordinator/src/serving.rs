@@ -10,13 +10,14 @@ use futures::future::BoxFuture;
 use millrace_net::keys::ApiKeyStore;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
+use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
     ClusterStatus, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
 };
 use uuid::Uuid;
 
 use crate::actors::batcher::{Cancel, GetCounters, Submit, SubmitScore};
-use crate::actors::cluster::GetStatus;
+use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
 use crate::service::{EventStream, Service};
 use crate::text::{ChatTemplate, Tokenizer};
@@ -251,6 +252,28 @@ impl Service for Serving {
                 status.stale_dropped = counters.stale_dropped;
             }
             status
+        }
+        .boxed()
+    }
+
+    fn admin(
+        &self,
+        key: Option<&str>,
+        request: AdminRequest,
+    ) -> BoxFuture<'_, Result<AdminReply, Status>> {
+        let allowed = key.and_then(|key| self.keys.verify(key)).is_some_and(|key| key.admin);
+        async move {
+            if !allowed {
+                return Err(Status::new(
+                    ErrorCode::PermissionDenied,
+                    "this key may not change the cluster: use the one in the coordinator's \
+                     client.toml, or make one with 'millrace-coordinator key create --admin'",
+                ));
+            }
+            let counters = self.batcher.send(GetCounters).await.map_err(crossed)?;
+            let status = self.cluster.send(GetStatus).await.map_err(crossed)?;
+            let cached = u64::from(counters.blocks_used) * u64::from(status.kv_block_size);
+            self.cluster.send(Admin { request, cached }).await.map_err(crossed)?
         }
         .boxed()
     }

@@ -72,7 +72,7 @@ impl ClusterDir {
         let ca = ClusterCa::create()?;
         let identity = ca.issue_coordinator()?;
         identity.save(path, IDENTITY)?;
-        let (_, api_key) = ApiKeyStore::open(path)?.create("first client", unix_now())?;
+        let (_, api_key) = ApiKeyStore::open(path)?.create("first client", true, unix_now())?;
         let client = ClientConfig {
             quic: quic.to_owned(),
             http: http.to_owned(),

@@ -68,6 +68,30 @@ impl FromStr for EngineKind {
     }
 }
 
+/// What is done about a better cut while requests run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Replan {
+    /// It is made.
+    Auto,
+    /// The operator is told.
+    #[default]
+    Propose,
+    /// Nobody looks.
+    Off,
+}
+
+impl FromStr for Replan {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            "propose" => Ok(Self::Propose),
+            "off" => Ok(Self::Off),
+            _ => Err(format!("'{s}' is none of auto, propose, off")),
+        }
+    }
+}
+
 /// The KV cache's type from a flag.
 ///
 /// # Errors

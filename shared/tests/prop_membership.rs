@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use millrace_shared::id::{Epoch, NodeId};
 use millrace_shared::membership::{
-    Action, Event, LEASE, LostReason, MemberState, Membership, MembershipConfig, PipelineConfig,
-    PipelinePhase, PipelineState, RETRY_NODE, RETRY_PIPELINE, SUSPECT_AFTER, Session,
+    Action, Event, FLAPS, LEASE, LostReason, MemberState, Membership, MembershipConfig,
+    PipelineConfig, PipelinePhase, PipelineState, RETRY_NODE, RETRY_PIPELINE, SUSPECT_AFTER,
+    Session,
 };
 use millrace_shared::wire::control::StageProfile;
 use proptest::prelude::*;
@@ -265,6 +266,45 @@ fn a_cut_that_is_under_way_does_not_meet_other_nodes() {
     assert_eq!(p.phase(), PipelinePhase::Assigning);
 }
 
+#[test]
+fn a_flexible_pipeline_forms_from_those_who_are_left() {
+    let config = PipelineConfig { flexible: true, ..PipelineConfig::new(3) };
+    let mut p = PipelineState::new(config);
+    let mut now = ms(0);
+    for n in 0..3 {
+        p.handle_joined(node(n), now);
+        p.handle_profiled(node(n), PROFILE, now);
+    }
+    // It took the first who came, alone; the others were measured beside it.
+    p.handle_planned(Epoch(1), vec![node(0)], now);
+    p.handle_ready(node(0), Epoch(1), now);
+    assert!(p.handle_recut(&[node(0), node(1), node(2)], now));
+    p.handle_planned(Epoch(2), vec![node(0), node(1), node(2)], now);
+    (0..3).for_each(|n| p.handle_ready(node(n), Epoch(2), now));
+    p.handle_switched(Epoch(2));
+    assert_eq!((p.epoch(), p.chosen().len()), (Epoch(2), 3));
+    actions(&mut p);
+    for _ in 0..FLAPS {
+        p.handle_lost(node(2), "gone", now);
+        now = p.next_timeout().unwrap();
+        p.handle_timeout(now);
+        let done = actions(&mut p);
+        assert!(matches!(&done[2], Action::Plan { nodes, .. } if nodes.len() == 2), "{done:?}");
+        p.handle_joined(node(2), now);
+        p.handle_profiled(node(2), PROFILE, now);
+        p.handle_plan_postponed(p.epoch(), "later", now);
+        now = p.next_timeout().unwrap();
+        p.handle_timeout(now);
+        let done = actions(&mut p);
+        let Some(Action::Plan { epoch, nodes }) = done.last() else { panic!("{done:?}") };
+        let order: Vec<_> = nodes.iter().map(|(n, _)| *n).collect();
+        p.handle_planned(*epoch, order.clone(), now);
+        order.iter().for_each(|n| p.handle_ready(*n, *epoch, now));
+        actions(&mut p);
+    }
+    assert_eq!(p.chosen(), [node(0), node(1)], "who comes and goes stays a stand-by");
+}
+
 #[derive(Clone, Debug)]
 enum PipeOp {
     Join(u64),
@@ -274,6 +314,7 @@ enum PipeOp {
     /// A new cut over the nodes whose bits are set.
     Recut(u8),
     Restart,
+    Cordon(u64, bool),
     /// Answers the nth action that is outstanding; `false` badly.
     Answer(usize, bool),
     Wait(u64),
@@ -287,6 +328,7 @@ fn pipe_op() -> impl Strategy<Value = PipeOp> {
         1 => Just(PipeOp::EdgeLost),
         2 => (1..32u8).prop_map(PipeOp::Recut),
         1 => Just(PipeOp::Restart),
+        1 => (0..5u64, any::<bool>()).prop_map(|(i, on)| PipeOp::Cordon(i, on)),
         12 => (0..4usize, prop::bool::weighted(0.9)).prop_map(|(n, ok)| PipeOp::Answer(n, ok)),
         2 => (1..8000u64).prop_map(PipeOp::Wait),
     ]
@@ -353,6 +395,7 @@ impl World {
                 let began = self.p.handle_recut(&nodes, now);
                 assert!(idle || !began, "only beside an epoch that runs, one at a time");
             }
+            PipeOp::Cordon(i, on) => self.p.handle_cordon(node(i), on, now),
             PipeOp::Restart => {
                 assert_eq!(self.p.handle_restart("told to", now), self.started.is_some());
             }
@@ -375,6 +418,7 @@ impl World {
             match action {
                 Action::Profile { node } => self.debts.push(Debt::Profile(node)),
                 Action::Plan { epoch, nodes } => {
+                    assert!(nodes.iter().all(|(n, _)| !self.p.is_cordoned(*n)), "cordoned");
                     assert!(nodes.len() == stages || self.p.next_epoch() == Some(epoch));
                     let order = nodes.into_iter().rev().map(|(n, _)| n).collect();
                     self.debts.push(Debt::Plan(epoch, order));
@@ -445,6 +489,7 @@ fn run_pipeline(stages: u16, ops: &[PipeOp]) {
     // When all is well again it runs: fresh nodes, everything answered well, time passes.
     for i in 0..5 {
         world.apply(&PipeOp::Suspect(i, false));
+        world.apply(&PipeOp::Cordon(i, false));
         world.apply(&PipeOp::Join(i));
     }
     world.apply(&PipeOp::Join(5));

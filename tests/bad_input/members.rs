@@ -130,7 +130,10 @@ fn bad_frames_from_the_assigned_neighbour() {
             send(&connection, &edge(before, Edge::Activations), &bytes).await;
             close(&endpoint).await;
 
-            cluster.coordinator.process.wait_log(message, |log| log.contains(message).then_some(()));
+            cluster
+                .coordinator
+                .process
+                .wait_log(message, |log| log.contains(message).then_some(()));
             assert_eq!(ask::finish_from(running, begun).await.unwrap(), expected, "{message}");
             ask::until(&cluster.client, "at a higher epoch", |s| s.ready && s.epoch > before).await;
             cluster.is_unharmed(message).await;

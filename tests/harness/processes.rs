@@ -174,6 +174,15 @@ impl Coordinator {
         self.client.http.trim_start_matches("http://").parse().expect("an address")
     }
 
+    /// Makes another join token, for one more node.
+    pub fn renew_token(&mut self) {
+        let mut create = command("millrace-coordinator", &self.root);
+        create.args(["token", "create", "--dir"]).arg(self.dir());
+        let output = run(create);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        self.token = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    }
+
     /// Starts a node whose folder and cache carry its name. It joins with the token the first time,
     /// and is known from then on.
     pub fn node(&self, name: &str, extra: &[&str]) -> Process {

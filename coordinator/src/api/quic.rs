@@ -95,11 +95,12 @@ impl Client {
     }
 
     async fn serve_method(&self, call: IncomingCall) -> Result<(), NetError> {
+        let key = call.bearer().map(str::to_owned);
         let deadline = call.header().deadline_ms.map(Duration::from_millis);
         let (method, room, mut replies) = call.method().await?;
         let gone = replies.closed();
         let answered = async {
-            match answer(method, room, deadline, &mut replies, &self.service).await? {
+            match answer(method, room, (key, deadline), &mut replies, &self.service).await? {
                 Ok(()) => replies.done().await,
                 Err(status) => replies.fail(status).await,
             }
@@ -116,7 +117,7 @@ impl Client {
 async fn answer(
     method: Method,
     room: BodyPermit,
-    deadline: Option<Duration>,
+    (key, deadline): (Option<String>, Option<Duration>),
     replies: &mut ReplySender,
     service: &Arc<dyn Service>,
 ) -> Result<Result<(), Status>, NetError> {
@@ -124,8 +125,8 @@ async fn answer(
         return generate(request, room, deadline, replies, service.as_ref()).await;
     }
     let found = match deadline {
-        None => unary(method, None, service).await,
-        Some(limit) => tokio::time::timeout(limit, unary(method, deadline, service))
+        None => unary(method, key, None, service).await,
+        Some(limit) => tokio::time::timeout(limit, unary(method, key, deadline, service))
             .await
             .unwrap_or_else(|_| Err(late(limit))),
     };
@@ -172,6 +173,7 @@ async fn generate(
 /// Every method but `Generate`: its replies, without `Done`.
 async fn unary(
     method: Method,
+    key: Option<String>,
     deadline: Option<Duration>,
     service: &Arc<dyn Service>,
 ) -> Result<Vec<Reply>, Status> {
@@ -199,6 +201,7 @@ async fn unary(
             service.cancel(request_id).await?;
             return Ok(Vec::new());
         }
+        Method::Admin(request) => Reply::Admin(service.admin(key.as_deref(), request).await?),
         Method::Status => Reply::Status(Box::new(service.status().await)),
     };
     Ok(vec![reply])

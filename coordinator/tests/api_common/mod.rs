@@ -14,6 +14,7 @@ use futures::future::BoxFuture;
 use millrace_coordinator::service::{EventStream, Service};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
+use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
     ClusterStatus, FinishReason, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt,
     ScoreRequest, Timings, TokenLogprobs, Usage,
@@ -231,6 +232,15 @@ impl Service for Fake {
             ..ClusterStatus::default()
         };
         async move { status }.boxed()
+    }
+
+    fn admin(
+        &self,
+        _: Option<&str>,
+        request: AdminRequest,
+    ) -> BoxFuture<'_, Result<AdminReply, Status>> {
+        let message = format!("{request:?} is not for a client");
+        async move { Err(Status::new(ErrorCode::PermissionDenied, message)) }.boxed()
     }
 
     fn authenticate(&self, key: Option<&str>) -> Result<(), Status> {

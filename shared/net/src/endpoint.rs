@@ -149,7 +149,7 @@ impl Endpoint {
             .connect_with(config, addr, server_name)
             .map_err(|e| failed(e.to_string()))?;
         match tokio::time::timeout(deadline, connecting).await {
-            Err(_) => Err(failed(format!("no answer within {deadline:?}"))),
+            Err(_) => Err(NetError::NoAnswer { addr, after: deadline }),
             Ok(Err(e)) => Err(failed(describe(&e))),
             Ok(Ok(inner)) => Connection::new(inner).map_err(|e| failed(e.to_string())),
         }

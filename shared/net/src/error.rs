@@ -44,6 +44,14 @@ pub enum NetError {
         /// Why.
         message: String,
     },
+    /// Nothing came back: nobody listens there, or something on the way swallows UDP.
+    #[error("no UDP answer at {addr} within {after:?}")]
+    NoAnswer {
+        /// Address dialled.
+        addr: SocketAddr,
+        /// The deadline.
+        after: Duration,
+    },
     /// A peer's handshake failed.
     #[error("handshake with {addr} failed: {message}")]
     Handshake {

@@ -31,6 +31,9 @@ pub struct ApiKey {
     pub label: String,
     /// Unix seconds at which it was made.
     pub created: u64,
+    /// Whether its holder may change the cluster.
+    #[serde(default)]
+    pub admin: bool,
     /// SHA-256 of the secret, hexadecimal.
     hash: String,
 }
@@ -60,11 +63,12 @@ impl ApiKeyStore {
         Ok(Self { dir, cache: Mutex::default() })
     }
 
-    /// Makes a key; returns its record and the secret, which is not stored. `now`: Unix seconds.
+    /// Makes a key; returns its record and the secret, which is not stored. `admin`: its holder may
+    /// change the cluster. `now`: Unix seconds.
     ///
     /// # Errors
     /// If the record cannot be written or the label is too long.
-    pub fn create(&self, label: &str, now: u64) -> Result<(ApiKey, String), NetError> {
+    pub fn create(&self, label: &str, admin: bool, now: u64) -> Result<(ApiKey, String), NetError> {
         if label.len() > MAX_LABEL_BYTES {
             return Err(NetError::Protocol(format!(
                 "a key's label may have at most {MAX_LABEL_BYTES} bytes"
@@ -75,6 +79,7 @@ impl ApiKeyStore {
             id: private_file::hex(&private_file::random::<6>()?),
             label: label.to_owned(),
             created: now,
+            admin,
             hash: private_file::hex(&Sha256::digest(secret.as_bytes())),
         };
         let text = serde_json::to_vec_pretty(&key)
@@ -127,9 +132,8 @@ impl ApiKeyStore {
         }
     }
 
-    /// The id of the key with this secret, if there is one. A store that cannot be read knows no
-    /// keys.
-    pub fn verify(&self, secret: &str) -> Option<String> {
+    /// The key with this secret, if there is one. A store that cannot be read knows no keys.
+    pub fn verify(&self, secret: &str) -> Option<ApiKey> {
         let hash = private_file::hex(&Sha256::digest(secret.as_bytes()));
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(e) = self.refresh(&mut cache) {
@@ -139,7 +143,7 @@ impl ApiKeyStore {
         let mut found = None;
         for key in &cache.keys {
             if same(key.hash.as_bytes(), hash.as_bytes()) {
-                found = Some(key.id.clone());
+                found = Some(key.clone());
             }
         }
         found
@@ -179,9 +183,9 @@ mod tests {
         let server = ApiKeyStore::open(dir.path()).unwrap();
         let cli = ApiKeyStore::open(dir.path()).unwrap();
         assert_eq!(server.verify("mlr-nothing"), None);
-        let (key, secret) = cli.create("laptop", 7).unwrap();
+        let (key, secret) = cli.create("laptop", true, 7).unwrap();
         assert!(secret.starts_with("mlr-") && secret.len() > 40);
-        assert_eq!(server.verify(&secret), Some(key.id.clone()), "made beside a running server");
+        assert_eq!(server.verify(&secret), Some(key.clone()), "made beside a running server");
         assert_eq!(server.verify(&secret[..secret.len() - 1]), None);
         assert_eq!(cli.list().unwrap(), vec![key.clone()]);
         assert!(cli.revoke(&key.id).unwrap());
@@ -194,7 +198,7 @@ mod tests {
     fn files_are_private_and_hold_no_secret() {
         let dir = tempfile::tempdir().unwrap();
         let store = ApiKeyStore::open(dir.path()).unwrap();
-        let (key, secret) = store.create("x", 7).unwrap();
+        let (key, secret) = store.create("x", false, 7).unwrap();
         let path = dir.path().join("keys").join(format!("{}.json", key.id));
         assert!(!fs::read_to_string(&path).unwrap().contains(&secret));
         #[cfg(unix)]

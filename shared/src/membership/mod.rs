@@ -15,6 +15,6 @@ pub use lease::{
     Session,
 };
 pub use pipeline::{
-    Action, LOAD_TIMEOUT, PROFILE_TIMEOUT, PipelineConfig, PipelinePhase, PipelineState,
-    RETRY_NODE, RETRY_PIPELINE,
+    Action, FLAP_MEMORY, FLAPS, LOAD_TIMEOUT, PROFILE_TIMEOUT, PipelineConfig, PipelinePhase,
+    PipelineState, RETRY_NODE, RETRY_PIPELINE,
 };

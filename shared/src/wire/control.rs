@@ -52,6 +52,13 @@ pub enum NodeMessage {
         /// What happened.
         message: String,
     },
+    /// Answer to [`CoordinatorMessage::TryEdge`].
+    EdgeTried {
+        /// Whom it tried to reach.
+        to: NodeId,
+        /// The round trip in seconds of a handshake with full datagrams, else why there was none.
+        outcome: Result<f64, String>,
+    },
     /// The node leaves on purpose.
     Leaving,
 }
@@ -121,6 +128,8 @@ pub enum CoordinatorMessage {
         /// first.
         beside: bool,
     },
+    /// Try to reach another member as a neighbour would.
+    TryEdge(Peer),
     /// Every stage of this epoch is loaded: connect the edges out.
     Start {
         /// Pipeline.
@@ -170,6 +179,22 @@ pub struct StageProfile {
     pub layer_seconds: f64,
     /// Seconds of the head.
     pub head_seconds: f64,
+}
+
+impl StageProfile {
+    /// The same where everything takes `factor` times as long.
+    #[must_use]
+    pub fn slower(self, factor: f64) -> Self {
+        Self {
+            layer_seconds: self.layer_seconds * factor,
+            head_seconds: self.head_seconds * factor,
+        }
+    }
+
+    /// Seconds of a stage.
+    pub fn stage_seconds(&self, layers: u32, head: bool) -> f64 {
+        f64::from(layers) * self.layer_seconds + if head { self.head_seconds } else { 0.0 }
+    }
 }
 
 /// A node's part in a plan.

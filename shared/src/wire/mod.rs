@@ -3,6 +3,7 @@
 //! Codecs: rkyv for what exists per micro-batch ([`data`]), bincode for the rare control and client
 //! messages ([`control`], [`rpc`], [`join`]). A change to any message bumps its ALPN.
 
+pub mod admin;
 pub(crate) mod bounded;
 pub mod codec;
 pub mod control;

@@ -8,6 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::admin::{AdminReply, AdminRequest};
 use super::bounded;
 use crate::error::Status;
 use crate::id::{NodeId, RequestId};
@@ -45,6 +46,8 @@ pub enum Method {
     Cancel { request_id: RequestId },
     /// The state of the cluster: reply `Status`.
     Status,
+    /// For administrators: reply `Admin`.
+    Admin(AdminRequest),
 }
 
 /// What to continue.
@@ -236,6 +239,8 @@ pub enum Reply {
     Models(Vec<ModelCard>),
     /// State of the cluster.
     Status(Box<ClusterStatus>),
+    /// To an administrator.
+    Admin(AdminReply),
     /// The call is complete.
     Done,
     /// The call failed; nothing follows.

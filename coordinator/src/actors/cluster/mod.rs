@@ -4,11 +4,15 @@
 //! decide. An epoch serves once every stage has connected its edge out, the coordinator's own edges
 //! are open and the results edge has come in. The next epoch is made ready beside the one that
 //! serves: stages, then edges, then the batcher goes over and says `Switched`. Inbox: `NodeHello`,
-//! `FromNode`, `NodeGone`, `EdgeOffered`, `OwnEdgeOpen`, `EdgeFailed`, `Switched`, `GetStatus`. Held
-//! by member tasks and the service.
+//! `FromNode`, `NodeGone`, `EdgeOffered`, `OwnEdgeOpen`, `EdgeFailed`, `Switched`, `Uneven`,
+//! `GetStatus`, `Admin`. Held by member tasks, the batcher and the service.
 
+mod admin;
 mod inbox;
+mod planning;
+mod recut;
 mod report;
+mod ways;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -22,18 +26,23 @@ use millrace_shared::membership::{
 };
 use millrace_shared::model::ModelManifest;
 use millrace_shared::wire::control::{
-    CoordinatorMessage, Heartbeat, Hello, LoadReport, NodeMessage, StageProfile,
+    CoordinatorMessage, Heartbeat, Hello, LoadReport, NodeMessage,
 };
 use millrace_shared::wire::{Edge, WIRE_VERSION};
 use tokio::sync::{mpsc, watch};
 
 use super::batcher::{Batcher, PipelineDown, PipelineUp};
 use super::edges;
-use crate::plan::{Deployment, Plan, PlanNode, plan, profile_spec};
+use crate::plan::{Deployment, Plan, profile_spec};
+pub use admin::Admin;
+use admin::Doctor;
 pub use inbox::{
     EdgeFailed, EdgeOffered, FromNode, GetStatus, NodeGone, NodeHello, OwnEdgeOpen, Shutdown,
     Switched,
 };
+use planning::Draft;
+pub use recut::Uneven;
+use ways::Ways;
 
 /// The one pipeline of a coordinator.
 const PIPELINE: PipelineId = PipelineId(1);
@@ -82,6 +91,8 @@ pub struct Cluster {
     started: Instant,
     manifest: Arc<ModelManifest>,
     deployment: Deployment,
+    /// As told; `None` for however many come.
+    stages: Option<u16>,
     batcher: Addr<Batcher>,
     membership: Membership,
     pipeline: Option<PipelineState>,
@@ -90,7 +101,16 @@ pub struct Cluster {
     plan: Option<Plan>,
     /// Of the epoch that is made ready while another serves.
     next_plan: Option<Plan>,
+    draft: Option<Draft>,
     starting: Option<Starting>,
+    ways: Ways,
+    doctors: Vec<Doctor>,
+    /// How much longer than measured alone a node takes, relative to the others.
+    pace: BTreeMap<NodeId, f64>,
+    /// When a node joined an epoch that serves.
+    joined: Option<Duration>,
+    /// A loss has left fewer stages than there were.
+    shrunk: bool,
     readiness: watch::Sender<Readiness>,
     last_tick: Duration,
     stopping: bool,
@@ -115,6 +135,7 @@ impl Cluster {
             started: Instant::now(),
             manifest,
             deployment,
+            stages,
             batcher,
             membership: Membership::new(MembershipConfig::default()),
             pipeline: stages.map(|n| PipelineState::new(PipelineConfig::new(n))),
@@ -122,7 +143,13 @@ impl Cluster {
             last_join: Duration::ZERO,
             plan: None,
             next_plan: None,
+            draft: None,
             starting: None,
+            ways: Ways::default(),
+            doctors: Vec::new(),
+            pace: BTreeMap::new(),
+            joined: None,
+            shrunk: false,
             readiness,
             last_tick: Duration::ZERO,
             stopping: false,
@@ -152,6 +179,8 @@ impl Cluster {
             self.on_membership(event, now);
         }
         self.settle(now);
+        self.check_ways(now);
+        self.consider_joined(now);
         if let Some(pipeline) = &mut self.pipeline {
             pipeline.handle_timeout(now);
         }
@@ -175,6 +204,7 @@ impl Cluster {
             self.membership.handle_own_delay(now);
         }
         self.last_tick = now;
+        self.answer_doctors(now);
         while let Some(event) = self.membership.poll_event(now) {
             self.on_membership(event, now);
         }
@@ -185,6 +215,9 @@ impl Cluster {
         match event {
             Event::Joined { node, .. } => {
                 self.last_join = now;
+                self.joined = self.is_serving().then_some(now);
+                self.ways.forget(node);
+                self.pace.remove(&node);
                 if let Some(pipeline) = &mut self.pipeline {
                     pipeline.handle_joined(node, now);
                 }
@@ -207,7 +240,9 @@ impl Cluster {
                     member.connection.close("lost");
                     self.members.remove(&node);
                 }
+                self.ways.forget(node);
                 if let Some(pipeline) = &mut self.pipeline {
+                    self.shrunk |= pipeline.chosen().contains(&node);
                     pipeline.handle_lost(node, &reason.to_string(), now);
                 }
             }
@@ -220,9 +255,9 @@ impl Cluster {
         if self.pipeline.is_some() || self.members.is_empty() || !quiet {
             return;
         }
-        let layers = self.manifest.config.layers.min(u32::from(u16::MAX)) as usize;
-        let stages = self.members.len().min(layers.max(1)) as u16;
-        let mut pipeline = PipelineState::new(PipelineConfig::new(stages));
+        let most = self.manifest.config.layers.clamp(1, u32::from(u16::MAX)) as u16;
+        let config = PipelineConfig { flexible: true, ..PipelineConfig::new(most) };
+        let mut pipeline = PipelineState::new(config);
         for node in self.members.keys() {
             pipeline.handle_joined(*node, now);
         }
@@ -237,7 +272,7 @@ impl Cluster {
                 let spec = profile_spec(&self.manifest, sharing.count() as u32);
                 self.say(node, CoordinatorMessage::Profile(Box::new(spec)));
             }
-            Action::Plan { epoch, nodes } => self.make_plan(epoch, &nodes, now),
+            Action::Plan { epoch, nodes } => self.make_plan(epoch, nodes, now),
             Action::Assign { epoch, nodes } => {
                 let beside = self.is_next(epoch);
                 let Some(plan) = self.plan_of(epoch) else { return };
@@ -252,6 +287,7 @@ impl Cluster {
                 tracing::warn!(%epoch, "the pipeline stopped: {reason}");
                 self.starting = None;
                 self.next_plan = None;
+                self.draft = None;
                 // Never full but for a stalled program: state must not get out of step.
                 let down = PipelineDown { detail: reason, forever: false };
                 if self.batcher.try_send(down).is_err() {
@@ -271,33 +307,6 @@ impl Cluster {
                 self.starting = self.starting.take().filter(|s| s.epoch > epoch);
                 for node in nodes {
                     self.say(node, CoordinatorMessage::Release { pipeline: PIPELINE, epoch });
-                }
-            }
-        }
-    }
-
-    fn make_plan(&mut self, epoch: Epoch, nodes: &[(NodeId, StageProfile)], now: Duration) {
-        let planned: Vec<PlanNode> = nodes
-            .iter()
-            .filter_map(|(id, profile)| {
-                let hello = self.members.get(id)?.hello.clone();
-                Some(PlanNode { id: *id, hello, profile: *profile })
-            })
-            .collect();
-        let beside = self.is_next(epoch);
-        let result = plan(&self.manifest, &self.deployment, (PIPELINE, epoch), &planned);
-        let Some(pipeline) = &mut self.pipeline else { return };
-        match result {
-            Ok(plan) => {
-                let order = plan.assignments.iter().map(|(node, _)| *node).collect();
-                *(if beside { &mut self.next_plan } else { &mut self.plan }) = Some(plan);
-                pipeline.handle_planned(epoch, order, now);
-            }
-            Err(e) => {
-                tracing::error!("{e}");
-                pipeline.handle_plan_failed(epoch, &e.to_string(), now);
-                if !beside {
-                    self.failed(e.to_string());
                 }
             }
         }
@@ -491,6 +500,7 @@ impl Cluster {
                     pipeline.handle_edge_lost(epoch, &message, now);
                 }
             }
+            NodeMessage::EdgeTried { to, outcome } => self.on_way_tried((id, to), outcome, now),
             NodeMessage::Leaving => self.membership.handle_leaving(id, session),
         }
     }

@@ -22,7 +22,7 @@ use millrace_shared::id::{Epoch, PipelineId};
 use millrace_shared::model::numerics_id;
 use millrace_shared::options::EngineKind;
 use millrace_shared::wire::control::{
-    Assignment, CoordinatorMessage, Heartbeat, NodeMessage, ProfileSpec,
+    Assignment, CoordinatorMessage, Heartbeat, NodeMessage, Peer, ProfileSpec,
 };
 use millrace_shared::wire::frame::Frame;
 use millrace_shared::wire::{Edge, Plane};
@@ -33,7 +33,7 @@ use super::stage::{Loss, Stage, Stop};
 use crate::config::Config;
 use crate::profiles::KnownProfile;
 pub use inbox::{Control, EdgeOffered, EpochLost, Leave, LinkDown, LinkUp, Loaded};
-use work::{edge_out, load};
+use work::{edge_out, load, reach};
 
 /// What never changes while the node runs.
 #[derive(Debug)]
@@ -204,6 +204,7 @@ impl Node {
             CoordinatorMessage::Release { pipeline, epoch } => {
                 self.drop_if(|a| a.assignment.pipeline == pipeline && a.assignment.epoch <= epoch)
             }
+            CoordinatorMessage::TryEdge(peer) => self.try_edge(peer),
             CoordinatorMessage::Ping(n) => self.echo = n,
             CoordinatorMessage::Shutdown => {
                 tracing::info!("the coordinator is shutting down");
@@ -263,6 +264,16 @@ impl Node {
         actix_rt::spawn(async move {
             let _ = finished.await;
             drop(tokio::task::spawn_blocking(move || drop(engine)));
+        });
+    }
+
+    /// A handshake with another member, for its own sake.
+    fn try_edge(&self, peer: Peer) {
+        let Some(link) = &self.link else { return };
+        let (parts, out) = (Rc::clone(&self.parts), link.out.clone());
+        actix_rt::spawn(async move {
+            let outcome = reach(&parts, &peer).await.map_err(|e| e.to_string());
+            let _ = out.try_send(NodeMessage::EdgeTried { to: peer.node_id, outcome });
         });
     }
 

@@ -9,7 +9,7 @@ use millrace_engine::stage::StagePlace;
 use millrace_engine::thread::{EngineHandle, Job, LoadJob};
 use millrace_engine::{Isa, PackingReport, StageSpec};
 use millrace_net::{Connection, EdgeSender, FramePool, NetError, timing};
-use millrace_shared::wire::control::{Assignment, LoadReport};
+use millrace_shared::wire::control::{Assignment, LoadReport, Peer};
 use millrace_shared::wire::{Edge, node_name};
 use tokio::sync::oneshot;
 
@@ -94,6 +94,17 @@ fn describe(bytes: u64, packing: &PackingReport) -> String {
         0..1_000_000 => cached,
         more => format!("{cached}, {} repacked in the same time", HumanBytes(more)),
     }
+}
+
+/// Connects to a member and lets go again; the round trip in seconds. A handshake's first datagrams
+/// are as large as any that QUIC sends before it has found out more.
+pub(super) async fn reach(parts: &Parts, peer: &Peer) -> Result<f64, NetError> {
+    let name = node_name(peer.node_id);
+    let connection =
+        parts.endpoint.connect_host(&peer.address, &name, &parts.tls, timing::HANDSHAKE).await?;
+    let round_trip = connection.rtt().as_secs_f64();
+    connection.close("the way is open");
+    Ok(round_trip)
 }
 
 pub(super) async fn edge_out(

@@ -65,6 +65,7 @@ impl Replies {
             Reply::Text(_) => "text",
             Reply::Models(_) => "models",
             Reply::Status(_) => "a status",
+            Reply::Admin(_) => "an answer for administrators",
             Reply::Done => "an end without an answer",
             Reply::Failed(_) => "a failure",
         };

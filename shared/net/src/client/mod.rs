@@ -36,6 +36,7 @@ use std::time::Duration;
 
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
+use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
     CallHeader, ClusterStatus, GenerateRequest, Method, ModelCard, PositionScore, Reply,
     ScoreRequest, TokenizeRequest,
@@ -180,6 +181,19 @@ impl Client {
     pub async fn status(&self) -> Result<ClusterStatus, Status> {
         self.unary(Method::Status, |reply| match reply {
             Reply::Status(status) => Ok(*status),
+            other => Err(other),
+        })
+        .await
+    }
+
+    /// Asks or orders something as an administrator.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED` without an administrator's key, what else the server says, or
+    /// `UNAVAILABLE`.
+    pub async fn admin(&self, request: AdminRequest) -> Result<AdminReply, Status> {
+        self.unary(Method::Admin(request), |reply| match reply {
+            Reply::Admin(reply) => Ok(reply),
             other => Err(other),
         })
         .await

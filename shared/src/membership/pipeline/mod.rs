@@ -35,11 +35,18 @@ pub const RETRY_NODE: Duration = Duration::from_secs(5);
 /// node that died the silence begins to show.
 pub const RETRY_PIPELINE: Duration = Duration::from_millis(500);
 
+/// A node that was lost so often within [`FLAP_MEMORY`] stays a stand-by where others suffice.
+pub const FLAPS: usize = 3;
+/// See [`FLAPS`].
+pub const FLAP_MEMORY: Duration = Duration::from_secs(600);
+
 /// What a pipeline needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PipelineConfig {
     /// Stages, each on its own node; at least 1.
     pub stages: u16,
+    /// `stages` is the most; fewer nodes are taken where no more are there.
+    pub flexible: bool,
     /// See [`PROFILE_TIMEOUT`].
     pub profile_timeout: Duration,
     /// See [`LOAD_TIMEOUT`].
@@ -55,6 +62,7 @@ impl PipelineConfig {
     pub fn new(stages: u16) -> Self {
         Self {
             stages: stages.max(1),
+            flexible: false,
             profile_timeout: PROFILE_TIMEOUT,
             load_timeout: LOAD_TIMEOUT,
             retry_node: RETRY_NODE,
@@ -149,6 +157,10 @@ pub struct PipelineState {
     /// What is made ready while this epoch runs.
     next: Option<Next>,
     nodes: BTreeMap<NodeId, Candidate>,
+    /// Not to be used, whether there or not.
+    cordoned: BTreeSet<NodeId>,
+    /// When nodes were lost: the last few times of each.
+    losses: BTreeMap<NodeId, VecDeque<Duration>>,
     next_order: u64,
     /// The nodes of this attempt; from `Assigning` on in the order of the stages.
     chosen: Vec<NodeId>,
@@ -174,6 +186,8 @@ impl PipelineState {
             last_epoch: Epoch(1),
             next: None,
             nodes: BTreeMap::new(),
+            cordoned: BTreeSet::new(),
+            losses: BTreeMap::new(),
             next_order: 0,
             chosen: Vec::new(),
             ready: BTreeSet::new(),
@@ -202,7 +216,7 @@ impl PipelineState {
 
     /// For people: what it waits for.
     pub fn detail(&self) -> String {
-        let need = usize::from(self.config.stages);
+        let need = self.need();
         let state = match self.phase {
             PipelinePhase::Waiting => {
                 format!("waiting for nodes: {} of {need} are there", self.nodes.len())
@@ -210,7 +224,8 @@ impl PipelineState {
             PipelinePhase::Profiling => "nodes are measuring".to_owned(),
             PipelinePhase::Planning => "the model is being cut".to_owned(),
             PipelinePhase::Assigning => {
-                format!("stages are loading: {} of {need} are ready", self.ready.len())
+                let all = self.chosen.len();
+                format!("stages are loading: {} of {all} are ready", self.ready.len())
             }
             PipelinePhase::Running => match &self.next {
                 None => return "running".to_owned(),
@@ -231,7 +246,45 @@ impl PipelineState {
             Candidate { order, profile: None, suspect: false, barred_until: Duration::ZERO };
         self.nodes.insert(node, candidate);
         self.unplannable = false;
+        if self.phase == PipelinePhase::Running {
+            // So that it is known what a cut with it would bring.
+            self.actions.push_back(Action::Profile { node });
+        }
         self.advance(now);
+    }
+
+    /// An operator takes a node out of use, or back. What runs on it runs on until the next cut.
+    pub fn handle_cordon(&mut self, node: NodeId, cordoned: bool, now: Duration) {
+        if cordoned {
+            self.cordoned.insert(node);
+            let early = matches!(self.phase, PipelinePhase::Profiling | PipelinePhase::Planning);
+            let reason = format!("node {node} was cordoned");
+            if early && self.chosen.contains(&node) {
+                self.abort(reason, now);
+            } else if self.next.as_ref().is_some_and(|n| n.is_early() && n.chosen.contains(&node)) {
+                self.abandon(reason, now);
+            }
+        } else {
+            self.cordoned.remove(&node);
+            self.unplannable = false;
+        }
+        self.advance(now);
+    }
+
+    /// Whether an operator took the node out of use.
+    pub fn is_cordoned(&self, node: NodeId) -> bool {
+        self.cordoned.contains(&node)
+    }
+
+    /// Whether the node is silent.
+    pub fn is_suspect(&self, node: NodeId) -> bool {
+        self.nodes.get(&node).is_some_and(|c| c.suspect)
+    }
+
+    /// What the node measured, where it is there and may be used.
+    pub fn profile_of(&self, node: NodeId) -> Option<StageProfile> {
+        let free = |c: &&Candidate| !c.suspect && !self.cordoned.contains(&node);
+        self.nodes.get(&node).filter(free).and_then(|c| c.profile)
     }
 
     /// A node is gone.
@@ -240,6 +293,11 @@ impl PipelineState {
             return;
         }
         self.unplannable = false;
+        let losses = self.losses.entry(node).or_default();
+        losses.push_back(now);
+        if losses.len() > FLAPS {
+            losses.pop_front();
+        }
         let reason = format!("node {node} was lost: {reason}");
         if self.chosen.contains(&node) {
             self.abort(reason, now);
@@ -296,6 +354,16 @@ impl PipelineState {
             self.abandon(message.to_owned(), now);
         } else if self.phase == PipelinePhase::Planning && epoch == self.epoch {
             self.unplannable = true;
+            self.abort(message.to_owned(), now);
+        }
+    }
+
+    /// The model cannot be cut over these nodes at this moment; tried again in a while.
+    pub fn handle_plan_postponed(&mut self, epoch: Epoch, message: &str, now: Duration) {
+        if self.next.as_ref().is_some_and(|n| n.epoch == epoch) {
+            self.abandon(message.to_owned(), now);
+        } else if self.phase == PipelinePhase::Planning && epoch == self.epoch {
+            self.retry_at = now + self.config.retry_node;
             self.abort(message.to_owned(), now);
         }
     }
@@ -362,12 +430,12 @@ impl PipelineState {
             return None;
         }
         // The moment at which enough nodes may be chosen, if no other joins.
-        let mut times: Vec<Duration> = (self.nodes.values())
-            .filter(|c| !c.suspect)
-            .map(|c| c.barred_until.max(self.retry_at))
+        let mut times: Vec<Duration> = (self.nodes.iter())
+            .filter(|(node, c)| !c.suspect && !self.cordoned.contains(node))
+            .map(|(_, c)| c.barred_until.max(self.retry_at))
             .collect();
         times.sort_unstable();
-        times.get(usize::from(self.config.stages) - 1).copied()
+        times.get(self.need() - 1).copied()
     }
 
     /// What to do next, in order. Call until `None` after every `handle_*`.
@@ -384,6 +452,19 @@ impl PipelineState {
             PipelinePhase::Profiling => self.nodes.get(&node).is_some_and(|c| c.profile.is_some()),
             _ => self.ready.contains(&node),
         }
+    }
+
+    /// Fewest nodes that make a pipeline.
+    fn need(&self) -> usize {
+        if self.config.flexible { 1 } else { usize::from(self.config.stages) }
+    }
+
+    /// A node that comes and goes is taken last, so that it does not take the others along.
+    fn is_flapping(&self, node: NodeId, now: Duration) -> bool {
+        let recent = |times: &VecDeque<Duration>| {
+            times.len() >= FLAPS && times.iter().all(|&t| now.saturating_sub(t) < FLAP_MEMORY)
+        };
+        self.losses.get(&node).is_some_and(recent)
     }
 
     fn bar(&mut self, node: NodeId, now: Duration) {
@@ -414,16 +495,20 @@ impl PipelineState {
         if self.unplannable || now < self.retry_at {
             return;
         }
-        let mut eligible: Vec<(u64, NodeId)> = (self.nodes.iter())
+        let mut eligible: Vec<(bool, u64, NodeId)> = (self.nodes.iter())
             .filter(|(_, c)| !c.suspect && c.barred_until <= now)
-            .map(|(&node, c)| (c.order, node))
+            .filter(|(node, _)| !self.cordoned.contains(node))
+            .map(|(&node, c)| (self.is_flapping(node, now), c.order, node))
             .collect();
-        let need = usize::from(self.config.stages);
-        if eligible.len() < need {
+        if eligible.len() < self.need() {
             return;
         }
         eligible.sort_unstable();
-        self.chosen = eligible.into_iter().take(need).map(|(_, node)| node).collect();
+        if self.config.flexible && eligible.iter().any(|e| !e.0) {
+            eligible.retain(|e| !e.0);
+        }
+        let most = usize::from(self.config.stages);
+        self.chosen = eligible.into_iter().take(most).map(|(.., node)| node).collect();
         self.phase = PipelinePhase::Profiling;
         self.deadline = Some(now + self.config.profile_timeout);
         for &node in &self.chosen {

@@ -55,6 +55,11 @@ impl Next {
         self.step == Step::Profiling && self.chosen.contains(&node)
     }
 
+    /// Nothing has been asked of the nodes yet but measurements.
+    pub(super) fn is_early(&self) -> bool {
+        matches!(self.step, Step::Profiling | Step::Planning)
+    }
+
     pub(super) fn is_loading(&self, node: NodeId, epoch: Epoch) -> bool {
         self.step == Step::Assigning && self.epoch == epoch && self.chosen.contains(&node)
     }
@@ -67,6 +72,7 @@ impl PipelineState {
     pub fn handle_recut(&mut self, nodes: &[NodeId], now: Duration) -> bool {
         let chosen: Vec<NodeId> = (nodes.iter().copied())
             .filter(|n| self.nodes.get(n).is_some_and(|c| !c.suspect && c.barred_until <= now))
+            .filter(|n| !self.cordoned.contains(n))
             .collect();
         if self.phase != PipelinePhase::Running || self.next.is_some() || chosen.is_empty() {
             return false;

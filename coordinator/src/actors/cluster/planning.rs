@@ -1,0 +1,151 @@
+//! From measured nodes to a plan whose ways are open.
+//!
+//! A plan is drafted, the ways it needs are tried, and it is adopted when all are open. A closed way
+//! is one line for the operator, and the plan is drafted again without it.
+
+use std::time::Duration;
+
+use millrace_shared::id::{Epoch, NodeId};
+use millrace_shared::wire::control::{CoordinatorMessage, Peer, StageProfile};
+
+use super::ways::Way;
+use super::{Cluster, PIPELINE};
+use crate::plan::{Plan, PlanNode, order_without, plan};
+
+/// Among so many nodes every way is tried before the first plan.
+const TRY_ALL: usize = 8;
+
+/// A plan whose ways are being tried.
+pub(super) struct Draft {
+    nodes: Vec<(NodeId, StageProfile)>,
+    plan: Plan,
+}
+
+impl Draft {
+    fn ways(&self) -> Vec<Way> {
+        self.plan.ways()
+    }
+}
+
+impl Cluster {
+    /// The nodes as plans see them, at the pace they were last seen to work.
+    pub(super) fn plan_nodes(&self, nodes: &[(NodeId, StageProfile)]) -> Vec<PlanNode> {
+        let known = |(id, profile): &(NodeId, StageProfile)| {
+            let hello = self.members.get(id)?.hello.clone();
+            let profile = profile.slower(self.pace.get(id).copied().unwrap_or(1.0));
+            Some(PlanNode { id: *id, hello, profile })
+        };
+        nodes.iter().filter_map(known).collect()
+    }
+
+    /// Cuts the model over these nodes, in an order that needs no closed way.
+    pub(super) fn cut(
+        &self,
+        epoch: Epoch,
+        nodes: &[(NodeId, StageProfile)],
+        now: Duration,
+    ) -> Result<Plan, String> {
+        let planned = self.plan_nodes(nodes);
+        let planned = order_without(&planned, &self.ways.closed(now))
+            .ok_or("no order of the nodes avoids the ways that are closed")?;
+        plan(&self.manifest, &self.deployment, (PIPELINE, epoch), &planned)
+            .map_err(|e| e.to_string())
+    }
+
+    pub(super) fn make_plan(
+        &mut self,
+        epoch: Epoch,
+        nodes: Vec<(NodeId, StageProfile)>,
+        now: Duration,
+    ) {
+        self.draft = None;
+        if nodes.len() <= TRY_ALL {
+            // So that a closed way costs one wait, whatever the plan turns to next.
+            for &(from, _) in &nodes {
+                for &(to, _) in nodes.iter().filter(|(to, _)| *to != from) {
+                    if self.ways.outcome((from, to), now).is_none() {
+                        self.try_way((from, to), now);
+                    }
+                }
+            }
+        }
+        match self.cut(epoch, &nodes, now) {
+            Ok(plan) => {
+                self.draft = Some(Draft { nodes, plan });
+                self.check_ways(now);
+            }
+            Err(message) => {
+                tracing::error!("{message}");
+                let beside = self.is_next(epoch);
+                let postponed = !self.ways.closed(now).is_empty();
+                if let Some(pipeline) = &mut self.pipeline {
+                    match postponed {
+                        true => pipeline.handle_plan_postponed(epoch, &message, now),
+                        false => pipeline.handle_plan_failed(epoch, &message, now),
+                    }
+                }
+                if !beside {
+                    self.failed(message);
+                }
+            }
+        }
+    }
+
+    /// Adopts the draft when all its ways are open, or drafts anew.
+    pub(super) fn check_ways(&mut self, now: Duration) {
+        self.ways.expire(now);
+        let Some(draft) = &self.draft else { return };
+        let (mut waiting, mut closed) = (Vec::new(), false);
+        for way in draft.ways() {
+            match self.ways.outcome(way, now) {
+                Some(Ok(_)) => {}
+                Some(Err(_)) => closed = true,
+                None => waiting.push(way),
+            }
+        }
+        let Some(draft) = self.draft.take_if(|_| closed || waiting.is_empty()) else {
+            return waiting.into_iter().for_each(|way| self.try_way(way, now));
+        };
+        let epoch = draft.plan.epoch;
+        if closed {
+            return self.make_plan(epoch, draft.nodes, now);
+        }
+        let beside = self.is_next(epoch);
+        let order = draft.plan.assignments.iter().map(|(node, _)| *node).collect();
+        *(if beside { &mut self.next_plan } else { &mut self.plan }) = Some(draft.plan);
+        if let Some(pipeline) = &mut self.pipeline {
+            pipeline.handle_planned(epoch, order, now);
+        }
+    }
+
+    pub(super) fn try_way(&mut self, (from, to): Way, now: Duration) {
+        let Some(member) = self.members.get(&to) else { return };
+        let peer = Peer { node_id: to, address: member.hello.advertise.clone() };
+        if self.ways.begin((from, to), now) {
+            self.say(from, CoordinatorMessage::TryEdge(peer));
+        }
+    }
+
+    pub(super) fn on_way_tried(&mut self, way: Way, outcome: Result<f64, String>, now: Duration) {
+        if let Err(message) = &outcome {
+            tracing::error!("{}", self.closed_way(way, message));
+        }
+        self.ways.end(way, outcome, now);
+        self.check_ways(now);
+        self.answer_doctors(now);
+    }
+
+    /// The line that says what to do about a closed way.
+    pub(super) fn closed_way(&self, (from, to): Way, message: &str) -> String {
+        let name = |id: NodeId| self.members.get(&id).map_or("?", |m| m.hello.name.as_str());
+        let port = (self.members.get(&to))
+            .and_then(|m| m.hello.advertise.rsplit_once(':'))
+            .map_or("the node's port", |(_, port)| port);
+        format!(
+            "{} -> {}: {message}; open UDP {port} inbound on {}",
+            name(from),
+            name(to),
+            name(to)
+        )
+    }
+}

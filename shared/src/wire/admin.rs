@@ -1,0 +1,132 @@
+//! What operators ask of a running cluster: its nodes, who may be used, new cuts, edges. Part of the
+//! client API; a call needs the key of an administrator.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::NodeId;
+
+/// A question or an order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdminRequest {
+    /// The nodes: answer `Nodes`.
+    Nodes,
+    /// Use a node no more, and move its layers away: answer `Recut`, or `Nodes` where it had none.
+    Cordon {
+        /// Its name, or its id.
+        node: String,
+    },
+    /// A cordoned node may be used again: answer `Nodes`.
+    Uncordon {
+        /// Its name, or its id.
+        node: String,
+    },
+    /// What a new cut would bring: answer `Recut`.
+    Recut {
+        /// Also do it.
+        apply: bool,
+    },
+    /// Try the ways between all members: answer `Edges`.
+    Doctor,
+}
+
+/// The answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum AdminReply {
+    /// All nodes that are there.
+    Nodes(Vec<NodeStatus>),
+    /// A new cut.
+    Recut(Box<RecutReport>),
+    /// The ways between members.
+    Edges(Vec<EdgeStatus>),
+}
+
+/// What a node does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeRole {
+    /// It computes a stage.
+    Stage {
+        /// First layer.
+        first_layer: u32,
+        /// One past the last layer.
+        end_layer: u32,
+        /// Whether it holds the head.
+        head: bool,
+    },
+    /// It is there, and not needed.
+    StandBy,
+    /// An operator took it out of use.
+    Cordoned,
+    /// It is silent.
+    Suspect,
+}
+
+/// A node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// From its certificate.
+    pub id: NodeId,
+    /// Name for people.
+    pub name: String,
+    /// Where neighbours reach it.
+    pub address: String,
+    /// Processor and instruction set.
+    pub hardware: String,
+    /// Compute threads.
+    pub threads: u32,
+    /// Bytes it may use.
+    pub memory_bytes: u64,
+    /// What it does.
+    pub role: NodeRole,
+}
+
+/// A stage of a cut, and how long it takes for a micro-batch of the planning size.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CutStage {
+    /// The node's name.
+    pub node: String,
+    /// First layer.
+    pub first_layer: u32,
+    /// One past the last layer.
+    pub end_layer: u32,
+    /// Whether it holds the head.
+    pub head: bool,
+    /// Predicted seconds.
+    pub seconds: f64,
+}
+
+/// What a new cut brings and costs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RecutReport {
+    /// Why now.
+    pub reason: String,
+    /// The cut that serves.
+    pub current: Vec<CutStage>,
+    /// The best one.
+    pub proposed: Vec<CutStage>,
+    /// Throughput of the new one over that of the present one, predicted: 1.25 is a quarter more.
+    pub gain: f64,
+    /// Bytes of weights that nodes must have and had no part of so far.
+    pub bytes_to_move: u64,
+    /// Seconds without a token, about: requests are computed anew from their tokens.
+    pub pause_seconds: f64,
+    /// Whether memory suffices to make it ready beside the present one; else loading is part of
+    /// the pause, which `pause_seconds` does not count.
+    pub beside: bool,
+    /// Whether it is being done.
+    pub applied: bool,
+}
+
+/// A way from one member to another.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EdgeStatus {
+    /// The node's name.
+    pub from: String,
+    /// The node's name.
+    pub to: String,
+    /// Where it was tried.
+    pub address: String,
+    /// Whether the pipeline uses it.
+    pub used: bool,
+    /// Round trip in seconds where a handshake came about, else what to do.
+    pub outcome: Result<f64, String>,
+}
