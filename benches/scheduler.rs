@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use millrace_shared::id::SequenceId;
-use millrace_shared::scheduler::{Kind, NewSequence, Scheduler, SchedulerConfig, Step};
+use millrace_shared::scheduler::{
+    Kind, NewSequence, Policy, Priority, Scheduler, SchedulerConfig, Step,
+};
 use millrace_shared::wire::data::{RowOutcome, RowResult, Want};
 
 const CONFIG: SchedulerConfig = SchedulerConfig {
@@ -18,6 +20,7 @@ const CONFIG: SchedulerConfig = SchedulerConfig {
     prefill_chunk: 64,
     max_batch_tokens: 512,
     max_model_len: 1 << 20,
+    policy: Policy::DEFAULT,
 };
 
 fn answer(step: &Step) -> Vec<RowResult> {
@@ -44,6 +47,9 @@ fn decoding(sequences: u64) -> Scheduler {
             max_new_tokens: 1 << 19,
             kind: Kind::Generate,
             submitted: Duration::ZERO,
+            deadline: None,
+            client: 0,
+            priority: Priority::Normal,
         };
         scheduler.handle_submit(new).expect("room for all");
     }

@@ -7,10 +7,12 @@
 //!
 //! Layout: [`id`] and [`error`] are the vocabulary; [`wire`] is every format that crosses a socket;
 //! [`model`] describes models and reads GGUF directories; [`partition`] cuts a model into stages;
-//! [`kv`] and [`scheduler`] decide what runs next; [`membership`] tracks nodes; [`sampling`] turns
-//! logits into tokens; [`names`] spells every metric and environment variable.
+//! [`kv`] and [`scheduler`] decide what runs next, and [`sim`] shows in virtual time how well;
+//! [`membership`] tracks nodes; [`sampling`] turns logits into tokens; [`names`] spells every metric
+//! and environment variable.
 #![forbid(unsafe_code)]
 
+pub mod cluster_file;
 pub mod dirs;
 pub mod error;
 pub mod id;
@@ -22,4 +24,5 @@ pub mod options;
 pub mod partition;
 pub mod sampling;
 pub mod scheduler;
+pub mod sim;
 pub mod wire;

@@ -7,19 +7,28 @@ use crate::model::Dtype;
 /// Micro-batches in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MicroBatches {
-    /// One more than there are stages, so that the hop between them is hidden.
+    /// As many as measurements ask for, beginning with one more than there are stages.
     Auto,
     /// Exactly this many.
     Fixed(u32),
 }
 
 impl MicroBatches {
-    /// The number for a pipeline of this many stages.
-    pub fn for_stages(self, stages: u32) -> u32 {
+    /// The most that a pipeline of this many stages may have: enough that links may take as long as
+    /// the stages.
+    pub fn limit(self, stages: u32) -> u32 {
         match self {
-            Self::Auto if stages <= 1 => 2,
-            Self::Auto => stages + 1,
+            Self::Auto => 2 * stages.max(1) + 2,
             Self::Fixed(n) => n,
+        }
+    }
+
+    /// The number to begin with, where measurements decide: one more than there are stages, so that
+    /// the hop between them is hidden.
+    pub fn measured_from(self, stages: u32) -> Option<u32> {
+        match self {
+            Self::Auto => Some(stages.max(1) + 1),
+            Self::Fixed(_) => None,
         }
     }
 }
@@ -114,6 +123,30 @@ pub fn activation_dtype(s: &str) -> Result<Dtype, String> {
     }
 }
 
+/// `on` or `off` from a flag.
+///
+/// # Errors
+/// If it is neither.
+pub fn on_off(s: &str) -> Result<bool, String> {
+    match s {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("'{s}' is neither 'on' nor 'off'")),
+    }
+}
+
+/// `auto` or `off` from a flag.
+///
+/// # Errors
+/// If it is neither.
+pub fn auto_off(s: &str) -> Result<bool, String> {
+    match s {
+        "auto" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("'{s}' is neither 'auto' nor 'off'")),
+    }
+}
+
 /// The options. Those that may change a token are part of the numerics id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "clap", derive(clap::Args))]
@@ -131,6 +164,12 @@ pub struct EngineOptions {
     /// Micro-batches in flight: a number, or auto
     #[cfg_attr(feature = "clap", arg(long, value_name = "N|auto", default_value = "auto"))]
     pub micro_batches: MicroBatches,
+    /// Reuse what the cache holds of a prompt's beginning: on or off; answers are the same
+    #[cfg_attr(feature = "clap", arg(long, value_name = "on|off", default_value = "on", action = clap::ArgAction::Set, value_parser = on_off))]
+    pub prefix_cache: bool,
+    /// Check guesses of several tokens at once where the pipeline has time: auto or off; answers are the same
+    #[cfg_attr(feature = "clap", arg(long, value_name = "auto|off", default_value = "auto", action = clap::ArgAction::Set, value_parser = auto_off))]
+    pub speculate: bool,
     /// Stored type of keys and values: f16, f32 or int8 (half of f16's memory, a little less exact)
     #[cfg_attr(feature = "clap", arg(long, value_name = "TYPE", default_value = "f16", value_parser = kv_dtype))]
     pub kv_cache_dtype: Dtype,
@@ -152,6 +191,8 @@ impl Default for EngineOptions {
             cuts: None,
             prefill_chunk: DEFAULT_PREFILL_CHUNK,
             micro_batches: MicroBatches::Auto,
+            prefix_cache: true,
+            speculate: true,
             kv_cache_dtype: Dtype::F16,
             activation_dtype: Dtype::F32,
             engine: EngineKind::Cpu,
@@ -162,6 +203,14 @@ impl Default for EngineOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn switches_say_what_they_take() {
+        assert_eq!((on_off("on"), on_off("off")), (Ok(true), Ok(false)));
+        assert_eq!((auto_off("auto"), auto_off("off")), (Ok(true), Ok(false)));
+        assert!(on_off("true").is_err_and(|e| e.contains("'on' nor 'off'")));
+        assert!(auto_off("on").is_err_and(|e| e.contains("'auto' nor 'off'")));
+    }
 
     #[test]
     fn each_place_has_its_types() {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use millrace_shared::id::{MicroBatchId, SequenceId};
 use millrace_shared::scheduler::{
-    Kind, NewSequence, Outcome, Rejected, Scheduler, SchedulerConfig, Step,
+    Kind, NewSequence, Outcome, Policy, Priority, Rejected, Scheduler, SchedulerConfig, Step,
 };
 use millrace_shared::wire::data::{Row, RowOutcome, RowResult, Want};
 use millrace_shared::wire::rpc::PositionScore;
@@ -84,6 +84,10 @@ impl Stage {
             let table = self.tables.entry(update.sequence).or_default();
             assert!(update.first as usize <= table.len(), "a hole in the table");
             table.truncate(update.first as usize);
+            if update.first == 0 {
+                // Computed anew after a preemption: what failed before does not matter.
+                self.poisoned.remove(&update.sequence);
+            }
             table.extend(&update.blocks);
             assert!(table.iter().all(|&b| b < self.config.num_blocks));
         }
@@ -102,10 +106,6 @@ impl Stage {
 
     /// Writes a row and returns the history up to its end.
     fn write(&mut self, row: &Row, tokens: &[u32]) -> Vec<u32> {
-        if row.position == 0 {
-            // Computed anew after a preemption: what failed before does not matter.
-            self.poisoned.remove(&row.sequence);
-        }
         for (position, &token) in (row.position..).zip(tokens) {
             let slot = self.slot(row.sequence, position);
             self.slots[slot] = Some((row.sequence, position, token));
@@ -142,6 +142,7 @@ impl Stage {
             let outcome = match row.want {
                 _ if i == 0 && fate == Fate::RowFails => RowOutcome::Failed("broken".into()),
                 Want::None => RowOutcome::Done,
+                Want::Verify => unreachable!("nothing is drafted here"),
                 Want::Sample => RowOutcome::Token { token: hash(&history), logprobs: None },
                 Want::Score { .. } => RowOutcome::Scores(
                     (row.position..row.position + row.count).map(|p| score(&history, p)).collect(),
@@ -228,6 +229,9 @@ impl World {
             max_new_tokens: max_new,
             kind,
             submitted: self.now,
+            deadline: None,
+            client: id.0 % 3,
+            priority: [Priority::Normal, Priority::High, Priority::Low][(id.0 % 5 % 3) as usize],
         };
         let waiting = self.scheduler.stats().waiting;
         let result = self.scheduler.handle_submit(new);
@@ -336,6 +340,7 @@ impl World {
                     self.finished += 1;
                 }
             }
+            Outcome::Shed { .. } => unreachable!("no deadlines here"),
             Outcome::Failed { sequence, .. } => {
                 assert!(self.clients.remove(&sequence).is_some());
                 assert!(self.scheduler.tokens(sequence).is_none());
@@ -425,6 +430,7 @@ fn config() -> impl Strategy<Value = SchedulerConfig> {
                 prefill_chunk,
                 max_batch_tokens,
                 max_model_len,
+                policy: Policy { speculate: false, ..Policy::DEFAULT },
             },
         )
 }
@@ -482,6 +488,7 @@ fn roomy() -> SchedulerConfig {
         prefill_chunk: 32,
         max_batch_tokens: 64,
         max_model_len: 512,
+        policy: Policy { speculate: false, ..Policy::DEFAULT },
     }
 }
 

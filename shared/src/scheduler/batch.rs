@@ -1,8 +1,10 @@
-//! Building a micro-batch: decodes first, then prompt chunks, oldest first.
+//! Building a micro-batch: decodes first, then chunks of prompts.
 
 use std::time::Duration;
 
 use super::Scheduler;
+use super::cost::Load;
+use super::draft;
 use super::policy::{self, Candidate};
 use super::sequence::Phase;
 use super::types::Step;
@@ -11,12 +13,19 @@ use crate::wire::data::{Row, StepMeta, TableUpdate, Want};
 
 /// A micro-batch under construction.
 #[derive(Debug, Default)]
-struct Draft {
-    meta: StepMeta,
-    tokens: Vec<u32>,
+pub(super) struct Draft {
+    pub(super) meta: StepMeta,
+    pub(super) tokens: Vec<u32>,
     opens: Vec<SequenceId>,
-    prefill_tokens: u32,
-    preempted: bool,
+    /// What it asks of the stages so far.
+    pub(super) load: Load,
+    pub(super) preempted: bool,
+    /// Nothing else can run: nobody waits for blocks that another one computes.
+    pub(super) impatient: bool,
+    /// The even share of the decodes, in rows of usual length.
+    cohort: f64,
+    /// What of it is taken.
+    taken: f64,
 }
 
 impl Draft {
@@ -31,25 +40,71 @@ impl Draft {
 
 /// Whether blocks were found for a row.
 #[derive(Debug, PartialEq, Eq)]
-enum Room {
+pub(super) enum Room {
     /// Yes.
     Granted,
-    /// Not now: younger sequences in this very micro-batch hold them.
+    /// Not now: juniors in this very micro-batch hold them.
     Later,
-    /// Only older sequences hold blocks.
+    /// Only seniors hold blocks.
     None,
 }
 
+/// How many micro-batches may be in flight, and how long one may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pace {
+    pub(super) slots: u32,
+    /// Seconds at the slowest stage; `None` where nothing is known or asked for.
+    pub(super) seconds: Option<f64>,
+    /// Prompt tokens that this does not take away.
+    pub(super) floor: u32,
+}
+
 impl Scheduler {
-    pub(super) fn build_step(&mut self, now: Duration) -> Option<Step> {
-        let mut draft = Draft::default();
-        let limit = policy::decode_limit(&self.config, self.prefill_waits(), self.rotation);
-        self.add_decodes(limit, &mut draft);
-        self.add_prefills(&mut draft);
-        self.admit(&mut draft);
-        if draft.is_empty() {
-            // What was kept for prompts is of no use to them: blocks are short.
-            self.add_decodes(self.config.max_batch_tokens, &mut draft);
+    /// While answers are under way, prompts may stretch the round of the decodes, as it would be
+    /// without them, by `itl_factor`: by taking longer micro-batches and by taking the slots that
+    /// few decodes leave empty. Else chunks take equal time, however much context they read.
+    pub(super) fn pace(&self) -> Pace {
+        let slots = self.window.size();
+        let policy = &self.config.policy;
+        if !policy.timed_chunks || !self.cost.is_ready() || !self.prompt_waits() {
+            return Pace { slots, seconds: None, floor: self.config.prefill_chunk };
+        }
+        let decoding = self.decoding();
+        if decoding == 0 {
+            let chunk = Load::default().with_prompt(0, self.config.prefill_chunk, 0);
+            let floor = self.config.prefill_chunk.div_ceil(2);
+            return Pace { slots, seconds: Some(self.cost.bottleneck(&chunk)), floor };
+        }
+        let rows = decoding.div_ceil(slots);
+        let context = u64::from(rows) * u64::from(self.usual_context());
+        let even = Load { decode_rows: rows, prefill_tokens: 0, context, head_rows: rows };
+        let alone = self.cost.bottleneck(&even);
+        let through = self.cost.sum(&even) + self.window.link().as_secs_f64();
+        let round = policy.itl_factor * through.max(alone * f64::from(decoding.min(slots)));
+        let fit = (round / alone.max(1e-9)).min(f64::from(slots)) as u32;
+        let slots = fit.max(decoding.min(slots)).max(1);
+        let seconds = (policy.itl_factor * alone).min(round / f64::from(slots));
+        Pace { slots, seconds: Some(seconds), floor: policy.min_prefill }
+    }
+
+    /// Positions of a running sequence, about.
+    fn usual_context(&self) -> u32 {
+        self.kv.used() * self.kv.block_size() / (self.running.len() as u32).max(1)
+    }
+
+    pub(super) fn build_step(&mut self, pace: Pace, now: Duration) -> Option<Step> {
+        let mut draft = Draft { cohort: self.cohort(), ..Draft::default() };
+        let all = self.config.max_batch_tokens;
+        self.add_decodes(
+            policy::decode_limit(&self.config, self.prompt_waits(), self.turn),
+            &mut draft,
+        );
+        self.add_prompts(pace, &mut draft);
+        // What was kept for prompts and is of no use to them.
+        self.add_decodes(all, &mut draft);
+        if draft.is_empty() && self.in_flight.len() == 0 && !self.prefilling.is_empty() {
+            draft.impatient = true;
+            self.add_prompts(pace, &mut draft);
         }
         let idle = self.in_flight.len() == 0;
         if draft.is_empty() && (self.released.is_empty() || !idle) {
@@ -58,135 +113,123 @@ impl Scheduler {
         draft.meta.released = std::mem::take(&mut self.released);
         let id = self.in_flight.next_id();
         if !draft.is_empty() {
-            self.in_flight.insert(id, now, &draft.meta.rows);
+            self.turn = self.turn.wrapping_add(1);
+            self.reserve.on_micro_batch();
+            let short = self.ready.is_empty();
+            self.carry = if short { 0.0 } else { (draft.cohort - draft.taken).clamp(-1.0, 1.0) };
+            self.in_flight.insert(id, now, &draft.meta.rows, draft.load);
         }
         Some(Step { id, meta: draft.meta, tokens: draft.tokens, opens: draft.opens })
     }
 
-    /// A cohort of at most `limit` decodes, those that became ready first.
-    fn add_decodes(&mut self, limit: u32, draft: &mut Draft) {
-        if self.ready.is_empty() {
-            return;
+    /// The even share of the decodes in one micro-batch, in rows; what the last one left over goes
+    /// to the next.
+    fn cohort(&self) -> f64 {
+        if !self.config.policy.cohorts {
+            return f64::INFINITY;
         }
-        let decoding =
-            self.running.values().filter(|&&id| self.phase(id) == Some(Phase::Decoding)).count();
-        let slots = self.config.max_in_flight;
-        let cohort = policy::decode_cohort(decoding as u32, slots, self.rotation % slots);
-        self.rotation = self.rotation.wrapping_add(1);
+        // A millionth against rounding, or three thirds would be less than one.
+        f64::from(self.decoding()) / f64::from(self.window.size()) + self.carry + 1e-6
+    }
+
+    /// What a decode of `len` positions costs, in rows of usual length: those with a long past take
+    /// a larger part of the cohort.
+    fn row_share(&self, len: u32) -> f64 {
+        if !self.cost.is_ready() {
+            return 1.0;
+        }
+        let usual = self.usual_context();
+        let rows = self.decoding().div_ceil(self.window.size()).max(1);
+        let one = Load::default().with_decode(usual);
+        let stage = self.cost.slowest(&one);
+        let base = stage.fixed / f64::from(rows) + stage.decode_row + stage.head_row;
+        let cost = |len: u32| base + stage.context * f64::from(len);
+        let share = cost(len) / cost(usual);
+        if share.is_finite() { share.clamp(0.5, 4.0) } else { 1.0 }
+    }
+
+    /// Decodes, those that became ready first, until the cohort is full or the micro-batch has
+    /// `limit` tokens; at least one.
+    fn add_decodes(&mut self, limit: u32, draft: &mut Draft) {
         let mut later = Vec::new();
-        while (draft.meta.rows.len() as u32) < cohort.min(limit) {
-            let Some(id) = self.ready.pop_front() else { break };
-            let Some(end) = self.sequences.get(&id).map(|s| s.issued + 1) else { continue };
+        while (draft.tokens.len() as u32) < limit {
+            let Some(&id) = self.ready.front() else { break };
+            let Some(len) = self.sequences.get(&id).map(|s| s.issued + 1) else {
+                self.ready.pop_front();
+                continue;
+            };
+            let share = self.row_share(len);
+            if draft.taken > 0.0 && draft.taken + share > draft.cohort {
+                break;
+            }
+            self.ready.pop_front();
             debug_assert_eq!(self.phase(id), Some(Phase::Decoding), "only decoding ones are ready");
-            match self.make_room(id, end, draft) {
-                Room::Granted => self.issue(id, 1, draft),
+            match self.make_room(id, len, draft) {
+                Room::Granted => {
+                    draft.taken += share;
+                    let drafts = self.drafts(id, limit, draft);
+                    self.issue(id, 1, &drafts, draft);
+                }
                 Room::Later => later.push(id),
                 Room::None => self.preempt_in(id, draft),
             }
         }
         for id in later.into_iter().rev() {
-            // A younger one of them may have been preempted for an older one since.
+            // A junior among them may have been preempted for a senior since.
             if self.phase(id) == Some(Phase::Decoding) {
                 self.ready.push_front(id);
             }
         }
     }
 
-    /// Chunks of prompts that are under way. All of them may take free blocks; only the oldest
-    /// running sequence may take blocks from others, so that prompts do not evict each other.
-    fn add_prefills(&mut self, draft: &mut Draft) {
-        let under_way: Vec<SequenceId> = self.running.values().copied().collect();
-        for (age, id) in under_way.into_iter().enumerate() {
-            let budget = self.prefill_budget(draft);
-            if budget == 0 {
-                break;
-            }
-            if self.phase(id) == Some(Phase::Prefilling) {
-                self.add_chunk(id, budget, age == 0, draft);
-            }
+    /// Likely next tokens of a decode that is about to be issued, as many as pay: none where prompts
+    /// wait, where there are more than a few streams, or where blocks are short.
+    fn drafts(&mut self, id: SequenceId, limit: u32, draft: &Draft) -> Vec<u32> {
+        let streams = self.decoding();
+        let few = streams <= self.window.size() * draft::FEW_STREAMS;
+        if !self.config.policy.speculate || !few || self.prompt_waits() {
+            return Vec::new();
         }
+        let rows = streams.div_ceil(self.window.size());
+        let Some(seq) = self.sequences.get_mut(&id) else { return Vec::new() };
+        // The other rows of the cohort, those that are to come included.
+        let to_come = rows.saturating_sub(1 + draft.meta.rows.len() as u32);
+        let plain = (0..to_come).fold(draft.load, |load, _| load.with_decode(seq.issued));
+        let cost = &self.cost;
+        let time = |drafts: u32| match drafts {
+            0 => cost.sum(&plain.with_decode(seq.issued)),
+            n => cost.sum(&plain.with_prompt(seq.issued, n + 1, n + 1)),
+        };
+        let guess = |drafts: u32| draft::usual_time(rows + drafts);
+        let ready = cost.is_ready();
+        let pays = seq.acceptance.length(rows, |n| if ready { time(n) } else { guess(n) });
+        // The row gives one token more than it has drafts.
+        let left = seq.max_len.saturating_sub(seq.len() + 1);
+        let held = self.kv.table(id).len() as u32 + self.kv.free_blocks();
+        let room = held.saturating_mul(self.kv.block_size()).saturating_sub(seq.issued + 1);
+        let tokens = limit.saturating_sub(draft.tokens.len() as u32 + rows);
+        let most = pays.min(left).min(room).min(tokens) as usize;
+        if most == 0 {
+            return Vec::new();
+        }
+        let mut drafts = self.drafter.draft(id, &seq.tokens, most);
+        drafts.truncate(most);
+        drafts
     }
 
-    /// Admits sequences in order of age while blocks and budget last.
-    fn admit(&mut self, draft: &mut Draft) {
-        while !draft.preempted && (self.running.len() as u32) < self.config.max_num_seqs {
-            let budget = self.prefill_budget(draft);
-            let Some((&order, &id)) = self.waiting.first_key_value() else { break };
-            if budget == 0 || !self.may_admit(id) {
-                break;
-            }
-            self.waiting.remove(&order);
-            self.running.insert(order, id);
-            if let Some(seq) = self.sequences.get_mut(&id) {
-                seq.phase = Phase::Prefilling;
-            }
-            self.add_chunk(id, budget, false, draft);
-        }
-    }
-
-    /// Whether the blocks of the whole sequence so far are free, beside what prompts under way
-    /// still need and the reserve. Alone it may always come.
-    fn may_admit(&self, id: SequenceId) -> bool {
-        if self.running.is_empty() {
-            return true;
-        }
-        let needed: u32 = std::iter::once(&id)
-            .chain(self.running.values())
-            .filter_map(|id| self.sequences.get(id))
-            .filter(|s| s.phase != Phase::Decoding)
-            .map(|s| self.kv.blocks_for(s.len()) - self.kv.table(s.id).len() as u32)
-            .sum();
-        let reserve = policy::admission_reserve(self.kv.total(), self.running.len() as u32);
-        self.kv.can_allocate(needed + reserve)
-    }
-
-    fn add_chunk(&mut self, id: SequenceId, budget: u32, may_preempt: bool, draft: &mut Draft) {
-        let Some(seq) = self.sequences.get(&id) else { return };
-        let (count, _) = seq.next_row(budget);
-        if count == 0 {
-            return;
-        }
-        let issued = seq.issued;
-        let covered = self.kv.table(id).len() as u32 + self.kv.free_blocks();
-        let room = covered.saturating_mul(self.kv.block_size()).saturating_sub(issued);
-        let mut count = count.min(room);
-        if count == 0 && may_preempt && self.make_room(id, issued + 1, draft) == Room::Granted {
-            count = 1;
-        }
-        if count > 0 {
-            self.issue(id, count, draft);
-        }
-    }
-
-    /// Prompt tokens that still fit into the micro-batch.
-    fn prefill_budget(&self, draft: &Draft) -> u32 {
-        let chunk = self.config.prefill_chunk - draft.prefill_tokens;
-        chunk.min(self.config.max_batch_tokens - draft.tokens.len() as u32)
-    }
-
-    /// Whether some prompt could use a place in the micro-batch.
-    fn prefill_waits(&self) -> bool {
-        !self.waiting.is_empty()
-            || self
-                .running
-                .values()
-                .filter_map(|id| self.sequences.get(id))
-                .any(|s| s.phase == Phase::Prefilling && s.remaining() > 0)
-    }
-
-    /// Sees to it that `id` can cover positions up to `end`, at the cost of younger sequences that
-    /// have no row in this micro-batch.
-    fn make_room(&mut self, id: SequenceId, end: u32, draft: &mut Draft) -> Room {
+    /// Sees to it that `id` can cover positions up to `end`, at the cost of juniors that have no
+    /// row in this micro-batch.
+    pub(super) fn make_room(&mut self, id: SequenceId, end: u32, draft: &mut Draft) -> Room {
         let Some(order) = self.sequences.get(&id).map(|s| s.order) else { return Room::None };
         let held = self.kv.table(id).len() as u32;
         let missing = self.kv.blocks_for(end).saturating_sub(held);
         while !self.kv.can_allocate(missing) {
-            let younger =
+            let juniors =
                 || self.running.range(order + 1..).filter_map(|(_, id)| self.sequences.get(id));
-            let candidates = younger().filter(|s| !draft.has(s.id)).map(Candidate::from);
+            let candidates = juniors().filter(|s| !draft.has(s.id)).map(Candidate::from);
             match policy::victim(candidates) {
                 Some(victim) => self.preempt_in(victim, draft),
-                None if younger().next().is_some() => return Room::Later,
+                None if juniors().next().is_some() => return Room::Later,
                 None => return Room::None,
             }
         }
@@ -199,24 +242,31 @@ impl Scheduler {
     }
 
     /// Puts the next `count` positions of a running sequence into the micro-batch; blocks for them
-    /// are free.
-    fn issue(&mut self, id: SequenceId, count: u32, draft: &mut Draft) {
+    /// are free. `drafts` may follow the last position of an answer, in the same row.
+    pub(super) fn issue(&mut self, id: SequenceId, count: u32, drafts: &[u32], draft: &mut Draft) {
         let Some(seq) = self.sequences.get_mut(&id) else { return };
-        let first = self.kv.table(id).len() as u32;
-        let added = self
-            .kv
-            .allocate(id, seq.issued + count)
+        self.kv
+            .allocate(id, seq.issued + count + drafts.len() as u32)
             .expect("invariant: rows are issued after their blocks were found free");
-        if !added.is_empty() {
-            let blocks = added.iter().map(|b| b.0).collect();
+        let (first, table) = (seq.sent, self.kv.table(id));
+        if first < table.len() as u32 {
+            let blocks = table[first as usize..].iter().map(|b| b.0).collect();
             draft.meta.tables.push(TableUpdate { sequence: id, first, blocks });
+            seq.sent = table.len() as u32;
         }
         if !std::mem::replace(&mut seq.opened, true) {
             draft.opens.push(id);
         }
-        let (count, want) = seq.next_row(count);
+        let (mut count, mut want) = seq.next_row(count);
         let span = seq.issued as usize..(seq.issued + count) as usize;
         draft.tokens.extend_from_slice(&seq.tokens[span]);
+        let (prompt, generated) = seq.charge(seq.issued + count);
+        if !drafts.is_empty() {
+            draft.tokens.extend_from_slice(drafts);
+            draft.meta.drafts.extend_from_slice(drafts);
+            count += drafts.len() as u32;
+            want = Want::Verify;
+        }
         draft.meta.rows.push(Row {
             sequence: id,
             sequence_epoch: seq.epoch,
@@ -224,13 +274,22 @@ impl Scheduler {
             count,
             want,
         });
+        let head = match want {
+            Want::None => 0,
+            Want::Sample => 1,
+            Want::Score { .. } | Want::Verify => count,
+        };
+        draft.load = match seq.phase {
+            Phase::Decoding if count == 1 => draft.load.with_decode(seq.issued),
+            _ => draft.load.with_prompt(seq.issued, count, head),
+        };
         seq.issued += count;
         seq.rows_in_flight += 1;
-        if seq.phase == Phase::Prefilling {
-            draft.prefill_tokens += count;
-        }
+        seq.last_row = self.in_flight.last_id() + 1;
         if want == Want::Sample {
             seq.phase = Phase::Decoding;
+            self.prefilling.remove(&seq.order);
         }
+        self.queue.charge(seq.flow, prompt, generated);
     }
 }

@@ -1,8 +1,9 @@
 //! The scheduler: decides, at every free slot of the pipeline, what the next micro-batch computes.
 //!
-//! Continuous batching over a pipeline of stages with several micro-batches in flight: a cohort of
-//! decodes, so sized that decodes spread evenly over the slots, plus prefill chunks. A pure state
-//! machine in the style of quinn-proto: `handle_*` in, `poll_*` out, time as an argument. It knows
+//! Continuous batching over a pipeline of stages with several micro-batches in flight, as many as
+//! measurements ask for: a cohort of decodes, so sized that decodes spread evenly over the slots,
+//! plus prefill chunks as long as their predicted time allows ([`cost`]); clients take turns. A pure
+//! state machine in the style of quinn-proto: `handle_*` in, `poll_*` out, time as an argument. It knows
 //! nothing of text, sampling, stop strings or sockets; the owner ends sequences and carries steps.
 //!
 //! ```text
@@ -11,31 +12,47 @@
 //!                        ▲                       │                              │  ▲
 //!                        │    preempt: blocks    │                     row ────▶│  │ token
 //!                        └───── freed, epoch+1 ──┴──────────────────────────────┘──┘
+//!   Waiting, never admitted: deadline out of reach (shed) ──▶ (nothing)
 //!   any state: finish, cancel, failed row, own limit ──▶ (nothing), id goes into `released`
 //! ```
 //!
 //! Invariants: at most one row that samples is outstanding per sequence; chunks of a sequence are
 //! issued in order, and stages run frames in issue order, so freed blocks may be reused at once; at
 //! most `max_in_flight` micro-batches with rows are out; what a sequence generates depends on its
-//! tokens alone, never on batching, chunking or preemption; the oldest running sequence can always
-//! take blocks from younger ones, and alone it fits, so something always moves.
+//! tokens alone, never on batching, chunking or preemption; the most senior running sequence can
+//! always take blocks from juniors, and alone it fits, so something always moves.
 
 mod batch;
+pub mod cost;
+pub mod draft;
+mod fair;
 mod pipeline;
 mod policy;
+mod prefix;
+mod prompts;
+mod results;
 mod sequence;
+mod shed;
 mod types;
+mod window;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-pub use types::{Kind, NewSequence, Outcome, Rejected, SchedulerConfig, SchedulerStats, Step};
+pub use types::{
+    Kind, NewSequence, Outcome, Policy, Priority, Rejected, SchedulerConfig, SchedulerStats, Step,
+};
 
 use crate::id::{MicroBatchId, SequenceId};
 use crate::kv::KvBlockManager;
-use crate::wire::data::{RowOutcome, RowResult, Want};
-use pipeline::{InFlight, IssuedRow};
+use cost::{CostModel, StageCost};
+use draft::{Drafter, NgramDrafter};
+use fair::FairQueue;
+use pipeline::InFlight;
+use policy::Reserve;
+use prefix::Prefixes;
 use sequence::{Phase, Sequence};
+use window::Window;
 
 /// Most positions of a row that scores; the wire format's limit.
 const MAX_SCORE_POSITIONS: u32 = 64;
@@ -48,18 +65,33 @@ pub struct Scheduler {
     config: SchedulerConfig,
     kv: KvBlockManager,
     sequences: BTreeMap<SequenceId, Sequence>,
-    /// Not admitted or preempted, by age: the front is next.
-    waiting: BTreeMap<u64, SequenceId>,
-    /// Admitted, by age.
+    /// Not admitted, or preempted.
+    queue: FairQueue,
+    /// Admitted, by seniority.
     running: BTreeMap<u64, SequenceId>,
+    /// Those of them whose prompt is not all issued (or scored).
+    prefilling: BTreeMap<u64, SequenceId>,
     /// Decoding and without a row in flight, the one that became so first at the front.
     ready: VecDeque<SequenceId>,
     in_flight: InFlight,
     /// Ended sequences that stages still have tables of.
     released: Vec<SequenceId>,
+    next_arrival: u64,
     next_order: u64,
-    /// Spreads the remainder of decodes over slots: 0..max_in_flight.
-    rotation: u32,
+    /// Micro-batches with rows that were built; alternates where there is room for one token.
+    turn: u32,
+    /// What the last cohort of decodes took less than its share, in rows.
+    carry: f64,
+    /// Tokens that running sequences may still generate.
+    outstanding: u64,
+    reserve: Reserve,
+    cost: CostModel,
+    window: Window,
+    prefixes: Prefixes,
+    drafter: Box<dyn Drafter>,
+    drafted: u64,
+    drafts_accepted: u64,
+    shed: u64,
     preemptions: u64,
     stale_dropped: u64,
     prompt_tokens: u64,
@@ -75,13 +107,25 @@ impl Scheduler {
             config,
             kv: KvBlockManager::new(config.num_blocks, config.block_size),
             sequences: BTreeMap::new(),
-            waiting: BTreeMap::new(),
+            queue: FairQueue::default(),
             running: BTreeMap::new(),
+            prefilling: BTreeMap::new(),
             ready: VecDeque::new(),
             in_flight: InFlight::default(),
             released: Vec::new(),
+            next_arrival: 0,
             next_order: 0,
-            rotation: 0,
+            turn: 0,
+            carry: 0.0,
+            outstanding: 0,
+            reserve: Reserve::default(),
+            cost: CostModel::default(),
+            window: Window::new(config.max_in_flight, config.policy.measured_from),
+            prefixes: Prefixes::default(),
+            drafter: Box::new(NgramDrafter),
+            drafted: 0,
+            drafts_accepted: 0,
+            shed: 0,
             preemptions: 0,
             stale_dropped: 0,
             prompt_tokens: 0,
@@ -90,23 +134,38 @@ impl Scheduler {
         }
     }
 
+    /// Tells what the plan knows of the time of each stage, before anything is measured.
+    pub fn set_prior(&mut self, stages: &[StageCost]) {
+        self.cost = CostModel::new(stages);
+    }
+
+    /// Takes drafts from somebody else than [`NgramDrafter`].
+    pub fn set_drafter(&mut self, drafter: Box<dyn Drafter>) {
+        self.drafter = drafter;
+    }
+
     /// Queues a sequence.
     ///
     /// # Errors
     /// If the queue is full, or the sequence could never run: empty, too long for the model or for
-    /// the KV cache, nothing to generate, too many logits asked for, id in use.
+    /// the KV cache, nothing to generate, too many logits asked for, id in use; or if its deadline
+    /// would pass in the queue.
     pub fn handle_submit(&mut self, new: NewSequence) -> Result<(), Rejected> {
         policy::check(&self.config, &self.kv, &new)?;
         if self.sequences.contains_key(&new.id) {
             return Err(Rejected::Duplicate { id: new.id });
         }
-        if self.waiting.len() >= self.config.max_waiting as usize {
+        if self.queue.len() >= self.config.max_waiting as usize {
             return Err(Rejected::QueueFull { limit: self.config.max_waiting });
         }
-        let order = self.next_order;
-        self.next_order += 1;
-        self.waiting.insert(order, new.id);
-        self.sequences.insert(new.id, Sequence::new(new, order, self.config.max_model_len));
+        self.check_deadline(&new)?;
+        let arrival = self.next_arrival;
+        self.next_arrival += 1;
+        let seq = Sequence::new(new, arrival, self.config.max_model_len);
+        let id = seq.id;
+        self.queue.push(seq.flow, arrival, id, seq.len());
+        self.sequences.insert(id, seq);
+        self.name_blocks(id);
         Ok(())
     }
 
@@ -122,51 +181,6 @@ impl Scheduler {
         self.remove(id);
     }
 
-    /// The last stage answered a micro-batch. Rows of sequences that ended or were preempted since
-    /// are dropped and counted; rows that were issued but not answered fail their sequence.
-    pub fn handle_result(
-        &mut self,
-        id: MicroBatchId,
-        results: &[RowResult],
-        now: Duration,
-    ) -> Vec<Outcome> {
-        let mut outcomes = Vec::new();
-        let Some((issued, rows)) = self.in_flight.take(id) else {
-            self.stale_dropped += results.len() as u64;
-            return outcomes;
-        };
-        self.round_trip = now.saturating_sub(issued);
-        let mut results = results.iter();
-        for row in rows {
-            // In the order of the rows; what does not match is not ours.
-            let result = results.by_ref().find(|r| row.is_answered_by(r));
-            if !self.is_live(&row) {
-                self.stale_dropped += 1;
-                continue;
-            }
-            let outcome = match result {
-                Some(result) => result.outcome.clone(),
-                None => RowOutcome::Failed("the last stage sent no result for this row".into()),
-            };
-            self.apply(row, outcome, &mut outcomes);
-        }
-        outcomes
-    }
-
-    /// A stage could not compute the micro-batch: every sequence in it fails, for its KV is not
-    /// what later rows need.
-    pub fn handle_step_failed(&mut self, id: MicroBatchId, message: &str) -> Vec<Outcome> {
-        let mut outcomes = Vec::new();
-        for row in self.in_flight.take(id).map_or_else(Vec::new, |(_, rows)| rows) {
-            if self.is_live(&row) {
-                self.fail(row.sequence, message.to_owned(), &mut outcomes);
-            } else {
-                self.stale_dropped += 1;
-            }
-        }
-        outcomes
-    }
-
     /// An epoch ended and another begins, perhaps with other limits: what was in flight is void, the
     /// cache is empty, and every sequence is computed anew from its tokens, in the order of age.
     /// Returns those that the new limits have no room for, which are forgotten. Until the new epoch
@@ -174,15 +188,23 @@ impl Scheduler {
     pub fn handle_epoch(&mut self, config: SchedulerConfig) -> Vec<(SequenceId, Rejected)> {
         self.config = config.at_least_one();
         self.kv = KvBlockManager::new(self.config.num_blocks, self.config.block_size);
+        self.window = Window::new(self.config.max_in_flight, self.config.policy.measured_from);
+        self.cost = CostModel::default();
         self.in_flight.clear();
         self.released.clear();
         self.ready.clear();
         self.running.clear();
+        self.prefilling.clear();
+        self.outstanding = 0;
+        self.prefixes.clear();
         let mut refused = Vec::new();
         for seq in self.sequences.values_mut() {
+            seq.contents.clear();
+            if seq.phase != Phase::Waiting {
+                self.queue.push_preempted(seq.order, seq.id);
+            }
             seq.restart();
             seq.opened = false;
-            self.waiting.insert(seq.order, seq.id);
             if let Err(e) = policy::check_room(&self.kv, seq.max_len) {
                 refused.push((seq.id, e));
             }
@@ -190,16 +212,19 @@ impl Scheduler {
         for (id, _) in &refused {
             self.remove(*id);
         }
+        let left: Vec<SequenceId> = self.sequences.keys().copied().collect();
+        left.into_iter().for_each(|id| self.name_blocks(id));
         refused
     }
 
     /// The next micro-batch to send, if a slot is free and something can run. Call until `None`
     /// after every `handle_*`.
     pub fn poll_step(&mut self, now: Duration) -> Option<Step> {
-        if self.in_flight.len() >= self.config.max_in_flight as usize {
+        let pace = self.pace();
+        if self.in_flight.len() >= pace.slots as usize {
             return None;
         }
-        self.build_step(now)
+        self.build_step(pace, now)
     }
 
     /// Prompt and generated tokens of a sequence, and how many of them are the prompt.
@@ -218,17 +243,27 @@ impl Scheduler {
         self.in_flight.oldest()
     }
 
-    /// When the sequence that is next to be admitted was submitted.
+    /// When the sequence that has waited longest for its first row was submitted.
     pub fn oldest_waiting(&self) -> Option<Duration> {
-        let (_, id) = self.waiting.first_key_value()?;
-        self.sequences.get(id).map(|s| s.submitted)
+        let waiting = self.queue.ids().filter_map(|id| self.sequences.get(&id));
+        waiting.map(|s| s.submitted).min()
+    }
+
+    /// What each stage costs, as fitted from measurements; empty until something is known.
+    pub fn stage_costs(&self) -> &[StageCost] {
+        self.cost.stages()
+    }
+
+    /// Usual seconds of each stage's step; empty until something is measured.
+    pub fn stage_seconds(&self) -> Vec<f64> {
+        self.window.stages().collect()
     }
 
     /// Counters and gauges.
     pub fn stats(&self) -> SchedulerStats {
         SchedulerStats {
             running: self.running.len() as u32,
-            waiting: self.waiting.len() as u32,
+            waiting: self.queue.len() as u32,
             in_flight: self.in_flight.len() as u32,
             blocks_used: self.kv.used(),
             blocks: self.kv.total(),
@@ -237,71 +272,28 @@ impl Scheduler {
             prompt_tokens: self.prompt_tokens,
             generated_tokens: self.generated_tokens,
             round_trip: self.round_trip,
+            shed: self.shed,
+            prefix_query_tokens: self.prefixes.queried,
+            prefix_hit_tokens: self.prefixes.hits,
+            draft_tokens: self.drafted,
+            draft_tokens_accepted: self.drafts_accepted,
+            window: self.window.size(),
+            link: self.window.link(),
         }
-    }
-
-    fn is_live(&self, row: &IssuedRow) -> bool {
-        self.sequences.get(&row.sequence).is_some_and(|s| s.epoch == row.epoch)
-    }
-
-    /// Carries out what became of a live row.
-    fn apply(&mut self, row: IssuedRow, outcome: RowOutcome, outcomes: &mut Vec<Outcome>) {
-        let Some(seq) = self.sequences.get_mut(&row.sequence) else { return };
-        seq.rows_in_flight -= 1;
-        self.prompt_tokens += u64::from(seq.count_prompt(row.end()));
-        match (row.want, outcome) {
-            (_, RowOutcome::Failed(message)) => self.fail(row.sequence, message, outcomes),
-            (Want::None, _) => {}
-            (Want::Sample, RowOutcome::Token { token, logprobs }) => {
-                if seq.finish_prefill() {
-                    outcomes.push(Outcome::PrefillDone { sequence: row.sequence });
-                }
-                let index = seq.push(token);
-                let last = seq.is_complete();
-                self.generated_tokens += 1;
-                outcomes.push(Outcome::Token {
-                    sequence: row.sequence,
-                    index,
-                    token,
-                    logprobs,
-                    last,
-                });
-                if last {
-                    self.remove(row.sequence);
-                } else {
-                    self.ready.push_back(row.sequence);
-                }
-            }
-            (Want::Score { .. }, RowOutcome::Scores(scores)) => {
-                seq.scored = row.end();
-                let last = seq.scored as usize == seq.tokens.len();
-                if last {
-                    outcomes.push(Outcome::PrefillDone { sequence: row.sequence });
-                }
-                outcomes.push(Outcome::Scores { sequence: row.sequence, scores, last });
-                if last {
-                    self.remove(row.sequence);
-                }
-            }
-            _ => {
-                let message = "the last stage answered something that was not asked for".into();
-                self.fail(row.sequence, message, outcomes);
-            }
-        }
-    }
-
-    fn fail(&mut self, sequence: SequenceId, message: String, outcomes: &mut Vec<Outcome>) {
-        self.remove(sequence);
-        outcomes.push(Outcome::Failed { sequence, message });
     }
 
     /// Forgets a sequence: its blocks are free, and stages that know it are told.
     fn remove(&mut self, id: SequenceId) {
         let Some(seq) = self.sequences.remove(&id) else { return };
-        self.waiting.remove(&seq.order);
-        self.running.remove(&seq.order);
-        self.ready.retain(|&r| r != id);
+        if seq.phase == Phase::Waiting {
+            let _ =
+                self.queue.take_preempted(seq.order, id) || self.queue.take(seq.flow, seq.arrival);
+        } else {
+            self.stop_running(&seq);
+        }
+        self.queue.leave(seq.flow);
         self.kv.free(id);
+        self.drafter.forget(id);
         if seq.opened {
             self.released.push(id);
         }
@@ -309,13 +301,29 @@ impl Scheduler {
 
     /// Takes the blocks of a running sequence; it will be computed anew.
     fn preempt(&mut self, id: SequenceId) {
-        let Some(seq) = self.sequences.get_mut(&id) else { return };
+        let Some(mut seq) = self.sequences.remove(&id) else { return };
+        self.stop_running(&seq);
         seq.restart();
-        self.running.remove(&seq.order);
-        self.waiting.insert(seq.order, id);
-        self.ready.retain(|&r| r != id);
+        self.queue.push_preempted(seq.order, id);
+        self.sequences.insert(id, seq);
         self.kv.free(id);
         self.preemptions += 1;
+        self.reserve.on_preemption();
+    }
+
+    fn stop_running(&mut self, seq: &Sequence) {
+        self.prefixes.take_back(seq);
+        self.running.remove(&seq.order);
+        self.prefilling.remove(&seq.order);
+        self.outstanding = self.outstanding.saturating_sub(seq.left().into());
+        if seq.phase == Phase::Decoding && seq.rows_in_flight == 0 {
+            self.ready.retain(|&r| r != seq.id);
+        }
+    }
+
+    /// Sequences whose answers are under way.
+    fn decoding(&self) -> u32 {
+        (self.running.len() - self.prefilling.len()) as u32
     }
 
     fn phase(&self, id: SequenceId) -> Option<Phase> {

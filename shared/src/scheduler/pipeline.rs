@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::cost::Load;
 use crate::id::{MicroBatchId, SequenceId};
 use crate::wire::data::{Row, RowResult, Want};
 
@@ -46,6 +47,7 @@ impl From<&Row> for IssuedRow {
 struct MicroBatch {
     issued: Duration,
     rows: Vec<IssuedRow>,
+    load: Load,
 }
 
 /// The window of micro-batches that were issued and not answered. Bounded by the scheduler.
@@ -66,14 +68,24 @@ impl InFlight {
         MicroBatchId(self.last_id)
     }
 
-    pub(super) fn insert(&mut self, id: MicroBatchId, issued: Duration, rows: &[Row]) {
+    /// The number given out last.
+    pub(super) fn last_id(&self) -> u64 {
+        self.last_id
+    }
+
+    pub(super) fn insert(&mut self, id: MicroBatchId, issued: Duration, rows: &[Row], load: Load) {
         let rows = rows.iter().map(IssuedRow::from).collect();
-        self.batches.insert(id, MicroBatch { issued, rows });
+        self.batches.insert(id, MicroBatch { issued, rows, load });
     }
 
     /// When it was issued, and its rows.
     pub(super) fn take(&mut self, id: MicroBatchId) -> Option<(Duration, Vec<IssuedRow>)> {
         self.batches.remove(&id).map(|b| (b.issued, b.rows))
+    }
+
+    /// When it was issued, and what it asks of the stages.
+    pub(super) fn load(&self, id: MicroBatchId) -> Option<(Duration, Load)> {
+        self.batches.get(&id).map(|b| (b.issued, b.load))
     }
 
     pub(super) fn oldest(&self) -> Option<(MicroBatchId, Duration)> {

@@ -1,17 +1,17 @@
-//! The rules in numbers: what is accepted, how large cohorts are, what admission leaves free, who
-//! is preempted.
+//! The rules in numbers: what is accepted, what decodes leave to prompts, what admission leaves
+//! free, who is preempted.
 
 use super::MAX_TOP_LOGITS;
 use super::sequence::Sequence;
-use super::types::{Kind, NewSequence, Rejected, SchedulerConfig};
+use super::types::{Kind, NewSequence, Priority, Rejected, SchedulerConfig};
 use crate::id::SequenceId;
 use crate::kv::KvBlockManager;
 
 /// Share of a micro-batch that decodes leave to prefill while prompts wait: one part in this many.
 /// A quarter keeps prompts moving where `max_batch_tokens` is small, at little cost to decodes.
 const PREFILL_SHARE: u32 = 4;
-/// Admission leaves one block per running sequence free, but no more than one part in this many of
-/// the cache: enough that a newcomer does not cause a preemption at the next block boundary.
+/// Admission leaves one block per running sequence free, but no more for that than one part in this
+/// many of the cache: enough that a newcomer does not cause a preemption at the next boundary.
 const RESERVE_SHARE: u32 = 8;
 
 /// Length of prompt and answer at the end.
@@ -60,12 +60,6 @@ pub(super) fn check_room(kv: &KvBlockManager, final_len: u32) -> Result<(), Reje
     Ok(())
 }
 
-/// Decodes in the next micro-batch, of `decoding` in all: an equal share per slot, the remainder
-/// spread by `rotation` (0..slots), at least one.
-pub(super) fn decode_cohort(decoding: u32, slots: u32, rotation: u32) -> u32 {
-    ((decoding + rotation) / slots).max(1)
-}
-
 /// Tokens of a micro-batch that decodes may take. `turn` alternates where there is room for one.
 pub(super) fn decode_limit(config: &SchedulerConfig, prefill_waits: bool, turn: u32) -> u32 {
     let all = config.max_batch_tokens;
@@ -76,9 +70,35 @@ pub(super) fn decode_limit(config: &SchedulerConfig, prefill_waits: bool, turn: 
     }
 }
 
-/// Blocks that admission leaves free while `running` sequences run.
-pub(super) fn admission_reserve(blocks: u32, running: u32) -> u32 {
-    running.min(blocks / RESERVE_SHARE)
+/// What admission leaves free, so that running sequences can grow: one block each, and a share of
+/// all that they may still generate. The share adapts, as gLLM's does: it grows with every
+/// preemption, which shows that too little was left, and shrinks slowly otherwise.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Reserve {
+    share: f64,
+}
+
+impl Reserve {
+    /// Growth by a preemption.
+    const STEP: f64 = 0.05;
+    /// Decrease per micro-batch.
+    const DECAY: f64 = 0.002;
+
+    pub(super) fn on_preemption(&mut self) {
+        self.share = (self.share + Self::STEP).min(1.0);
+    }
+
+    pub(super) fn on_micro_batch(&mut self) {
+        self.share = (self.share - Self::DECAY).max(0.0);
+    }
+
+    /// Blocks, of `blocks` in all, while `running` sequences may generate `outstanding` blocks more.
+    pub(super) fn blocks(&self, blocks: u32, running: u32, outstanding: u32) -> u32 {
+        let least = running.min(blocks / RESERVE_SHARE);
+        // Half of the cache at most, or a few long answers would keep everybody else out.
+        let expected = (self.share * f64::from(outstanding)).ceil() as u32;
+        least.max(expected.min(blocks / 2))
+    }
 }
 
 /// A sequence that could give its blocks up.
@@ -86,16 +106,22 @@ pub(super) fn admission_reserve(blocks: u32, running: u32) -> u32 {
 pub(super) struct Candidate {
     pub(super) id: SequenceId,
     pub(super) order: u64,
+    pub(super) priority: Priority,
     pub(super) in_flight: bool,
 }
 
 impl From<&Sequence> for Candidate {
     fn from(s: &Sequence) -> Self {
-        Self { id: s.id, order: s.order, in_flight: s.rows_in_flight > 0 }
+        Self {
+            id: s.id,
+            order: s.order,
+            priority: s.flow.priority,
+            in_flight: s.rows_in_flight > 0,
+        }
     }
 }
 
-/// The youngest without a row in flight, else the youngest.
+/// One without a row in flight if there is one; of those the least urgent, of those the youngest.
 pub(super) fn victim(candidates: impl Iterator<Item = Candidate>) -> Option<SequenceId> {
-    candidates.max_by_key(|c| (!c.in_flight, c.order)).map(|c| c.id)
+    candidates.max_by_key(|c| (!c.in_flight, c.priority, c.order)).map(|c| c.id)
 }

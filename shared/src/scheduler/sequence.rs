@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use super::draft::Acceptance;
+use super::fair::FlowKey;
 use super::types::{Kind, NewSequence};
 use super::{MAX_SCORE_POSITIONS, policy};
 use crate::id::SequenceId;
+use crate::kv::BlockHash;
 use crate::wire::data::Want;
 
 /// Where a sequence stands; see the module's transition table.
@@ -19,8 +22,14 @@ pub(super) enum Phase {
 #[derive(Clone, Debug)]
 pub(super) struct Sequence {
     pub(super) id: SequenceId,
-    /// Age: lower is older. Kept through preemption.
+    /// Of submission: lower came first.
+    pub(super) arrival: u64,
+    /// Seniority: lower was admitted first. Kept through preemption; before admission `arrival`.
     pub(super) order: u64,
+    /// Whose service it is counted as.
+    pub(super) flow: FlowKey,
+    /// When nobody wants it any more.
+    pub(super) deadline: Option<Duration>,
     pub(super) kind: Kind,
     pub(super) phase: Phase,
     /// Prompt and everything generated.
@@ -39,16 +48,37 @@ pub(super) struct Sequence {
     pub(super) scored: u32,
     /// Prompt positions that were counted as computed.
     counted: u32,
+    /// Positions that were counted as service: computing them again is not the client's doing.
+    charged: u32,
     prefill_done: bool,
+    /// Names of the full blocks of its tokens, as far as they were needed.
+    pub(super) contents: Vec<BlockHash>,
+    /// Whether it has looked for its beginning in the cache since it was admitted.
+    pub(super) begun: bool,
+    /// What it found there the first time, positions.
+    pub(super) first_hit: Option<u32>,
+    /// Positions without a gap that are confirmed to be computed.
+    pub(super) computed: u32,
+    /// Blocks that are published.
+    pub(super) published: u32,
+    /// Blocks of its table that stages know.
+    pub(super) sent: u32,
+    /// Micro-batch of its last row.
+    pub(super) last_row: u64,
+    /// How its drafts fare.
+    pub(super) acceptance: Acceptance,
     /// When the client asked.
     pub(super) submitted: Duration,
 }
 
 impl Sequence {
-    pub(super) fn new(new: NewSequence, order: u64, max_model_len: u32) -> Self {
+    pub(super) fn new(new: NewSequence, arrival: u64, max_model_len: u32) -> Self {
         Self {
             id: new.id,
-            order,
+            arrival,
+            order: arrival,
+            flow: FlowKey { priority: new.priority, client: new.client },
+            deadline: new.deadline,
             kind: new.kind,
             phase: Phase::Waiting,
             prompt_len: new.prompt.len() as u32,
@@ -60,7 +90,16 @@ impl Sequence {
             opened: false,
             scored: 0,
             counted: 0,
+            charged: 0,
             prefill_done: false,
+            contents: Vec::new(),
+            begun: false,
+            first_hit: None,
+            computed: 0,
+            published: 0,
+            sent: 0,
+            last_row: 0,
+            acceptance: Acceptance::default(),
             submitted: new.submitted,
         }
     }
@@ -111,11 +150,41 @@ impl Sequence {
         news
     }
 
+    /// Prompt positions and generated tokens among the positions below `end` that were not counted
+    /// as service yet; now they are.
+    pub(super) fn charge(&mut self, end: u32) -> (u32, u32) {
+        let upto = end.max(self.charged);
+        let from = std::mem::replace(&mut self.charged, upto);
+        let prompt = upto.min(self.prompt_len) - from.min(self.prompt_len);
+        (prompt, upto - from - prompt)
+    }
+
+    /// Tokens that it may still generate.
+    pub(super) fn left(&self) -> u32 {
+        self.max_len.saturating_sub(self.len())
+    }
+
     /// Back to waiting, to be computed anew from its tokens; rows in flight become stale.
     pub(super) fn restart(&mut self) {
         self.phase = Phase::Waiting;
         self.epoch += 1;
         self.issued = 0;
         self.rows_in_flight = 0;
+        self.begun = false;
+        self.computed = 0;
+        self.published = 0;
+        self.sent = 0;
+    }
+
+    /// Begins with `blocks` blocks of the cache, which hold its first `positions` positions.
+    pub(super) fn begin_at(&mut self, positions: u32, blocks: u32) {
+        self.begun = true;
+        self.first_hit.get_or_insert(positions);
+        self.issued = positions;
+        self.computed = positions;
+        self.published = blocks;
+        // Nobody computes them, so nobody pays for them.
+        self.counted = self.counted.max(positions.min(self.prompt_len));
+        self.charged = self.charged.max(positions);
     }
 }

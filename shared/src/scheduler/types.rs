@@ -7,7 +7,7 @@ use crate::wire::data::StepMeta;
 use crate::wire::rpc::{PositionScore, TokenLogprobs};
 
 /// Limits; the same for the life of a pipeline's epoch. Zero counts as one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SchedulerConfig {
     /// KV blocks that every stage can hold.
     pub num_blocks: u32,
@@ -17,7 +17,7 @@ pub struct SchedulerConfig {
     pub max_num_seqs: u32,
     /// Sequences that may wait for admission.
     pub max_waiting: u32,
-    /// Micro-batches in flight: the number of stages, or one more where links are slow.
+    /// Most micro-batches in flight.
     pub max_in_flight: u32,
     /// Prompt tokens per micro-batch.
     pub prefill_chunk: u32,
@@ -25,6 +25,50 @@ pub struct SchedulerConfig {
     pub max_batch_tokens: u32,
     /// Longest sequence, prompt and answer.
     pub max_model_len: u32,
+    /// How time is shared.
+    pub policy: Policy,
+}
+
+/// How the scheduler shares the pipeline's time; the parts can be turned off one by one, to measure
+/// what each is worth.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Policy {
+    /// Where given, the number of micro-batches in flight follows measurements, begins with this
+    /// one, and `max_in_flight` is its limit; else it is `max_in_flight`.
+    pub measured_from: Option<u32>,
+    /// While anything decodes, a micro-batch with prompts may take this many times as long as an
+    /// even share of the decodes alone: bounds what prompts cost those who read along.
+    pub itl_factor: f64,
+    /// Prompt tokens of a micro-batch that no time limit takes away.
+    pub min_prefill: u32,
+    /// Whether decodes are spread evenly over the micro-batches; else every one that is ready goes.
+    pub cohorts: bool,
+    /// Whether chunks of prompts are as long as their predicted time allows; else they are of
+    /// `prefill_chunk`.
+    pub timed_chunks: bool,
+    /// Whether sequences take what the KV cache holds of their beginning.
+    pub prefix_cache: bool,
+    /// Whether decodes carry drafts where the pipeline has time for them.
+    pub speculate: bool,
+}
+
+impl Policy {
+    /// What serving uses, with a fixed number of micro-batches in flight.
+    pub const DEFAULT: Self = Self {
+        measured_from: None,
+        itl_factor: 1.4,
+        min_prefill: 4,
+        cohorts: true,
+        timed_chunks: true,
+        prefix_cache: true,
+        speculate: true,
+    };
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
 }
 
 impl SchedulerConfig {
@@ -38,6 +82,11 @@ impl SchedulerConfig {
             prefill_chunk: self.prefill_chunk.max(1),
             max_batch_tokens: self.max_batch_tokens.max(1),
             max_model_len: self.max_model_len.max(1),
+            policy: Policy {
+                itl_factor: self.policy.itl_factor.max(1.0),
+                min_prefill: self.policy.min_prefill.max(1),
+                ..self.policy
+            },
         }
     }
 }
@@ -54,6 +103,55 @@ pub enum Kind {
     },
 }
 
+/// The class of a request. A client in a higher one gets four times the service of one in the next
+/// lower class while both wait; none starves.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    serde::Serialize,
+    serde::Deserialize,
+)]
+pub enum Priority {
+    /// Somebody waits for it.
+    High,
+    /// As most are.
+    #[default]
+    Normal,
+    /// Whenever there is time.
+    Low,
+}
+
+impl Priority {
+    pub(super) const MAX_WEIGHT: u64 = 16;
+
+    pub(super) fn weight(self) -> u64 {
+        match self {
+            Self::High => Self::MAX_WEIGHT,
+            Self::Normal => 4,
+            Self::Low => 1,
+        }
+    }
+}
+
+impl std::str::FromStr for Priority {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "high" => Ok(Self::High),
+            "normal" => Ok(Self::Normal),
+            "low" => Ok(Self::Low),
+            _ => Err(format!("unknown priority '{s}': use high, normal or low")),
+        }
+    }
+}
+
 /// A sequence to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewSequence {
@@ -67,6 +165,12 @@ pub struct NewSequence {
     pub kind: Kind,
     /// When the client asked.
     pub submitted: Duration,
+    /// When the answer is of no use any more, on the same clock.
+    pub deadline: Option<Duration>,
+    /// Who asked: clients share the pipeline fairly.
+    pub client: u64,
+    /// How urgent.
+    pub priority: Priority,
 }
 
 /// A micro-batch to send to the first stage.
@@ -113,6 +217,13 @@ pub enum Outcome {
         /// Whether this was the end of the sequence.
         last: bool,
     },
+    /// It waited, and cannot be served before its deadline; it never ran.
+    Shed {
+        /// Which.
+        sequence: SequenceId,
+        /// How long the queue is predicted to take: when to try again.
+        retry_after: Duration,
+    },
     /// The sequence cannot go on.
     Failed {
         /// Which.
@@ -130,6 +241,16 @@ pub enum Rejected {
     QueueFull {
         /// Most that may wait.
         limit: u32,
+    },
+    /// Try again later, or with more time.
+    #[error(
+        "the queue needs about {} ms until the answer could begin, which is after the request's \
+         deadline; try again later or allow more time",
+        .wait.as_millis()
+    )]
+    DeadlineTooShort {
+        /// Predicted.
+        wait: Duration,
     },
     /// Nothing to start from.
     #[error("the prompt is empty: at least one token is needed")]
@@ -192,4 +313,18 @@ pub struct SchedulerStats {
     pub generated_tokens: u64,
     /// From issue to result of the micro-batch answered last.
     pub round_trip: Duration,
+    /// Positions of sequences that began, so far: what the prefix cache was asked for.
+    pub prefix_query_tokens: u64,
+    /// Those of them that the prefix cache had.
+    pub prefix_hit_tokens: u64,
+    /// Tokens that were guessed, so far.
+    pub draft_tokens: u64,
+    /// Those of them that were right.
+    pub draft_tokens_accepted: u64,
+    /// Sequences rejected because their deadline could not be met, so far.
+    pub shed: u64,
+    /// Micro-batches that may be in flight now.
+    pub window: u32,
+    /// Of a round trip, what no stage spends; zero until measured.
+    pub link: Duration,
 }

@@ -4,6 +4,8 @@
 //! payload straight into a 64-byte aligned buffer: metadata is validated in place, the payload is
 //! never deserialised. A frame that fails any check closes its connection.
 
+use std::time::Duration;
+
 use rkyv::{Archive, Deserialize, Serialize};
 
 use super::rpc::{PositionScore, TokenLogprobs};
@@ -189,6 +191,10 @@ pub enum Want {
         /// How many logits.
         top_k: u8,
     },
+    /// A token after the first position, and after every further one as long as the token of that
+    /// position (a draft, in [`StepMeta::drafts`]) is the one that was chosen after the position
+    /// before it. At most 64 positions.
+    Verify,
 }
 
 /// A run of consecutive positions of one sequence.
@@ -217,8 +223,8 @@ pub struct TableUpdate {
     pub blocks: Vec<u32>,
 }
 
-/// Metadata of `Step` and `Activations` frames. Every stage passes it on unchanged, so that block
-/// tables stay in step even where a stage failed.
+/// Metadata of `Step` and `Activations` frames. Every stage passes it on unchanged but for its time,
+/// so that block tables stay in step even where a stage failed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct StepMeta {
     /// What to compute, in order; payload rows are in the same order.
@@ -230,6 +236,10 @@ pub struct StepMeta {
     /// Set by a stage whose step failed: later stages only apply the tables, and the last one
     /// reports it. The payload is empty then.
     pub failed: Option<String>,
+    /// Token ids of all positions but the first of every row that wants `Verify`, in order.
+    pub drafts: Vec<u32>,
+    /// What each stage so far spent, in order; every stage that computes adds its own.
+    pub times: Vec<StageTime>,
 }
 
 impl StepMeta {
@@ -238,12 +248,26 @@ impl StepMeta {
         self.rows.iter().map(|r| r.count as usize).sum()
     }
 
+    /// The drafts of row `index`; empty where it has none.
+    pub fn drafts_of(&self, index: usize) -> &[u32] {
+        let drafted = |row: &Row| match row.want {
+            Want::Verify => row.count.saturating_sub(1) as usize,
+            _ => 0,
+        };
+        let Some((row, before)) = self.rows.get(..=index).and_then(<[Row]>::split_last) else {
+            return &[];
+        };
+        let first: usize = before.iter().map(drafted).sum();
+        self.drafts.get(first..first + drafted(row)).unwrap_or(&[])
+    }
+
     /// Checks what rkyv cannot: counts, limits, that every row says something sensible.
     ///
     /// # Errors
-    /// If a row is empty, scores too much, or positions overflow.
+    /// If a row is empty, scores or verifies too much, positions overflow, or drafts are missing.
     pub fn validate(&self, max_positions: usize) -> Result<(), FrameError> {
         let mut total = 0usize;
+        let mut drafts = 0usize;
         for row in &self.rows {
             if row.count == 0 || row.position.checked_add(row.count).is_none() {
                 return Err(FrameError::Inconsistent(format!(
@@ -257,7 +281,22 @@ impl StepMeta {
                     row.sequence
                 )));
             }
+            if row.want == Want::Verify {
+                if row.count > 64 {
+                    return Err(FrameError::Inconsistent(format!(
+                        "row of sequence {} verifies more than 64 positions",
+                        row.sequence
+                    )));
+                }
+                drafts += row.count as usize - 1;
+            }
             total += row.count as usize;
+        }
+        if drafts != self.drafts.len() {
+            return Err(FrameError::Inconsistent(format!(
+                "{} drafts for rows that verify {drafts}",
+                self.drafts.len()
+            )));
         }
         if total > max_positions {
             return Err(FrameError::Inconsistent(format!(
@@ -284,6 +323,17 @@ pub enum RowOutcome {
     Scores(Vec<PositionScore>),
     /// This row failed; others of the micro-batch did not.
     Failed(String),
+    /// The tokens of a row that verifies: its accepted drafts, and one more.
+    Tokens(Vec<ChosenToken>),
+}
+
+/// A token of a row that verifies.
+#[derive(Clone, Debug, PartialEq, Archive, Serialize, Deserialize)]
+pub struct ChosenToken {
+    /// The id.
+    pub token: u32,
+    /// Where asked for.
+    pub logprobs: Option<TokenLogprobs>,
 }
 
 /// Result of one row.
@@ -301,11 +351,40 @@ pub struct RowResult {
     pub outcome: RowOutcome,
 }
 
+/// What a stage spent on a micro-batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct StageTime {
+    /// From the arrival of the frame to the begin of its step, microseconds.
+    pub wait_micros: u32,
+    /// Inside the step, by the clock on the wall, microseconds.
+    pub step_micros: u32,
+}
+
+impl StageTime {
+    /// From durations; what is too long for the field (an hour and more) is cut off.
+    pub fn new(wait: Duration, step: Duration) -> Self {
+        let micros = |d: Duration| u32::try_from(d.as_micros()).unwrap_or(u32::MAX);
+        Self { wait_micros: micros(wait), step_micros: micros(step) }
+    }
+
+    /// Time in the queue.
+    pub fn wait(&self) -> Duration {
+        Duration::from_micros(self.wait_micros.into())
+    }
+
+    /// Time in the step.
+    pub fn step(&self) -> Duration {
+        Duration::from_micros(self.step_micros.into())
+    }
+}
+
 /// Metadata of `Results` frames.
 #[derive(Clone, Debug, Default, PartialEq, Archive, Serialize, Deserialize)]
 pub struct ResultMeta {
     /// One per row of the step, in order.
     pub rows: Vec<RowResult>,
+    /// What each stage spent, in order; empty where one of them failed.
+    pub times: Vec<StageTime>,
 }
 
 /// A sequence, told to the last stage once, before its first row.

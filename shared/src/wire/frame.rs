@@ -101,6 +101,23 @@ impl Frame {
         Ok(Self { header, bytes })
     }
 
+    /// Writes other metadata of the same length in place, before sealing.
+    ///
+    /// # Errors
+    /// If the length is another.
+    pub fn replace_meta<M: FrameMeta>(&mut self, meta: &M) -> Result<(), FrameError> {
+        let meta = meta.to_bytes()?;
+        if meta.len() != self.header.meta_len as usize {
+            return Err(FrameError::Inconsistent(format!(
+                "metadata of {} bytes in the place of {}",
+                meta.len(),
+                self.header.meta_len
+            )));
+        }
+        self.bytes[HEADER_BYTES..HEADER_BYTES + meta.len()].copy_from_slice(&meta);
+        Ok(())
+    }
+
     /// Computes the checksum and writes it into the header.
     #[must_use]
     pub fn seal(mut self) -> Self {
@@ -204,7 +221,7 @@ mod tests {
     use super::*;
     use crate::id::{Epoch, MicroBatchId, PipelineId, SequenceId};
     use crate::model::Dtype;
-    use crate::wire::data::{FrameKind, Row, TableUpdate, Want};
+    use crate::wire::data::{FrameKind, Row, StageTime, TableUpdate, Want};
 
     fn header() -> FrameHeader {
         FrameHeader {
@@ -231,7 +248,7 @@ mod tests {
             }],
             tables: vec![TableUpdate { sequence: SequenceId(9), first: 0, blocks: vec![1, 2] }],
             released: vec![SequenceId(4)],
-            failed: None,
+            ..StepMeta::default()
         }
     }
 
@@ -248,6 +265,21 @@ mod tests {
         assert_eq!(frame.payload_f32().expect("floats"), &[1., 2., 3., 4., 5., 6.]);
         assert_eq!(frame.header().epoch, Epoch(7));
         assert_eq!(frame.payload().as_ptr() as usize % HEADER_BYTES, 0, "payload is aligned");
+    }
+
+    /// A stage knows what it spent only when the payload is there.
+    #[test]
+    fn metadata_of_the_same_length_is_replaced_in_place() {
+        let placed = StepMeta { times: vec![StageTime::default()], ..meta() };
+        let mut frame = Frame::build(header(), &placed, 24).expect("within limits");
+        frame.payload_mut().fill(1);
+        let time = StageTime { wait_micros: 3, step_micros: u32::MAX };
+        let known = StepMeta { times: vec![time], ..meta() };
+        frame.replace_meta(&known).expect("the same length");
+        assert!(frame.replace_meta(&meta()).is_err(), "another length");
+        let frame = Frame::parse(frame.seal().into_buffer()).expect("valid");
+        assert_eq!(frame.meta::<StepMeta>().expect("valid"), known);
+        assert!(frame.payload().iter().all(|&b| b == 1));
     }
 
     /// Every single-bit error and every truncation is refused; nothing panics.

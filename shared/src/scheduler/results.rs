@@ -1,0 +1,158 @@
+//! Results: what became of the rows of a micro-batch, and what they took.
+
+use std::time::Duration;
+
+use super::Scheduler;
+use super::pipeline::IssuedRow;
+use super::types::Outcome;
+use crate::id::{MicroBatchId, SequenceId};
+use crate::wire::data::{ChosenToken, RowOutcome, RowResult, StageTime, Want};
+use crate::wire::rpc::TokenLogprobs;
+
+impl Scheduler {
+    /// What each stage spent on a micro-batch, in the order of the stages. To be told before
+    /// [`Self::handle_result`], or not at all: the scheduler then goes by counts alone.
+    pub fn handle_times(&mut self, id: MicroBatchId, times: &[StageTime], now: Duration) {
+        let Some((issued, load)) = self.in_flight.load(id).filter(|_| !times.is_empty()) else {
+            return;
+        };
+        self.window.observe(times, now.saturating_sub(issued));
+        self.cost.observe(&load, times.iter().map(|t| t.step().as_secs_f64()));
+    }
+
+    /// The last stage answered a micro-batch. Rows of sequences that ended or were preempted since
+    /// are dropped and counted; rows that were issued but not answered fail their sequence.
+    pub fn handle_result(
+        &mut self,
+        id: MicroBatchId,
+        results: &[RowResult],
+        now: Duration,
+    ) -> Vec<Outcome> {
+        let mut outcomes = Vec::new();
+        let Some((issued, rows)) = self.in_flight.take(id) else {
+            self.stale_dropped += results.len() as u64;
+            return outcomes;
+        };
+        self.round_trip = now.saturating_sub(issued);
+        let mut results = results.iter();
+        for row in rows {
+            // In the order of the rows; what does not match is not ours.
+            let result = results.by_ref().find(|r| row.is_answered_by(r));
+            if !self.is_live(&row) {
+                self.stale_dropped += 1;
+                continue;
+            }
+            let outcome = match result {
+                Some(result) => result.outcome.clone(),
+                None => RowOutcome::Failed("the last stage sent no result for this row".into()),
+            };
+            self.apply(row, outcome, &mut outcomes);
+        }
+        outcomes
+    }
+
+    /// A stage could not compute the micro-batch: every sequence in it fails, for its KV is not
+    /// what later rows need.
+    pub fn handle_step_failed(&mut self, id: MicroBatchId, message: &str) -> Vec<Outcome> {
+        let mut outcomes = Vec::new();
+        for row in self.in_flight.take(id).map_or_else(Vec::new, |(_, rows)| rows) {
+            if self.is_live(&row) {
+                self.fail(row.sequence, message.to_owned(), &mut outcomes);
+            } else {
+                self.stale_dropped += 1;
+            }
+        }
+        outcomes
+    }
+
+    fn is_live(&self, row: &IssuedRow) -> bool {
+        self.sequences.get(&row.sequence).is_some_and(|s| s.epoch == row.epoch)
+    }
+
+    /// Carries out what became of a live row.
+    fn apply(&mut self, row: IssuedRow, outcome: RowOutcome, outcomes: &mut Vec<Outcome>) {
+        let Some(seq) = self.sequences.get_mut(&row.sequence) else { return };
+        seq.rows_in_flight -= 1;
+        self.prompt_tokens += u64::from(seq.count_prompt(row.end()));
+        if !matches!(outcome, RowOutcome::Failed(_)) && row.want != Want::Verify {
+            self.confirm(row.sequence, row.position, row.end());
+        }
+        let Some(seq) = self.sequences.get_mut(&row.sequence) else { return };
+        match (row.want, outcome) {
+            (_, RowOutcome::Failed(message)) => self.fail(row.sequence, message, outcomes),
+            (Want::None, _) => {}
+            (Want::Sample, RowOutcome::Token { token, logprobs }) => {
+                if seq.finish_prefill() {
+                    outcomes.push(Outcome::PrefillDone { sequence: row.sequence });
+                }
+                if self.take_token(row.sequence, token, logprobs, outcomes) {
+                    self.ready.push_back(row.sequence);
+                }
+            }
+            (Want::Verify, RowOutcome::Tokens(chosen))
+                if (1..=row.count as usize).contains(&chosen.len()) =>
+            {
+                self.accept(&row, chosen, outcomes);
+            }
+            (Want::Score { .. }, RowOutcome::Scores(scores)) => {
+                seq.scored = row.end();
+                let last = seq.scored as usize == seq.tokens.len();
+                if last {
+                    outcomes.push(Outcome::PrefillDone { sequence: row.sequence });
+                }
+                outcomes.push(Outcome::Scores { sequence: row.sequence, scores, last });
+                if last {
+                    self.remove(row.sequence);
+                }
+            }
+            _ => {
+                let message = "the last stage answered something that was not asked for".into();
+                self.fail(row.sequence, message, outcomes);
+            }
+        }
+    }
+
+    /// Takes a token of the answer; whether there may be more.
+    fn take_token(
+        &mut self,
+        sequence: SequenceId,
+        token: u32,
+        logprobs: Option<TokenLogprobs>,
+        outcomes: &mut Vec<Outcome>,
+    ) -> bool {
+        let Some(seq) = self.sequences.get_mut(&sequence) else { return false };
+        let index = seq.push(token);
+        let last = seq.is_complete();
+        self.generated_tokens += 1;
+        self.outstanding = self.outstanding.saturating_sub(1);
+        outcomes.push(Outcome::Token { sequence, index, token, logprobs, last });
+        if last {
+            self.remove(sequence);
+        }
+        !last
+    }
+
+    /// Takes the tokens of a row with drafts: those that were right, and one more. What lies in the
+    /// cache behind them is void and will be written again.
+    fn accept(&mut self, row: &IssuedRow, chosen: Vec<ChosenToken>, outcomes: &mut Vec<Outcome>) {
+        let Some(seq) = self.sequences.get_mut(&row.sequence) else { return };
+        let (drafted, accepted) = (row.count as usize - 1, chosen.len() - 1);
+        seq.acceptance.observe(drafted, accepted);
+        self.drafted += drafted as u64;
+        self.drafts_accepted += accepted as u64;
+        let valid = row.position + chosen.len() as u32;
+        seq.issued = valid;
+        for ChosenToken { token, logprobs } in chosen {
+            if !self.take_token(row.sequence, token, logprobs, outcomes) {
+                return;
+            }
+        }
+        self.confirm(row.sequence, row.position, valid);
+        self.ready.push_back(row.sequence);
+    }
+
+    fn fail(&mut self, sequence: SequenceId, message: String, outcomes: &mut Vec<Outcome>) {
+        self.remove(sequence);
+        outcomes.push(Outcome::Failed { sequence, message });
+    }
+}
