@@ -8,6 +8,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
+use millrace_shared::scheduler::Priority;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
     ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
@@ -45,21 +46,40 @@ impl EventStream {
     }
 }
 
+/// Who asks, and how urgently.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Caller {
+    /// From now; later the answer is of no use.
+    pub deadline: Option<Duration>,
+    /// Stands for the API key: callers with different ones share the pipeline fairly.
+    pub client: u64,
+    /// The class of the request.
+    pub priority: Priority,
+}
+
+impl Caller {
+    /// The number that stands for a key; without one, that of nobody (FNV-1a).
+    pub fn client_of(key: Option<&str>) -> u64 {
+        let fold = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3);
+        key.map_or(0, |key| key.bytes().fold(0xcbf2_9ce4_8422_2325, fold))
+    }
+}
+
 /// The abilities of a serving cluster.
 pub trait Service: Send + Sync + 'static {
     /// Continues a prompt. Fails at once if the request is wrong, the queue is full or nothing is
-    /// ready; the deadline counts from now.
+    /// ready; the caller's deadline counts from now.
     fn generate(
         &self,
         request: GenerateRequest,
-        deadline: Option<Duration>,
+        caller: Caller,
     ) -> BoxFuture<'_, Result<EventStream, Status>>;
 
     /// Scores given tokens, all positions in order.
     fn score(
         &self,
         request: ScoreRequest,
-        deadline: Option<Duration>,
+        caller: Caller,
     ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>>;
 
     /// Text or conversation to ids. An empty model name means the only one served.
@@ -132,18 +152,18 @@ impl<S: Service> Service for Counted<S> {
     fn generate(
         &self,
         request: GenerateRequest,
-        deadline: Option<Duration>,
+        caller: Caller,
     ) -> BoxFuture<'_, Result<EventStream, Status>> {
         let count = |result: Result<EventStream, Status>| {
             result.inspect_err(|status| self.metrics.on_refused(status.code))
         };
-        self.inner.generate(request, deadline).map(count).boxed()
+        self.inner.generate(request, caller).map(count).boxed()
     }
 
     fn score(
         &self,
         request: ScoreRequest,
-        deadline: Option<Duration>,
+        caller: Caller,
     ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
         let count = |result: Result<Vec<PositionScore>, Status>| {
             result.inspect_err(|status| {
@@ -152,7 +172,7 @@ impl<S: Service> Service for Counted<S> {
                 }
             })
         };
-        self.inner.score(request, deadline).map(count).boxed()
+        self.inner.score(request, caller).map(count).boxed()
     }
 
     fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {

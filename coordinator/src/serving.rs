@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use actix::{Addr, MailboxError};
 use futures::FutureExt;
@@ -19,7 +18,7 @@ use uuid::Uuid;
 use crate::actors::batcher::{Cancel, GetCounters, Submit, SubmitScore};
 use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
-use crate::service::{EventStream, Service};
+use crate::service::{Caller, EventStream, Service};
 use crate::text::{ChatTemplate, Tokenizer};
 
 /// Bytes of text from which tokenising takes a millisecond and more.
@@ -176,7 +175,7 @@ impl Service for Serving {
     fn generate(
         &self,
         request: GenerateRequest,
-        deadline: Option<Duration>,
+        caller: Caller,
     ) -> BoxFuture<'_, Result<EventStream, Status>> {
         async move {
             self.prompts.check_model(&request.model)?;
@@ -187,7 +186,7 @@ impl Service for Serving {
             let tokens = self.prompts.prompt_ids(request.prompt).await?;
             let id = RequestId(Uuid::now_v7());
             let seed = request.params.seed.unwrap_or_else(|| self.draw_seed(id));
-            let submit = Submit { id, tokens, params: request.params, seed, deadline };
+            let submit = Submit { id, tokens, params: request.params, seed, caller };
             self.batcher.send(submit).await.map_err(crossed)?
         }
         .boxed()
@@ -196,7 +195,7 @@ impl Service for Serving {
     fn score(
         &self,
         request: ScoreRequest,
-        deadline: Option<Duration>,
+        caller: Caller,
     ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
         async move {
             self.prompts.check_model(&request.model)?;
@@ -208,7 +207,7 @@ impl Service for Serving {
                 ));
             }
             let id = RequestId(Uuid::now_v7());
-            let submit = SubmitScore { id, tokens: request.tokens, top_k: request.top_k, deadline };
+            let submit = SubmitScore { id, tokens: request.tokens, top_k: request.top_k, caller };
             let reply = self.batcher.send(submit).await.map_err(crossed)??;
             reply.await.unwrap_or_else(|_| {
                 Err(Status::unavailable("the coordinator is shutting down", 5000))
@@ -250,6 +249,10 @@ impl Service for Serving {
                 status.prompt_tokens = counters.prompt_tokens;
                 status.generation_tokens = counters.generated_tokens;
                 status.stale_dropped = counters.stale_dropped;
+                status.prefix_query_tokens = counters.prefix_query_tokens;
+                status.prefix_hit_tokens = counters.prefix_hit_tokens;
+                status.draft_tokens = counters.draft_tokens;
+                status.draft_tokens_accepted = counters.draft_tokens_accepted;
             }
             status
         }

@@ -12,9 +12,10 @@ use std::time::Duration;
 use api_common::*;
 use millrace_coordinator::api::http::{HttpConfig, HttpServerHandle, start};
 use millrace_coordinator::metrics::Metrics;
-use millrace_coordinator::service::Counted;
+use millrace_coordinator::service::{Caller, Counted};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
+use millrace_shared::scheduler::Priority;
 use millrace_shared::wire::rpc::{FinishReason, Prompt};
 use serde_json::{Value, json};
 
@@ -76,10 +77,10 @@ fn chat_whole() {
     let usage = json!({"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8,
         "prompt_tokens_details": {"cached_tokens": 2}});
     assert_eq!(body["usage"], usage);
-    let (request, deadline) = s.fake.last();
+    let (request, caller) = s.fake.last();
     assert!(matches!(&request.prompt, Prompt::Chat(turns) if turns[0].content == "hi"));
     assert_eq!((request.params.max_tokens, request.params.temperature), (Some(9), 0.0));
-    assert_eq!(deadline, None);
+    assert_eq!((caller.deadline, caller.priority), (None, Priority::Normal));
 }
 
 #[test]
@@ -397,7 +398,17 @@ fn request_headers() {
     let send = |extra: &str| exchange(s.addr, post_text(CHAT, &body, extra).as_bytes());
     let answer = send("x-request-id: abc-1\r\nx-request-timeout-ms: 1500\r\n");
     assert_eq!(answer.headers["x-request-id"], "abc-1");
-    assert_eq!(s.fake.last().1, Some(Duration::from_millis(1500)));
+    assert_eq!(s.fake.last().1.deadline, Some(Duration::from_millis(1500)));
+    for (name, class) in [("high", Priority::High), ("low", Priority::Low)] {
+        assert_eq!(send(&format!("x-millrace-priority: {name}\r\n")).status, 200);
+        let caller = s.fake.last().1;
+        assert_eq!((caller.priority, caller.client), (class, Caller::client_of(Some(KEY))));
+    }
+    let answer = send("x-millrace-priority: urgent\r\n");
+    assert_eq!(
+        (answer.status, &answer.json()["error"]["param"]),
+        (400, &json!("x-millrace-priority"))
+    );
     for wrong in ["0", "-1", "soon", ""] {
         let answer = send(&format!("x-request-timeout-ms: {wrong}\r\nx-request-id: abc-2\r\n"));
         assert_eq!(answer.headers["x-request-id"], "abc-2", "errors have it too");

@@ -90,9 +90,9 @@ async fn a_continuation_streams() {
         }
     }
     assert_eq!((text.as_str(), reason), ("Hello world", Some(FinishReason::Stop)));
-    let (seen, deadline) = s.fake.last();
+    let (seen, caller) = s.fake.last();
     assert_eq!(seen, request());
-    assert_eq!(deadline, Some(Duration::from_secs(10)));
+    assert_eq!(caller.deadline, Some(Duration::from_secs(10)));
 }
 
 #[tokio::test]

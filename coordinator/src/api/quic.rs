@@ -16,8 +16,10 @@ use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::wire::MAX_REPLY_BYTES;
 use millrace_shared::wire::rpc::{GenerateEvent, GenerateRequest, Method, Reply};
 
-use crate::service::Service;
+use crate::service::{Caller, Service};
 
+/// Name of the metadata with the class of a request.
+const PRIORITY: &str = "millrace-priority";
 /// Calls of one connection that run at once.
 pub const MAX_CALLS: usize = 128;
 /// Positions per `Scores` reply: below 1 MiB with 64 logits each.
@@ -96,11 +98,14 @@ impl Client {
 
     async fn serve_method(&self, call: IncomingCall) -> Result<(), NetError> {
         let key = call.bearer().map(str::to_owned);
-        let deadline = call.header().deadline_ms.map(Duration::from_millis);
+        let caller = match caller(&call) {
+            Ok(caller) => caller,
+            Err(status) => return call.refuse(status).await,
+        };
         let (method, room, mut replies) = call.method().await?;
         let gone = replies.closed();
         let answered = async {
-            match answer(method, room, (key, deadline), &mut replies, &self.service).await? {
+            match answer(method, room, (key, caller), &mut replies, &self.service).await? {
                 Ok(()) => replies.done().await,
                 Err(status) => replies.fail(status).await,
             }
@@ -113,20 +118,34 @@ impl Client {
     }
 }
 
+/// Who asks: the metadata `millrace-priority` is the class.
+fn caller(call: &IncomingCall) -> Result<Caller, Status> {
+    let header = call.header();
+    let named = header.metadata.iter().find(|(name, _)| name.eq_ignore_ascii_case(PRIORITY));
+    let priority = named.map_or(Ok(Default::default()), |(_, value)| {
+        value.trim().parse().map_err(|e: String| Status::invalid(PRIORITY, e))
+    })?;
+    Ok(Caller {
+        deadline: header.deadline_ms.map(Duration::from_millis),
+        client: Caller::client_of(call.bearer()),
+        priority,
+    })
+}
+
 /// Sends all replies but the last. The outer error is the network's, the inner one the caller's.
 async fn answer(
     method: Method,
     room: BodyPermit,
-    (key, deadline): (Option<String>, Option<Duration>),
+    (key, caller): (Option<String>, Caller),
     replies: &mut ReplySender,
     service: &Arc<dyn Service>,
 ) -> Result<Result<(), Status>, NetError> {
     if let Method::Generate(request) = method {
-        return generate(request, room, deadline, replies, service.as_ref()).await;
+        return generate(request, room, caller, replies, service.as_ref()).await;
     }
-    let found = match deadline {
-        None => unary(method, key, None, service).await,
-        Some(limit) => tokio::time::timeout(limit, unary(method, key, deadline, service))
+    let found = match caller.deadline {
+        None => unary(method, key, caller, service).await,
+        Some(limit) => tokio::time::timeout(limit, unary(method, key, caller, service))
             .await
             .unwrap_or_else(|_| Err(late(limit))),
     };
@@ -145,11 +164,11 @@ async fn answer(
 async fn generate(
     request: GenerateRequest,
     room: BodyPermit,
-    deadline: Option<Duration>,
+    caller: Caller,
     replies: &mut ReplySender,
     service: &dyn Service,
 ) -> Result<Result<(), Status>, NetError> {
-    let mut events = match service.generate(request, deadline).await {
+    let mut events = match service.generate(request, caller).await {
         Ok(events) => events,
         Err(status) => return Ok(Err(status)),
     };
@@ -174,13 +193,13 @@ async fn generate(
 async fn unary(
     method: Method,
     key: Option<String>,
-    deadline: Option<Duration>,
+    caller: Caller,
     service: &Arc<dyn Service>,
 ) -> Result<Vec<Reply>, Status> {
     let reply = match method {
         Method::Generate(_) => return Err(Status::internal("Generate is a stream of events")),
         Method::Score(request) => {
-            let scores = service.score(request, deadline).await?;
+            let scores = service.score(request, caller).await?;
             let chunks = scores.chunks(SCORES_PER_REPLY);
             return Ok(chunks.map(|chunk| Reply::Scores(chunk.to_vec())).collect());
         }

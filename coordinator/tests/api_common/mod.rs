@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use millrace_coordinator::service::{EventStream, Service};
+use millrace_coordinator::service::{Caller, EventStream, Service};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
@@ -42,7 +42,7 @@ pub struct Script {
 pub struct Fake {
     script: Mutex<Script>,
     pub ready: AtomicBool,
-    pub seen: Mutex<Vec<(GenerateRequest, Option<Duration>)>>,
+    pub seen: Mutex<Vec<(GenerateRequest, Caller)>>,
     pub cancelled: Mutex<Vec<RequestId>>,
     dropped: mpsc::Sender<RequestId>,
 }
@@ -65,7 +65,7 @@ impl Fake {
         *self.script.lock().unwrap() = script;
     }
 
-    pub fn last(&self) -> (GenerateRequest, Option<Duration>) {
+    pub fn last(&self) -> (GenerateRequest, Caller) {
         self.seen.lock().unwrap().last().expect("a request").clone()
     }
 }
@@ -136,12 +136,12 @@ impl Service for Fake {
     fn generate(
         &self,
         request: GenerateRequest,
-        deadline: Option<Duration>,
+        caller: Caller,
     ) -> BoxFuture<'_, Result<EventStream, Status>> {
         let script = self.script.lock().unwrap().clone();
         let dropped = self.dropped.clone();
         let model = request.model.clone();
-        self.seen.lock().unwrap().push((request, deadline));
+        self.seen.lock().unwrap().push((request, caller));
         async move {
             if let Some(status) = script.refusal {
                 return Err(status);
@@ -174,7 +174,7 @@ impl Service for Fake {
     fn score(
         &self,
         request: ScoreRequest,
-        _: Option<Duration>,
+        _: Caller,
     ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
         let score = |position| PositionScore { position, ..PositionScore::default() };
         async move { Ok((0..request.tokens.len() as u32).map(score).collect()) }.boxed()

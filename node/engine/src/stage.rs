@@ -6,20 +6,21 @@
 //! step that the engine cannot compute becomes a frame with `failed` set, which later stages pass
 //! on, so that block tables stay in step; a row that cannot be sampled fails alone.
 //!
-//! Not here: threads, queues, time.
+//! Not here: threads and queues.
 
 mod check;
 mod payload;
 mod sequences;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use millrace_shared::id::{Epoch, PipelineId, StageIndex};
 use millrace_shared::model::Dtype;
 use millrace_shared::wire::control::{ProfileSpec, StageProfile};
 use millrace_shared::wire::data::{
-    FrameError, FrameHeader, FrameKind, OpenMeta, ResultMeta, RowOutcome, RowResult, StepMeta,
+    FrameError, FrameHeader, FrameKind, OpenMeta, ResultMeta, RowOutcome, RowResult, StageTime,
+    StepMeta,
 };
 use millrace_shared::wire::frame::Frame;
 
@@ -177,12 +178,20 @@ impl StageRunner {
         loaded.sequences.open(opens)
     }
 
+    /// [`Self::run_after`] without having waited.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn run(&mut self, frame: &Frame) -> Result<Frame, StageError> {
+        self.run_after(frame, Duration::ZERO)
+    }
+
     /// Computes a `Step` or `Activations` frame and returns the next frame, sealed: `Activations`,
-    /// or `Results` from the last stage.
+    /// or `Results` from the last stage. The frame says what the step took and how long it `waited`.
     ///
     /// # Errors
     /// If the frame breaks the rules or is stale. A step that fails is *not* an error: see above.
-    pub fn run(&mut self, frame: &Frame) -> Result<Frame, StageError> {
+    pub fn run_after(&mut self, frame: &Frame, waited: Duration) -> Result<Frame, StageError> {
         let loaded = self.loaded.as_mut().ok_or(StageError::NotLoaded)?;
         let header = *frame.header();
         loaded.check_place(header.pipeline, header.epoch)?;
@@ -196,7 +205,11 @@ impl StageRunner {
         if meta.failed.is_some() || meta.rows.is_empty() {
             return self.pass_on(&header, meta);
         }
-        if loaded.spec.head { self.run_last(frame, meta) } else { self.run_inner(frame, meta) }
+        if loaded.spec.head {
+            self.run_last(frame, meta, waited)
+        } else {
+            self.run_inner(frame, meta, waited)
+        }
     }
 
     /// Measures one layer and the head of a model.
@@ -223,7 +236,13 @@ impl StageRunner {
         self.steps
     }
 
-    fn run_inner(&mut self, frame: &Frame, meta: StepMeta) -> Result<Frame, StageError> {
+    fn run_inner(
+        &mut self,
+        frame: &Frame,
+        mut meta: StepMeta,
+        waited: Duration,
+    ) -> Result<Frame, StageError> {
+        let begin = Instant::now();
         let Some(loaded) = &self.loaded else { return Err(StageError::NotLoaded) };
         let dtype = loaded.spec.settings.activation_dtype;
         let values = meta.positions() * loaded.spec.config.hidden as usize;
@@ -233,6 +252,7 @@ impl StageRunner {
             rows: meta.positions() as u32,
             ..*frame.header()
         };
+        meta.times.push(StageTime::default());
         let mut next = Frame::build(header, &meta, values * dtype.bytes())?;
         let input = payload::read(frame, loaded.spec.embed, dtype, &mut self.input)?;
         let engine = self.engine.as_mut();
@@ -245,7 +265,13 @@ impl StageRunner {
                 .and_then(|()| payload::write(&self.output[..values], dtype, next.payload_mut()))
         };
         match computed {
-            Ok(()) => Ok(next.seal()),
+            Ok(()) => {
+                if let Some(time) = meta.times.last_mut() {
+                    *time = StageTime::new(waited, begin.elapsed());
+                }
+                next.replace_meta(&meta)?;
+                Ok(next.seal())
+            }
             Err(cause) => {
                 let failed = Some(loaded.describe(&cause));
                 tracing::warn!(error = failed.as_deref(), micro_batch = header.micro_batch.0);
@@ -255,7 +281,13 @@ impl StageRunner {
         }
     }
 
-    fn run_last(&mut self, frame: &Frame, meta: StepMeta) -> Result<Frame, StageError> {
+    fn run_last(
+        &mut self,
+        frame: &Frame,
+        mut meta: StepMeta,
+        waited: Duration,
+    ) -> Result<Frame, StageError> {
+        let begin = Instant::now();
         let Some(loaded) = &mut self.loaded else { return Err(StageError::NotLoaded) };
         let dtype = loaded.spec.settings.activation_dtype;
         let input = payload::read(frame, loaded.spec.embed, dtype, &mut self.input)?;
@@ -269,11 +301,13 @@ impl StageRunner {
         match computed {
             Ok(()) => {
                 let outcomes = sequences::finish(&meta, outcomes);
+                meta.times.push(StageTime::new(waited, begin.elapsed()));
                 results(frame.header(), &meta, outcomes.into_iter())
             }
             Err(cause) => {
                 let failed = loaded.describe(&cause);
                 tracing::warn!(error = failed, micro_batch = frame.header().micro_batch.0);
+                meta.times.clear();
                 results(frame.header(), &meta, std::iter::repeat(RowOutcome::Failed(failed)))
             }
         }
@@ -292,6 +326,7 @@ impl StageRunner {
             return Ok(Frame::build(header, &meta, 0)?.seal());
         }
         let cause = meta.failed.clone().unwrap_or_default();
+        let meta = StepMeta { times: Vec::new(), ..meta };
         results(header, &meta, std::iter::repeat(RowOutcome::Failed(cause)))
     }
 }
@@ -348,7 +383,7 @@ fn results(
         })
         .collect();
     let header = FrameHeader { kind: FrameKind::Results, dtype: Dtype::F32, rows: 0, ..*header };
-    Ok(Frame::build(header, &ResultMeta { rows }, 0)?.seal())
+    Ok(Frame::build(header, &ResultMeta { rows, times: meta.times.clone() }, 0)?.seal())
 }
 
 /// Runs something that may panic; the panic's message is the error.

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use millrace_shared::id::Epoch;
 use millrace_shared::wire::control::{ProfileSpec, StageProfile};
@@ -105,6 +105,9 @@ pub enum SubmitError {
     Closed(Job),
 }
 
+/// A job, and since when it waits.
+type Queued = (Instant, Job);
+
 #[derive(Default)]
 struct Counters {
     busy_nanos: AtomicU64,
@@ -116,7 +119,7 @@ struct Counters {
 
 /// Owns the engine's thread. Share it by `Arc`; the last owner ends the thread.
 pub struct EngineHandle {
-    jobs: Option<SyncSender<Job>>,
+    jobs: Option<SyncSender<Queued>>,
     thread: Option<JoinHandle<()>>,
     ended: std::sync::Mutex<Receiver<()>>,
     counters: Arc<Counters>,
@@ -165,11 +168,11 @@ impl EngineHandle {
         if queued.fetch_update(Ordering::AcqRel, Ordering::Acquire, free).is_err() {
             return Err(SubmitError::Full(job));
         }
-        jobs.try_send(job).map_err(|refused| {
+        jobs.try_send((Instant::now(), job)).map_err(|refused| {
             queued.fetch_sub(1, Ordering::AcqRel);
             match refused {
-                TrySendError::Full(job) => SubmitError::Full(job),
-                TrySendError::Disconnected(job) => SubmitError::Closed(job),
+                TrySendError::Full((_, job)) => SubmitError::Full(job),
+                TrySendError::Disconnected((_, job)) => SubmitError::Closed(job),
             }
         })
     }
@@ -220,13 +223,13 @@ impl Counters {
 }
 
 /// The thread: until every sender is gone.
-fn work(factory: EngineFactory, queue: &Receiver<Job>, counters: &Counters) {
+fn work(factory: EngineFactory, queue: &Receiver<Queued>, counters: &Counters) {
     let mut runner = guarded(|| StageRunner::new(factory()))
         .map_err(|panic| format!("the engine could not be created: {panic}"));
     if let Err(cause) = &runner {
         tracing::error!(cause);
     }
-    while let Ok(job) = queue.recv() {
+    while let Ok((since, job)) = queue.recv() {
         counters.slot(&job, 0).0.fetch_sub(1, Ordering::AcqRel);
         if counters.stop.load(Ordering::Acquire) {
             refuse(job, &StageError::Closed);
@@ -234,7 +237,7 @@ fn work(factory: EngineFactory, queue: &Receiver<Job>, counters: &Counters) {
         }
         match &mut runner {
             Ok(runner) => {
-                run(runner, job, counters);
+                run(runner, job, since.elapsed(), counters);
             }
             Err(cause) => refuse(job, &StageError::Panic(cause.clone())),
         }
@@ -245,7 +248,7 @@ fn work(factory: EngineFactory, queue: &Receiver<Job>, counters: &Counters) {
     }
 }
 
-fn run(runner: &mut StageRunner, job: Job, counters: &Counters) {
+fn run(runner: &mut StageRunner, job: Job, waited: Duration, counters: &Counters) {
     match job {
         Job::Load(job) => {
             let LoadJob { spec, place, tensors, mut progress, done } = *job;
@@ -257,7 +260,7 @@ fn run(runner: &mut StageRunner, job: Job, counters: &Counters) {
             answer(done, result.unwrap_or_else(|panic| Err(StageError::Panic(panic))));
         }
         Job::Step { frame, done } => {
-            let result = guarded(|| runner.run(&frame));
+            let result = guarded(|| runner.run_after(&frame, waited));
             drop(frame);
             let busy = u64::try_from(runner.busy().as_nanos()).unwrap_or(u64::MAX);
             counters.busy_nanos.store(busy, Ordering::Relaxed);

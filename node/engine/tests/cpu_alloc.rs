@@ -58,7 +58,7 @@ fn main() {
             rows: std::mem::take(&mut rows),
             tables: updates,
             released: released.collect(),
-            failed: None,
+            ..StepMeta::default()
         });
     }
     let tokens: Vec<u32> = (0..28).collect();

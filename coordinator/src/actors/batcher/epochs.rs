@@ -10,6 +10,7 @@ use std::time::Duration;
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{Epoch, PipelineId};
+use millrace_shared::scheduler::cost::StageCost;
 use millrace_shared::scheduler::{Scheduler, SchedulerConfig};
 use millrace_shared::wire::frame::Frame;
 use tokio::sync::mpsc;
@@ -27,6 +28,8 @@ pub struct PipelineUp {
     pub epoch: Epoch,
     /// Limits.
     pub config: SchedulerConfig,
+    /// What each stage costs, before anything is measured.
+    pub costs: Vec<StageCost>,
     /// To the first stage.
     pub steps: mpsc::Sender<Frame>,
     /// To the last stage.
@@ -85,6 +88,9 @@ impl Batcher {
                 Vec::new()
             }
         };
+        if let Some(scheduler) = &mut self.scheduler {
+            scheduler.set_prior(&next.costs);
+        }
         if let Some(since) = self.suspended.take() {
             let waited = now.saturating_sub(since).as_secs_f64();
             let requests = self.requests.len();

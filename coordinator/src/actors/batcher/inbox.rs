@@ -1,7 +1,5 @@
 //! What others say to [`Batcher`].
 
-use std::time::Duration;
-
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
@@ -14,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::{Active, Batcher};
 use crate::request::{Generation, Request, Scoring, Work, event_capacity};
-use crate::service::EventStream;
+use crate::service::{Caller, EventStream};
 
 /// A continuation to produce. The prompt is tokenised, the parameters are validated.
 #[derive(Debug, Message)]
@@ -28,8 +26,8 @@ pub struct Submit {
     pub params: SamplingParams,
     /// The seed, given or drawn.
     pub seed: u64,
-    /// From now.
-    pub deadline: Option<Duration>,
+    /// Who asks.
+    pub caller: Caller,
 }
 
 impl Handler<Submit> for Batcher {
@@ -41,7 +39,7 @@ impl Handler<Submit> for Batcher {
         let room = scheduler.max_sequence_len().saturating_sub(prompt_tokens).max(1);
         let max_new = m.params.max_tokens.unwrap_or(room).min(room);
         let prompt_token_ids = m.tokens.clone();
-        let sequence = self.submit(m.tokens, Kind::Generate, max_new)?;
+        let sequence = self.submit(m.tokens, Kind::Generate, max_new, m.caller)?;
         let (events, stream) = EventStream::new(m.id, event_capacity(max_new));
         let started = GenerateEvent::Started { request_id: m.id, prompt_token_ids, seed: m.seed };
         let _ = events.try_send(Ok(started));
@@ -53,7 +51,7 @@ impl Handler<Submit> for Batcher {
             work: Work::Generate(Box::new(generation)),
             seed: choice_seed(m.seed, 0),
             submitted: now,
-            deadline: m.deadline.map(|d| now + d),
+            deadline: m.caller.deadline.map(|d| now + d),
         });
         Ok(stream)
     }
@@ -69,15 +67,15 @@ pub struct SubmitScore {
     pub tokens: Vec<u32>,
     /// Largest logits per position.
     pub top_k: u8,
-    /// From now.
-    pub deadline: Option<Duration>,
+    /// Who asks.
+    pub caller: Caller,
 }
 
 impl Handler<SubmitScore> for Batcher {
     type Result = Result<oneshot::Receiver<Result<Vec<PositionScore>, Status>>, Status>;
 
     fn handle(&mut self, m: SubmitScore, _: &mut Context<Self>) -> Self::Result {
-        let sequence = self.submit(m.tokens, Kind::Score { top_k: m.top_k }, 1)?;
+        let sequence = self.submit(m.tokens, Kind::Score { top_k: m.top_k }, 1, m.caller)?;
         let (reply, receiver) = oneshot::channel();
         let now = self.now();
         self.register(Request {
@@ -86,7 +84,7 @@ impl Handler<SubmitScore> for Batcher {
             work: Work::Score(Scoring::new(reply)),
             seed: 0,
             submitted: now,
-            deadline: m.deadline.map(|d| now + d),
+            deadline: m.caller.deadline.map(|d| now + d),
         });
         Ok(receiver)
     }
@@ -134,6 +132,7 @@ impl Handler<ResultFrame> for Batcher {
             return Err(format!("a {:?} frame on the results edge", header.kind));
         }
         let meta: ResultMeta = frame.meta().map_err(|e| e.to_string())?;
+        scheduler.handle_times(header.micro_batch, &meta.times, now);
         let outcomes = scheduler.handle_result(header.micro_batch, &meta.rows, now);
         self.apply(outcomes, now);
         self.pump();

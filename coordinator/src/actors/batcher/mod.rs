@@ -31,6 +31,7 @@ use tokio::sync::mpsc;
 use super::cluster::EdgeFailed;
 use crate::metrics::Metrics;
 use crate::request::{Request, Verdict, Work};
+use crate::service::Caller;
 use crate::text::Tokenizer;
 pub use epochs::{PipelineDown, PipelineUp};
 pub use inbox::{Cancel, GetCounters, ResultFrame, Submit, SubmitScore};
@@ -153,8 +154,10 @@ impl Batcher {
 
     fn issue(&mut self, step: &Step, now: Duration) -> Result<(), IssueError> {
         for id in &step.opens {
+            let cached = self.scheduler.as_ref().map_or(0, |s| s.cached_tokens(*id));
             if let Some(request) = self.requests.get_mut(id) {
                 request.on_scheduled(now);
+                request.on_cached(cached);
             }
         }
         let (Some(active), Some(scheduler)) = (&self.active, &self.scheduler) else {
@@ -204,6 +207,16 @@ impl Batcher {
                         if last {
                             self.forget(sequence);
                         }
+                    }
+                }
+                Outcome::Shed { sequence, retry_after } => {
+                    if let Some(request) = self.forget(sequence) {
+                        self.metrics.on_failed(ErrorCode::ResourceExhausted);
+                        request.fail(Status::exhausted(
+                            "the queue is too long for the request's deadline; try again later or \
+                             allow more time",
+                            retry_ms(retry_after),
+                        ));
                     }
                 }
                 Outcome::Failed { sequence, message } => {
@@ -276,6 +289,10 @@ impl Batcher {
             self.metrics.on_failed(code);
             request.fail(Status::new(code, "the request's deadline passed"));
         }
+        if let Some(scheduler) = self.scheduler.as_mut().filter(|_| self.active.is_some()) {
+            let shed = scheduler.poll_shed(now);
+            self.apply(shed, now);
+        }
         self.check_suspended(now);
         self.check_stall(now);
         self.pump();
@@ -298,6 +315,7 @@ impl Batcher {
         tokens: Vec<u32>,
         kind: Kind,
         max_new_tokens: u32,
+        caller: Caller,
     ) -> Result<SequenceId, Status> {
         let now = self.now();
         let serves = self.active.is_some() || self.suspended.is_some();
@@ -308,8 +326,20 @@ impl Batcher {
         self.next_sequence += 1;
         let prompt_tokens = tokens.len();
         scheduler
-            .handle_submit(NewSequence { id, prompt: tokens, max_new_tokens, kind, submitted: now })
+            .handle_submit(NewSequence {
+                id,
+                prompt: tokens,
+                max_new_tokens,
+                kind,
+                submitted: now,
+                deadline: caller.deadline.map(|d| now + d),
+                client: caller.client,
+                priority: caller.priority,
+            })
             .map_err(|e| match e {
+                Rejected::DeadlineTooShort { wait } => {
+                    Status::exhausted(e.to_string(), retry_ms(wait))
+                }
                 Rejected::QueueFull { .. } => Status::exhausted(e.to_string(), RETRY_QUEUE_MS),
                 Rejected::TooManyTopLogits { .. } => Status::invalid("top_k", e.to_string()),
                 Rejected::NothingToGenerate => Status::invalid("max_tokens", e.to_string()),
@@ -331,6 +361,11 @@ impl Batcher {
         stats.stale_dropped += self.stale_frames;
         stats
     }
+}
+
+/// A retry hint: at least a moment.
+fn retry_ms(wait: Duration) -> u32 {
+    u32::try_from(wait.as_millis()).unwrap_or(u32::MAX).max(100)
 }
 
 fn frame<M: FrameMeta>(

@@ -9,7 +9,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::generation::{self, Asked, Kind};
 use super::options;
-use super::request::{Body, deadline, read_body};
+use super::request::{Body, caller, read_body};
 
 /// Answers a conversation.
 pub(crate) async fn chat(
@@ -23,13 +23,13 @@ pub(crate) async fn chat(
 
 fn read(request: &HttpRequest, body: Body) -> Result<Asked, ApiError> {
     let mut fields = Fields::parse(&read_body(body)?)?;
-    let deadline = deadline(request)?;
+    let caller = caller(request)?;
     let mut options = options::take(&mut fields, None)?;
     options.params.logprobs = options::take_chat_logprobs(&mut fields)?;
     let messages = take_messages(&mut fields)?
         .ok_or_else(|| ApiError::invalid("messages", "is missing: give at least one message"))?;
     let prompt = Prompt::Chat(messages);
-    Ok(Asked { options, prompt, deadline, ignored: fields.into_ignored() })
+    Ok(Asked { options, prompt, caller, ignored: fields.into_ignored() })
 }
 
 /// Takes the conversation; `None` where there is none.

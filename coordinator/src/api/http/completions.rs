@@ -9,7 +9,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::generation::{self, Asked, Kind};
 use super::options;
-use super::request::{Body, deadline, read_body};
+use super::request::{Body, caller, read_body};
 
 /// OpenAI's own default for this endpoint.
 const DEFAULT_MAX_TOKENS: u32 = 16;
@@ -26,12 +26,12 @@ pub(crate) async fn completions(
 
 fn read(request: &HttpRequest, body: Body) -> Result<Asked, ApiError> {
     let mut fields = Fields::parse(&read_body(body)?)?;
-    let deadline = deadline(request)?;
+    let caller = caller(request)?;
     let mut options = options::take(&mut fields, Some(DEFAULT_MAX_TOKENS))?;
     options.params.logprobs = options::take_completion_logprobs(&mut fields)?;
     let prompt = take_prompt(&mut fields, "prompt")?
         .ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;
-    Ok(Asked { options, prompt, deadline, ignored: fields.into_ignored() })
+    Ok(Asked { options, prompt, caller, ignored: fields.into_ignored() })
 }
 
 /// Takes a prompt: a text, ids, or a list of exactly one of them.

@@ -5,7 +5,7 @@
 //! went away) drops it too, which cancels the request.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use actix_web::HttpResponse;
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE};
@@ -21,7 +21,7 @@ use super::options::Options;
 use super::request::with_ignored;
 use super::sse;
 use super::types::{Choice, Delta, Envelope, LogprobsBody, Message, UsageBody};
-use crate::service::{EventStream, Service};
+use crate::service::{Caller, EventStream, Service};
 
 /// Which endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,8 +38,8 @@ pub(crate) struct Asked {
     pub(crate) options: Options,
     /// What to continue.
     pub(crate) prompt: Prompt,
-    /// From now.
-    pub(crate) deadline: Option<Duration>,
+    /// Who asks.
+    pub(crate) caller: Caller,
     /// Names of the fields that were ignored.
     pub(crate) ignored: Vec<String>,
 }
@@ -65,11 +65,11 @@ pub(crate) async fn respond(
     asked: Asked,
 ) -> Result<HttpResponse, ApiError> {
     state.counted(state.refuse_while_draining().map_err(ApiError::from))?;
-    let Asked { options, prompt, deadline, ignored } = asked;
+    let Asked { options, prompt, caller, ignored } = asked;
     let Options { model, params, stream, include_usage } = options;
     let shown_model = if model.is_empty() { only_model(state) } else { model.clone() };
     let request = GenerateRequest { model, prompt, params };
-    let mut events = state.service.generate(request, deadline).await.map_err(ApiError::of_model)?;
+    let mut events = state.service.generate(request, caller).await.map_err(ApiError::of_model)?;
     let answer = Answer::new(state, kind, &events, shown_model, include_usage);
     if !stream {
         let body = collect(answer, events).await?;

@@ -113,7 +113,8 @@ pub(crate) async fn check_key<B: MessageBody + 'static>(
     }
 }
 
-fn bearer(headers: &HeaderMap) -> Option<&str> {
+/// The caller's key.
+pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
     let (scheme, key) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
