@@ -174,7 +174,7 @@ pub enum StageOutput<'a> {
     /// Activations `positions x hidden` (every stage but the last).
     Hidden(&'a mut [f32]),
     /// Logits: called once per `Sample` row (last position) and once per position of each `Score`
-    /// row, in order (last stage).
+    /// and `Verify` row, in order (last stage).
     Logits(&'a mut dyn FnMut(LogitsRow<'_>)),
 }
 

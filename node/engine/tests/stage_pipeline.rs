@@ -210,6 +210,34 @@ fn scores_follow_the_token_log() {
     assert_eq!(scores[12].next_logprob, None, "nothing follows the last token");
 }
 
+/// Drafts are accepted up to the first that is another token than the one chosen.
+#[test]
+fn drafts_are_verified_in_order() {
+    let expected = expected_tokens(&config(), &PROMPT, 8);
+    let chosen = |results: &ResultMeta| match &results.rows[0].outcome {
+        RowOutcome::Tokens(chosen) => chosen.iter().map(|c| c.token).collect::<Vec<_>>(),
+        other => panic!("expected tokens, got {other:?}"),
+    };
+    for stages in [1, 3] {
+        let mut pipeline = Pipeline::new(stages, Dtype::F32, Vec::new());
+        pipeline.open(0, &PROMPT, SamplingParams::greedy());
+        let mut meta = one_row(0, 0, 11, Want::Sample);
+        meta.tables = blocks(0, 0, 11);
+        assert_eq!(token(&pipeline.step(&meta, &PROMPT), 0), expected[0]);
+        let mut verify = |position: usize, first: u32, drafts: &[u32]| {
+            let count = 1 + drafts.len();
+            let mut meta = one_row(0, position as u32, count as u32, Want::Verify);
+            meta.drafts = drafts.to_vec();
+            meta.tables = blocks(0, position, count);
+            chosen(&pipeline.step(&meta, &[&[first], drafts].concat()))
+        };
+        assert_eq!(verify(11, expected[0], &expected[1..4]), expected[1..5], "all and one more");
+        let wrong = [expected[5], (expected[6] + 1) % VOCAB, expected[7]];
+        assert_eq!(verify(15, expected[4], &wrong), expected[5..7], "up to the wrong one");
+        assert_eq!(verify(17, expected[6], &[0]), expected[7..8], "what was wrong leaves no trace");
+    }
+}
+
 #[test]
 fn sampling_is_the_same_wherever_it_is_resumed() {
     let params = SamplingParams {

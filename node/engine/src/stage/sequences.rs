@@ -2,13 +2,16 @@
 //!
 //! The history of a sequence is its token log. A sampled token enters it at the index after the
 //! row's last position; whatever was there (a step that is tried again) is cut off first, so running
-//! a row twice gives the same token.
+//! a row twice gives the same token. A row that verifies drafts is as many samplings, one after the
+//! other, each after the tokens that were really chosen; it ends where a draft is another token.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use millrace_shared::id::SequenceId;
 use millrace_shared::sampling::{SamplingParams, Scratch, sample, score};
-use millrace_shared::wire::data::{OpenMeta, Row, RowOutcome, SequenceOpen, StepMeta, Want};
+use millrace_shared::wire::data::{
+    ChosenToken, OpenMeta, Row, RowOutcome, SequenceOpen, StepMeta, Want,
+};
 
 use super::StageError;
 use crate::seam::{LogitsRow, StageSpec};
@@ -115,14 +118,18 @@ impl Sequences {
             .iter()
             .map(|row| match row.want {
                 Want::None => Some(RowOutcome::Done),
-                Want::Sample | Want::Score { .. } => self.ready(row).err().map(RowOutcome::Failed),
+                Want::Sample | Want::Score { .. } | Want::Verify => {
+                    self.ready(row).err().map(RowOutcome::Failed)
+                }
             })
             .collect()
     }
 
     fn ready(&self, row: &Row) -> Result<(), String> {
         let sequence = self.get(row)?;
-        let end = (row.position + row.count) as usize;
+        // Drafts are no part of the history.
+        let own = if row.want == Want::Verify { 1 } else { row.count };
+        let end = (row.position + own) as usize;
         if sequence.history.len() < end {
             return Err(format!(
                 "sequence {} has {} tokens at the last stage, the row ends at {end}",
@@ -149,7 +156,7 @@ impl Sequences {
         if matches!(slot, Some(RowOutcome::Failed(_) | RowOutcome::Done)) {
             return;
         }
-        if let Err(cause) = self.outcome(row, slot, got) {
+        if let Err(cause) = self.outcome(row, meta.drafts_of(got.row), slot, got) {
             *slot = Some(RowOutcome::Failed(cause));
         }
     }
@@ -157,6 +164,7 @@ impl Sequences {
     fn outcome(
         &mut self,
         row: &Row,
+        drafts: &[u32],
         slot: &mut Option<RowOutcome>,
         got: LogitsRow<'_>,
     ) -> Result<(), String> {
@@ -179,6 +187,24 @@ impl Sequences {
                 *slot =
                     Some(RowOutcome::Token { token: sampled.token, logprobs: sampled.logprobs });
             }
+            Want::Verify => {
+                let mut chosen = match slot.take() {
+                    Some(RowOutcome::Tokens(chosen)) => chosen,
+                    _ => Vec::new(),
+                };
+                let index = (got.position - row.position) as usize;
+                let expected = index.checked_sub(1).map(|i| drafts.get(i).copied());
+                if chosen.len() == index && expected.unwrap_or(None) == last_token(&chosen) {
+                    let last = got.position;
+                    history.truncate(last as usize + 1);
+                    let sampled =
+                        sample(got.logits, params, history, *prompt_len, *seed, last, scratch)
+                            .map_err(|e| e.to_string())?;
+                    history.push(sampled.token);
+                    chosen.push(ChosenToken { token: sampled.token, logprobs: sampled.logprobs });
+                }
+                *slot = Some(RowOutcome::Tokens(chosen));
+            }
             Want::Score { top_k } => {
                 let next = history.get(got.position as usize + 1).copied();
                 let scored = score(got.logits, got.position, next, top_k, scratch)
@@ -191,6 +217,10 @@ impl Sequences {
         }
         Ok(())
     }
+}
+
+fn last_token(chosen: &[ChosenToken]) -> Option<u32> {
+    chosen.last().map(|c| c.token)
 }
 
 /// Every row's outcome; one for which the engine gave too little has failed.

@@ -1,0 +1,551 @@
+//! Prefix cache and drafts against a fake pipeline: they save work and change no token.
+//!
+//! The fake stage runs steps in issue order on a paged memory. Each slot remembers position, token
+//! and a hash of everything before, so that a table with a block of another beginning, a block that
+//! was never filled (a failed step leaves its slots void) or a position that was skipped gives other
+//! tokens than a sequence gives alone.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use millrace_shared::id::{MicroBatchId, SequenceId};
+use millrace_shared::scheduler::{
+    Kind, NewSequence, Outcome, Policy, Priority, Scheduler, SchedulerConfig, Step,
+};
+use millrace_shared::wire::data::{ChosenToken, Row, RowOutcome, RowResult, Want};
+use millrace_shared::wire::rpc::PositionScore;
+use proptest::prelude::*;
+
+/// What a slot that was never written holds, and whatever is computed from it.
+const VOID: u64 = u64::MAX;
+
+fn mix(chain: u64, token: u32) -> u64 {
+    if chain == VOID {
+        return VOID;
+    }
+    let x = (chain ^ u64::from(token)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (x ^ (x >> 29)) >> 1
+}
+
+fn chain(tokens: &[u32]) -> u64 {
+    tokens.iter().fold(0, |chain, &t| mix(chain, t))
+}
+
+/// The fake model mostly repeats itself, so that looking back is a good guess, and often is not.
+fn next_token(history: &[u32], chain: u64) -> u32 {
+    match (history.len().checked_sub(5), chain % 8) {
+        _ if chain == VOID => u32::MAX,
+        (Some(back), 1..) => history[back],
+        _ => (chain % 40) as u32,
+    }
+}
+
+fn expected(prompt: &[u32], new: u32) -> Vec<u32> {
+    let mut all = prompt.to_vec();
+    for _ in 0..new {
+        all.push(next_token(&all, chain(&all)));
+    }
+    all.split_off(prompt.len())
+}
+
+/// `shared` tokens that the family has in common, then `own` ones.
+fn prompt(family: u32, shared: u32, own: u32, id: u64) -> Vec<u32> {
+    let common = (0..shared).map(|i| 100 + family * 7 + i % 11);
+    common.chain((0..own).map(|i| 1000 + id as u32 * 64 + i)).collect()
+}
+
+type Slot = (u32, u32, u64);
+
+struct Stage {
+    block: u32,
+    slots: Vec<Slot>,
+    tables: BTreeMap<SequenceId, Vec<u32>>,
+    /// Positions computed for rows of more than one position that are not drafts.
+    prefilled: u64,
+    positions: u64,
+    steps: u64,
+}
+
+impl Stage {
+    fn new(config: &SchedulerConfig) -> Self {
+        Self {
+            block: config.block_size,
+            slots: vec![(0, 0, VOID); (config.num_blocks * config.block_size) as usize],
+            tables: BTreeMap::new(),
+            prefilled: 0,
+            positions: 0,
+            steps: 0,
+        }
+    }
+
+    fn slot(&self, id: SequenceId, position: u32) -> usize {
+        let block = self.tables[&id][(position / self.block) as usize];
+        (block * self.block + position % self.block) as usize
+    }
+
+    /// Tokens and hash of the positions before `end`, as the memory has them.
+    fn history(&self, id: SequenceId, end: u32) -> (Vec<u32>, u64) {
+        let mut tokens = Vec::new();
+        let mut hash = 0;
+        for position in 0..end {
+            let (at, token, held) = self.slots[self.slot(id, position)];
+            hash = mix(hash, token);
+            if held != hash || at != position {
+                hash = VOID;
+            }
+            tokens.push(token);
+        }
+        (tokens, hash)
+    }
+
+    fn execute(&mut self, step: &Step, fate: Fate) -> Reply {
+        for id in &step.meta.released {
+            self.tables.remove(id);
+        }
+        for update in &step.meta.tables {
+            let table = self.tables.entry(update.sequence).or_default();
+            assert!(update.first as usize <= table.len(), "a hole in the table");
+            table.truncate(update.first as usize);
+            table.extend(&update.blocks);
+        }
+        step.meta.validate(usize::MAX).expect("a valid frame");
+        self.steps += 1;
+        let mut rest = step.tokens.as_slice();
+        let mut results = Vec::new();
+        for (index, row) in step.meta.rows.iter().enumerate() {
+            let (tokens, after) = rest.split_at(row.count as usize);
+            rest = after;
+            self.positions += u64::from(row.count);
+            if row.want != Want::Verify && row.count > 1 {
+                self.prefilled += u64::from(row.count);
+            }
+            let outcome = self.row(row, tokens, step.meta.drafts_of(index), fate);
+            results.push(RowResult {
+                sequence: row.sequence,
+                sequence_epoch: row.sequence_epoch,
+                position: row.position,
+                count: row.count,
+                outcome,
+            });
+        }
+        match fate {
+            Fate::Good => Reply::Results(step.id, results),
+            Fate::Fails => Reply::Failed(step.id),
+        }
+    }
+
+    fn row(&mut self, row: &Row, tokens: &[u32], drafts: &[u32], fate: Fate) -> RowOutcome {
+        let (_, mut hash) = self.history(row.sequence, row.position);
+        for (position, &token) in (row.position..).zip(tokens) {
+            hash = mix(hash, token);
+            let slot = self.slot(row.sequence, position);
+            self.slots[slot] =
+                if fate == Fate::Good { (position, token, hash) } else { (0, 0, VOID) };
+        }
+        match row.want {
+            Want::None => RowOutcome::Done,
+            Want::Sample => {
+                let (history, hash) = self.history(row.sequence, row.position + row.count);
+                RowOutcome::Token { token: next_token(&history, hash), logprobs: None }
+            }
+            Want::Verify => {
+                assert_eq!(drafts, &tokens[1..]);
+                let mut chosen: Vec<ChosenToken> = Vec::new();
+                for (i, end) in (row.position + 1..).take(tokens.len()).enumerate() {
+                    if i > 0 && chosen[i - 1].token != drafts[i - 1] {
+                        break;
+                    }
+                    let (history, hash) = self.history(row.sequence, end);
+                    chosen.push(ChosenToken { token: next_token(&history, hash), logprobs: None });
+                }
+                RowOutcome::Tokens(chosen)
+            }
+            Want::Score { .. } => {
+                let score = |p| PositionScore {
+                    position: p,
+                    log_sum_exp: self.history(row.sequence, p + 1).1 as f32,
+                    ..PositionScore::default()
+                };
+                RowOutcome::Scores((row.position..row.position + row.count).map(score).collect())
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Good,
+    Fails,
+}
+
+enum Reply {
+    Results(MicroBatchId, Vec<RowResult>),
+    Failed(MicroBatchId),
+}
+
+struct Client {
+    prompt: Vec<u32>,
+    expected: Vec<u32>,
+    tokens: Vec<u32>,
+    scores: usize,
+}
+
+struct World {
+    scheduler: Scheduler,
+    stage: Stage,
+    wire: VecDeque<Reply>,
+    clients: BTreeMap<SequenceId, Client>,
+    next_id: u64,
+    now: Duration,
+    failed: u32,
+}
+
+impl World {
+    fn new(config: SchedulerConfig) -> Self {
+        Self {
+            scheduler: Scheduler::new(config),
+            stage: Stage::new(&config),
+            wire: VecDeque::new(),
+            clients: BTreeMap::new(),
+            next_id: 1,
+            now: Duration::ZERO,
+            failed: 0,
+        }
+    }
+
+    fn submit(&mut self, prompt: Vec<u32>, new: u32, kind: Kind) -> bool {
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        let request = NewSequence {
+            id,
+            prompt: prompt.clone(),
+            max_new_tokens: new,
+            kind,
+            submitted: self.now,
+            deadline: None,
+            client: id.0 % 3,
+            priority: Priority::Normal,
+        };
+        if self.scheduler.handle_submit(request).is_err() {
+            return false;
+        }
+        let new = if kind == Kind::Generate { new } else { 0 };
+        let expected = expected(&prompt, new);
+        self.clients.insert(id, Client { prompt, expected, tokens: Vec::new(), scores: 0 });
+        true
+    }
+
+    fn poll(&mut self, fate: Fate) -> bool {
+        let Some(step) = self.scheduler.poll_step(self.now) else { return false };
+        let reply = self.stage.execute(&step, fate);
+        if !step.meta.rows.is_empty() {
+            self.wire.push_back(reply);
+        }
+        true
+    }
+
+    fn deliver(&mut self) -> bool {
+        self.now += Duration::from_millis(1);
+        let outcomes = match self.wire.pop_front() {
+            None => return false,
+            Some(Reply::Failed(id)) => self.scheduler.handle_step_failed(id, "boom"),
+            Some(Reply::Results(id, rows)) => self.scheduler.handle_result(id, &rows, self.now),
+        };
+        for outcome in outcomes {
+            self.observe(outcome);
+        }
+        true
+    }
+
+    fn observe(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Token { sequence, index, token, last, .. } => {
+                let client = self.clients.get_mut(&sequence).expect("known");
+                assert_eq!(index as usize, client.tokens.len(), "in order, once each");
+                client.tokens.push(token);
+                assert_eq!(token, client.expected[index as usize], "{sequence} at {index}");
+                assert_eq!(last, client.tokens.len() == client.expected.len());
+                if last {
+                    self.clients.remove(&sequence);
+                }
+            }
+            Outcome::Scores { sequence, scores, last } => {
+                let client = self.clients.get_mut(&sequence).expect("known");
+                for score in scores {
+                    let right = chain(&client.prompt[..=score.position as usize]) as f32;
+                    assert_eq!(
+                        (score.position as usize, score.log_sum_exp),
+                        (client.scores, right)
+                    );
+                    client.scores += 1;
+                }
+                if last {
+                    self.clients.remove(&sequence);
+                }
+            }
+            Outcome::Failed { sequence, .. } => {
+                assert!(self.clients.remove(&sequence).is_some());
+                self.failed += 1;
+            }
+            Outcome::PrefillDone { .. } => {}
+            Outcome::Shed { .. } => panic!("nothing has a deadline"),
+        }
+    }
+
+    fn turn(&mut self) {
+        while self.poll(Fate::Good) {}
+        self.deliver();
+    }
+
+    fn drain(&mut self) {
+        let mut turns = 0;
+        loop {
+            while self.poll(Fate::Good) {
+                turns += 1;
+                assert!(turns < 200_000, "no end: {:?}", self.scheduler.stats());
+            }
+            if !self.deliver() {
+                break;
+            }
+        }
+        let stats = self.scheduler.stats();
+        assert!(self.clients.is_empty(), "stuck: {stats:?}");
+        assert_eq!((stats.running, stats.waiting, stats.in_flight), (0, 0, 0));
+        assert_eq!(stats.blocks_used, 0, "leaked blocks");
+        assert!(self.stage.tables.is_empty(), "leaked tables");
+        assert!(stats.prefix_hit_tokens <= stats.prefix_query_tokens);
+        assert!(stats.draft_tokens_accepted <= stats.draft_tokens);
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Submit { family: u32, shared: u32, own: u32, new: u32 },
+    Score { family: u32, shared: u32, own: u32 },
+    Cancel(usize),
+    Poll,
+    PollAll,
+    Deliver,
+    Fail,
+    Epoch,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        12 => (0..3u32, 0..40u32, 0..6u32, 1..40u32)
+            .prop_map(|(family, shared, own, new)| Op::Submit { family, shared, own, new }),
+        2 => (0..3u32, 0..40u32, 0..6u32)
+            .prop_map(|(family, shared, own)| Op::Score { family, shared, own }),
+        2 => (0..8usize).prop_map(Op::Cancel),
+        10 => Just(Op::Poll),
+        10 => Just(Op::PollAll),
+        20 => Just(Op::Deliver),
+        1 => Just(Op::Fail),
+        1 => Just(Op::Epoch),
+    ]
+}
+
+fn config() -> impl Strategy<Value = SchedulerConfig> {
+    (
+        (2u32..40, 1u32..8, 1u32..10, 1u32..40),
+        (1u32..6, 1u32..80, 1u32..100, any::<bool>(), any::<bool>()),
+    )
+        .prop_map(
+            |(
+                (num_blocks, block_size, max_num_seqs, max_waiting),
+                (max_in_flight, prefill_chunk, max_batch_tokens, prefix_cache, speculate),
+            )| SchedulerConfig {
+                num_blocks,
+                block_size,
+                max_num_seqs,
+                max_waiting,
+                max_in_flight,
+                prefill_chunk,
+                max_batch_tokens,
+                max_model_len: 100,
+                policy: Policy { prefix_cache, speculate, ..Policy::DEFAULT },
+            },
+        )
+}
+
+fn run(config: SchedulerConfig, ops: &[Op]) {
+    let mut world = World::new(config);
+    for op in ops {
+        match *op {
+            Op::Submit { family, shared, own, new } => {
+                let prompt = prompt(family, shared, own, world.next_id);
+                let new = new.min(100 - prompt.len() as u32);
+                let _ = world.submit(prompt, new, Kind::Generate);
+            }
+            Op::Score { family, shared, own } => {
+                let prompt = prompt(family, shared, own, world.next_id);
+                let _ = world.submit(prompt, 0, Kind::Score { top_k: 1 });
+            }
+            Op::Cancel(nth) => {
+                if let Some(&id) = world.clients.keys().nth(nth) {
+                    world.scheduler.handle_cancel(id);
+                    world.clients.remove(&id);
+                }
+            }
+            Op::Poll => drop(world.poll(Fate::Good)),
+            Op::PollAll => while world.poll(Fate::Good) {},
+            Op::Deliver => drop(world.deliver()),
+            Op::Fail => drop(world.poll(Fate::Fails)),
+            Op::Epoch => {
+                // New stages: nothing that was cached is there any more.
+                assert!(world.scheduler.handle_epoch(config).is_empty());
+                world.stage = Stage::new(&config);
+            }
+        }
+    }
+    world.drain();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn neither_cache_nor_drafts_change_a_token(
+        config in config(),
+        ops in prop::collection::vec(op(), 1..120),
+    ) {
+        run(config, &ops);
+    }
+}
+
+fn roomy(prefix_cache: bool, speculate: bool) -> SchedulerConfig {
+    SchedulerConfig {
+        num_blocks: 512,
+        block_size: 64,
+        max_num_seqs: 64,
+        max_waiting: 64,
+        max_in_flight: 3,
+        prefill_chunk: 64,
+        max_batch_tokens: 128,
+        max_model_len: 2048,
+        policy: Policy { prefix_cache, speculate, ..Policy::DEFAULT },
+    }
+}
+
+/// 64 requests with 1,000 tokens in common and 16 of their own: positions computed for prompts.
+fn shared_prefix(cache: bool, first_alone: bool) -> u64 {
+    let mut world = World::new(roomy(cache, false));
+    for n in 0..64 {
+        assert!(world.submit(prompt(1, 1000, 16, n), 8, Kind::Generate));
+        if n == 0 && first_alone {
+            world.drain();
+        }
+    }
+    world.drain();
+    world.stage.prefilled
+}
+
+#[test]
+fn a_shared_prefix_is_computed_about_once() {
+    for first_alone in [true, false] {
+        let (without, with) = (shared_prefix(false, first_alone), shared_prefix(true, first_alone));
+        let saved = 100.0 * (1.0 - with as f64 / without as f64);
+        let when = if first_alone { "after the first finished" } else { "all at once" };
+        println!(
+            "64 requests, 1,000 tokens in common, 16 of their own, {when}: {with} prompt positions \
+             computed instead of {without}, {saved:.1} % less"
+        );
+        assert!(without >= 64 * 1016);
+        assert!(saved > 90.0);
+    }
+}
+
+/// Whoever computes what others wait for may go away.
+#[test]
+fn those_who_wait_for_a_prefix_go_on_without_the_other() {
+    for cancel in [true, false] {
+        let mut world = World::new(roomy(true, false));
+        for n in 0..5 {
+            assert!(world.submit(prompt(1, 600, 16, n), 4, Kind::Generate));
+        }
+        assert!(world.poll(Fate::Good) && world.poll(Fate::Good));
+        world.deliver();
+        if cancel {
+            world.scheduler.handle_cancel(SequenceId(1));
+            world.clients.remove(&SequenceId(1));
+        } else {
+            assert!(world.poll(Fate::Fails));
+        }
+        world.drain();
+        assert_eq!(world.failed, u32::from(!cancel));
+        let stats = world.scheduler.stats();
+        assert!(world.stage.prefilled < 2 * 600 + 64 * 5 * 2, "{stats:?}");
+    }
+}
+
+#[test]
+fn a_conversation_finds_its_own_past() {
+    let mut world = World::new(roomy(true, false));
+    let mut said = prompt(2, 300, 0, 0);
+    assert!(world.submit(said.clone(), 100, Kind::Generate));
+    world.drain();
+    said.extend(expected(&said, 100));
+    said.extend([5, 6, 7]);
+    assert!(world.submit(said, 4, Kind::Generate));
+    assert!(world.poll(Fate::Good));
+    // 399 positions were computed, six full blocks.
+    assert_eq!(world.scheduler.cached_tokens(SequenceId(2)), 384);
+    world.drain();
+}
+
+#[test]
+fn the_preempted_find_their_own_blocks() {
+    let config = SchedulerConfig { num_blocks: 22, block_size: 4, ..roomy(true, false) };
+    let mut world = World::new(config);
+    for n in 0..4 {
+        let new = if n < 3 { 18 } else { 40 };
+        assert!(world.submit(prompt(n, 6, 0, n.into()), new, Kind::Generate));
+    }
+    world.drain();
+    // The others ended soon after one lost its blocks, and took only the last of them.
+    let stats = world.scheduler.stats();
+    assert_eq!(stats.preemptions, 1, "{stats:?}");
+    assert!(stats.prefix_hit_tokens >= 8, "{stats:?}");
+}
+
+#[test]
+fn scored_positions_are_always_computed() {
+    let mut world = World::new(roomy(true, false));
+    assert!(world.submit(prompt(1, 300, 0, 0), 4, Kind::Generate));
+    world.drain();
+    assert!(world.submit(prompt(1, 300, 0, 0), 0, Kind::Score { top_k: 1 }));
+    world.drain();
+    assert_eq!(world.scheduler.stats().prefix_hit_tokens, 0);
+    // What a scoring computed serves others.
+    assert!(world.submit(prompt(1, 300, 1, 0), 4, Kind::Generate));
+    world.drain();
+    assert_eq!(world.scheduler.stats().prefix_hit_tokens, 256);
+}
+
+fn decode_steps(speculate: bool, streams: u32) -> (u64, u64) {
+    let mut world = World::new(roomy(false, speculate));
+    for n in 0..streams {
+        assert!(world.submit(prompt(n, 40, 0, n.into()), 200, Kind::Generate));
+    }
+    world.drain();
+    (world.stage.steps, world.scheduler.stats().draft_tokens)
+}
+
+#[test]
+fn drafts_save_steps_where_there_are_few_streams_and_cost_nothing_where_there_are_many() {
+    let (plain, none) = decode_steps(false, 1);
+    let (drafted, some) = decode_steps(true, 1);
+    assert_eq!(none, 0);
+    println!("200 tokens: {plain} steps without drafts, {drafted} with {some} of them");
+    assert!(drafted * 3 < plain * 2 && some > 0);
+    let (plain, _) = decode_steps(false, 32);
+    assert!(decode_steps(true, 32).0 <= plain);
+    let mut world = World::new(roomy(false, true));
+    for n in 0..32 {
+        assert!(world.submit(prompt(n, 40, 0, n.into()), 200, Kind::Generate));
+    }
+    for _ in 0..300 {
+        world.turn();
+    }
+    assert_eq!(world.scheduler.stats().draft_tokens, 0, "a loaded pipeline drafts nothing");
+}
