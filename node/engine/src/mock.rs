@@ -228,7 +228,7 @@ impl MockEngine {
                         encode(hash, nan, &mut x[index * hidden..][..hidden]);
                     }
                     StageOutput::Logits(take)
-                        if matches!(row.want, Want::Score { .. })
+                        if matches!(row.want, Want::Score { .. } | Want::Verify)
                             || (last && row.want == Want::Sample) =>
                     {
                         self.logits.fill(0.0);
