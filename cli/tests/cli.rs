@@ -119,9 +119,10 @@ fn help_shows_every_command_and_examples() {
 fn the_contract_of_flags() {
     let dir = dir();
     let engine = ["--threads", "--cuts", "--prefill-chunk", "--micro-batches", "--kv-cache-dtype"];
+    let engine = engine.iter().chain(&["--prefix-cache", "--speculate"]);
     for args in [&["run"][..], &["up"], &["generate"], &["eval", "nll"], &["bench", "serve"]] {
         let help = succeeds(&millrace(dir.path(), &[args, &["--help"]].concat()));
-        for flag in engine.iter().chain(&["--activation-dtype", "--engine", "--stages"]) {
+        for flag in engine.clone().chain(&["--activation-dtype", "--engine", "--stages"]) {
             assert!(help.contains(flag), "{args:?} lacks {flag}");
         }
     }

@@ -147,6 +147,8 @@ impl WarnForeign for EngineOptions {
             (self.cuts.is_some(), "--cuts"),
             (self.prefill_chunk != defaults.prefill_chunk, "--prefill-chunk"),
             (self.micro_batches != MicroBatches::Auto, "--micro-batches"),
+            (self.prefix_cache != defaults.prefix_cache, "--prefix-cache"),
+            (self.speculate != defaults.speculate, "--speculate"),
         ];
         for (given, flag) in foreign {
             if given {
