@@ -12,7 +12,7 @@
 //! | RMS norm | squares in 16 lanes by fma, tree 8-4-2-1; `(x * (1 / sqrt(mean + eps))) * gain` |
 //! | RoPE | tables in f64 by `libm`'s own code; `fma(a, cos, -(b sin))`, `fma(a, sin, b cos)` |
 //! | attention | parts of 512 positions, each by itself, then merged in order: `sum = fma(sum, exp(max - top), sum' * exp(max' - top))`, outputs likewise. In a part: a score is one lane over the head's elements, times `1 / sqrt(dim)`; `exp(score - max)` summed in 16 lanes, in order, tree 8-4-2-1; an output is one lane over positions |
-//! | int8 cache | per head and position: `d = absmax / 127`, `q = round_even(x * (127 / absmax))`; products of integers (exact) with queries as i16, `absmax / 32767` per head, and with `exp(..) * d` as i16, the part's largest as 32767; a score is `(dot * d) * (d_query * (1 / sqrt(dim)))` |
+//! | int8 cache | per head and position: `d = absmax / 127`, `q = round_even(x * (127 / absmax))`; products of integers (exact) with queries in units of `absmax / 32639` per head, and with `exp(..) * d`, the part's largest as 32639; a score is `(dot * d) * (d_query * (1 / sqrt(dim)))` |
 //! | exp | own polynomial of degree 6 over fma, `kernels::elementwise::exp` |
 //! | gate | `(g / (1 + exp(-g))) * u` |
 //! | residual | `x + w y`, one addition; rounded to the activation dtype at each layer boundary |
@@ -44,5 +44,5 @@ pub(crate) use pack::dequantise_row;
 /// Revision of everything in this engine that may change a token. Raise the first number with any
 /// change of an order or formula in the table above. Another `libm` gives another revision by itself.
 pub fn numerics_revision() -> String {
-    format!("cpu/2;act32;part{};exp1;rope{:016x}", kernels::attention::PART, rope::fingerprint())
+    format!("cpu/3;act32;part{};exp1;rope{:016x}", kernels::attention::PART, rope::fingerprint())
 }

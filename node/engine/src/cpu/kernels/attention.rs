@@ -7,16 +7,17 @@
 //! an output is one lane, sequential in positions. Masked positions are never multiplied (or, as
 //! integers, by zero). So nothing depends on which queries are computed together.
 //!
-//! With an int8 cache the products are of integers and exact: queries as i16, `absmax / 32767` per
-//! head, and probabilities times value scales as i16, the largest of a part as 32767.
+//! With an int8 cache the products are of integers and exact: queries in units of `absmax / 32639`
+//! per head, and probabilities times value scales, the largest of a part as 32639.
 
 use std::ops::Range;
 
 use super::dispatch;
 use super::elementwise::exp;
-use super::pairs::Pairs;
 use super::part::{self, Part, locate};
-use super::products::{scores, values};
+use super::products::{Scale, scores, values};
+use super::quads::{FACTOR_BYTES, Quads};
+use super::softmax::{Scaled, factors, int_scales, integers, softmax};
 use super::store::absmax;
 use super::stored::{F16, F32, Int8, KvType, Stored};
 
@@ -24,9 +25,9 @@ use super::stored::{F16, F32, Int8, KvType, Stored};
 pub(crate) const PART: usize = 512;
 /// Most queries that share a pass over a part.
 const LUMP: usize = 6;
-/// Largest number in place of a float.
-const INT_MAX: f32 = 32767.0;
-/// The longest head: sums of products of i8 and i16 must fit an i32, as those over a part do.
+/// The same for integers, whose sums take two registers each.
+const THREE: usize = 3;
+/// The longest head: sums of products of i8 and factors must fit an i32, as those over a part do.
 pub(crate) const MAX_INT8_DIM: usize = PART;
 
 /// What to attend to. Queries are `count` positions times `group` heads.
@@ -69,7 +70,7 @@ pub(crate) fn scratch_len(group: usize, dim: usize) -> usize {
     part::room(dim)
         + LUMP * (PART + PART / 2 + record_len(dim))
         + queries * (record_len(dim) + dim / 2)
-        + queries.next_multiple_of(16)
+        + (2 * queries).next_multiple_of(16)
 }
 
 /// Floats of a [`merge`] record: sums of values, then maximum, sum of probabilities, room.
@@ -109,16 +110,16 @@ struct Scratch {
     part: *mut f32,
     /// `6 x PART`.
     scores: *mut f32,
-    /// `6 x PART` i16.
+    /// `6 x PART` factors.
     integers: *mut f32,
     /// A record for each of 6 queries.
     now: *mut f32,
     /// A record for each query.
     totals: *mut f32,
-    /// For each query `dim` i16.
+    /// For each query `dim` factors.
     queries: *mut f32,
-    /// For each query what its scores are multiplied by.
-    factors: *mut f32,
+    /// For each query what becomes of its sums.
+    scales: *mut Scale,
 }
 
 impl Scratch {
@@ -133,14 +134,14 @@ impl Scratch {
             let now = integers.add(LUMP * PART / 2);
             let totals = now.add(LUMP * record_len(a.dim));
             let ints = totals.add(queries * record_len(a.dim));
-            let factors = ints.add(queries * a.dim / 2);
-            Self { part, scores, integers, now, totals, queries: ints, factors }
+            let scales = ints.add(queries * a.dim / 2).cast();
+            Self { part, scores, integers, now, totals, queries: ints, scales }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn attend_generic<V: Pairs>(a: &Attend<'_>) {
+unsafe fn attend_generic<V: Quads>(a: &Attend<'_>) {
     // SAFETY: as `Attend` says.
     unsafe {
         let s = Scratch::new(a);
@@ -160,7 +161,7 @@ unsafe fn attend_generic<V: Pairs>(a: &Attend<'_>) {
 }
 
 #[inline(always)]
-unsafe fn attend_part_generic<V: Pairs>(a: &Attend<'_>, part: usize, records: *mut f32) {
+unsafe fn attend_part_generic<V: Quads>(a: &Attend<'_>, part: usize, records: *mut f32) {
     // SAFETY: as `Attend` says; a record for every query.
     unsafe {
         let s = Scratch::new(a);
@@ -170,7 +171,7 @@ unsafe fn attend_part_generic<V: Pairs>(a: &Attend<'_>, part: usize, records: *m
 }
 
 #[inline(always)]
-unsafe fn join_generic<V: Pairs>(
+unsafe fn join_generic<V: Quads>(
     records: *mut f32,
     stride: usize,
     parts: usize,
@@ -188,7 +189,7 @@ unsafe fn join_generic<V: Pairs>(
 
 /// Adds a record to those of the parts before it.
 #[inline(always)]
-unsafe fn merge<V: Pairs>(total: *mut f32, next: *const f32, dim: usize) {
+unsafe fn merge<V: Quads>(total: *mut f32, next: *const f32, dim: usize) {
     // SAFETY: two records.
     unsafe {
         let (old, new) = (*total.add(dim), *next.add(dim));
@@ -209,7 +210,7 @@ unsafe fn merge<V: Pairs>(total: *mut f32, next: *const f32, dim: usize) {
 
 /// Normalises.
 #[inline(always)]
-unsafe fn finish<V: Pairs>(record: *const f32, out: *mut f32, dim: usize) {
+unsafe fn finish<V: Quads>(record: *const f32, out: *mut f32, dim: usize) {
     // SAFETY: a record and `dim` outputs.
     unsafe {
         let inverse = V::splat(1.0 / *record.add(dim + 1));
@@ -219,32 +220,32 @@ unsafe fn finish<V: Pairs>(record: *const f32, out: *mut f32, dim: usize) {
     }
 }
 
-/// What scores are multiplied by, and queries as integers.
+/// What becomes of the sums of queries, and queries as integers.
 #[inline(always)]
-unsafe fn prepare<V: Pairs>(a: &Attend<'_>, s: &Scratch) {
+unsafe fn prepare<V: Quads>(a: &Attend<'_>, s: &Scratch) {
     // SAFETY: queries and scratch as `Attend` says.
     unsafe {
         for i in 0..a.count * a.group {
-            let factor = s.factors.add(i);
+            let to = s.scales.add(i);
             if a.kind != KvType::Int8 {
-                *factor = a.scale;
+                *to = Scale { factor: a.scale, excess: 0 };
                 continue;
             }
             let q = query(a, i);
             let (scale, inverse) = int_scales(absmax::<V>(q, a.dim));
-            *factor = scale * a.scale;
-            let to = s.queries.cast::<i16>().add(i * a.dim);
-            for d in (0..a.dim).step_by(16) {
-                V::load(q.add(d)).mul(V::splat(inverse)).store_i16(to.add(d));
-            }
+            let excess = factors::<V>(q, a.dim, inverse, a.integer_query(s, i));
+            *to = Scale { factor: scale * a.scale, excess };
         }
     }
 }
 
-/// Scale and its inverse of i16 in place of floats. NaN and infinity survive in the scale.
-#[inline(always)]
-fn int_scales(absmax: f32) -> (f32, f32) {
-    if absmax < 1e-30 { (0.0, 0.0) } else { (absmax / INT_MAX, INT_MAX / absmax) }
+impl Attend<'_> {
+    /// Factors of query `i`.
+    #[inline(always)]
+    unsafe fn integer_query(&self, s: &Scratch, i: usize) -> *mut u8 {
+        // SAFETY: the caller gives an existing query.
+        unsafe { s.queries.cast::<u8>().add(i * self.dim / 4 * FACTOR_BYTES) }
+    }
 }
 
 /// Query `i`.
@@ -256,7 +257,7 @@ unsafe fn query(a: &Attend<'_>, i: usize) -> *const f32 {
 
 /// One part for some queries, into their records or merged into them.
 #[inline(always)]
-unsafe fn one_part<V: Pairs>(
+unsafe fn one_part<V: Quads>(
     a: &Attend<'_>,
     s: &Scratch,
     part: usize,
@@ -298,7 +299,7 @@ impl Call<'_> {
 
 /// Takes queries together, as many as registers allow.
 #[inline(always)]
-unsafe fn lumps<V: Pairs, E: Stored<V>>(c: &Call<'_>, queries: Range<usize>) {
+unsafe fn lumps<V: Quads, E: Stored<V>>(c: &Call<'_>, queries: Range<usize>) {
     let mut i = queries.start;
     while i < queries.end {
         let left = queries.end - i;
@@ -306,7 +307,8 @@ unsafe fn lumps<V: Pairs, E: Stored<V>>(c: &Call<'_>, queries: Range<usize>) {
         unsafe {
             let n = if V::WIDE {
                 // Not six and one, but four and three.
-                let n = left.div_ceil(left.div_ceil(LUMP));
+                let most = if E::INTEGER && left != 4 { THREE } else { LUMP };
+                let n = left.div_ceil(left.div_ceil(most));
                 match n {
                     1 => lump::<V, E, 1>(c, i),
                     2 => lump::<V, E, 2>(c, i),
@@ -333,7 +335,7 @@ unsafe fn lumps<V: Pairs, E: Stored<V>>(c: &Call<'_>, queries: Range<usize>) {
 
 /// `N` queries from `i`.
 #[inline(always)]
-unsafe fn lump<V: Pairs, E: Stored<V>, const N: usize>(c: &Call<'_>, i: usize) {
+unsafe fn lump<V: Quads, E: Stored<V>, const N: usize>(c: &Call<'_>, i: usize) {
     let (s, dim) = (c.s, c.a.dim);
     let len = record_len(dim);
     // Later queries see more.
@@ -341,29 +343,31 @@ unsafe fn lump<V: Pairs, E: Stored<V>, const N: usize>(c: &Call<'_>, i: usize) {
     // SAFETY: indices of the scratch and of existing queries.
     unsafe {
         let rows: [*mut f32; N] = std::array::from_fn(|q| s.scores.add(q * PART));
-        let ints: [*mut i16; N] = std::array::from_fn(|q| s.integers.cast::<i16>().add(q * PART));
+        let ints: [*mut u8; N] =
+            std::array::from_fn(|q| s.integers.cast::<u8>().add(q * PART / 4 * FACTOR_BYTES));
         let to = if c.add { s.now } else { c.records.add(i * len) };
         let records: [*mut f32; N] = std::array::from_fn(|q| to.add(q * len));
         all_scores::<V, E, N>(c, i, most, rows);
-        let mut factors = [0f32; N];
+        let mut scales = [Scale { factor: 1.0, excess: 0 }; N];
         for q in 0..N {
             let n = c.seen(i + q);
-            let (top, sum) = softmax::<V>(rows[q], n);
+            let mut scaled = Scaled::<V>::new(c.part, n, (q, N));
+            let (top, sum) = softmax::<V, E>(rows[q], n, dim, &mut scaled);
             (*records[q].add(dim), *records[q].add(dim + 1)) = (top, sum);
             if E::INTEGER {
-                factors[q] = integers::<V>(c.part, rows[q], n, most, ints[q]);
+                scales[q] = integers::<V>(&scaled, rows[q], most, ints[q]);
             }
         }
         if E::INTEGER {
-            let p = ints.map(|p| p.cast_const().cast());
-            all_values::<V, E, N>(c, (0, most), p, factors, records, false);
+            let p = ints.map(<*mut u8>::cast_const);
+            all_values::<V, E, N>(c, (0, most), p, scales, records, false);
         } else {
             let p = rows.map(|p| p.cast_const().cast());
-            all_values::<V, E, N>(c, (0, fewest), p, factors, records, false);
+            all_values::<V, E, N>(c, (0, fewest), p, scales, records, false);
             for q in 0..N {
                 let range = (fewest, c.seen(i + q));
                 if range.0 < range.1 {
-                    all_values::<V, E, 1>(c, range, [p[q]], [0.0], [records[q]], true);
+                    all_values::<V, E, 1>(c, range, [p[q]], [scales[q]], [records[q]], true);
                 }
             }
         }
@@ -377,7 +381,7 @@ unsafe fn lump<V: Pairs, E: Stored<V>, const N: usize>(c: &Call<'_>, i: usize) {
 
 /// Scores with the first `n` positions, and with some after them.
 #[inline(always)]
-unsafe fn all_scores<V: Pairs, E: Stored<V>, const N: usize>(
+unsafe fn all_scores<V: Quads, E: Stored<V>, const N: usize>(
     c: &Call<'_>,
     i: usize,
     n: usize,
@@ -388,22 +392,25 @@ unsafe fn all_scores<V: Pairs, E: Stored<V>, const N: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         let queries: [*const u8; N] = std::array::from_fn(|q| {
-            if E::INTEGER {
-                s.queries.cast::<i16>().add((i + q) * a.dim).cast_const().cast()
-            } else {
-                query(a, i + q).cast()
-            }
+            if E::INTEGER { a.integer_query(s, i + q).cast_const() } else { query(a, i + q).cast() }
         });
-        let factors: [f32; N] = std::array::from_fn(|q| *s.factors.add(i + q));
+        let scales: [Scale; N] = std::array::from_fn(|q| *s.scales.add(i + q));
         let mut group = 0;
         if V::WIDE {
-            while group + 4 <= groups {
-                scores::<V, E, N, 4>(c.part, group, a.dim, queries, factors, rows);
-                group += 4;
+            if E::INTEGER && N > THREE {
+                while group + 2 <= groups {
+                    scores::<V, E, N, 2>(c.part, group, a.dim, queries, scales, rows);
+                    group += 2;
+                }
+            } else {
+                while group + 4 <= groups {
+                    scores::<V, E, N, 4>(c.part, group, a.dim, queries, scales, rows);
+                    group += 4;
+                }
             }
         }
         while group < groups {
-            scores::<V, E, N, 1>(c.part, group, a.dim, queries, factors, rows);
+            scores::<V, E, N, 1>(c.part, group, a.dim, queries, scales, rows);
             group += 1;
         }
     }
@@ -411,11 +418,11 @@ unsafe fn all_scores<V: Pairs, E: Stored<V>, const N: usize>(
 
 /// Sums of values for all dimensions.
 #[inline(always)]
-unsafe fn all_values<V: Pairs, E: Stored<V>, const N: usize>(
+unsafe fn all_values<V: Quads, E: Stored<V>, const N: usize>(
     c: &Call<'_>,
     range: (usize, usize),
     p: [*const u8; N],
-    factors: [f32; N],
+    scales: [Scale; N],
     out: [*mut f32; N],
     on_top: bool,
 ) {
@@ -424,73 +431,21 @@ unsafe fn all_values<V: Pairs, E: Stored<V>, const N: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         if V::WIDE {
-            while column + 4 <= dim / 16 {
-                values::<V, E, N, 4>(c.part, column, dim, range, p, factors, out, on_top);
-                column += 4;
+            if E::INTEGER && N > THREE {
+                while column + 2 <= dim / 16 {
+                    values::<V, E, N, 2>(c.part, column, dim, range, p, scales, out, on_top);
+                    column += 2;
+                }
+            } else {
+                while column + 4 <= dim / 16 {
+                    values::<V, E, N, 4>(c.part, column, dim, range, p, scales, out, on_top);
+                    column += 4;
+                }
             }
         }
         while column < dim / 16 {
-            values::<V, E, N, 1>(c.part, column, dim, range, p, factors, out, on_top);
+            values::<V, E, N, 1>(c.part, column, dim, range, p, scales, out, on_top);
             column += 1;
         }
-    }
-}
-
-/// Turns `n` scores into unnormalised probabilities, followed by zeros up to a multiple of 16; returns
-/// the largest score and the sum.
-#[inline(always)]
-unsafe fn softmax<V: Pairs>(scores: *mut f32, n: usize) -> (f32, f32) {
-    let end = n.next_multiple_of(16);
-    // SAFETY: scores up to a multiple of 16.
-    unsafe {
-        for j in n..end {
-            *scores.add(j) = f32::NEG_INFINITY;
-        }
-        let mut most = V::load(scores);
-        for j in (16..end).step_by(16) {
-            most = V::load(scores.add(j)).max(most);
-        }
-        let top = most.top();
-        let mut sums = V::splat(0.0);
-        for j in (0..end).step_by(16) {
-            let at = scores.add(j);
-            exp(V::load(at).sub(V::splat(top))).store(at);
-            for k in n.clamp(j, j + 16)..j + 16 {
-                *scores.add(k) = 0.0;
-            }
-            sums = sums.add(V::load(at));
-        }
-        (top, sums.sum())
-    }
-}
-
-/// Turns `n` probabilities into integers with the scales of values in them, followed by zeros up to
-/// position `end` and its group; returns what the integers are to be multiplied by.
-#[inline(always)]
-unsafe fn integers<V: Pairs>(part: &Part, p: *mut f32, n: usize, end: usize, to: *mut i16) -> f32 {
-    // SAFETY: probabilities up to a multiple of 16, integers and scales likewise.
-    unsafe {
-        let zero = V::splat(0.0);
-        let (mut most, mut poison) = (zero, zero);
-        for j in (0..n).step_by(16) {
-            let mut scales = part.value_scales[j / 16];
-            let mut some = [0f32; 16];
-            if n - j < 16 {
-                scales.copy_to_nonoverlapping(some.as_mut_ptr(), n - j);
-                scales = some.as_ptr();
-            }
-            let x = V::load(p.add(j)).mul(V::load(scales));
-            x.store(p.add(j));
-            most = x.max(most);
-            poison = x.fma(zero, poison);
-        }
-        let (scale, inverse) = int_scales(most.top() + poison.sum());
-        for j in (0..n).step_by(16) {
-            V::load(p.add(j)).mul(V::splat(inverse)).store_i16(to.add(j));
-        }
-        for j in (n.next_multiple_of(16)..end).step_by(16) {
-            zero.store_i16(to.add(j));
-        }
-        scale
     }
 }

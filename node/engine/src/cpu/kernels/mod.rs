@@ -19,13 +19,14 @@ pub(crate) mod lanes;
 pub(crate) mod limits;
 pub(crate) mod matmul;
 pub(crate) mod paged;
-mod pairs;
 mod part;
 mod products;
 #[cfg(test)]
 mod properties;
+mod quads;
 pub(crate) mod rows;
 mod scalar;
+mod softmax;
 mod store;
 pub(crate) mod stored;
 #[cfg(test)]

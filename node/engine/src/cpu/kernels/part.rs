@@ -4,13 +4,13 @@
 //! first, and f16 that many queries will read is widened once.
 
 use super::attention::{Attend, PART};
-use super::pairs::Pairs;
+use super::quads::Quads;
 use super::stored::KvType;
 
 /// Groups of sixteen positions in a part.
 const GROUPS: usize = PART / 16;
 /// Groups that are asked for in advance.
-pub(super) const AHEAD: usize = 4;
+pub(super) const AHEAD: usize = GROUPS / 2;
 
 /// A part of the sequence. Pointers beyond `groups` are only good for prefetching.
 pub(super) struct Part {
@@ -36,7 +36,7 @@ pub(super) fn room(dim: usize) -> usize {
 /// # Safety
 /// As `Attend` says; `room` floats at `scratch`.
 #[inline(always)]
-pub(super) unsafe fn locate<V: Pairs>(
+pub(super) unsafe fn locate<V: Quads>(
     a: &Attend<'_>,
     start: usize,
     n: usize,
@@ -83,16 +83,22 @@ unsafe fn in_place(a: &Attend<'_>, start: usize, n: usize, part: &mut Part) {
     let group_bytes = a.kind.element_bytes(1, a.dim);
     // Groups that exist after the part's last: their keys are what is read next.
     let known = (a.blocks.len() * a.block_size - start) / 16;
-    // SAFETY: blocks are in range, and hold whole groups.
-    unsafe {
-        for g in 0..(part.groups + AHEAD).min(known) {
-            let (at, offset) = slice_at(a, start + g * 16);
-            part.keys[g] = a.keys.add(at + offset * group_bytes);
-            part.values[g] = a.values.add(at + offset * group_bytes);
-            if g < part.groups {
-                part.key_scales[g] = a.keys.add(at + scales + offset * 4).cast();
-                part.value_scales[g] = a.values.add(at + scales + offset * 4).cast();
+    let groups = (part.groups + AHEAD).min(known);
+    let mut g = 0;
+    while g < groups {
+        // Blocks divide parts, so this is the start of one.
+        let (at, _) = slice_at(a, start + g * 16);
+        for offset in (0..a.block_size).step_by(16).take(groups - g) {
+            // SAFETY: blocks are in range, and hold whole groups.
+            unsafe {
+                part.keys[g] = a.keys.add(at + offset * group_bytes);
+                part.values[g] = a.values.add(at + offset * group_bytes);
+                if g < part.groups {
+                    part.key_scales[g] = a.keys.add(at + scales + offset * 4).cast();
+                    part.value_scales[g] = a.values.add(at + scales + offset * 4).cast();
+                }
             }
+            g += 1;
         }
     }
     debug_assert!(part.groups * 16 >= n);
@@ -126,7 +132,8 @@ unsafe fn gather(a: &Attend<'_>, start: usize, n: usize, scratch: *mut f32, part
             }
             if step > bs {
                 for d in 0..dim {
-                    *values.add((first / 2 * dim + d) * 2 + first % 2) = *v.add(d);
+                    let to = values.add((first / step * dim + d) * step + first % step);
+                    v.add(d * bs).copy_to_nonoverlapping(to, bs);
                 }
             } else {
                 v.copy_to_nonoverlapping(values.add(first * dim * bytes), bs * dim * bytes);
@@ -148,7 +155,7 @@ unsafe fn gather(a: &Attend<'_>, start: usize, n: usize, scratch: *mut f32, part
 
 /// Converts f16 to f32.
 #[inline(always)]
-unsafe fn widen<V: Pairs>(dim: usize, scratch: *mut f32, part: &mut Part) {
+unsafe fn widen<V: Quads>(dim: usize, scratch: *mut f32, part: &mut Part) {
     // SAFETY: the caller's promise.
     unsafe {
         for g in 0..part.groups {

@@ -2,7 +2,7 @@
 
 use super::dispatch;
 use super::lanes::scales;
-use super::pairs::Pairs;
+use super::quads::{OFFSET, Quads};
 use super::stored::KvType;
 
 /// One head of one position.
@@ -44,7 +44,7 @@ dispatch! {
 }
 
 #[inline(always)]
-unsafe fn store_generic<V: Pairs>(s: &Store) {
+unsafe fn store_generic<V: Quads>(s: &Store) {
     // SAFETY: as `Store` says; `dim` is a multiple of 16.
     unsafe {
         match s.kind {
@@ -66,10 +66,10 @@ unsafe fn store_generic<V: Pairs>(s: &Store) {
             }
             KvType::Int8 => {
                 let at = s.kind.element_bytes(s.block_size, s.dim) + s.offset * 4;
-                let scale = int8::<V>(s.key, s.dim, |d, x| *s.keys.add(s.key_at(d)) = x as u8);
+                let scale = int8::<V>(s.key, s.dim, |d, x| *s.keys.add(s.key_at(d)) = x);
                 s.keys.add(at).cast::<f32>().write_unaligned(scale);
                 let scale = int8::<V>(s.value, s.dim, |d, x| {
-                    *s.values.add(s.value_at(d)) = x as u8;
+                    *s.values.add(s.value_at(d)) = x;
                 });
                 s.values.add(at).cast::<f32>().write_unaligned(scale);
             }
@@ -79,7 +79,7 @@ unsafe fn store_generic<V: Pairs>(s: &Store) {
 
 /// The largest magnitude of `n` elements; NaN where one is not finite.
 #[inline(always)]
-pub(super) unsafe fn absmax<V: Pairs>(x: *const f32, n: usize) -> f32 {
+pub(super) unsafe fn absmax<V: Quads>(x: *const f32, n: usize) -> f32 {
     // SAFETY: `n` readable elements, a multiple of 16.
     unsafe {
         let zero = V::splat(0.0);
@@ -93,9 +93,9 @@ pub(super) unsafe fn absmax<V: Pairs>(x: *const f32, n: usize) -> f32 {
     }
 }
 
-/// Gives every element as `round(x * (127 / absmax))`, and returns `absmax / 127`.
+/// Gives every element as `round(x * (127 / absmax)) + 128`, and returns `absmax / 127`.
 #[inline(always)]
-unsafe fn int8<V: Pairs>(x: *const f32, n: usize, mut put: impl FnMut(usize, i8)) -> f32 {
+unsafe fn int8<V: Quads>(x: *const f32, n: usize, mut put: impl FnMut(usize, u8)) -> f32 {
     // SAFETY: `n` readable elements, a multiple of 16.
     unsafe {
         let (scale, inverse) = scales(absmax::<V>(x, n));
@@ -103,7 +103,7 @@ unsafe fn int8<V: Pairs>(x: *const f32, n: usize, mut put: impl FnMut(usize, i8)
             let mut lanes = [0i8; 16];
             V::load(x.add(d)).mul(V::splat(inverse)).store_i8(lanes.as_mut_ptr());
             for (i, &x) in lanes.iter().enumerate() {
-                put(d + i, x);
+                put(d + i, x as u8 ^ OFFSET);
             }
         }
         scale

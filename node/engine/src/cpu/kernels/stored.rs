@@ -3,13 +3,14 @@
 //! A block holds `block_size` positions of each KV head in one slice: first the elements, then (int8
 //! alone) an f32 scale per position. Elements come in rows of sixteen columns. Keys: columns are
 //! positions, `[position / 16][dim / step][16][step]`, so that a score is one lane. Values: columns
-//! are dimensions, `[position / step][dim][step]`. `step` is 2 for int8, so that a row is pairs for
-//! integer products, else 1. Smaller blocks have as many columns of keys as positions, and blocks of
-//! one position no pairs of values; [`super::part`] copies those together.
+//! are dimensions, `[position / step][dim][step]`. `step` is 4 for int8, so that a row is quads for
+//! integer products, else 1; integers are stored 128 too large, as u8. Smaller blocks have as many
+//! columns of keys as positions, and the smallest shorter steps of values; [`super::part`] copies
+//! those together.
 
 use millrace_shared::model::Dtype;
 
-use super::pairs::Pairs;
+use super::quads::{FACTOR_BYTES, Quads};
 
 /// Stored type of keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +43,7 @@ impl KvType {
 
     /// Elements of a column that lie together.
     pub(crate) fn step(self) -> usize {
-        if self == Self::Int8 { 2 } else { 1 }
+        if self == Self::Int8 { 4 } else { 1 }
     }
 
     /// Bytes of the elements of one head of a block; scales follow.
@@ -60,22 +61,28 @@ impl KvType {
 /// A stored type as the kernels see it.
 ///
 /// # Safety
-/// As of [`Pairs`]; pointers are valid for what is read.
-pub(crate) trait Stored<V: Pairs> {
+/// As of [`Quads`]; pointers are valid for what is read.
+pub(crate) trait Stored<V: Quads> {
     /// Elements of a column in a row.
     const STEP: usize;
     /// Bytes of a row of sixteen columns.
     const ROW: usize;
+    /// Bytes of the other factor of a row.
+    const FACTOR: usize;
+    /// Whether rows are worth asking for in advance: four bytes an element are in the first cache.
+    const AHEAD: bool;
     /// Whether it has scales and takes the other factor as integers.
     const INTEGER: bool;
     type Row: Copy;
+    type Factor: Copy;
     type Sums: Copy;
     unsafe fn zero() -> Self::Sums;
     unsafe fn row(p: *const u8) -> Self::Row;
-    /// The other factor, for every column: an f32, or two i16; four bytes in any case.
-    unsafe fn factor(p: *const u8) -> Self::Row;
-    unsafe fn dot(sums: Self::Sums, row: Self::Row, factor: Self::Row) -> Self::Sums;
-    unsafe fn float(sums: Self::Sums) -> V;
+    /// The other factor, for every column: an f32, or four integers.
+    unsafe fn factor(p: *const u8) -> Self::Factor;
+    unsafe fn dot(sums: Self::Sums, row: Self::Row, factor: Self::Factor) -> Self::Sums;
+    /// Sums as floats; `excess` is what integer ones are too large by.
+    unsafe fn float(sums: Self::Sums, excess: i32) -> V;
     /// Sums to go on from. Integer sums never are.
     unsafe fn resume(from: V) -> Self::Sums;
 }
@@ -89,11 +96,14 @@ pub(crate) struct Int8;
 
 macro_rules! float {
     ($name:ident, $bytes:literal, |$p:ident| $load:expr) => {
-        impl<V: Pairs> Stored<V> for $name {
+        impl<V: Quads> Stored<V> for $name {
             const STEP: usize = 1;
             const ROW: usize = 16 * $bytes;
+            const FACTOR: usize = 4;
+            const AHEAD: bool = $bytes == 2;
             const INTEGER: bool = false;
             type Row = V;
+            type Factor = V;
             type Sums = V;
             #[inline(always)]
             unsafe fn zero() -> V {
@@ -116,7 +126,7 @@ macro_rules! float {
                 unsafe { row.fma(factor, sums) }
             }
             #[inline(always)]
-            unsafe fn float(sums: V) -> V {
+            unsafe fn float(sums: V, _: i32) -> V {
                 sums
             }
             #[inline(always)]
@@ -129,11 +139,14 @@ macro_rules! float {
 float!(F32, 4, |p| V::load(p.cast()));
 float!(F16, 2, |p| V::load_f16(p.cast()));
 
-impl<V: Pairs> Stored<V> for Int8 {
-    const STEP: usize = 2;
-    const ROW: usize = 32;
+impl<V: Quads> Stored<V> for Int8 {
+    const STEP: usize = 4;
+    const ROW: usize = 64;
+    const FACTOR: usize = FACTOR_BYTES;
+    const AHEAD: bool = true;
     const INTEGER: bool = true;
     type Row = V::Row;
+    type Factor = V::Factor;
     type Sums = V::Sums;
     #[inline(always)]
     unsafe fn zero() -> V::Sums {
@@ -143,22 +156,22 @@ impl<V: Pairs> Stored<V> for Int8 {
     #[inline(always)]
     unsafe fn row(p: *const u8) -> V::Row {
         // SAFETY: the caller gives a row.
-        unsafe { V::row(p.cast()) }
+        unsafe { V::quads(p) }
     }
     #[inline(always)]
-    unsafe fn factor(p: *const u8) -> V::Row {
-        // SAFETY: the caller gives two i16.
-        unsafe { V::pair(p.cast()) }
+    unsafe fn factor(p: *const u8) -> V::Factor {
+        // SAFETY: the caller gives four factors.
+        unsafe { V::factor(p) }
     }
     #[inline(always)]
-    unsafe fn dot(sums: V::Sums, row: V::Row, factor: V::Row) -> V::Sums {
+    unsafe fn dot(sums: V::Sums, row: V::Row, factor: V::Factor) -> V::Sums {
         // SAFETY: the caller has the instruction set.
         unsafe { V::dot(sums, row, factor) }
     }
     #[inline(always)]
-    unsafe fn float(sums: V::Sums) -> V {
+    unsafe fn float(sums: V::Sums, excess: i32) -> V {
         // SAFETY: the caller has the instruction set.
-        unsafe { V::float(sums) }
+        unsafe { V::float(sums, excess) }
     }
     #[inline(always)]
     unsafe fn resume(_: V) -> V::Sums {
