@@ -98,29 +98,37 @@ pub(crate) fn gated(pool: &mut Pool, isa: Isa, parts: &[Packed], x: &Tensor, out
     let data = Shared::new(&mut out.data);
     let width = panel_width(columns, pool.threads());
     let bytes = BLOCK / gate.r * gate.group_bytes + BLOCK / up.r * up.group_bytes;
-    let (blocks, per_item) = (rows / BLOCK, groups_per_item(bytes, columns.min(width)));
+    let blocks = rows / BLOCK;
+    // Memory is read best in long runs, of the gate, then of the rest: so items are large where they
+    // need not be shared out evenly, or where columns are few and reading is all that counts.
+    let per_item = match (pool.threads(), columns) {
+        (1, _) => blocks,
+        (threads, ..=4) => blocks.div_ceil(4 * threads),
+        _ => groups_per_item(bytes, columns.min(width)),
+    };
+    let per_item = per_item.min(PANEL / columns.clamp(1, width));
     let per_panel = blocks.div_ceil(per_item);
     pool.each(per_panel * columns.div_ceil(width), &|_, item| {
         let first = item / per_panel * width;
         let panel = first..columns.min(first + width);
         let mut sums = [MaybeUninit::<f32>::uninit(); 2 * BLOCK * PANEL];
         let sums = sums.as_mut_ptr().cast::<f32>();
-        let some = item % per_panel * per_item;
-        for block in some..blocks.min(some + per_item) {
-            // SAFETY: shapes were checked above; `sums` has two blocks for each column of a panel,
-            // written before they are read, and only this item has the outputs.
-            unsafe {
-                for (i, part) in [gate, up].into_iter().enumerate() {
-                    let n = BLOCK / part.r;
-                    let to = Target { at: sums.add(i * BLOCK), stride: 2 * BLOCK, add: false };
-                    panel_rows(isa, part, block * n..(block + 1) * n, x, &panel, to);
-                }
-                for (c, column) in panel.clone().enumerate() {
-                    let gate = sums.add(c * 2 * BLOCK);
-                    let y = data.slice(column * rows + block * BLOCK, BLOCK).as_mut_ptr();
-                    let quant = quant.blocks(column, block..block + 1);
-                    ew::silu_mul(isa, gate, gate.add(BLOCK), y, BLOCK, quant);
-                }
+        let first = item % per_panel * per_item;
+        let some = first..blocks.min(first + per_item);
+        let n = some.len() * BLOCK;
+        // SAFETY: shapes were checked above; `sums` has two times `n` results for each column, which
+        // are written before they are read, and only this item has the outputs.
+        unsafe {
+            for (i, part) in [gate, up].into_iter().enumerate() {
+                let groups = some.start * BLOCK / part.r..some.end * BLOCK / part.r;
+                let to = Target { at: sums.add(i * n), stride: 2 * n, add: false };
+                panel_rows(isa, part, groups, x, &panel, to);
+            }
+            for (c, column) in panel.enumerate() {
+                let gate = sums.add(c * 2 * n);
+                let y = data.slice(column * rows + first * BLOCK, n).as_mut_ptr();
+                let quant = quant.blocks(column, some.clone());
+                ew::silu_mul(isa, gate, gate.add(n), y, n, quant);
             }
         }
     });
