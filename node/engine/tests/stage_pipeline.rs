@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::*;
 use millrace_engine::mock::{Fault, MockConfig, expected_tokens};
 use millrace_shared::id::{Epoch, SequenceId};
@@ -42,6 +44,28 @@ fn placement_and_chunking_change_nothing() {
                 assert_eq!(got, expected, "{stages} stages, chunks of {chunk}, {dtype:?}");
             }
         }
+    }
+}
+
+/// The result tells what each stage spent, in order; where one failed, nothing.
+#[test]
+fn results_carry_the_time_of_every_stage() {
+    let slow = |ms| MockConfig { step_latency: Duration::from_millis(ms), ..MockConfig::default() };
+    for dtype in [Dtype::F32, Dtype::F16] {
+        let mut mocks = vec![slow(2), slow(9), slow(4)];
+        mocks[1].faults = vec![(1, Fault::Fail)];
+        let mut pipeline = Pipeline::new(3, dtype, mocks);
+        pipeline.open(0, &PROMPT, SamplingParams::greedy());
+        let step = |pipeline: &mut Pipeline, at: u32| {
+            let mut meta = one_row(0, at, 1, Want::None);
+            meta.tables = blocks(0, at as usize, 1);
+            pipeline.step(&meta, &PROMPT[at as usize..][..1])
+        };
+        let times = step(&mut pipeline, 0).times;
+        let steps: Vec<_> = times.iter().map(|t| t.step().as_millis()).collect();
+        assert!(steps.len() == 3 && steps[0] >= 2 && steps[1] >= 9 && steps[2] >= 4, "{steps:?}");
+        assert!(times.iter().all(|t| t.wait().is_zero()), "nothing waited");
+        assert!(step(&mut pipeline, 1).times.is_empty(), "a stage failed");
     }
 }
 

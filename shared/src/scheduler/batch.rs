@@ -11,6 +11,9 @@ use super::types::Step;
 use crate::id::SequenceId;
 use crate::wire::data::{Row, StepMeta, TableUpdate, Want};
 
+/// How much longer than its time a micro-batch may take for the sake of the least chunk.
+const STRETCH: f64 = 1.05;
+
 /// A micro-batch under construction.
 #[derive(Debug, Default)]
 pub(super) struct Draft {
@@ -55,8 +58,10 @@ pub(super) struct Pace {
     pub(super) slots: u32,
     /// Seconds at the slowest stage; `None` where nothing is known or asked for.
     pub(super) seconds: Option<f64>,
-    /// Prompt tokens that this does not take away.
+    /// For so many prompt tokens it may take longer,
     pub(super) floor: u32,
+    /// by this factor.
+    pub(super) stretch: f64,
 }
 
 impl Scheduler {
@@ -67,29 +72,52 @@ impl Scheduler {
         let slots = self.window.size();
         let policy = &self.config.policy;
         if !policy.timed_chunks || !self.cost.is_ready() || !self.prompt_waits() {
-            return Pace { slots, seconds: None, floor: self.config.prefill_chunk };
+            return Pace { slots, seconds: None, floor: 0, stretch: 1.0 };
         }
         let decoding = self.decoding();
         if decoding == 0 {
             let chunk = Load::default().with_prompt(0, self.config.prefill_chunk, 0);
             let floor = self.config.prefill_chunk.div_ceil(2);
-            return Pace { slots, seconds: Some(self.cost.bottleneck(&chunk)), floor };
+            let seconds = Some(self.cost.bottleneck(&chunk));
+            return Pace { slots, seconds, floor, stretch: f64::INFINITY };
         }
-        let rows = decoding.div_ceil(slots);
-        let context = u64::from(rows) * u64::from(self.usual_context());
-        let even = Load { decode_rows: rows, prefill_tokens: 0, context, head_rows: rows };
-        let alone = self.cost.bottleneck(&even);
-        let through = self.cost.sum(&even) + self.window.link().as_secs_f64();
-        let round = policy.itl_factor * through.max(alone * f64::from(decoding.min(slots)));
+        let readers = f64::from(decoding) + self.future_readers();
+        let readers = readers.min(f64::from(self.config.max_num_seqs));
+        let rows = (readers / f64::from(slots)).max(1.0);
+        let (alone, sum) = self.even_share(rows);
+        let through = sum + self.window.link().as_secs_f64();
+        let full = readers.min(f64::from(slots));
+        let round = policy.itl_factor * through.max(alone * full);
         let fit = (round / alone.max(1e-9)).min(f64::from(slots)) as u32;
-        let slots = fit.max(decoding.min(slots)).max(1);
+        let slots = fit.max(full as u32).max(1);
         let seconds = (policy.itl_factor * alone).min(round / f64::from(slots));
-        Pace { slots, seconds: Some(seconds), floor: policy.min_prefill }
+        Pace { slots, seconds: Some(seconds), floor: policy.min_prefill, stretch: STRETCH }
     }
 
-    /// Positions of a running sequence, about.
+    /// What waits or is in its prompt, as readers: decodes that are about to be. Were they not counted,
+    /// a stream of short requests would never get more than a few of them to decode at once.
+    fn future_readers(&self) -> f64 {
+        let under_way = self.prefilling.values().filter_map(|id| self.sequences.get(id));
+        self.queue.readers() + under_way.map(policy::future_reader).sum::<f64>()
+    }
+
+    /// Seconds at the slowest stage, and at all of them, of so many decodes and nothing else.
+    fn even_share(&self, rows: f64) -> (f64, f64) {
+        let usual = u64::from(self.usual_context());
+        let of = |rows: u32| -> (f64, f64) {
+            let context = u64::from(rows) * usual;
+            let load = Load { decode_rows: rows, prefill_tokens: 0, context, head_rows: rows };
+            (self.cost.bottleneck(&load), self.cost.sum(&load))
+        };
+        let (low, high) = (of(rows.floor() as u32), of(rows.ceil() as u32));
+        let part = rows.fract();
+        (low.0 + part * (high.0 - low.0), low.1 + part * (high.1 - low.1))
+    }
+
+    /// Positions of a sequence that decodes, on average.
     fn usual_context(&self) -> u32 {
-        self.kv.used() * self.kv.block_size() / (self.running.len() as u32).max(1)
+        let decoding = self.running.len() - self.prefilling.len();
+        (self.decode_context / (decoding as u64).max(1)) as u32
     }
 
     pub(super) fn build_step(&mut self, pace: Pace, now: Duration) -> Option<Step> {
@@ -288,7 +316,13 @@ impl Scheduler {
         seq.last_row = self.in_flight.last_id() + 1;
         if want == Want::Sample {
             seq.phase = Phase::Decoding;
-            self.prefilling.remove(&seq.order);
+            if self.prefilling.remove(&seq.order).is_some() {
+                self.decode_context += u64::from(seq.len());
+            }
+            if seq.left() == 1 {
+                seq.closing = true;
+                self.closing += 1;
+            }
         }
         self.queue.charge(seq.flow, prompt, generated);
     }

@@ -62,11 +62,13 @@ const FIRST_ACCEPTANCE: f64 = 0.7;
 pub(super) const FEW_STREAMS: u32 = 2;
 /// What one more position costs of a step with one row, until measured: about what CPU stages show.
 const USUAL_COST: f64 = 0.25;
+/// Acceptance with which it is tried again after a pause: a draft or two.
+const RETRY_ACCEPTANCE: f64 = 0.5;
 /// Decodes without drafts after drafts did not pay, at first; doubled each time.
 const FIRST_PAUSE: u32 = 8;
 const LONGEST_PAUSE: u32 = 256;
 /// A draft must promise this much more than it costs: predictions err.
-const MARGIN: f64 = 1.05;
+const MARGIN: f64 = 1.1;
 
 /// How drafts of one sequence fare.
 #[derive(Clone, Debug)]
@@ -106,7 +108,7 @@ impl Acceptance {
             self.pause = self.next_pause;
             self.next_pause = (2 * self.next_pause).min(LONGEST_PAUSE);
             // After the pause it is tried again.
-            self.rate = self.rate.max(FIRST_ACCEPTANCE);
+            self.rate = self.rate.max(RETRY_ACCEPTANCE);
         }
         best
     }

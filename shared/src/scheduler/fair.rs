@@ -34,11 +34,23 @@ const PER_GENERATED: u64 = 2;
 /// Flows without sequences that are remembered because they are ahead of the others.
 const MAX_IDLE: usize = 4096;
 
+/// A sequence that waits.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    id: SequenceId,
+    tokens: u32,
+    /// How much of a reader it will be, in [`READER`]s.
+    reader: u64,
+}
+
+/// Readers are counted in whole parts, so that sums come out even.
+const READER: f64 = 1024.0;
+
 #[derive(Clone, Debug, Default)]
 struct Flow {
     served: u64,
-    /// By arrival: sequence and its tokens.
-    waiting: BTreeMap<u64, (SequenceId, u32)>,
+    /// By arrival.
+    waiting: BTreeMap<u64, Waiting>,
     /// Sequences of the flow that the scheduler knows, waiting or not.
     live: u32,
 }
@@ -53,6 +65,7 @@ pub(super) struct FairQueue {
     preempted: BTreeMap<u64, SequenceId>,
     fresh: usize,
     fresh_tokens: u64,
+    readers: u64,
     idle: usize,
     /// Virtual time: the counter of the flow that was served last.
     now: u64,
@@ -89,12 +102,24 @@ impl FairQueue {
         self.fresh_tokens
     }
 
+    /// How many readers those who wait will make.
+    pub(super) fn readers(&self) -> f64 {
+        self.readers as f64 / READER + self.preempted.len() as f64
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// A new sequence of the flow, with so many tokens.
-    pub(super) fn push(&mut self, key: FlowKey, arrival: u64, id: SequenceId, tokens: u32) {
+    /// A new sequence of the flow, with so many tokens, that will be so much of a reader (0..=1).
+    pub(super) fn push(
+        &mut self,
+        key: FlowKey,
+        arrival: u64,
+        id: SequenceId,
+        tokens: u32,
+        reader: f64,
+    ) {
         let now = self.now;
         let known = self.flows.contains_key(&key);
         let flow = self.flows.entry(key).or_default();
@@ -106,7 +131,9 @@ impl FairQueue {
         if flow.waiting.is_empty() {
             self.backlog.insert((flow.served, key));
         }
-        flow.waiting.insert(arrival, (id, tokens));
+        let reader = (reader * READER) as u64;
+        flow.waiting.insert(arrival, Waiting { id, tokens, reader });
+        self.readers += reader;
         self.fresh += 1;
         self.fresh_tokens += u64::from(tokens);
     }
@@ -114,7 +141,10 @@ impl FairQueue {
     /// A fresh sequence stops waiting, because it runs or ends. Whether it was there.
     pub(super) fn take(&mut self, key: FlowKey, arrival: u64) -> bool {
         let Some(flow) = self.flows.get_mut(&key) else { return false };
-        let Some((_, tokens)) = flow.waiting.remove(&arrival) else { return false };
+        let Some(Waiting { tokens, reader, .. }) = flow.waiting.remove(&arrival) else {
+            return false;
+        };
+        self.readers -= reader;
         if flow.waiting.is_empty() {
             self.backlog.remove(&(flow.served, key));
         }
@@ -193,7 +223,7 @@ impl FairQueue {
             return Some(Head::Preempted { order, id });
         }
         let &(_, flow) = self.backlog.first()?;
-        let (&arrival, &(id, _)) = self.flows.get(&flow)?.waiting.first_key_value()?;
+        let (&arrival, &Waiting { id, .. }) = self.flows.get(&flow)?.waiting.first_key_value()?;
         Some(Head::Fresh { flow, arrival, id })
     }
 
@@ -203,13 +233,13 @@ impl FairQueue {
     ) -> impl Iterator<Item = (FlowKey, impl Iterator<Item = (SequenceId, u32)> + '_)> + '_ {
         self.backlog.iter().filter_map(|&(_, key)| {
             let flow = self.flows.get(&key)?;
-            Some((key, flow.waiting.values().copied()))
+            Some((key, flow.waiting.values().map(|w| (w.id, w.tokens))))
         })
     }
 
     /// Waiting sequences that never ran, in no order that means anything.
     pub(super) fn ids(&self) -> impl Iterator<Item = SequenceId> + '_ {
-        self.flows.values().flat_map(|f| f.waiting.values().map(|&(id, _)| id))
+        self.flows.values().flat_map(|f| f.waiting.values().map(|w| w.id))
     }
 }
 
@@ -239,10 +269,10 @@ mod tests {
     fn a_flood_does_not_drown_the_others() {
         let mut queue = FairQueue::default();
         for n in 0..1000 {
-            queue.push(key(1, Priority::Normal), n, SequenceId(n), 10);
+            queue.push(key(1, Priority::Normal), n, SequenceId(n), 10, 1.0);
         }
         for n in 1000..1020 {
-            queue.push(key(2, Priority::Normal), n, SequenceId(n), 10);
+            queue.push(key(2, Priority::Normal), n, SequenceId(n), 10, 1.0);
         }
         let got = serve(&mut queue, 40, 10);
         assert_eq!((got[&1], got[&2]), (20, 20));
@@ -252,9 +282,9 @@ mod tests {
     fn classes_share_by_weight_and_none_starves() {
         let mut queue = FairQueue::default();
         for n in 0..300 {
-            queue.push(key(1, Priority::High), 3 * n, SequenceId(3 * n), 10);
-            queue.push(key(2, Priority::Normal), 3 * n + 1, SequenceId(3 * n + 1), 10);
-            queue.push(key(3, Priority::Low), 3 * n + 2, SequenceId(3 * n + 2), 10);
+            queue.push(key(1, Priority::High), 3 * n, SequenceId(3 * n), 10, 1.0);
+            queue.push(key(2, Priority::Normal), 3 * n + 1, SequenceId(3 * n + 1), 10, 1.0);
+            queue.push(key(3, Priority::Low), 3 * n + 2, SequenceId(3 * n + 2), 10, 1.0);
         }
         let got = serve(&mut queue, 210, 10);
         assert_eq!((got[&1], got[&2], got[&3]), (160, 40, 10));
@@ -264,12 +294,12 @@ mod tests {
     fn turns_cannot_be_saved_up() {
         let mut queue = FairQueue::default();
         for n in 0..200 {
-            queue.push(key(1, Priority::Normal), n, SequenceId(n), 10);
+            queue.push(key(1, Priority::Normal), n, SequenceId(n), 10, 1.0);
         }
         serve(&mut queue, 100, 10);
         // Comes late: gets its share from now on, not what it missed.
         for n in 200..300 {
-            queue.push(key(2, Priority::Normal), n, SequenceId(n), 10);
+            queue.push(key(2, Priority::Normal), n, SequenceId(n), 10, 1.0);
         }
         let got = serve(&mut queue, 100, 10);
         assert!(got[&2].abs_diff(50) <= 1, "{got:?}");
@@ -279,7 +309,7 @@ mod tests {
     fn nothing_is_kept_of_those_who_are_gone() {
         let mut queue = FairQueue::default();
         for n in 0..20_000 {
-            queue.push(key(n, Priority::Normal), n, SequenceId(n), 1);
+            queue.push(key(n, Priority::Normal), n, SequenceId(n), 1, 1.0);
             serve(&mut queue, 1, 1 + (n % 7) as u32);
         }
         assert!(queue.is_empty() && queue.backlog.is_empty());

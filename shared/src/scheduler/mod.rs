@@ -82,6 +82,10 @@ pub struct Scheduler {
     turn: u32,
     /// What the last cohort of decodes took less than its share, in rows.
     carry: f64,
+    /// Tokens of running sequences past their prompt.
+    decode_context: u64,
+    /// Running sequences whose last row is in flight.
+    closing: u32,
     /// Tokens that running sequences may still generate.
     outstanding: u64,
     reserve: Reserve,
@@ -117,6 +121,8 @@ impl Scheduler {
             next_order: 0,
             turn: 0,
             carry: 0.0,
+            decode_context: 0,
+            closing: 0,
             outstanding: 0,
             reserve: Reserve::default(),
             cost: CostModel::default(),
@@ -163,7 +169,8 @@ impl Scheduler {
         self.next_arrival += 1;
         let seq = Sequence::new(new, arrival, self.config.max_model_len);
         let id = seq.id;
-        self.queue.push(seq.flow, arrival, id, seq.len());
+        let reader = policy::future_reader(&seq);
+        self.queue.push(seq.flow, arrival, id, seq.len(), reader);
         self.sequences.insert(id, seq);
         self.name_blocks(id);
         Ok(())
@@ -195,6 +202,8 @@ impl Scheduler {
         self.ready.clear();
         self.running.clear();
         self.prefilling.clear();
+        self.decode_context = 0;
+        self.closing = 0;
         self.outstanding = 0;
         self.prefixes.clear();
         let mut refused = Vec::new();
@@ -316,14 +325,19 @@ impl Scheduler {
         self.running.remove(&seq.order);
         self.prefilling.remove(&seq.order);
         self.outstanding = self.outstanding.saturating_sub(seq.left().into());
+        self.closing -= u32::from(seq.closing);
+        if seq.phase == Phase::Decoding {
+            self.decode_context = self.decode_context.saturating_sub(seq.len().into());
+        }
         if seq.phase == Phase::Decoding && seq.rows_in_flight == 0 {
             self.ready.retain(|&r| r != seq.id);
         }
     }
 
-    /// Sequences whose answers are under way.
+    /// Sequences that will decode further rows: neither in their prompt nor with their last row out,
+    /// so that a burst of requests for a single token is not throttled for the sake of readers.
     fn decoding(&self) -> u32 {
-        (self.running.len() - self.prefilling.len()) as u32
+        (self.running.len() - self.prefilling.len()) as u32 - self.closing
     }
 
     fn phase(&self, id: SequenceId) -> Option<Phase> {

@@ -70,6 +70,19 @@ pub(super) fn decode_limit(config: &SchedulerConfig, prefill_waits: bool, turn: 
     }
 }
 
+/// A prompt of so many tokens is short.
+const SHORT_PROMPT: f64 = 192.0;
+
+/// How much of a reader a request is whose prompt has `remaining` tokens to go: one with a short
+/// prompt will read along in a moment, one with a long prompt counts for little. Nothing for what
+/// ends with its prompt.
+pub(super) fn future_reader(seq: &Sequence) -> f64 {
+    if !matches!(seq.kind, Kind::Generate) || seq.left() <= 1 {
+        return 0.0;
+    }
+    (SHORT_PROMPT / f64::from(seq.remaining().max(1))).powi(2).min(1.0)
+}
+
 /// What admission leaves free, so that running sequences can grow: one block each, and a share of
 /// all that they may still generate. The share adapts, as gLLM's does: it grows with every
 /// preemption, which shows that too little was left, and shrinks slowly otherwise.

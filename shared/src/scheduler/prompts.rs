@@ -196,7 +196,13 @@ impl Scheduler {
             };
             draft.load.with_prompt(seq.issued, n, head)
         };
+        let fit = self.cost.largest(count, seconds, with);
         let floor = pace.floor.saturating_sub(draft.load.prefill_tokens).min(count);
-        self.cost.largest(count, seconds, with).max(floor)
+        if floor <= fit {
+            return fit;
+        }
+        // Somewhat longer for the least that is worth a row, and in any case some progress.
+        let least = u32::from(draft.load.prefill_tokens == 0);
+        self.cost.largest(floor, seconds * pace.stretch, with).max(least)
     }
 }

@@ -125,6 +125,7 @@ impl Scheduler {
         let last = seq.is_complete();
         self.generated_tokens += 1;
         self.outstanding = self.outstanding.saturating_sub(1);
+        self.decode_context += 1;
         outcomes.push(Outcome::Token { sequence, index, token, logprobs, last });
         if last {
             self.remove(sequence);

@@ -44,6 +44,8 @@ pub(super) struct Sequence {
     pub(super) rows_in_flight: u32,
     /// Whether a row was ever issued, that is: whether stages know it.
     pub(super) opened: bool,
+    /// Its last row is in flight.
+    pub(super) closing: bool,
     /// Positions whose scores have arrived.
     pub(super) scored: u32,
     /// Prompt positions that were counted as computed.
@@ -88,6 +90,7 @@ impl Sequence {
             issued: 0,
             rows_in_flight: 0,
             opened: false,
+            closing: false,
             scored: 0,
             counted: 0,
             charged: 0,
@@ -169,6 +172,7 @@ impl Sequence {
         self.phase = Phase::Waiting;
         self.epoch += 1;
         self.issued = 0;
+        self.closing = false;
         self.rows_in_flight = 0;
         self.begun = false;
         self.computed = 0;

@@ -39,7 +39,7 @@ pub struct Policy {
     /// While anything decodes, a micro-batch with prompts may take this many times as long as an
     /// even share of the decodes alone: bounds what prompts cost those who read along.
     pub itl_factor: f64,
-    /// Prompt tokens of a micro-batch that no time limit takes away.
+    /// Prompt tokens for which a micro-batch may take a little longer than that.
     pub min_prefill: u32,
     /// Whether decodes are spread evenly over the micro-batches; else every one that is ready goes.
     pub cohorts: bool,
@@ -56,7 +56,7 @@ impl Policy {
     /// What serving uses, with a fixed number of micro-batches in flight.
     pub const DEFAULT: Self = Self {
         measured_from: None,
-        itl_factor: 1.4,
+        itl_factor: 1.35,
         min_prefill: 4,
         cohorts: true,
         timed_chunks: true,
