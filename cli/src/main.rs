@@ -16,6 +16,7 @@ mod input;
 mod inspect;
 mod nodes;
 mod output;
+mod plan;
 mod pull;
 mod quantize;
 mod run;
@@ -38,6 +39,7 @@ Examples:
   millrace up --model smollm2:135m --stages 3         serve over HTTP and QUIC until Ctrl-C
   millrace generate --prompt \"Once upon\" --output json   ask a running cluster
   millrace bench serve --model smollm2:135m --stages 2  measure a whole pipeline
+  millrace plan --model M.gguf --nodes 3xh100-80g     which machines a model needs
   millrace nodes cordon gpu-2                         move the layers off a node, requests go on
   millrace inspect ./model.gguf                       what a model file holds
   millrace quantize ./f16.gguf ./q8.gguf --type q8_0  a smaller copy of a model file
@@ -71,6 +73,8 @@ enum Command {
     Pull(pull::PullArgs),
     /// Show the metadata, tensors and layers of a model file
     Inspect(inspect::InspectArgs),
+    /// Plan a cluster for a model: who holds what, how fast, what would help
+    Plan(Box<plan::PlanArgs>),
     /// Write a smaller copy of a model file: Q8_0, Q4_0, Q4_1, or floats
     Quantize(Box<quantize::QuantizeArgs>),
     /// List the nodes of a running cluster, take one out of use, cut the model anew
@@ -102,6 +106,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Eval(command) => eval::run(command).await,
         Command::Pull(args) => pull::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Plan(args) => plan::run(*args).await,
         Command::Quantize(args) => quantize::run(*args).await,
         Command::Nodes(args) => nodes::run(args).await,
         Command::Doctor(args) => nodes::doctor(args).await,

@@ -215,6 +215,21 @@ impl RunningArgs {
     }
 }
 
+/// The description of the running cluster's members, in TOML.
+///
+/// # Errors
+/// If there is no cluster, or none of its nodes was measured yet.
+pub(crate) async fn live_cluster() -> anyhow::Result<String> {
+    let session = Session::connect(&RunningArgs::default()).await?;
+    let status = session.status().await;
+    session.close().await;
+    let description = status?.description;
+    if description.is_empty() {
+        anyhow::bail!("no node of the cluster has been measured yet; try again when it is ready");
+    }
+    Ok(description)
+}
+
 fn read(path: &Path) -> anyhow::Result<String> {
     std::fs::read_to_string(path).map_err(|e| usage(format!("cannot read {}: {e}", path.display())))
 }

@@ -171,9 +171,12 @@ impl Default for LimitArgs {
 pub fn deployment(engine: &EngineOptions, limits: &LimitArgs) -> Deployment {
     Deployment {
         cuts: engine.cuts.clone(),
+        stages: None,
         prefill_chunk: engine.prefill_chunk.max(1),
         micro_batches: engine.micro_batches,
         engine: engine.engine,
+        prefix_cache: engine.prefix_cache,
+        speculate: engine.speculate,
         kv_dtype: engine.kv_cache_dtype,
         activation_dtype: engine.activation_dtype,
         max_model_len: limits.max_model_len,

@@ -1,44 +1,63 @@
-//! From a model, measured nodes and settings to assignments. Pure: the partitioner decides the cut,
-//! this page counts bytes and writes the result down.
+//! From a model, measured nodes and settings to assignments. Pure: `millrace_shared::partition`
+//! chooses nodes, order and cut; this page says what is known and writes the result down.
+//!
+//! [`costs`] counts bytes and times, [`cluster`] reads descriptions of clusters, [`kinds`] knows
+//! nominal figures of machines, [`report`] says what a plan will do, for people and as JSON.
+
+pub mod cluster;
+pub mod costs;
+pub mod kinds;
+pub mod report;
+mod report_text;
 
 use std::collections::HashSet;
 use std::time::Duration;
 
 use millrace_shared::id::{Epoch, NodeId, PipelineId, StageIndex};
 use millrace_shared::model::{
-    Dtype, ModelConfig, ModelManifest, StageTensors, TensorType, head_name, numerics_id,
-    stage_tensors,
+    Dtype, ModelConfig, ModelManifest, StageTensors, numerics_id, stage_tensors,
 };
 use millrace_shared::options::{EngineKind, MicroBatches, Replan};
 use millrace_shared::partition::{
-    LayerRange, ModelCost, NodeCapacity, PartitionError, check_memory, from_cuts, partition,
+    Choice, Goal, LayerRange, Link, Network, NodeCosts, PartitionError, Problem, StageCut, Wish,
+    check_memory, choose, from_cuts,
 };
-use millrace_shared::scheduler::SchedulerConfig;
+use millrace_shared::scheduler::cost::StageCost;
+use millrace_shared::scheduler::{Policy, SchedulerConfig};
 use millrace_shared::wire::MAX_FRAME_PAYLOAD_BYTES;
 use millrace_shared::wire::control::{
-    Assignment, EngineSettings, Hello, Peer, ProfileSpec, StageProfile,
+    Assignment, EngineSettings, Hello, PROFILE_ROWS, Peer, ProfileSpec, StageProfile,
 };
+
+use costs::{ModelParts, node_costs};
+use report::{NodeFacts, PlanReport, Question};
 
 /// KV cache, in positions, where nothing else is said: a few long conversations or many short ones.
 pub const DEFAULT_KV_TOKENS: u32 = 32_768;
 /// Positions per KV block: enough that attention reads long runs of memory.
 pub const DEFAULT_BLOCK_SIZE: u32 = 64;
-/// Rows at which layer and head are measured: between decode and a prefill chunk.
-const PROFILE_BATCH: u32 = 16;
 /// Share of a host's memory that plans use: the rest is for scratch, buffers and the system.
 pub const MEMORY_SHARE: f64 = 0.9;
+/// Taken for the links between members where nothing is measured: an ordinary local network.
+pub const LAN: Link = Link { rtt_seconds: 0.000_3, bytes_per_second: 125e6 };
 
 /// What the operator asked for.
 #[derive(Clone, Debug)]
 pub struct Deployment {
     /// Layers at which to cut.
     pub cuts: Option<Vec<u32>>,
+    /// Exactly so many stages; `None` for as many as serve best.
+    pub stages: Option<u16>,
     /// Prompt tokens per micro-batch.
     pub prefill_chunk: u32,
     /// Micro-batches in flight.
     pub micro_batches: MicroBatches,
     /// Engine that every node must run.
     pub engine: EngineKind,
+    /// Whether the cache is searched for the beginnings of prompts.
+    pub prefix_cache: bool,
+    /// Whether drafts are checked where the pipeline has time.
+    pub speculate: bool,
     /// Type of the KV cache.
     pub kv_dtype: Dtype,
     /// Type of activations.
@@ -64,6 +83,19 @@ impl Deployment {
         match self.kv_cache_tokens {
             Some(tokens) => own.min(tokens),
             None => own,
+        }
+    }
+
+    /// What plans over so many nodes are to be good at.
+    fn wish(&self, nodes: usize) -> Wish {
+        Wish {
+            goal: Goal::Throughput,
+            streams: self.max_num_seqs,
+            stages: self.stages.map(|n| usize::from(n).min(nodes)),
+            micro_batches: match self.micro_batches {
+                MicroBatches::Auto => None,
+                MicroBatches::Fixed(n) => Some(n),
+            },
         }
     }
 
@@ -102,16 +134,13 @@ pub struct Plan {
     pub assignments: Vec<(NodeId, Assignment)>,
     /// For the scheduler.
     pub scheduler: SchedulerConfig,
-    /// What the head costs, in layers.
-    pub head_in_layers: f64,
+    /// What each stage costs by the profile of its node, for the scheduler to begin with.
+    pub costs: Vec<StageCost>,
+    /// What the plan will do.
+    pub report: PlanReport,
 }
 
 impl Plan {
-    /// Rows of the micro-batch that measured times are of.
-    pub fn planning_rows(&self) -> u32 {
-        PROFILE_BATCH
-    }
-
     /// The ways from node to node that it needs.
     pub fn ways(&self) -> Vec<(NodeId, NodeId)> {
         self.assignments.windows(2).map(|pair| (pair[0].0, pair[1].0)).collect()
@@ -140,40 +169,37 @@ impl Plan {
     }
 }
 
-/// The nodes in an order in which no neighbours have a closed way from one to the next: as given
-/// where that will do, else the first that does.
-pub fn order_without(nodes: &[PlanNode], closed: &[(NodeId, NodeId)]) -> Option<Vec<PlanNode>> {
-    fn extend(order: &mut Vec<usize>, nodes: &[PlanNode], closed: &[(NodeId, NodeId)]) -> bool {
-        if order.len() == nodes.len() {
-            return true;
+/// What trials have shown of a way from one node to another.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KnownWay {
+    /// From.
+    pub from: NodeId,
+    /// To.
+    pub to: NodeId,
+    /// The round trip in seconds; `None` where nothing comes through.
+    pub round_trip: Option<f64>,
+}
+
+/// The network as far as it is known; what nobody tried is taken for [`LAN`].
+fn network(nodes: &[PlanNode], ways: &[KnownWay]) -> Network {
+    let mut network = Network::uniform(nodes.len(), LAN);
+    let place = |id: NodeId| nodes.iter().position(|n| n.id == id);
+    for way in ways {
+        if let (Some(from), Some(to)) = (place(way.from), place(way.to)) {
+            let link = way.round_trip.map(|rtt_seconds| Link { rtt_seconds, ..LAN });
+            network.set(from, to, link);
         }
-        for next in 0..nodes.len() {
-            let shut = |&last: &usize| closed.contains(&(nodes[last].id, nodes[next].id));
-            if order.contains(&next) || order.last().is_some_and(shut) {
-                continue;
-            }
-            order.push(next);
-            if extend(order, nodes, closed) {
-                return true;
-            }
-            order.pop();
-        }
-        false
     }
-    let mut order = Vec::with_capacity(nodes.len());
-    extend(&mut order, nodes, closed).then(|| order.into_iter().map(|i| nodes[i].clone()).collect())
+    network
 }
 
 /// What nodes are asked to measure; `sharing` of them are on the same host.
 pub fn profile_spec(manifest: &ModelManifest, sharing: u32) -> ProfileSpec {
-    let dtype = |name: &str| manifest.tensor(name).map_or(TensorType::F32, |t| t.dtype);
-    ProfileSpec {
-        config: manifest.config.clone(),
-        layer_type: dtype("blk.0.ffn_down.weight"),
-        head_type: dtype(head_name(&manifest.config)),
-        batch: PROFILE_BATCH,
-        sharing,
-    }
+    parts(manifest).profile_spec(sharing)
+}
+
+fn parts(manifest: &ModelManifest) -> ModelParts<'_> {
+    ModelParts { config: &manifest.config, tensors: &manifest.tensors }
 }
 
 /// Checks what can be checked before any node is there.
@@ -200,7 +226,8 @@ pub fn check_stages(
     }
 }
 
-/// Cuts the model over the nodes, in their order.
+/// Chooses among the nodes, and cuts the model over them, along no way that is closed. Where the
+/// operator said where to cut, they are taken in their order.
 ///
 /// # Errors
 /// If it does not fit, or the operator's cuts make no sense.
@@ -209,23 +236,27 @@ pub fn plan(
     deployment: &Deployment,
     (pipeline, epoch): (PipelineId, Epoch),
     nodes: &[PlanNode],
+    ways: &[KnownWay],
 ) -> Result<Plan, PartitionError> {
     let config = &manifest.config;
     let max_model_len = deployment.max_model_len(config);
-    let head_in_layers = head_in_layers(nodes);
     let capacities = capacities(nodes);
+    let network = network(nodes, ways);
+    let wish = deployment.wish(nodes.len());
     let mut kv_tokens =
         deployment.kv_cache_tokens.unwrap_or_else(|| DEFAULT_KV_TOKENS.max(max_model_len));
-    let (ranges, blocks) = loop {
+    let (choice, blocks, model) = loop {
         let blocks = kv_tokens.div_ceil(DEFAULT_BLOCK_SIZE).max(1);
-        let cost = model_cost(manifest, deployment, blocks, head_in_layers);
+        let positions = u64::from(blocks) * u64::from(DEFAULT_BLOCK_SIZE);
+        let batch = deployment.max_batch_tokens(config);
+        let model = parts(manifest).costs(positions, deployment.kv_dtype, batch);
+        let problem = Problem { model: &model, nodes: &capacities, network: &network, rows: 1.0 };
         let cut = match &deployment.cuts {
-            None => partition(&cost, &capacities, nodes.len()),
-            Some(cuts) => from_cuts(config.layers, cuts)
-                .and_then(|ranges| check_memory(&cost, &capacities, &ranges).map(|()| ranges)),
+            None => choose(&problem, &wish),
+            Some(cuts) => given_cut(&problem, &wish, cuts),
         };
         match cut {
-            Ok(ranges) => break (ranges, blocks),
+            Ok(choice) => break (choice, blocks, model),
             // Less cache than usual is better than no service; one full sequence must fit.
             Err(_) if deployment.kv_cache_tokens.is_none() && kv_tokens / 2 >= max_model_len => {
                 kv_tokens /= 2;
@@ -233,6 +264,8 @@ pub fn plan(
             Err(e) => return Err(e),
         }
     };
+    let ranges: Vec<LayerRange> = choice.stages.iter().map(|s| s.range).collect();
+    let stages: Vec<&PlanNode> = choice.stages.iter().map(|s| &nodes[s.node]).collect();
     let settings = EngineSettings {
         kv_blocks: blocks,
         kv_block_size: DEFAULT_BLOCK_SIZE,
@@ -247,77 +280,80 @@ pub fn plan(
         block_size: DEFAULT_BLOCK_SIZE,
         max_num_seqs: deployment.max_num_seqs,
         max_waiting: deployment.max_waiting,
-        max_in_flight: deployment.micro_batches.for_stages(nodes.len() as u32),
+        max_in_flight: deployment.micro_batches.limit(stages.len() as u32),
         prefill_chunk: deployment.prefill_chunk(config),
         max_batch_tokens: settings.max_batch_tokens,
         max_model_len,
+        policy: Policy {
+            prefix_cache: deployment.prefix_cache,
+            speculate: deployment.speculate,
+            measured_from: deployment.micro_batches.measured_from(stages.len() as u32),
+            ..Policy::DEFAULT
+        },
     };
     // One more than micro-batches, for frames that only carry releases.
     let credits = scheduler.max_in_flight + 1;
-    let assignments = assign(manifest, (pipeline, epoch), nodes, &ranges, &settings, credits);
-    Ok(Plan { epoch, assignments, scheduler, head_in_layers })
+    let assignments = assign(manifest, (pipeline, epoch), &stages, &ranges, &settings, credits);
+    let question = Question {
+        model_name: manifest.name.clone(),
+        parts: parts(manifest),
+        kv_dtype: deployment.kv_dtype,
+        context: max_model_len,
+        wish,
+        promise: None,
+    };
+    let facts: Vec<NodeFacts> = nodes.iter().map(NodeFacts::of_member).collect();
+    let problem = Problem { model: &model, nodes: &capacities, network: &network, rows: 1.0 };
+    let report = PlanReport::new(&question, &problem, &facts, &choice, false);
+    let costs = stage_costs(&stages, &ranges);
+    Ok(Plan { epoch, assignments, scheduler, costs, report })
 }
 
-/// The head's time in layers, averaged over the nodes.
-fn head_in_layers(nodes: &[PlanNode]) -> f64 {
-    let ratios = nodes.iter().map(|n| n.profile.head_seconds / n.profile.layer_seconds.max(1e-9));
-    ratios.sum::<f64>() / nodes.len().max(1) as f64
+/// The operator's own cut, over the first nodes.
+fn given_cut(problem: &Problem<'_>, wish: &Wish, cuts: &[u32]) -> Result<Choice, PartitionError> {
+    let ranges = from_cuts(problem.model.layers() as u32, cuts)?;
+    let nodes: Vec<usize> = (0..problem.nodes.len()).take(ranges.len()).collect();
+    check_memory(problem, &nodes, &ranges)?;
+    let stage = |(node, range)| StageCut { node, range };
+    Ok(Choice::of(problem, wish, nodes.into_iter().zip(ranges).map(stage).collect()))
+}
+
+/// What the profiles say of each stage.
+fn stage_costs(stages: &[&PlanNode], ranges: &[LayerRange]) -> Vec<StageCost> {
+    let last = ranges.len().saturating_sub(1);
+    let one = |(i, (node, range)): (usize, (&&PlanNode, &LayerRange))| {
+        let StageProfile { layer_seconds, head_seconds } = &node.profile;
+        StageCost::from_profile(&PROFILE_ROWS, layer_seconds, head_seconds, range.len(), i == last)
+    };
+    stages.iter().zip(ranges).enumerate().map(one).collect()
 }
 
 /// Nodes of the plan on one host.
-fn sharing(nodes: &[PlanNode], host: &str) -> usize {
-    nodes.iter().filter(|n| n.hello.host == host).count().max(1)
+fn sharing<'a>(nodes: impl IntoIterator<Item = &'a PlanNode>, host: &str) -> usize {
+    nodes.into_iter().filter(|n| n.hello.host == host).count().max(1)
 }
 
 /// Nodes of one host share its memory.
-fn capacities(nodes: &[PlanNode]) -> Vec<NodeCapacity> {
-    nodes
-        .iter()
-        .map(|n| NodeCapacity {
-            node: n.id,
-            memory_bytes: (n.hello.memory_bytes as f64 * MEMORY_SHARE) as u64
-                / sharing(nodes, &n.hello.host) as u64,
-            speed: 1.0 / n.profile.layer_seconds.max(1e-9),
-        })
-        .collect()
-}
-
-fn model_cost(
-    manifest: &ModelManifest,
-    deployment: &Deployment,
-    blocks: u32,
-    head_cost_in_layers: f64,
-) -> ModelCost {
-    let config = &manifest.config;
-    let bytes = |stage: StageTensors| -> u64 {
-        stage_tensors(config, &manifest.tensors, &stage).iter().map(|t| t.bytes).sum()
+fn capacities(nodes: &[PlanNode]) -> Vec<NodeCosts> {
+    let node = |n: &PlanNode| {
+        let memory = (n.hello.memory_bytes as f64 * MEMORY_SHARE) as u64;
+        let share = sharing(nodes, &n.hello.host) as u64;
+        node_costs(&n.hello.name, &n.profile, memory / share)
     };
-    let positions = u64::from(blocks) * u64::from(DEFAULT_BLOCK_SIZE);
-    ModelCost {
-        layers: config.layers,
-        layer_bytes: (0..config.layers)
-            .map(|l| bytes(StageTensors { layers: l..l + 1, embed: false, head: false }))
-            .collect(),
-        embed_bytes: bytes(StageTensors { layers: 0..0, embed: true, head: false }),
-        head_bytes: bytes(StageTensors { layers: 0..0, embed: false, head: true }),
-        tied_head: config.tied_head,
-        kv_bytes_per_layer: positions * config.kv_bytes_per_position(deployment.kv_dtype),
-        layer_cost: 1.0,
-        head_cost_in_layers,
-    }
+    nodes.iter().map(node).collect()
 }
 
 fn assign(
     manifest: &ModelManifest,
     (pipeline, epoch): (PipelineId, Epoch),
-    nodes: &[PlanNode],
+    nodes: &[&PlanNode],
     ranges: &[LayerRange],
     settings: &EngineSettings,
     credits: u32,
 ) -> Vec<(NodeId, Assignment)> {
     let last = ranges.len().saturating_sub(1);
     let stages = nodes.iter().zip(ranges).enumerate();
-    let one = |(i, (node, range)): (usize, (&PlanNode, &LayerRange))| {
+    let one = |(i, (node, range)): (usize, (&&PlanNode, &LayerRange))| {
         let stage = StageTensors { layers: range.range(), embed: i == 0, head: i == last };
         let tensors = stage_tensors(&manifest.config, &manifest.tensors, &stage);
         let assignment = Assignment {
@@ -343,7 +379,7 @@ fn assign(
                 settings.activation_dtype,
             ),
             credits,
-            host_stages: sharing(nodes, &node.hello.host) as u32,
+            host_stages: sharing(nodes.iter().copied(), &node.hello.host) as u32,
         };
         (node.id, assignment)
     };

@@ -22,7 +22,7 @@ use crate::blobs::Blobs;
 use crate::config::{Config, host_port};
 use crate::metrics::Metrics;
 use crate::models::{ConsoleProgress, NoProgress, Progress, cache_dir, manifest_of};
-use crate::plan::check_stages;
+use crate::plan::{Deployment, check_stages};
 use crate::service::{Counted, Service};
 use crate::serving::{Prompts, Serving};
 use crate::state::{ClusterDir, unix_now};
@@ -128,8 +128,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         vocab: model_config.vocab,
         weight_bytes: manifest.weight_bytes(),
     };
-    let cluster =
-        Cluster::new(manifest, config.deployment, config.stages, batcher.clone(), readiness);
+    let deployment = Deployment { stages: config.stages, ..config.deployment };
+    let cluster = Cluster::new(manifest, deployment, config.stages, batcher.clone(), readiness);
     let actor = cluster.start();
     // What fails below drops the runtime; an actor that has not run by then would set its timers up
     // while it is dropped, where there are none. An answer proves that it runs.

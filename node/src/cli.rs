@@ -14,6 +14,7 @@ use millrace_shared::options::{EngineOptions, MicroBatches};
 
 use crate::config::{Config, DEFAULT_PORT};
 use crate::hardware::Hardware;
+use crate::probe::ProbeArgs;
 
 /// One machine of a Millrace cluster: computes a stage of the model.
 #[derive(Debug, Parser)]
@@ -33,6 +34,7 @@ Examples:
   millrace-node run                                               work again; no token needed
   millrace-node run --weights model.gguf                          take weights from an own file
   millrace-node probe                                             what this machine offers
+  millrace-node probe --model m.gguf --output a.toml              measured, for 'millrace plan'
 
 Ports: 8010/udp, or the next free one. Several nodes on one host need a --dir each.";
 
@@ -41,8 +43,8 @@ Ports: 8010/udp, or the next free one. Several nodes on one host need a --dir ea
 pub enum Command {
     /// Join the cluster and compute
     Run(Box<RunArgs>),
-    /// Show what this machine offers
-    Probe,
+    /// Show what this machine offers, measured if asked
+    Probe(ProbeArgs),
 }
 
 /// Flags of `run`.
@@ -156,21 +158,6 @@ impl WarnForeign for EngineOptions {
             }
         }
     }
-}
-
-/// What this machine offers, as a table.
-pub fn probe() -> String {
-    let h = Hardware::probe();
-    format!(
-        "host       {}\nprocessor  {}, {}\nthreads    {} ({})\nmemory     {:.1} GiB available\nnumerics   {}",
-        h.host,
-        h.processor,
-        millrace_engine::Isa::detect().map_or_else(|e| e, |isa| isa.to_string()),
-        h.cores,
-        h.cores_reason,
-        h.memory_bytes as f64 / f64::from(1 << 30),
-        millrace_engine::cpu::numerics_revision(),
-    )
 }
 
 #[cfg(test)]

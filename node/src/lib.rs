@@ -9,6 +9,7 @@ pub mod config;
 pub mod enrol;
 pub mod hardware;
 pub mod loader;
+pub mod probe;
 mod profiles;
 mod progress;
 

@@ -11,7 +11,8 @@ use anyhow::{Context as _, anyhow};
 use clap::Parser;
 use millrace_net::signals::terminated;
 use millrace_net::telemetry;
-use millrace_node::cli::{Cli, Command, probe};
+use millrace_node::cli::{Cli, Command};
+use millrace_node::probe::probe;
 use millrace_node::{Config, enrol, start};
 
 fn main() {
@@ -25,7 +26,9 @@ fn main() {
             Ok(config) => actix_rt::System::new().block_on(run(config)),
             Err(e) => Err(e),
         },
-        Command::Probe => writeln!(std::io::stdout(), "{}", probe()).map_err(Into::into),
+        Command::Probe(args) => {
+            probe(&args).and_then(|text| writeln!(std::io::stdout(), "{text}").map_err(Into::into))
+        }
     };
     if let Err(e) = result {
         eprintln!("error: {e:#}");

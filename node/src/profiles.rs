@@ -32,9 +32,12 @@ impl KnownProfile {
             return None;
         }
         let text = std::fs::read_to_string(&self.0).ok()?;
-        let (layer, head) = text.trim().split_once(' ')?;
-        let seconds = |text: &str| text.parse::<f64>().ok().filter(|s| s.is_finite() && *s > 0.0);
-        Some(StageProfile { layer_seconds: seconds(layer)?, head_seconds: seconds(head)? })
+        let mut words = text.split_whitespace().map(str::parse::<f64>);
+        let mut profile = StageProfile::default();
+        for seconds in profile.layer_seconds.iter_mut().chain(&mut profile.head_seconds) {
+            *seconds = words.next()?.ok().filter(|s| s.is_finite() && *s > 0.0)?;
+        }
+        words.next().is_none().then_some(profile)
     }
 
     /// Keeps a measurement; where that is not possible, the next start measures again.
@@ -48,7 +51,8 @@ impl KnownProfile {
         DirBuilder::new().recursive(true).mode(0o700).create(self.0.parent().unwrap_or(&self.0))?;
         let part = self.0.with_extension(format!("{}.part", uuid::Uuid::now_v7().simple()));
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part)?;
-        let text = format!("{:e} {:e}\n", profile.layer_seconds, profile.head_seconds);
+        let seconds = profile.layer_seconds.iter().chain(&profile.head_seconds);
+        let text = seconds.map(|s| format!("{s:e}\n")).collect::<String>();
         let written =
             file.write_all(text.as_bytes()).and_then(|()| std::fs::rename(&part, &self.0));
         if written.is_err() {
@@ -67,13 +71,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let known = KnownProfile(dir.path().join("profiles/x"));
         assert_eq!(known.get(), None);
-        let profile = StageProfile { layer_seconds: 1.25e-4, head_seconds: 0.001 };
+        let profile = StageProfile {
+            layer_seconds: [1.25e-4, 2e-4, 5e-4, 0.002],
+            head_seconds: [0.001, 0.002, 0.004, 0.016],
+        };
         known.put(&profile);
         assert_eq!(known.get(), Some(profile));
         let long_ago = SystemTime::now() - KEEP - Duration::from_secs(10);
         std::fs::File::open(&known.0).unwrap().set_modified(long_ago).unwrap();
         assert_eq!(known.get(), None);
-        for text in ["", "1", "1 x", "0 1", "NaN 1", "1 -1"] {
+        for text in [
+            "",
+            "1",
+            "1 2 3 4 5 6 7",
+            "1 2 3 4 5 6 7 x",
+            "0 2 3 4 5 6 7 8",
+            "1 2 3 4 5 6 7 -8",
+            "1 2 3 4 5 6 7 8 9",
+        ] {
             std::fs::write(&known.0, text).unwrap();
             assert_eq!(known.get(), None, "{text}");
         }

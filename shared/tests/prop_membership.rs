@@ -131,7 +131,7 @@ fn actions(p: &mut PipelineState) -> Vec<Action> {
     std::iter::from_fn(|| p.poll_action()).collect()
 }
 
-const PROFILE: StageProfile = StageProfile { layer_seconds: 0.001, head_seconds: 0.008 };
+const PROFILE: StageProfile = StageProfile::flat(0.001, 0.008);
 
 fn running(stages: u16) -> PipelineState {
     let mut p = PipelineState::new(PipelineConfig::new(stages));

@@ -1,166 +1,300 @@
-//! The partitioner against brute force, and its errors.
+//! The planner against brute force: every choice and order of nodes, every cut.
 
-use millrace_shared::id::NodeId;
 use millrace_shared::partition::{
-    LayerRange, ModelCost, NodeCapacity, PartitionError, check_memory, from_cuts, partition,
+    Change, Curve, Goal, LayerRange, LeftOut, Link, ModelCosts, Network, NodeCosts, Objective,
+    PartitionError, Problem, Promise, Solution, StageCut, Wish, check_memory, choose, forecast,
+    from_cuts, improvements, left_out, load_within, solve,
 };
 use proptest::prelude::*;
 
-fn node(i: u128, memory_bytes: u64, speed: f64) -> NodeCapacity {
-    NodeCapacity { node: NodeId(uuid::Uuid::from_u128(i + 1)), memory_bytes, speed }
+#[derive(Clone, Debug)]
+struct Case {
+    model: ModelCosts,
+    nodes: Vec<NodeCosts>,
+    network: Network,
+    rows: f64,
 }
 
-fn model(layers: u32, head: f64) -> ModelCost {
-    ModelCost {
-        layers,
-        layer_bytes: vec![10; layers as usize],
-        embed_bytes: 20,
-        head_bytes: 20,
-        tied_head: false,
-        kv_bytes_per_layer: 5,
-        layer_cost: 1.0,
-        head_cost_in_layers: head,
+impl Case {
+    fn problem(&self) -> Problem<'_> {
+        Problem { model: &self.model, nodes: &self.nodes, network: &self.network, rows: self.rows }
     }
 }
 
-fn bottleneck(model: &ModelCost, nodes: &[NodeCapacity], ranges: &[LayerRange]) -> f64 {
-    let last = ranges.len() - 1;
-    (ranges.iter().zip(nodes).enumerate())
-        .map(|(i, (r, n))| {
-            let head = if i == last { model.head_cost_in_layers } else { 0.0 };
-            (f64::from(r.len()) + head) * model.layer_cost / n.speed
-        })
-        .fold(0.0, f64::max)
+/// Every ordered choice of `k` of `n`.
+fn orders(n: usize, k: usize) -> Vec<Vec<usize>> {
+    if k == 0 {
+        return vec![Vec::new()];
+    }
+    let longer = |shorter: Vec<usize>| {
+        (0..n)
+            .filter(|i| !shorter.contains(i))
+            .map(|i| [&shorter[..], &[i]].concat())
+            .collect::<Vec<_>>()
+    };
+    orders(n, k - 1).into_iter().flat_map(longer).collect()
 }
 
-/// Every way to cut; the least bottleneck of those that fit.
-fn brute_force(model: &ModelCost, nodes: &[NodeCapacity], stages: usize) -> Option<f64> {
-    fn cuts(layers: u32, from: u32, left: usize, so_far: &mut Vec<u32>, all: &mut Vec<Vec<u32>>) {
-        if left == 0 {
-            all.push(so_far.clone());
-            return;
+/// Every way to cut `layers` in `parts`, each but the last with a layer.
+fn cuts(layers: u32, parts: usize) -> Vec<Vec<LayerRange>> {
+    fn go(first: u32, layers: u32, parts: usize) -> Vec<Vec<LayerRange>> {
+        if parts == 1 {
+            return vec![vec![LayerRange { first, end: layers }]];
         }
-        for cut in from + 1..=layers {
-            so_far.push(cut);
-            cuts(layers, cut, left - 1, so_far, all);
-            so_far.pop();
+        let mut all = Vec::new();
+        for end in first + 1..=layers {
+            for mut rest in go(end, layers, parts - 1) {
+                rest.insert(0, LayerRange { first, end });
+                all.push(rest);
+            }
+        }
+        all
+    }
+    go(0, layers, parts)
+}
+
+fn fits(case: &Case, stages: &[StageCut]) -> bool {
+    let last = stages.len() - 1;
+    stages.iter().enumerate().all(|(i, s)| {
+        let layers = s.range.first as usize..s.range.end as usize;
+        case.model.stage_memory(layers, i == 0, i == last) <= case.nodes[s.node].memory_bytes
+    })
+}
+
+/// The least value; `None` where nothing fits.
+fn brute_force(case: &Case, objective: Objective, stages: Option<usize>) -> Option<f64> {
+    let layers = case.model.layers() as u32;
+    let sizes = stages.map_or(1..=case.nodes.len(), |n| n..=n);
+    let mut best: Option<f64> = None;
+    for size in sizes {
+        for order in orders(case.nodes.len(), size) {
+            for ranges in cuts(layers, size) {
+                let stages: Vec<StageCut> = (order.iter().zip(&ranges))
+                    .map(|(&node, &range)| StageCut { node, range })
+                    .collect();
+                if !fits(case, &stages) {
+                    continue;
+                }
+                let value = Solution::of(&case.problem(), stages, objective);
+                // A forbidden link shows in the sum.
+                if value.sum_seconds.is_finite() && best.is_none_or(|b| value.value < b) {
+                    best = Some(value.value);
+                }
+            }
         }
     }
-    let mut all = Vec::new();
-    cuts(model.layers, 0, stages - 1, &mut Vec::new(), &mut all);
-    (all.iter())
-        .filter_map(|c| from_cuts(model.layers, c).ok())
-        .filter(|r| check_memory(model, nodes, r).is_ok())
-        .map(|r| bottleneck(model, nodes, &r))
-        .min_by(f64::total_cmp)
+    best
 }
 
-fn problem() -> impl Strategy<Value = (ModelCost, Vec<NodeCapacity>, usize)> {
-    let nodes = prop::collection::vec((30u64..200, 1u32..8), 1..5);
-    let layers = prop::collection::vec(1u64..30, 1..9);
-    (layers, nodes, 0u32..12, any::<bool>(), 0u64..10).prop_flat_map(
-        |(layer_bytes, nodes, head, tied_head, kv)| {
-            let model = ModelCost {
-                layers: layer_bytes.len() as u32,
-                layer_bytes,
+fn node(i: usize, (memory_bytes, layer, head, embed): (u64, u32, u32, u32)) -> NodeCosts {
+    NodeCosts {
+        name: format!("n{i}"),
+        layer: Curve::flat(f64::from(layer) * 0.25),
+        head: Curve::flat(f64::from(head) * 0.75),
+        embed: Curve::flat(f64::from(embed) * 0.1),
+        memory_bytes,
+    }
+}
+
+fn link() -> impl Strategy<Value = Option<Link>> {
+    prop_oneof![
+        1 => Just(None),
+        3 => Just(Some(Link::FREE)),
+        4 => (0u32..20, 1u32..40).prop_map(|(rtt, speed)| Some(Link {
+            rtt_seconds: f64::from(rtt) * 0.3,
+            bytes_per_second: f64::from(speed),
+        })),
+    ]
+}
+
+fn case(most_nodes: usize, most_layers: usize) -> impl Strategy<Value = Case> {
+    let node_figures = (20u64..260, 1u32..8, 0u32..6, 0u32..4);
+    let layers =
+        prop::collection::vec((1u64..30, prop_oneof![Just(4u32), 1u32..9]), 1..=most_layers);
+    let nodes = prop::collection::vec(node_figures, 1..=most_nodes);
+    // Few links of their own, few twins: both happen often enough.
+    (layers, nodes, any::<[bool; 3]>(), 0u64..10, 1u64..20).prop_flat_map(
+        |(layers, mut nodes, [tied_head, uniform, twins], kv, row_bytes)| {
+            if twins && nodes.len() > 2 {
+                nodes[1] = nodes[0];
+            }
+            let share = |s: u32| if uniform { 1.0 } else { f64::from(s) * 0.25 };
+            let model = ModelCosts {
+                layer_bytes: layers
+                    .iter()
+                    .map(|l| if uniform { layers[0].0 } else { l.0 })
+                    .collect(),
+                layer_share: layers.iter().map(|l| share(l.1)).collect(),
+                embed_bytes: 20,
+                head_bytes: 22,
                 tied_head,
                 kv_bytes_per_layer: kv,
-                ..model(0, f64::from(head) * 0.75)
+                stage_bytes: 3,
+                row_bytes,
             };
-            let nodes: Vec<_> = (nodes.iter().enumerate())
-                .map(|(i, &(m, s))| node(i as u128, m, f64::from(s) * 0.5))
-                .collect();
-            let stages = 1..nodes.len() + 1;
-            (Just(model), Just(nodes), stages)
+            let nodes: Vec<NodeCosts> =
+                nodes.into_iter().enumerate().map(|(i, n)| node(i, n)).collect();
+            let n = nodes.len();
+            let own = prop::collection::vec(((0..=n, 0..=n), link()), 0..2 * n);
+            (Just((model, nodes)), link(), own).prop_map(move |((model, nodes), all, own)| {
+                let mut network = Network::uniform(n, all.unwrap_or(Link::FREE));
+                network.scheduling_seconds = 0.125;
+                for ((from, to), link) in own {
+                    if from != to {
+                        network.set(from, to, link);
+                    }
+                }
+                Case { model, nodes, network, rows: 2.0 }
+            })
         },
     )
 }
 
+fn check(case: &Case, objective: Objective, stages: Option<usize>) -> Result<(), TestCaseError> {
+    let best = brute_force(case, objective, stages);
+    match solve(&case.problem(), objective, stages) {
+        Ok(found) => {
+            let last = found.stages.len() - 1;
+            prop_assert!(fits(case, &found.stages));
+            prop_assert_eq!(found.stages[0].range.first, 0);
+            prop_assert_eq!(found.stages[last].range.end, case.model.layers() as u32);
+            prop_assert!(found.stages.windows(2).all(|w| w[0].range.end == w[1].range.first));
+            prop_assert!(found.stages[..last].iter().all(|s| !s.range.is_empty()));
+            prop_assert!(stages.is_none_or(|n| n == last + 1));
+            prop_assert!(found.sum_seconds.is_finite(), "a forbidden link is used");
+            let best = best.expect("brute force finds one too");
+            let same = (found.value - best).abs() <= 1e-6 * best.max(1e-9);
+            prop_assert!(same, "{objective:?}: found {} best {best}", found.value);
+            prop_assert_eq!(found.gap(), 0.0);
+        }
+        Err(e) => prop_assert_eq!(best, None, "{}", e),
+    }
+    Ok(())
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1024, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..Default::default() })]
 
     #[test]
-    fn as_good_as_brute_force((model, nodes, stages) in problem()) {
-        let best = brute_force(&model, &nodes, stages);
-        match partition(&model, &nodes, stages) {
-            Ok(ranges) => {
-                prop_assert_eq!(ranges.len(), stages);
-                prop_assert_eq!(ranges[0].first, 0);
-                prop_assert_eq!(ranges[stages - 1].end, model.layers);
-                prop_assert!(ranges.windows(2).all(|w| w[0].end == w[1].first));
-                prop_assert!(ranges[..stages - 1].iter().all(|r| !r.is_empty()));
-                prop_assert!(check_memory(&model, &nodes, &ranges).is_ok());
-                let found = bottleneck(&model, &nodes, &ranges);
-                let best = best.expect("brute force finds one too");
-                prop_assert!((found - best).abs() < 1e-9, "found {} best {}", found, best);
-            }
-            Err(_) => prop_assert_eq!(best, None),
-        }
+    fn throughput_is_the_best((case, stages) in (case(4, 8), prop::option::weighted(0.3, 1usize..5))) {
+        check(&case, Objective::Throughput, stages)?;
     }
+
+    #[test]
+    fn latency_is_the_best((case, stages) in (case(4, 8), prop::option::weighted(0.3, 1usize..5))) {
+        check(&case, Objective::Latency, stages)?;
+    }
+
+    #[test]
+    fn the_period_is_the_best((case, m) in (case(4, 8), 1u32..7)) {
+        check(&case, Objective::Period { micro_batches: m }, None)?;
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn five_nodes_too((case, m) in (case(5, 6), 1u32..7)) {
+        check(&case, Objective::Throughput, None)?;
+        check(&case, Objective::Period { micro_batches: m }, None)?;
+    }
+}
+
+/// `layers` alike layers and nodes with the given times of a layer, the head in layers.
+fn plain(layers: usize, head: f64, nodes: &[f64]) -> Case {
+    let model = ModelCosts {
+        layer_bytes: vec![10; layers],
+        layer_share: vec![1.0; layers],
+        embed_bytes: 20,
+        head_bytes: 20,
+        tied_head: false,
+        kv_bytes_per_layer: 5,
+        stage_bytes: 0,
+        row_bytes: 1,
+    };
+    let node = |(i, &layer): (usize, &f64)| NodeCosts {
+        name: format!("n{i}"),
+        layer: Curve::flat(layer),
+        head: Curve::flat(layer * head),
+        embed: Curve::flat(0.0),
+        memory_bytes: 1 << 30,
+    };
+    Case {
+        model,
+        network: Network::uniform(nodes.len(), Link::FREE),
+        nodes: nodes.iter().enumerate().map(node).collect(),
+        rows: 1.0,
+    }
+}
+
+fn lens(case: &Case) -> Vec<u32> {
+    let found = solve(&case.problem(), Objective::Throughput, Some(case.nodes.len())).unwrap();
+    found.stages.iter().map(|s| s.range.len()).collect()
 }
 
 #[test]
 fn a_heavy_head_counts_as_layers() {
-    let nodes: Vec<_> = (0..2).map(|i| node(i, 1 << 30, 1.0)).collect();
-    let ranges = partition(&model(30, 8.0), &nodes, 2).unwrap();
-    assert_eq!(ranges[0].range(), 0..19);
-    assert_eq!(ranges[1].range(), 19..30);
+    assert_eq!(lens(&plain(30, 8.0, &[1.0; 2])), [19, 11]);
+    // The table of the design: equal split against optimum, head of 8 layers.
+    for (nodes, bottleneck) in [(2, 19.0), (3, 13.0), (4, 10.0), (5, 8.0), (6, 8.0)] {
+        let case = plain(30, 8.0, &vec![1.0; nodes]);
+        let found = solve(&case.problem(), Objective::Throughput, Some(nodes)).unwrap();
+        assert_eq!(found.bottleneck_seconds, bottleneck, "{nodes} nodes");
+    }
 }
 
 #[test]
 fn without_a_reason_cuts_are_even() {
-    let nodes: Vec<_> = (0..4).map(|i| node(i, 1 << 30, 1.0)).collect();
-    let ranges = partition(&model(10, 0.5), &nodes, 4).unwrap();
-    let mut lens: Vec<_> = ranges.iter().map(LayerRange::len).collect();
-    lens.sort_unstable();
-    assert_eq!(lens, [2, 2, 3, 3]);
+    let mut found = lens(&plain(10, 0.5, &[1.0; 4]));
+    found.sort_unstable();
+    assert_eq!(found, [2, 2, 3, 3]);
+    assert_eq!(lens(&plain(2, 5.0, &[1.0; 3])), [1, 1, 0], "the head alone on the last");
 }
 
 #[test]
-fn the_last_stage_may_hold_the_head_alone() {
-    let nodes: Vec<_> = (0..3).map(|i| node(i, 1 << 30, 1.0)).collect();
-    let ranges = partition(&model(2, 5.0), &nodes, 3).unwrap();
-    assert!(ranges[2].is_empty());
-    let error = partition(&model(1, 5.0), &nodes, 3).unwrap_err();
-    assert_eq!(error, PartitionError::TooManyStages { stages: 3, layers: 1 });
-}
-
-#[test]
-fn many_stages_of_a_real_model_are_quick() {
-    let nodes: Vec<_> = (0..64).map(|i| node(i, 1 << 30, 1.0 + (i % 5) as f64)).collect();
-    let ranges = partition(&model(200, 8.0), &nodes, 64).unwrap();
-    assert_eq!(ranges.iter().map(LayerRange::len).sum::<u32>(), 200);
+fn many_nodes_are_planned_with_a_gap() {
+    let times: Vec<f64> = (0..40).map(|i| 1.0 + f64::from(i) * 0.173).collect();
+    let case = plain(126, 4.0, &times);
+    for objective in [Objective::Throughput, Objective::Latency] {
+        let found = solve(&case.problem(), objective, None).unwrap();
+        assert!(found.lower_bound > 0.0 && found.lower_bound <= found.value);
+        assert!(found.gap() < 0.6, "{objective:?}: {}", found.gap());
+        assert_eq!(found.stages.iter().map(|s| s.range.len()).sum::<u32>(), 126);
+    }
+    let alike = plain(126, 4.0, &[1.0; 64]);
+    assert_eq!(solve(&alike.problem(), Objective::Throughput, None).unwrap().gap(), 0.0);
 }
 
 #[test]
 fn errors_say_how_much_is_missing() {
     let gib = 1u64 << 30;
-    let big = ModelCost { layer_bytes: vec![gib; 4], ..model(4, 1.0) };
-    let small = [node(0, gib, 1.0), node(1, gib, 1.0)];
-    let text = partition(&big, &small, 2).unwrap_err().to_string();
+    let mut case = plain(4, 1.0, &[1.0; 2]);
+    case.model.layer_bytes = vec![gib; 4];
+    let solve = |case: &Case, n| solve(&case.problem(), Objective::Throughput, n);
+    let text = solve(&case, Some(2)).unwrap_err().to_string();
     assert!(text.contains("need 4.00 GiB") && text.contains("have 2.00 GiB"), "{text}");
     assert!(text.contains("--kv-cache-tokens"), "{text}");
 
-    let lopsided = [node(0, gib / 2, 1.0), node(1, 8 * gib, 1.0)];
-    let error = partition(&big, &lopsided, 2).unwrap_err();
+    case.nodes[1].memory_bytes = 2 * gib;
+    case.nodes[0].memory_bytes = 5 * gib / 2;
+    let error = solve(&case, None).unwrap_err();
     assert!(matches!(error, PartitionError::DoesNotFitInOrder { .. }), "{error}");
+    case.nodes[1].memory_bytes = 8 * gib;
+    assert!(solve(&case, None).is_ok());
+    let mut cut_off = case.clone();
+    cut_off.network.set(1, 2, None);
+    let error = solve(&cut_off, Some(1)).unwrap_err();
+    assert!(matches!(error, PartitionError::NoWay { forbidden: 1.., .. }), "{error}");
 
     let ranges = from_cuts(4, &[3]).unwrap();
-    let nodes = [node(0, 2 * gib, 1.0), node(1, 8 * gib, 1.0)];
-    let text = check_memory(&big, &nodes, &ranges).unwrap_err().to_string();
-    assert!(text.contains("stage 0 (layers 0..3)") && text.contains("1.00 GiB"), "{text}");
-
-    assert_eq!(partition(&big, &small, 0).unwrap_err(), PartitionError::NoStages);
-    let error = partition(&big, &small, 3).unwrap_err();
+    let text = check_memory(&case.problem(), &[0, 1], &ranges).unwrap_err().to_string();
+    assert!(text.contains("stage 0 (layers 0..3)") && text.contains("node n0"), "{text}");
+    assert_eq!(solve(&case, Some(0)).unwrap_err(), PartitionError::NoStages);
+    let error = solve(&case, Some(3)).unwrap_err();
     assert_eq!(error, PartitionError::TooFewNodes { stages: 3, nodes: 2 });
-}
-
-#[test]
-fn a_tied_head_is_held_once_by_a_single_stage() {
-    let tied = ModelCost { tied_head: true, ..model(1, 1.0) };
-    assert!(partition(&tied, &[node(0, 35, 1.0)], 1).is_ok());
-    assert!(partition(&tied, &[node(0, 34, 1.0)], 1).is_err());
-    assert!(partition(&model(1, 1.0), &[node(0, 54, 1.0)], 1).is_err());
+    let error = solve(&plain(1, 1.0, &[1.0; 3]), Some(3)).unwrap_err();
+    assert_eq!(error, PartitionError::TooManyStages { stages: 3, layers: 1 });
 }
 
 #[test]
@@ -174,4 +308,93 @@ fn explicit_cuts() {
     for bad in [&[0][..], &[5, 5], &[17, 5], &[31]] {
         assert!(matches!(lens(bad), Err(PartitionError::BadCut { .. })), "{bad:?}");
     }
+}
+
+/// Times that grow with the rows, so that a split pays.
+fn loaded(nodes: &[f64]) -> Case {
+    let mut case = plain(12, 2.0, nodes);
+    for node in &mut case.nodes {
+        let layer = node.layer.at(1.0) * 1e-3;
+        node.layer = Curve::new([(1.0, layer), (64.0, layer * 64.0)]);
+        node.head = Curve::new([(1.0, layer * 2.0), (64.0, layer * 128.0)]);
+    }
+    case
+}
+
+fn wish(streams: u32) -> Wish {
+    Wish { goal: Goal::Throughput, streams, stages: None, micro_batches: None }
+}
+
+#[test]
+fn a_split_is_made_only_where_it_pays() {
+    let case = loaded(&[1.0, 1.0, 1.0, 30.0]);
+    let busy = choose(&case.problem(), &wish(32)).unwrap();
+    assert_eq!(busy.stages.len(), 3);
+    assert!(!busy.refused_to_split(&case.problem(), &wish(32)));
+    let (_, alone) = busy.alone.as_ref().unwrap();
+    assert!(busy.forecast.tokens_per_second > 2.0 * alone.tokens_per_second);
+    let out = left_out(&case.problem(), &wish(32), &busy);
+    assert!(matches!(out[..], [(3, LeftOut::TooSlow { .. })]), "{out:?}");
+
+    let quiet = choose(&case.problem(), &wish(1)).unwrap();
+    assert_eq!(quiet.stages.len(), 1);
+    assert!(quiet.refused_to_split(&case.problem(), &wish(1)));
+    let out = left_out(&case.problem(), &wish(1), &quiet);
+    assert!(out.iter().any(|(_, r)| matches!(r, LeftOut::NoGain { .. })), "{out:?}");
+    let two = Wish { stages: Some(2), ..wish(1) };
+    assert_eq!(choose(&case.problem(), &two).unwrap().stages.len(), 2);
+}
+
+#[test]
+fn left_out_nodes_have_reasons() {
+    let mut case = loaded(&[1.0, 1.0, 1.0, 1.0]);
+    case.nodes[2].memory_bytes = 3;
+    for place in 0..5 {
+        case.network.set(place, 3, None);
+    }
+    let choice = choose(&case.problem(), &wish(32)).unwrap();
+    let out = left_out(&case.problem(), &wish(32), &choice);
+    assert!(matches!(out[0], (2, LeftOut::TooSmall { .. })), "{out:?}");
+    assert_eq!(out[1], (3, LeftOut::NoLink));
+}
+
+#[test]
+fn what_helps_is_in_order() {
+    let case = loaded(&[1.0, 2.0]);
+    let choice = choose(&case.problem(), &wish(32)).unwrap();
+    let found = improvements(&case.problem(), &wish(32), &choice);
+    assert!(found.windows(2).all(|w| w[0].1 >= w[1].1));
+    assert!(found.iter().all(|(_, t)| *t > choice.forecast.tokens_per_second));
+    assert!(found.iter().any(|(c, _)| matches!(c, Change::Add(0))), "{found:?}");
+}
+
+#[test]
+fn links_are_hidden_by_micro_batches_in_flight() {
+    let mut case = loaded(&[1.0, 1.0]);
+    let slow = Link { rtt_seconds: 0.2, bytes_per_second: f64::INFINITY };
+    case.network = Network::uniform(2, slow);
+    let choice = choose(&case.problem(), &Wish { stages: Some(2), ..wish(64) }).unwrap();
+    let f = forecast(&case.problem(), &choice.stages, 64, None);
+    assert!(f.micro_batches > 3, "{f:?}");
+    let few = forecast(&case.problem(), &choice.stages, 64, Some(2));
+    assert!(f.tokens_per_second > 1.2 * few.tokens_per_second);
+    assert!(f.period_seconds * f64::from(f.micro_batches) >= f.sum_seconds * 0.999);
+}
+
+#[test]
+fn promises_bound_the_load() {
+    let case = loaded(&[1.0, 1.0]);
+    let stages = choose(&case.problem(), &wish(32)).unwrap().stages;
+    let promise = |itl| Promise {
+        first_token_seconds: 10.0,
+        inter_token_seconds: itl,
+        prompt_tokens: 128,
+        prefill_chunk: 64,
+    };
+    let load = |itl| load_within(&case.problem(), &stages, &promise(itl), 4096);
+    let (a, first) = load(0.5).unwrap();
+    assert!(a.inter_token_seconds <= 0.5 && first <= 10.0);
+    let (b, _) = load(1.0).unwrap();
+    assert!(b.streams > a.streams);
+    assert!(load(0.001).is_none());
 }

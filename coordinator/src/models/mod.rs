@@ -5,6 +5,7 @@
 
 mod catalogue;
 mod fetch;
+mod header;
 mod manifest;
 mod progress;
 mod quantized;
@@ -12,6 +13,7 @@ mod resolve;
 
 pub use catalogue::{CATALOGUE, CatalogueEntry, HubSource, PypiSource};
 pub use fetch::Source;
+pub use header::header;
 pub use manifest::{hash_manifest, manifest_of};
 pub use progress::{ConsoleProgress, NoProgress, Progress};
 pub use quantized::{ModelOptions, quantized, resolve_as};

@@ -90,9 +90,8 @@ pub fn resolve_with(
         return Ok(path);
     }
     let entry = find(catalogue, model).map_err(ModelError::Unknown)?;
-    // Another content has another folder, so a file that is there need not be hashed again.
-    let folder = settings.cache.join("models").join(&entry.sha256[..16]);
-    let target = folder.join(entry.file);
+    let target = target_of(entry, settings);
+    let folder = target.parent().unwrap_or(&settings.cache).to_owned();
     if is_complete(&target, entry) {
         return Ok(target);
     }
@@ -109,7 +108,13 @@ pub fn resolve_with(
     Ok(target)
 }
 
-fn existing(model: &str) -> Result<Option<PathBuf>, ModelError> {
+/// The place of a model in the cache. Another content has another folder, so a file that is there
+/// need not be hashed again.
+pub(super) fn target_of(entry: &CatalogueEntry, settings: &Settings) -> PathBuf {
+    settings.cache.join("models").join(&entry.sha256[..16]).join(entry.file)
+}
+
+pub(super) fn existing(model: &str) -> Result<Option<PathBuf>, ModelError> {
     let path = Path::new(model);
     match fs::metadata(path) {
         Ok(meta) if meta.is_file() => Ok(Some(path.to_owned())),
@@ -120,7 +125,7 @@ fn existing(model: &str) -> Result<Option<PathBuf>, ModelError> {
     }
 }
 
-fn is_complete(path: &Path, entry: &CatalogueEntry) -> bool {
+pub(super) fn is_complete(path: &Path, entry: &CatalogueEntry) -> bool {
     fs::metadata(path).is_ok_and(|m| m.is_file() && m.len() == entry.bytes)
 }
 

@@ -308,7 +308,7 @@ impl Engine for MockEngine {
 
     fn profile(&mut self, _spec: &ProfileSpec, _threads: usize) -> Result<StageProfile, LoadError> {
         let MockConfig { layer_seconds, head_seconds, .. } = self.config;
-        Ok(StageProfile { layer_seconds, head_seconds })
+        Ok(StageProfile::flat(layer_seconds, head_seconds))
     }
 
     fn busy(&self) -> Duration {

@@ -156,12 +156,11 @@ fn profiles_and_unloads() {
         config: config(),
         layer_type: TensorType::Q4_0,
         head_type: TensorType::F16,
-        batch: 1,
     });
     let done = Box::new(move |r| drop(tx.send(r)));
     handle.try_submit(Job::Profile { spec, threads: 1, done }).expect("room");
     let profile = rx.recv_timeout(WAIT).expect("answers").expect("measures");
-    assert_eq!(profile.layer_seconds, 0.25);
+    assert_eq!(profile.layer_seconds, [0.25; 4]);
     handle.try_submit(Job::Unload).expect("room");
     let (job, rx) = step_job();
     handle.try_submit(job).expect("room");

@@ -7,9 +7,11 @@
 //!
 //! Invariant: a message of an ended session or epoch changes nothing.
 
+mod balance;
 mod lease;
 mod pipeline;
 
+pub use balance::{Balance, PATIENCE, UNEVEN};
 pub use lease::{
     Event, HEARTBEAT, LEASE, LostReason, MemberState, Membership, MembershipConfig, SUSPECT_AFTER,
     Session,

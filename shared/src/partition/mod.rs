@@ -1,52 +1,34 @@
-//! The partitioner: cuts a model's layers into contiguous stages, one per node, in a given order.
+//! The planner: which nodes hold which layers of a model, in which order.
 //!
-//! The bottleneck sets the pace of a pipeline, so the largest stage time is minimised; among the
-//! cuts that reach it, the most even one is taken. The head counts as time, not only as memory: in a
-//! small model it is worth many layers. Exact for the given order; choosing the order, links and
-//! re-cutting by measurement are not its business yet.
+//! [`Problem`] is a model, nodes and links at one size of micro-batches; [`solve`] finds the best cut
+//! for an [`Objective`]; [`choose`] finds the plan for a wish (so many streams), where the size of the
+//! micro-batches follows from their number; [`forecast`] says what a plan will do, [`left_out`] why a
+//! node has no stage, [`improvements`] what would help. Everything is in seconds and bytes that were
+//! measured elsewhere; nothing here knows how fast a processor is.
 //!
-//! Invariant: the ranges cover each layer once, in order; every stage but the last has a layer; the
-//! last one carries the head and may have none.
+//! Invariant: the ranges of a solution cover each layer once, in order; every stage but the last has
+//! a layer; the last one carries the head and may have none. Exact where the module `solve` says so,
+//! and the gap is reported where it is not.
 
-mod solver;
+mod bounds;
+mod check;
+mod choose;
+mod classes;
+mod costs;
+mod even;
+mod forecast;
+mod greedy;
+mod paths;
+mod reach;
+mod solve;
 
 use std::ops::Range;
 
-pub use solver::{check_memory, partition};
-
-use crate::id::NodeId;
-
-/// What a model costs.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ModelCost {
-    /// Layers.
-    pub layers: u32,
-    /// Bytes of weights of each layer; as many as `layers`.
-    pub layer_bytes: Vec<u64>,
-    /// Bytes of the embedding, on the first stage.
-    pub embed_bytes: u64,
-    /// Bytes of final norm and head, on the last stage (of a tied head: the matrix again).
-    pub head_bytes: u64,
-    /// Whether the head is the embedding matrix: one stage alone holds it once.
-    pub tied_head: bool,
-    /// Bytes of the whole KV cache in one layer.
-    pub kv_bytes_per_layer: u64,
-    /// Time of one layer on a node of speed 1.
-    pub layer_cost: f64,
-    /// Time of the head, in layers.
-    pub head_cost_in_layers: f64,
-}
-
-/// What a node offers.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct NodeCapacity {
-    /// Which.
-    pub node: NodeId,
-    /// Bytes it may use for weights and KV cache.
-    pub memory_bytes: u64,
-    /// How fast, relative to the others; above 0.
-    pub speed: f64,
-}
+pub use check::check_memory;
+pub use choose::{Change, Choice, Goal, LeftOut, Wish, choose, improvements, left_out};
+pub use costs::{Curve, Link, ModelCosts, Network, NodeCosts, Problem};
+pub use forecast::{Forecast, Promise, first_token_seconds, forecast, load_within};
+pub use solve::{Objective, Solution, StageCut, solve};
 
 /// Layers `first..end` of a stage; empty for a stage that only holds the head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +100,19 @@ pub enum PartitionError {
         /// Bytes of the largest layer with its share of the KV cache.
         largest_layer: u64,
     },
+    /// Memory suffices in sum, but links are forbidden.
+    #[error(
+        "no pipeline can be laid out: the model needs {}, the nodes have {}, but {forbidden} links between them are forbidden; open those links, or add memory to nodes that can reach each other",
+        Gib(*needed), Gib(*available)
+    )]
+    NoWay {
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes there are.
+        available: u64,
+        /// Pairs of places without a link in one direction or both.
+        forbidden: usize,
+    },
     /// A stage of a given cut exceeds its node's memory.
     #[error(
         "stage {stage} (layers {}..{}) does not fit: it needs {}, node {node} has {}, {} are missing; move the cut, or lower --kv-cache-tokens",
@@ -129,7 +124,7 @@ pub enum PartitionError {
         /// Its layers.
         range: LayerRange,
         /// Its node.
-        node: NodeId,
+        node: String,
         /// Bytes needed.
         needed: u64,
         /// Bytes the node has.

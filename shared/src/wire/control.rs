@@ -118,7 +118,7 @@ pub enum CoordinatorMessage {
         /// Why, and what to do.
         message: String,
     },
-    /// Measure one layer and the head of this model.
+    /// Measure one layer and the head of this model, for each of [`PROFILE_ROWS`].
     Profile(Box<ProfileSpec>),
     /// Take this stage.
     Assign {
@@ -166,19 +166,21 @@ pub struct ProfileSpec {
     pub layer_type: crate::model::TensorType,
     /// Type of the head's matrix.
     pub head_type: crate::model::TensorType,
-    /// Rows of the micro-batch.
-    pub batch: u32,
     /// Nodes on the host, which share its cores.
     pub sharing: u32,
 }
 
-/// What was measured.
+/// Rows of the micro-batches that are measured: one stream, few, a cohort, a prefill chunk.
+pub const PROFILE_ROWS: [u32; 4] = [1, 4, 16, 64];
+
+/// What was measured, for each of [`PROFILE_ROWS`]. Looking up rows of the embedding costs less than
+/// can be measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StageProfile {
     /// Seconds of one layer.
-    pub layer_seconds: f64,
+    pub layer_seconds: [f64; PROFILE_ROWS.len()],
     /// Seconds of the head.
-    pub head_seconds: f64,
+    pub head_seconds: [f64; PROFILE_ROWS.len()],
 }
 
 impl StageProfile {
@@ -186,14 +188,20 @@ impl StageProfile {
     #[must_use]
     pub fn slower(self, factor: f64) -> Self {
         Self {
-            layer_seconds: self.layer_seconds * factor,
-            head_seconds: self.head_seconds * factor,
+            layer_seconds: self.layer_seconds.map(|s| s * factor),
+            head_seconds: self.head_seconds.map(|s| s * factor),
         }
     }
 
-    /// Seconds of a stage.
-    pub fn stage_seconds(&self, layers: u32, head: bool) -> f64 {
-        f64::from(layers) * self.layer_seconds + if head { self.head_seconds } else { 0.0 }
+    /// Seconds of a stage for a micro-batch of `PROFILE_ROWS[size]` rows.
+    pub fn stage_seconds(&self, size: usize, layers: u32, head: bool) -> f64 {
+        let head = if head { self.head_seconds[size] } else { 0.0 };
+        f64::from(layers) * self.layer_seconds[size] + head
+    }
+
+    /// The same for any number of rows.
+    pub const fn flat(layer_seconds: f64, head_seconds: f64) -> Self {
+        Self { layer_seconds: [layer_seconds; 4], head_seconds: [head_seconds; 4] }
     }
 }
 

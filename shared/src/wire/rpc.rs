@@ -320,6 +320,8 @@ pub struct ClusterStatus {
     pub generation_tokens: u64,
     /// Messages of an older epoch that were dropped so far.
     pub stale_dropped: u64,
+    /// The members as plans see them: a `cluster_file` in TOML; empty before any was measured.
+    pub description: String,
     /// Positions of sequences that began, so far: what the prefix cache was asked for.
     pub prefix_query_tokens: u64,
     /// Those of them that the prefix cache had.

@@ -10,13 +10,15 @@ use std::time::Duration;
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{Epoch, PipelineId};
+use millrace_shared::membership::Balance;
 use millrace_shared::scheduler::cost::StageCost;
 use millrace_shared::scheduler::{Scheduler, SchedulerConfig};
+use millrace_shared::wire::data::StageTime;
 use millrace_shared::wire::frame::Frame;
 use tokio::sync::mpsc;
 
 use super::{Active, Batcher, RETRY_PIPELINE_MS};
-use crate::actors::cluster::{EdgeFailed, Switched};
+use crate::actors::cluster::{EdgeFailed, Switched, Uneven};
 
 /// A pipeline is ready; where another epoch serves, it goes on from there.
 #[derive(Debug, Message)]
@@ -38,6 +40,8 @@ pub struct PipelineUp {
     pub failures: Recipient<EdgeFailed>,
     /// Whom to tell when it has begun.
     pub switched: Recipient<Switched>,
+    /// Whom to tell when its stages have been uneven for a while.
+    pub uneven: Recipient<Uneven>,
 }
 
 impl Handler<PipelineUp> for Batcher {
@@ -108,8 +112,19 @@ impl Batcher {
             steps: next.steps,
             opens: next.opens,
             failures: next.failures,
+            uneven: next.uneven,
+            balance: Balance::default(),
             broken: false,
         });
+    }
+
+    /// Notes what a micro-batch took in each stage.
+    pub(super) fn watch_balance(&mut self, times: &[StageTime], now: Duration) {
+        let Some(active) = &mut self.active else { return };
+        let steps: Vec<Duration> = times.iter().map(StageTime::step).collect();
+        if let Some(seconds) = active.balance.handle_times(&steps, now) {
+            let _ = active.uneven.try_send(Uneven { epoch: active.epoch, seconds });
+        }
     }
 
     /// Requests do not wait for ever.

@@ -133,6 +133,8 @@ impl Handler<ResultFrame> for Batcher {
         }
         let meta: ResultMeta = frame.meta().map_err(|e| e.to_string())?;
         scheduler.handle_times(header.micro_batch, &meta.times, now);
+        self.watch_balance(&meta.times, now);
+        let Some(scheduler) = &mut self.scheduler else { return Ok(()) };
         let outcomes = scheduler.handle_result(header.micro_batch, &meta.rows, now);
         self.apply(outcomes, now);
         self.pump();

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{Epoch, MicroBatchId, PipelineId, RequestId, SequenceId};
+use millrace_shared::membership::Balance;
 use millrace_shared::model::Dtype;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::scheduler::{
@@ -28,7 +29,7 @@ use millrace_shared::wire::frame::{Frame, FrameMeta};
 use millrace_shared::wire::rpc::TokenLogprobs;
 use tokio::sync::mpsc;
 
-use super::cluster::EdgeFailed;
+use super::cluster::{EdgeFailed, Uneven};
 use crate::metrics::Metrics;
 use crate::request::{Request, Verdict, Work};
 use crate::service::Caller;
@@ -56,6 +57,9 @@ struct Active {
     opens: mpsc::Sender<Frame>,
     /// Ends the epoch.
     failures: Recipient<EdgeFailed>,
+    /// Hears when the stages are uneven.
+    uneven: Recipient<Uneven>,
+    balance: Balance,
     /// An edge is lost: nothing more is sent, and `PipelineDown` is on its way.
     broken: bool,
 }

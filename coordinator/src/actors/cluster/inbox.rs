@@ -53,6 +53,7 @@ impl Handler<NodeHello> for Cluster {
             connection: m.connection,
             out: m.out,
             heartbeat: Heartbeat::default(),
+            profile: None,
             report: LoadReport::default(),
             next_report: None,
         };
@@ -233,6 +234,7 @@ impl Handler<GetStatus> for Cluster {
             nodes: self.members.len() as u32,
             kv_blocks: scheduler.map_or(0, |s| s.num_blocks),
             kv_block_size: scheduler.map_or(0, |s| s.block_size),
+            description: self.description(),
             ..ClusterStatus::default()
         })
     }

@@ -72,6 +72,7 @@ struct Member {
     connection: Connection,
     out: mpsc::Sender<CoordinatorMessage>,
     heartbeat: Heartbeat,
+    profile: Option<millrace_shared::wire::control::StageProfile>,
     report: LoadReport,
     /// Of the stage that is made ready beside the one that works.
     next_report: Option<LoadReport>,
@@ -342,10 +343,12 @@ impl Cluster {
                 pipeline: PIPELINE,
                 epoch,
                 config: plan.scheduler,
+                costs: plan.costs.clone(),
                 steps,
                 opens,
                 failures: ctx.address().recipient(),
                 switched: ctx.address().recipient(),
+                uneven: ctx.address().recipient(),
             }),
         });
         for node in nodes {
@@ -469,7 +472,10 @@ impl Cluster {
         match message {
             NodeMessage::Hello(_) => tracing::warn!(node = %id, "a second hello, ignored"),
             NodeMessage::Heartbeat(beat) => member.heartbeat = beat,
-            NodeMessage::Profiled { profile } => pipeline.handle_profiled(id, profile, now),
+            NodeMessage::Profiled { profile } => {
+                member.profile = Some(profile);
+                pipeline.handle_profiled(id, profile, now);
+            }
             NodeMessage::Ready { epoch, report, .. } => {
                 if pipeline.next_epoch() == Some(epoch) {
                     member.next_report = Some(report);

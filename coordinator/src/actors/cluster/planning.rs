@@ -10,7 +10,7 @@ use millrace_shared::wire::control::{CoordinatorMessage, Peer, StageProfile};
 
 use super::ways::Way;
 use super::{Cluster, PIPELINE};
-use crate::plan::{Plan, PlanNode, order_without, plan};
+use crate::plan::{Plan, PlanNode, plan};
 
 /// Among so many nodes every way is tried before the first plan.
 const TRY_ALL: usize = 8;
@@ -38,17 +38,15 @@ impl Cluster {
         nodes.iter().filter_map(known).collect()
     }
 
-    /// Cuts the model over these nodes, in an order that needs no closed way.
+    /// Cuts the model over these nodes, along no way that is closed.
     pub(super) fn cut(
         &self,
         epoch: Epoch,
         nodes: &[(NodeId, StageProfile)],
         now: Duration,
     ) -> Result<Plan, String> {
-        let planned = self.plan_nodes(nodes);
-        let planned = order_without(&planned, &self.ways.closed(now))
-            .ok_or("no order of the nodes avoids the ways that are closed")?;
-        plan(&self.manifest, &self.deployment, (PIPELINE, epoch), &planned)
+        let (planned, ways) = (self.plan_nodes(nodes), self.ways.known(now));
+        plan(&self.manifest, &self.deployment, (PIPELINE, epoch), &planned, &ways)
             .map_err(|e| e.to_string())
     }
 
@@ -77,7 +75,7 @@ impl Cluster {
             Err(message) => {
                 tracing::error!("{message}");
                 let beside = self.is_next(epoch);
-                let postponed = !self.ways.closed(now).is_empty();
+                let postponed = self.ways.known(now).iter().any(|way| way.round_trip.is_none());
                 if let Some(pipeline) = &mut self.pipeline {
                     match postponed {
                         true => pipeline.handle_plan_postponed(epoch, &message, now),

@@ -5,6 +5,8 @@ use millrace_shared::wire::control::Assignment;
 use millrace_shared::wire::rpc::StageStatus;
 
 use super::Cluster;
+use crate::plan::cluster::{LiveNode, live, to_text};
+use crate::plan::profile_spec;
 
 impl Cluster {
     pub(super) fn stage_statuses(&self) -> Vec<StageStatus> {
@@ -30,38 +32,33 @@ impl Cluster {
         plan.assignments.iter().enumerate().map(status).collect()
     }
 
+    /// The members that were measured, as a cluster's description.
+    pub(super) fn description(&self) -> String {
+        let measured = self.members.values().filter_map(|m| {
+            Some(LiveNode {
+                hello: &m.hello,
+                profile: m.profile.as_ref()?,
+                rtt: m.connection.rtt(),
+            })
+        });
+        let spec = profile_spec(&self.manifest, 1);
+        let file = live(&spec, measured);
+        if file.node.is_empty() { String::new() } else { to_text(&file) }
+    }
+
     /// The plan for people.
     pub(super) fn plan_table(&self) -> String {
-        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-        let mut table = String::from("  stage  node             layers          weights      KV\n");
-        let Some(plan) = &self.plan else { return table };
-        for ((node, a), stage) in plan.assignments.iter().zip(self.stage_statuses()) {
-            let layers = match (a.first_layer, a.end_layer) {
-                (first, end) if first < end => format!("{first}-{}", end - 1),
-                _ => "none".to_owned(),
-            };
-            let extra = if stage.head { " + head" } else { "" };
-            let kv = self.members.get(node).map_or(0, |m| m.report.kv_bytes);
-            table.push_str(&format!(
-                "  {:<5}  {:<15}  {:<14}  {:>7.1} MiB  {:>6.1} MiB\n",
-                a.stage,
-                stage.node_name,
-                format!("{layers}{extra}"),
-                mib(stage.weight_bytes),
-                mib(kv)
-            ));
-        }
+        let Some(plan) = &self.plan else { return String::new() };
         let s = &plan.scheduler;
         let tokens = s.num_blocks * s.block_size;
-        table.push_str(&format!(
-            "  KV cache: {} blocks, {tokens} tokens; {} sequences of {} at once; {} micro-batches in \
-             flight; the head counts as {:.1} layers",
+        format!(
+            "{}  allocated: {} KV blocks, {tokens} tokens, {} sequences of {} at once; at most {} \
+             micro-batches in flight",
+            plan.report,
             s.num_blocks,
             tokens / s.max_model_len.max(1),
             s.max_model_len,
-            s.max_in_flight,
-            plan.head_in_layers
-        ));
-        table
+            s.max_in_flight
+        )
     }
 }

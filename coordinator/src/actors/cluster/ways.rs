@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use millrace_shared::id::NodeId;
 
+use crate::plan::KnownWay;
+
 /// From, to.
 pub(super) type Way = (NodeId, NodeId);
 
@@ -73,10 +75,13 @@ impl Ways {
         self.trials.retain(|(from, to), _| *from != node && *to != node);
     }
 
-    /// The ways that are closed.
-    pub(super) fn closed(&self, now: Duration) -> Vec<Way> {
-        let closed = |way: &Way| self.outcome(*way, now).is_some_and(Result::is_err);
-        self.trials.keys().copied().filter(closed).collect()
+    /// What plans may build on.
+    pub(super) fn known(&self, now: Duration) -> Vec<KnownWay> {
+        let known = |&(from, to): &Way| {
+            let round_trip = self.outcome((from, to), now)?.as_ref().ok().copied();
+            Some(KnownWay { from, to, round_trip })
+        };
+        self.trials.keys().filter_map(known).collect()
     }
 }
 
@@ -96,13 +101,15 @@ mod tests {
         assert!(!ways.begin(way, s(1)), "under way");
         ways.end(way, Err("shut".into()), s(1));
         ways.end(back, Ok(0.1), s(1));
-        assert_eq!(ways.closed(s(2)), [way]);
+        let known =
+            |ways: &Ways, at| ways.known(s(at)).iter().map(|w| w.round_trip).collect::<Vec<_>>();
+        assert_eq!(known(&ways, 2), [None, Some(0.1)]);
         assert_eq!(ways.outcome(way, s(31)), None, "somebody may have opened it");
         assert_eq!(ways.outcome(back, s(3600)), Some(&Ok(0.1)));
         assert!(ways.begin(way, s(31)));
         ways.expire(s(41));
         assert!(ways.outcome(way, s(41)).is_some_and(Result::is_err), "silence is an answer");
         ways.forget(node(2));
-        assert_eq!((ways.outcome(back, s(42)), ways.closed(s(42))), (None, vec![]));
+        assert_eq!((ways.outcome(back, s(42)), known(&ways, 42)), (None, vec![]));
     }
 }

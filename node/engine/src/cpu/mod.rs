@@ -40,6 +40,7 @@ pub use backend::CpuBackend;
 pub use engine::CpuEngine;
 pub use memory::available_bytes;
 pub(crate) use pack::dequantise_row;
+pub use pack::packed_bytes;
 
 /// Revision of everything in this engine that may change a token. Raise the first number with any
 /// change of an order or formula in the table above. Another `libm` gives another revision by itself.

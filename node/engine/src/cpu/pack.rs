@@ -79,6 +79,16 @@ pub(crate) fn kind_of(dtype: TensorType) -> Option<Packing> {
     Some(Packing { from: dtype, kind })
 }
 
+/// Bytes of a matrix of `rows x cols` in memory, on the instruction set with the largest groups of
+/// rows; `None` where the engine has nothing for the type, or a row is no whole number of blocks.
+pub fn packed_bytes(dtype: TensorType, rows: u64, cols: u64) -> Option<u64> {
+    let size = (usize::try_from(rows).ok()?, usize::try_from(cols).ok()?);
+    if !cols.is_multiple_of(dtype.block_elements()) {
+        return None;
+    }
+    Some(Layout::new(kind_of(dtype)?, size, FLOAT_ROWS).bytes())
+}
+
 fn block_bytes<F: Format>(r: usize) -> usize {
     F::block_bytes(r)
 }

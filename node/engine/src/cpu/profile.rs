@@ -1,13 +1,13 @@
 //! Measuring a model's layers and head on made-up weights.
 //!
 //! Several layers are measured together, and layers and head by turns, so that neither finds its
-//! weights in a cache where a real step would not.
+//! weights in a cache where a real step would not. Every batch is measured on the same weights.
 
 use std::time::{Duration, Instant};
 
 use millrace_shared::id::SequenceId;
 use millrace_shared::model::{Dtype, ModelConfig, TensorEntry, TensorType, head_name};
-use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
+use millrace_shared::wire::control::{EngineSettings, PROFILE_ROWS, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
 
 use super::CpuEngine;
@@ -16,10 +16,13 @@ use crate::{Engine, Isa, LoadError, StageInput, StageOutput, StageSpec};
 
 /// Weights to run through, so that caches do not flatter.
 const LAYER_BYTES: u64 = 16 << 20;
-/// Measurements; the fastest counts. The plan is kept for long, so that it must not rest on chance.
-const RUNS: u32 = 8;
+/// Measurements for each of [`PROFILE_ROWS`]; the fastest counts. The plan is kept for long, so that
+/// it must not rest on chance; large batches take long, and vary less.
+const RUNS: [u32; PROFILE_ROWS.len()] = [8, 8, 6, 4];
+/// Rows of the largest batch.
+const MOST_ROWS: u32 = PROFILE_ROWS[PROFILE_ROWS.len() - 1];
 
-/// Seconds of one layer and of the head for a decode of `spec.batch` rows.
+/// Seconds of one layer and of the head for decodes of each of [`PROFILE_ROWS`].
 pub(super) fn profile(spec: &ProfileSpec, threads: usize) -> Result<StageProfile, LoadError> {
     let one: u64 = layer_entries(&spec.config, spec.layer_type, 0).iter().map(|t| t.bytes).sum();
     let layers = (LAYER_BYTES / one.max(1)).clamp(1, 8) as u32;
@@ -36,41 +39,42 @@ pub(super) fn profile(spec: &ProfileSpec, threads: usize) -> Result<StageProfile
     let isa = Isa::detect().map_err(LoadError::Settings)?;
     let rig = |layers: u32, head: bool| {
         let host_threads = threads * spec.sharing.max(1) as usize;
-        let stage = stage_spec(&config, layers, head, (spec.batch, threads, host_threads), isa);
-        Rig::load(&stage, &sources, spec.batch)
+        let stage = stage_spec(&config, layers, head, (threads, host_threads), isa);
+        Rig::load(&stage, &sources)
     };
     let (mut stage, mut head) = (rig(layers, false)?, rig(0, true)?);
-    let [mut layer_time, mut head_time] = [Duration::MAX; 2];
-    for _ in 0..RUNS {
-        layer_time = layer_time.min(stage.run());
-        head_time = head_time.min(head.run());
+    let mut profile = StageProfile::default();
+    for (i, &rows) in PROFILE_ROWS.iter().enumerate() {
+        let [mut layer_time, mut head_time] = [Duration::MAX; 2];
+        for _ in 0..RUNS[i] {
+            layer_time = layer_time.min(stage.run(rows));
+            head_time = head_time.min(head.run(rows));
+        }
+        profile.layer_seconds[i] = layer_time.as_secs_f64() / f64::from(layers);
+        profile.head_seconds[i] = head_time.as_secs_f64();
     }
-    Ok(StageProfile {
-        layer_seconds: layer_time.as_secs_f64() / f64::from(layers),
-        head_seconds: head_time.as_secs_f64(),
-    })
+    Ok(profile)
 }
 
 fn stage_spec(
     config: &ModelConfig,
     layers: u32,
     head: bool,
-    (batch, threads, host_threads): (u32, usize, usize),
+    (threads, host_threads): (usize, usize),
     isa: Isa,
 ) -> StageSpec {
-    let batch = batch.max(1);
     StageSpec {
         config: config.clone(),
         layers: 0..layers,
         embed: false,
         head,
         settings: EngineSettings {
-            kv_blocks: batch,
+            kv_blocks: MOST_ROWS,
             kv_block_size: 16,
             kv_dtype: Dtype::F16,
             activation_dtype: Dtype::F32,
-            max_batch_tokens: batch,
-            max_num_seqs: batch,
+            max_batch_tokens: MOST_ROWS,
+            max_num_seqs: MOST_ROWS,
             max_model_len: 16,
         },
         threads: threads.max(1),
@@ -80,7 +84,7 @@ fn stage_spec(
     }
 }
 
-/// A stage on made-up weights, and a step for it.
+/// A stage on made-up weights, and steps for it.
 struct Rig {
     engine: CpuEngine,
     meta: StepMeta,
@@ -90,10 +94,10 @@ struct Rig {
 }
 
 impl Rig {
-    fn load(spec: &StageSpec, sources: &[Source], batch: u32) -> Result<Self, LoadError> {
+    fn load(spec: &StageSpec, sources: &[Source]) -> Result<Self, LoadError> {
         let mut engine = CpuEngine::new();
         engine.load_sources(spec, sources, &mut |_| {})?;
-        let sequences = || (0..batch.max(1)).map(|i| (SequenceId(u64::from(i)), i));
+        let sequences = || (0..MOST_ROWS).map(|i| (SequenceId(u64::from(i)), i));
         let row = |(sequence, _)| Row {
             sequence,
             sequence_epoch: 0,
@@ -114,15 +118,22 @@ impl Rig {
         Ok(Self { engine, meta, input, out, head: spec.head })
     }
 
-    fn run(&mut self) -> Duration {
+    /// One step of the first `rows` sequences.
+    fn run(&mut self, rows: u32) -> Duration {
+        let meta = StepMeta {
+            rows: self.meta.rows[..rows as usize].to_vec(),
+            tables: std::mem::take(&mut self.meta.tables),
+            ..StepMeta::default()
+        };
+        let elements = self.input.len() / MOST_ROWS as usize * rows as usize;
         let start = Instant::now();
         let output = if self.head {
             StageOutput::Logits(&mut |_| {})
         } else {
-            StageOutput::Hidden(&mut self.out)
+            StageOutput::Hidden(&mut self.out[..elements])
         };
         // Made-up weights may overflow; the time is the same but for the error.
-        let _ = self.engine.step(&self.meta, StageInput::Hidden(&self.input), output);
+        let _ = self.engine.step(&meta, StageInput::Hidden(&self.input[..elements]), output);
         start.elapsed()
     }
 }

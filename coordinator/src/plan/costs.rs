@@ -1,0 +1,123 @@
+//! From a model's directory, profiles and links to what the planner reckons with.
+//!
+//! Bytes are those that weights take in memory once they are packed, not those of the file.
+
+use millrace_engine::cpu::packed_bytes;
+use millrace_shared::model::{
+    Dtype, ModelConfig, StageTensors, TensorEntry, TensorType, head_name, stage_tensors,
+};
+use millrace_shared::partition::{Curve, ModelCosts, NodeCosts};
+use millrace_shared::wire::control::{PROFILE_ROWS, ProfileSpec, StageProfile};
+
+/// What a model is to a plan: its dimensions and tensors, hashed or not.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelParts<'a> {
+    /// Dimensions.
+    pub config: &'a ModelConfig,
+    /// Tensors in file order.
+    pub tensors: &'a [TensorEntry],
+}
+
+impl ModelParts<'_> {
+    fn dtype(&self, name: &str) -> TensorType {
+        self.tensors.iter().find(|t| t.name == name).map_or(TensorType::F32, |t| t.dtype)
+    }
+
+    /// What nodes are asked to measure; `sharing` of them are on the same host.
+    pub fn profile_spec(&self, sharing: u32) -> ProfileSpec {
+        ProfileSpec {
+            config: self.config.clone(),
+            layer_type: self.dtype("blk.0.ffn_down.weight"),
+            head_type: self.dtype(head_name(self.config)),
+            sharing,
+        }
+    }
+
+    fn part(&self, stage: &StageTensors, bytes: impl Fn(&TensorEntry) -> u64) -> u64 {
+        stage_tensors(self.config, self.tensors, stage).into_iter().map(bytes).sum()
+    }
+
+    /// Bytes of a stage in the model's file: what a node fetches.
+    pub fn file_bytes(&self, stage: &StageTensors) -> u64 {
+        self.part(stage, |t| t.bytes)
+    }
+
+    /// Bytes of a stage in memory.
+    pub fn memory_bytes(&self, stage: &StageTensors) -> u64 {
+        self.part(stage, in_memory)
+    }
+
+    /// What the planner needs, with a KV cache of so many positions.
+    pub fn costs(&self, positions: u64, kv_dtype: Dtype, batch_tokens: u32) -> ModelCosts {
+        let config = self.config;
+        let layer = |l| StageTensors { layers: l..l + 1, embed: false, head: false };
+        let layer_bytes: Vec<u64> =
+            (0..config.layers).map(|l| self.memory_bytes(&layer(l))).collect();
+        let measured = self.measured_layer_bytes().max(1) as f64;
+        let layer_share = layer_bytes.iter().map(|&b| share(b as f64 / measured)).collect();
+        let ends = |embed, head| self.memory_bytes(&StageTensors { layers: 0..0, embed, head });
+        let widest = u64::from(6 * config.hidden + 3 * config.ffn);
+        ModelCosts {
+            layer_bytes,
+            layer_share,
+            embed_bytes: ends(true, false),
+            head_bytes: ends(false, true),
+            tied_head: config.tied_head,
+            kv_bytes_per_layer: positions * config.kv_bytes_per_position(kv_dtype),
+            // What a step needs beside its weights: a few rows of each width, as floats.
+            stage_bytes: u64::from(batch_tokens) * widest * 4,
+            row_bytes: u64::from(config.hidden) * 4,
+        }
+    }
+
+    /// Bytes in memory of the layer that nodes measure: all its matrices of one type.
+    fn measured_layer_bytes(&self) -> u64 {
+        let c = self.config;
+        let [h, q, kv, f] =
+            [c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.ffn].map(u64::from);
+        let dtype = self.dtype("blk.0.ffn_down.weight");
+        let matrices = [(h, q), (h, kv), (h, kv), (q, h), (h, f), (h, f), (f, h)];
+        let bytes = |&(cols, rows): &(u64, u64)| packed_bytes(dtype, rows, cols).unwrap_or(0);
+        matrices.iter().map(bytes).sum::<u64>() + 2 * h * 4
+    }
+
+    /// Multiply-adds of one row in a layer, and in the head.
+    pub fn multiply_adds(&self) -> (f64, f64) {
+        let elements = |stage: &StageTensors| {
+            let all = stage_tensors(self.config, self.tensors, stage).into_iter();
+            all.filter(|t| t.dims.len() > 1).map(|t| t.elements() as f64).sum::<f64>()
+        };
+        let layer = StageTensors { layers: 0..1, embed: false, head: false };
+        (elements(&layer), f64::from(self.config.hidden) * f64::from(self.config.vocab))
+    }
+}
+
+/// Layers that differ by little are taken for alike: their time is not a matter of single bytes.
+fn share(ratio: f64) -> f64 {
+    let rounded = (ratio * 50.0).round() / 50.0;
+    if (0.97..=1.03).contains(&rounded) { 1.0 } else { rounded.max(0.02) }
+}
+
+fn in_memory(tensor: &TensorEntry) -> u64 {
+    match tensor.dims[..] {
+        [cols, rows] => packed_bytes(tensor.dtype, rows, cols).unwrap_or(tensor.bytes),
+        _ => tensor.bytes,
+    }
+}
+
+/// A curve through the figures of [`PROFILE_ROWS`].
+pub fn curve(seconds: &[f64; PROFILE_ROWS.len()]) -> Curve {
+    Curve::new(PROFILE_ROWS.iter().zip(seconds).map(|(&rows, &s)| (f64::from(rows), s)))
+}
+
+/// A measured node.
+pub fn node_costs(name: &str, profile: &StageProfile, memory_bytes: u64) -> NodeCosts {
+    NodeCosts {
+        name: name.to_owned(),
+        // A time of nothing would be free.
+        layer: curve(&profile.layer_seconds.map(|s| s.max(1e-9))),
+        head: curve(&profile.head_seconds),
+        embed: Curve::flat(0.0),
+        memory_bytes,
+    }
+}

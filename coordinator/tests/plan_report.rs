@@ -1,0 +1,208 @@
+//! What plans say, word for word: the table for people, and JSON for programs.
+//!
+//! After a change on purpose, look at what the test prints and copy it into `testdata`.
+
+use millrace_coordinator::plan::cluster::{Described, describe, parse, to_text};
+use millrace_coordinator::plan::costs::ModelParts;
+use millrace_coordinator::plan::kinds;
+use millrace_coordinator::plan::report::{PlanReport, Question};
+use millrace_shared::cluster_file::ClusterFile;
+use millrace_shared::model::{
+    Dtype, Family, ModelConfig, RopeConfig, RopeStyle, TensorEntry, TensorType,
+};
+use millrace_shared::partition::{Goal, Problem, Promise, Wish, choose};
+
+/// The dimensions of SmolLM2 135M.
+fn config() -> ModelConfig {
+    ModelConfig {
+        family: Family::Llama,
+        layers: 30,
+        hidden: 576,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        ffn: 1536,
+        vocab: 49_152,
+        context: 8192,
+        rms_eps: 1e-5,
+        rope: RopeConfig {
+            base: 100_000.0,
+            dim: 64,
+            style: RopeStyle::Interleaved,
+            linear_scale: 1.0,
+        },
+        tied_head: true,
+        rope_factors: false,
+    }
+}
+
+fn tensors(c: &ModelConfig) -> Vec<TensorEntry> {
+    let entry = |name: String, dtype: TensorType, dims: &[u64]| TensorEntry {
+        name,
+        dtype,
+        dims: dims.to_vec(),
+        offset: 0,
+        bytes: dtype.bytes_of(dims.iter().product()).unwrap(),
+        hash: [0; 32],
+    };
+    let [h, kv, f, vocab] = [c.hidden, c.kv_heads * c.head_dim, c.ffn, c.vocab].map(u64::from);
+    let mut all = vec![
+        entry("token_embd.weight".into(), TensorType::Q8_0, &[h, vocab]),
+        entry("output_norm.weight".into(), TensorType::F32, &[h]),
+    ];
+    for layer in 0..c.layers {
+        let name = |part: &str| format!("blk.{layer}.{part}.weight");
+        let matrices = [
+            ("attn_q", [h, h]),
+            ("attn_k", [h, kv]),
+            ("attn_v", [h, kv]),
+            ("attn_output", [h, h]),
+            ("ffn_gate", [h, f]),
+            ("ffn_up", [h, f]),
+            ("ffn_down", [f, h]),
+        ];
+        all.extend(matrices.iter().map(|(n, dims)| entry(name(n), TensorType::Q4_1, dims)));
+        all.extend(["attn_norm", "ffn_norm"].map(|n| entry(name(n), TensorType::F32, &[h])));
+    }
+    all
+}
+
+const CLUSTER: &str = r#"
+[network]
+rtt_ms = 0.2
+megabits_per_second = 10000
+
+[[node]]
+name = "fast"
+memory_bytes = 8_000_000_000
+disk_free_bytes = 50_000_000_000
+disk_bytes_per_second = 2e9
+price_per_hour = 0.30
+
+[[node.measured]]
+shape = "576 x 1536, 9/3 heads of 64, Q4_1; 49152, Q8_0"
+rows = [1, 4, 16, 64]
+layer_seconds = [100e-6, 180e-6, 550e-6, 2100e-6]
+head_seconds = [1000e-6, 1300e-6, 3600e-6, 13e-3]
+
+[[node]]
+name = "slow"
+count = 2
+memory_bytes = 4_000_000_000
+price_per_hour = 0.10
+
+[[node.measured]]
+shape = "576 x 1536, 9/3 heads of 64, Q4_1; 49152, Q8_0"
+rows = [1, 4, 16, 64]
+layer_seconds = [200e-6, 360e-6, 1100e-6, 4200e-6]
+head_seconds = [2000e-6, 2600e-6, 7200e-6, 26e-3]
+
+[[node]]
+name = "tiny"
+memory_bytes = 20_000_000
+
+[node.limits]
+memory_bytes_per_second = 1e9
+multiply_adds_per_second = 1e9
+layer_overhead_seconds = 1e-5
+
+[[link]]
+from = "fast"
+to = "slow"
+rtt_ms = 0.5
+"#;
+
+fn report(file: &ClusterFile, goal: Goal, streams: u32) -> PlanReport {
+    let config = config();
+    let tensors = tensors(&config);
+    let parts = ModelParts { config: &config, tensors: &tensors };
+    let Described { nodes, network, facts, .. } = describe(file, &parts).unwrap();
+    let context = 2048;
+    let model = parts.costs(u64::from(context) * u64::from(streams), Dtype::F16, streams + 64);
+    let problem = Problem { model: &model, nodes: &nodes, network: &network, rows: 1.0 };
+    let wish = Wish { goal, streams, stages: None, micro_batches: None };
+    let choice = choose(&problem, &wish).unwrap();
+    let promise = Promise {
+        first_token_seconds: 1.0,
+        inter_token_seconds: 0.06,
+        prompt_tokens: 256,
+        prefill_chunk: 64,
+    };
+    let question = Question {
+        model_name: "smollm2:135m".to_owned(),
+        parts,
+        kv_dtype: Dtype::F16,
+        context,
+        wish,
+        promise: Some(promise),
+    };
+    PlanReport::new(&question, &problem, &facts, &choice, true)
+}
+
+#[track_caller]
+fn same(found: &str, expected: &str) {
+    assert!(found.trim_end() == expected.trim_end(), "found:\n{found}\nexpected:\n{expected}");
+}
+
+#[test]
+fn the_table() {
+    let report = report(&parse(CLUSTER).unwrap(), Goal::Throughput, 32);
+    same(&report.to_string(), include_str!("testdata/plan.txt"));
+}
+
+#[test]
+fn json() {
+    let report = report(&parse(CLUSTER).unwrap(), Goal::Throughput, 32);
+    let text = serde_json::to_string_pretty(&report).unwrap();
+    same(&text, include_str!("testdata/plan.json"));
+}
+
+#[test]
+fn one_stream_is_not_split() {
+    let report = report(&parse(CLUSTER).unwrap(), Goal::Latency, 1);
+    assert!(report.refused_to_split, "{report}");
+    assert_eq!(report.stages.len(), 1);
+    assert_eq!(report.stages[0].node, "fast");
+    assert!(
+        report.to_string().contains("not split: one node alone is better for latency"),
+        "{report}"
+    );
+    let reasons: Vec<&str> = report.left_out.iter().map(|l| l.reason.as_str()).collect();
+    assert!(reasons.iter().any(|r| r.starts_with("no gain")), "{reasons:?}");
+}
+
+#[test]
+fn kinds_are_estimates() {
+    let report = report(&kinds::parse("2xcpu-4c-16g").unwrap(), Goal::Throughput, 16);
+    assert!(report.estimated);
+    let text = report.to_string();
+    assert!(text.contains("~cpu-4c-16g-1") && text.contains("estimates"), "{text}");
+}
+
+#[test]
+fn descriptions_survive_the_way_to_text_and_back() {
+    let file = parse(CLUSTER).unwrap();
+    assert_eq!(parse(&to_text(&file)).unwrap(), file);
+}
+
+#[test]
+fn bad_descriptions_name_line_and_field() {
+    for (change, to, expected) in [
+        ("memory_bytes = 4_000_000_000", "memory_byte = 4", &["line 22", "memory_byte"][..]),
+        ("count = 2", "count = \"two\"", &["line 21", "count = \"two\""]),
+        ("count = 2", "count = 0", &["'slow': count"]),
+        ("to = \"slow\"", "to = \"slo\"", &["no node 'slo'", "fast, slow, tiny"]),
+    ] {
+        let text = CLUSTER.replace(change, to);
+        let message = parse(&text).unwrap_err();
+        for part in expected {
+            assert!(message.contains(part), "{part} in: {message}");
+        }
+    }
+    let config = config();
+    let tensors = tensors(&config);
+    let other = CLUSTER.replace("576 x 1536", "1024 x 4096");
+    let parts = ModelParts { config: &config, tensors: &tensors };
+    let message = describe(&parse(&other).unwrap(), &parts).unwrap_err();
+    assert!(message.contains("'fast'") && message.contains("millrace-node probe"), "{message}");
+}
