@@ -250,6 +250,7 @@ mod tests {
             weight_bytes: 0,
             busy_seconds,
             wall_seconds: 9.0,
+            process_seconds: 0.0,
             steps: 1,
             threads: 1,
         }

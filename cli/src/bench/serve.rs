@@ -1,7 +1,10 @@
 //! `millrace bench serve`: a whole pipeline under load, seen by its clients.
 
+use std::time::Instant;
+
 use clap::Args;
 use hdrhistogram::Histogram;
+use millrace_net::cpu_time::process_seconds;
 use millrace_shared::wire::rpc::{ClusterStatus, StageStatus};
 use serde::Serialize;
 
@@ -59,6 +62,12 @@ struct Level {
     ttft_ms: Percentiles,
     /// Between one token of an answer and the next, as the client sees them.
     inter_token_ms: Percentiles,
+    /// CPU time of engine threads inside `step` over all compute threads' time: 1 is a pipeline
+    /// without a bubble. Absent where the pipeline changed meanwhile.
+    stage_busy: Option<f64>,
+    /// The same where what coordinator, nodes and clients took beside it is not counted as time
+    /// that the stages could have had: right where all of them share the processors.
+    stage_busy_corrected: Option<f64>,
     stages: Vec<StageLoad>,
 }
 
@@ -108,10 +117,12 @@ async fn measure(args: &ServeArgs, session: &Session) -> anyhow::Result<Report> 
     clients.warm_up().await?;
     let mut results = Vec::new();
     for &concurrency in &args.concurrency {
-        let before = session.status().await?;
+        let before = Moment::now(session).await?;
         let seen = clients.run(concurrency).await?;
-        let after = session.status().await?;
-        let level = level(args, concurrency, &seen, stage_loads(&before, &after));
+        let after = Moment::now(session).await?;
+        let stages = stage_loads(&before.status, &after.status);
+        let others = others_share(&before, &after, session.embedded().is_some());
+        let level = level(args, concurrency, &seen, stages, others);
         output::remark(&format!(
             "concurrency {concurrency}: {} requests in {:.1} s, {:.1} tokens/s",
             level.requests, level.wall_s, level.decode_tokens_per_s
@@ -128,7 +139,47 @@ async fn measure(args: &ServeArgs, session: &Session) -> anyhow::Result<Report> 
     })
 }
 
-fn level(args: &ServeArgs, concurrency: u32, seen: &Seen, stages: Vec<StageLoad>) -> Level {
+/// The cluster's counters and this process's own.
+struct Moment {
+    status: ClusterStatus,
+    own_seconds: f64,
+    at: Instant,
+}
+
+impl Moment {
+    async fn now(session: &Session) -> anyhow::Result<Self> {
+        let status = session.status().await?;
+        Ok(Self { status, own_seconds: process_seconds(), at: Instant::now() })
+    }
+}
+
+/// Processors that everything but the engines' steps kept busy; `embedded`: all in this process.
+fn others_share(before: &Moment, after: &Moment, embedded: bool) -> f64 {
+    let wall = after.at.duration_since(before.at).as_secs_f64().max(1e-9);
+    let own = (after.own_seconds - before.own_seconds) / wall;
+    let stages = after.status.stages.iter().zip(&before.status.stages);
+    if embedded {
+        let busy: f64 = stages.map(|(now, then)| now.busy_seconds - then.busy_seconds).sum();
+        return (own - busy / wall).max(0.0);
+    }
+    let beside = |(now, then): (&StageStatus, &StageStatus)| {
+        let wall = (now.wall_seconds - then.wall_seconds).max(1e-9);
+        let busy = now.busy_seconds - then.busy_seconds;
+        ((now.process_seconds - then.process_seconds - busy) / wall).max(0.0)
+    };
+    let coordinator = after.status.process_seconds - before.status.process_seconds;
+    own + coordinator / wall + stages.map(beside).sum::<f64>()
+}
+
+fn level(
+    args: &ServeArgs,
+    concurrency: u32,
+    seen: &Seen,
+    stages: Vec<StageLoad>,
+    others: f64,
+) -> Level {
+    let threads = stages.iter().map(|s| f64::from(s.threads)).sum::<f64>().max(1.0);
+    let busy: Option<f64> = stages.iter().map(|s| s.busy_share).sum();
     let wall_s = seen.wall.as_secs_f64();
     let prompts = seen.requests * u64::from(args.prompt_tokens);
     Level {
@@ -139,6 +190,8 @@ fn level(args: &ServeArgs, concurrency: u32, seen: &Seen, stages: Vec<StageLoad>
         decode_tokens_per_s: seen.tokens as f64 / wall_s,
         ttft_ms: percentiles(&seen.ttft_us),
         inter_token_ms: percentiles(&seen.inter_token_us),
+        stage_busy: busy.map(|b| b / threads),
+        stage_busy_corrected: busy.map(|b| b / (threads - others).max(b)),
         stages,
     }
 }
@@ -196,7 +249,10 @@ fn speed_table(report: &Report) -> Table {
         ("p99", Right),
         ("inter-token p50 ms", Right),
         ("p99", Right),
+        ("busy", Right),
+        ("corrected", Right),
     ]);
+    let share = |s: Option<f64>| s.map_or_else(|| "-".to_owned(), |s| format!("{s:.2}"));
     for level in &report.results {
         table.row([
             level.concurrency.to_string(),
@@ -207,6 +263,8 @@ fn speed_table(report: &Report) -> Table {
             figure(level.ttft_ms.p99),
             figure(level.inter_token_ms.p50),
             figure(level.inter_token_ms.p99),
+            share(level.stage_busy),
+            share(level.stage_busy_corrected),
         ]);
     }
     table
@@ -254,6 +312,7 @@ mod tests {
             weight_bytes: 1,
             busy_seconds: busy,
             wall_seconds: wall,
+            process_seconds: busy + 1.0,
             steps,
             threads: 1,
         };

@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod cpu_time;
 pub mod edge;
 pub mod endpoint;
 mod error;

@@ -95,6 +95,8 @@ pub struct Heartbeat {
     pub busy_seconds: f64,
     /// Wall seconds since the stage began.
     pub wall_seconds: f64,
+    /// CPU seconds of the node's whole process since it began.
+    pub process_seconds: f64,
     /// Micro-batches computed.
     pub steps: u64,
     /// Stale frames dropped.

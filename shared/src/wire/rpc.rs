@@ -283,6 +283,8 @@ pub struct StageStatus {
     pub busy_seconds: f64,
     /// Seconds of wall clock since the stage began.
     pub wall_seconds: f64,
+    /// CPU seconds of the node's whole process.
+    pub process_seconds: f64,
     /// Micro-batches computed.
     pub steps: u64,
     /// Threads of the engine.
@@ -320,6 +322,8 @@ pub struct ClusterStatus {
     pub generation_tokens: u64,
     /// Messages of an older epoch that were dropped so far.
     pub stale_dropped: u64,
+    /// CPU seconds of the coordinator's whole process.
+    pub process_seconds: f64,
     /// The members as plans see them: a `cluster_file` in TOML; empty before any was measured.
     pub description: String,
     /// Positions of sequences that began, so far: what the prefix cache was asked for.

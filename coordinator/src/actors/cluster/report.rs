@@ -25,6 +25,7 @@ impl Cluster {
                 weight_bytes: member.map_or(0, |m| m.report.weight_bytes),
                 busy_seconds: beat.busy_seconds,
                 wall_seconds: beat.wall_seconds,
+                process_seconds: beat.process_seconds,
                 steps: beat.steps,
                 threads: member.map_or(0, |m| m.report.threads),
             }

@@ -217,6 +217,7 @@ impl Node {
         let mut beat = Heartbeat {
             echo: self.echo,
             stale_dropped: self.stale.load(Ordering::Relaxed),
+            process_seconds: millrace_net::cpu_time::process_seconds(),
             ..Heartbeat::default()
         };
         if let Some(active) = &self.active {

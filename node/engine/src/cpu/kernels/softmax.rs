@@ -3,7 +3,6 @@
 //! The largest score and the sum of probabilities have the one order of sixteen lanes. Nothing here
 //! knows of blocks; what is added to memory's work is a hint.
 
-use super::attention::PART;
 use super::elementwise::exp;
 use super::part::{AHEAD, Part};
 use super::products::Scale;
@@ -16,7 +15,7 @@ pub(super) fn int_scales(absmax: f32) -> (f32, f32) {
     if absmax < 1e-30 { (0.0, 0.0) } else { (absmax / MAX_FACTOR, MAX_FACTOR / absmax) }
 }
 
-/// Stores `n` floats (a multiple of 16, at most [`PART`]) as factors, and returns what sums of their
+/// Stores `n` floats (a multiple of 16, at most one part of attention) as factors, and returns what sums of their
 /// products with stored integers are too large by.
 #[inline(always)]
 pub(super) unsafe fn factors<V: Quads>(x: *const f32, n: usize, inverse: f32, to: *mut u8) -> i32 {

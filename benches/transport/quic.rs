@@ -1,0 +1,112 @@
+//! A stage edge in each direction between two members, as the product opens them.
+
+use std::net::SocketAddr;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use millrace_net::{ClusterCa, EdgeReceiver, EdgeSender, Endpoint, FramePool, tls};
+use millrace_shared::id::{Epoch, MicroBatchId, NodeId, PipelineId, SequenceId};
+use millrace_shared::model::Dtype;
+use millrace_shared::wire::data::{FrameHeader, FrameKind, Row, StepMeta, Want};
+use millrace_shared::wire::frame::Frame;
+use millrace_shared::wire::{Edge, node_name};
+use tokio::runtime::{Builder, Runtime};
+use uuid::Uuid;
+
+use crate::{FRAMES, HIDDEN, WINDOW, ping_pong};
+
+const DEADLINE: Duration = Duration::from_secs(10);
+const MAX_FRAME: usize = 1 << 20;
+const NAME: (PipelineId, Epoch, Edge) = (PipelineId(1), Epoch(1), Edge::Activations);
+
+/// A sealed frame of so many rows.
+pub(crate) fn frame(rows: usize, id: u64) -> Frame {
+    let header = FrameHeader {
+        kind: FrameKind::Activations,
+        dtype: Dtype::F32,
+        pipeline: PipelineId(1),
+        epoch: Epoch(1),
+        micro_batch: MicroBatchId(id),
+        rows: rows as u32,
+        meta_len: 0,
+        payload_len: 0,
+        crc: 0,
+    };
+    let row = |i| Row {
+        sequence: SequenceId(i),
+        sequence_epoch: 0,
+        position: 100,
+        count: 1,
+        want: Want::Sample,
+    };
+    let meta = StepMeta { rows: (0..rows as u64).map(row).collect(), ..StepMeta::default() };
+    Frame::build(header, &meta, rows * HIDDEN * 4).unwrap().seal()
+}
+
+fn runtime() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// Sorted round trips, and bytes per second one way.
+pub(crate) fn measure(rows: usize) -> (Vec<Duration>, f64) {
+    let ca = ClusterCa::create().unwrap();
+    let (left_id, right_id) = (NodeId(Uuid::now_v7()), NodeId(Uuid::now_v7()));
+    let (left, right) = (ca.issue_node(left_id).unwrap(), ca.issue_node(right_id).unwrap());
+    let (told, address) = channel();
+    let far = std::thread::spawn(move || {
+        runtime().block_on(async move {
+            let any = SocketAddr::from(([127, 0, 0, 1], 0));
+            let endpoint = Endpoint::bind(any, Some(tls::cluster_server(&right).unwrap())).unwrap();
+            told.send(endpoint.local_addr().unwrap()).unwrap();
+            let connection = endpoint.accept().await.unwrap().handshake(DEADLINE).await.unwrap();
+            let (_, send, recv) = connection.accept_stream().await.unwrap();
+            let mut inbound = EdgeReceiver::new(send, recv, WINDOW, FramePool::new(16), MAX_FRAME);
+            let mut outbound = EdgeSender::open(&connection, NAME, WINDOW, None).await.unwrap();
+            // One row asks for an answer of the same size, others are only taken.
+            while let Some(got) = inbound.recv().await.unwrap() {
+                let id = got.header().micro_batch.0;
+                let rows = got.header().rows as usize;
+                inbound.release(1).await.unwrap();
+                if id > 0 {
+                    outbound.send(frame(rows, id)).await.unwrap();
+                }
+            }
+        });
+    });
+    let to = address.recv().unwrap();
+    let runtime = runtime();
+    let (mut out, mut back, endpoint) = runtime.block_on(async {
+        let endpoint = Endpoint::client(to).unwrap();
+        let client = tls::cluster_client(&left).unwrap();
+        let connection =
+            endpoint.connect(to, &node_name(right_id), &client, DEADLINE).await.unwrap();
+        let out = EdgeSender::open(&connection, NAME, WINDOW, None).await.unwrap();
+        let (_, send, recv) = connection.accept_stream().await.unwrap();
+        let back = EdgeReceiver::new(send, recv, WINDOW, FramePool::new(16), MAX_FRAME);
+        (out, back, endpoint)
+    });
+    let times = ping_pong(|| {
+        runtime.block_on(async {
+            out.send(frame(rows, 1)).await.unwrap();
+            back.recv().await.unwrap().unwrap();
+            back.release(1).await.unwrap();
+        });
+    });
+    let bytes = frame(rows, 0).as_bytes().len() * FRAMES;
+    let start = Instant::now();
+    runtime.block_on(async {
+        for i in 0..FRAMES {
+            // The last one is answered when all before it have arrived.
+            out.send(frame(rows, u64::from(i + 1 == FRAMES))).await.unwrap();
+        }
+        back.recv().await.unwrap().unwrap();
+    });
+    let rate = bytes as f64 / start.elapsed().as_secs_f64();
+    runtime.block_on(async {
+        out.finish();
+        endpoint.close("done");
+        endpoint.drain().await;
+    });
+    drop(far);
+    (times, rate)
+}
