@@ -79,7 +79,10 @@ impl Scheduler {
     fn prompt_speed(&self) -> Option<f64> {
         let chunk = self.config.prefill_chunk.min(self.config.max_batch_tokens);
         let seconds = self.cost.bottleneck(&Load::default().with_prompt(0, chunk, 0));
-        (self.cost.is_measured() && seconds > 0.0).then(|| f64::from(chunk) / seconds)
+        // What the cache holds of prompts, as a rule, takes no time.
+        let known = self.prefixes.hits as f64 / (self.prefixes.queried as f64).max(1.0);
+        let tokens = f64::from(chunk) / (1.0 - known).max(0.02);
+        (self.cost.is_measured() && seconds > 0.0).then(|| tokens / seconds)
     }
 
     /// Until the first token of a sequence of `flow`, with which the flow has `own` tokens to go:
