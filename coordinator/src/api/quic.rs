@@ -13,6 +13,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use millrace_net::rpc_server::{BodyPermit, IncomingCall, ReplySender, accept_call};
 use millrace_net::{Connection, IncomingStream, NetError, timing};
 use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::scheduler::Priority;
 use millrace_shared::wire::MAX_REPLY_BYTES;
 use millrace_shared::wire::rpc::{GenerateEvent, GenerateRequest, Method, Reply};
 
@@ -122,9 +123,12 @@ impl Client {
 fn caller(call: &IncomingCall) -> Result<Caller, Status> {
     let header = call.header();
     let named = header.metadata.iter().find(|(name, _)| name.eq_ignore_ascii_case(PRIORITY));
-    let priority = named.map_or(Ok(Default::default()), |(_, value)| {
-        value.trim().parse().map_err(|e: String| Status::invalid(PRIORITY, e))
-    })?;
+    let priority = match named {
+        None => Priority::Normal,
+        Some((_, value)) => {
+            value.trim().parse().map_err(|e: String| Status::invalid(PRIORITY, e))?
+        }
+    };
     Ok(Caller {
         deadline: header.deadline_ms.map(Duration::from_millis),
         client: Caller::client_of(call.bearer()),
