@@ -218,7 +218,7 @@ fn blocks_freed_last_are_used_first() {
 
 /// `n` full blocks under the name of sequence 0's tokens.
 fn publish(kv: &mut KvBlockManager, sequence: u64, n: u32) {
-    kv.allocate(SequenceId(sequence), n * 4).unwrap();
+    kv.allocate(SequenceId(sequence), n * 4).expect("free blocks");
     for (i, content) in contents(sequence).into_iter().enumerate().take(n as usize) {
         kv.publish(SequenceId(sequence), i as u32, content);
     }
