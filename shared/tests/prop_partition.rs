@@ -229,7 +229,8 @@ fn plain(layers: usize, head: f64, nodes: &[f64]) -> Case {
 }
 
 fn lens(case: &Case) -> Vec<u32> {
-    let found = solve(&case.problem(), Objective::Throughput, Some(case.nodes.len())).unwrap();
+    let found =
+        solve(&case.problem(), Objective::Throughput, Some(case.nodes.len())).expect("it fits");
     found.stages.iter().map(|s| s.range.len()).collect()
 }
 
