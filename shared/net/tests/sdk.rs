@@ -14,6 +14,7 @@ use millrace_net::{
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::sampling::SamplingParams;
+use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
     CallHeader, ChatMessage, FinishReason, GenerateEvent, GenerateRequest, Method, PositionScore,
     Prompt, Reply, ScoreRequest, Timings, TokenizeRequest, Usage,
@@ -123,7 +124,7 @@ async fn unary_calls() {
     let (client, connection) = server.connect().await;
     let scores = vec![PositionScore { position: 3, ..PositionScore::default() }];
     let serving = async {
-        for _ in 0..6 {
+        for _ in 0..7 {
             let (call, mut replies) = next_call(&connection).await;
             let reply = match call.method {
                 Method::Tokenize(_) => Reply::Tokens(vec![1, 2]),
@@ -138,7 +139,8 @@ async fn unary_calls() {
                     replies.done().await.unwrap();
                     continue;
                 }
-                Method::Generate(_) => panic!("not asked for"),
+                Method::Admin(AdminRequest::Nodes) => Reply::Admin(AdminReply::Nodes(Vec::new())),
+                Method::Admin(_) | Method::Generate(_) => panic!("not asked for"),
             };
             replies.reply(&reply).await.unwrap();
             replies.done().await.unwrap();
@@ -147,6 +149,8 @@ async fn unary_calls() {
     let asking = async {
         let text = TokenizeRequest { model: String::new(), prompt: Prompt::Text("a".into()) };
         assert_eq!(client.tokenize(text).await.unwrap(), vec![1, 2]);
+        let nodes = client.admin(AdminRequest::Nodes).await.unwrap();
+        assert_eq!(nodes, AdminReply::Nodes(Vec::new()));
         assert_eq!(client.detokenize(vec![5]).await.unwrap(), "[5]");
         assert!(client.models().await.unwrap().is_empty());
         assert!(!client.status().await.unwrap().ready);

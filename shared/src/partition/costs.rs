@@ -23,6 +23,12 @@ impl Curve {
         Self::new([(1.0, seconds)])
     }
 
+    /// The same where each row stands for `factor` rows.
+    #[must_use]
+    pub fn with_rows(&self, factor: f64) -> Self {
+        Self::new(self.0.iter().map(|&(rows, seconds)| (rows / factor, seconds)))
+    }
+
     /// Seconds for this many rows; 0 of an empty curve.
     pub fn at(&self, rows: f64) -> f64 {
         let points = &self.0;
@@ -232,6 +238,7 @@ mod tests {
         assert_eq!(curve.at(2.5), 1.5);
         assert_eq!(curve.at(10.0), 5.0);
         assert_eq!(curve.at(28.0), 14.0);
+        assert_eq!(curve.with_rows(4.0).at(2.5), curve.at(10.0));
         assert_eq!(Curve::flat(3.0).at(99.0), 3.0);
         assert_eq!(Curve::new([]).at(5.0), 0.0);
         let noisy = Curve::new([(1.0, 2.0), (4.0, 1.0)]);

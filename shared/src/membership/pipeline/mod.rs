@@ -424,7 +424,7 @@ impl PipelineState {
     /// When [`Self::handle_timeout`] has something to do.
     pub fn next_timeout(&self) -> Option<Duration> {
         if self.phase != PipelinePhase::Waiting {
-            return self.deadline.or(self.next.as_ref().map(|n| n.deadline));
+            return self.deadline.or_else(|| self.next.as_ref().map(|n| n.deadline));
         }
         if self.unplannable {
             return None;

@@ -146,7 +146,7 @@ pub(super) unsafe fn values<V: Quads, E: Stored<V>, const N: usize, const W: usi
 /// Asks for a row to come, the `index`-th of rows that follow each other: once for each cache line.
 #[inline(always)]
 unsafe fn ahead<V: Quads, E: Stored<V>>(row: *const u8, index: usize) {
-    if E::AHEAD && (E::ROW == 64 || index % 2 == 0) {
+    if E::AHEAD && (E::ROW == 64 || index.is_multiple_of(2)) {
         // SAFETY: a hint.
         unsafe { V::prefetch(row) };
     }
