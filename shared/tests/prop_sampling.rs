@@ -3,7 +3,8 @@
 use std::cmp::Ordering;
 
 use millrace_shared::sampling::{
-    SampleError, SamplingParams, Scratch, StopMatcher, sample, score, uniform,
+    MAX_CANDIDATES, SampleError, SamplingParams, Scratch, StopMatcher, largest_logits, sample,
+    sample_top, score, uniform,
 };
 use proptest::prelude::*;
 
@@ -157,6 +158,40 @@ proptest! {
             prop_assert_eq!(Some(got_logprobs.logprob), scored.next_logprob, "raw, by either way");
             let ids = |top: &[(u32, f32)]| top.iter().map(|t| t.0).collect::<Vec<_>>();
             prop_assert_eq!(ids(&got_logprobs.top), ids(&scored.top_logits));
+        }
+    }
+
+    /// Wherever the largest logits are said to be enough, they give the same token.
+    #[test]
+    fn the_largest_logits_are_enough(
+        logits in logits(700),
+        mut params in params(),
+        small_k in 0u32..80,
+        seed in any::<u64>(),
+        position in any::<u32>(),
+    ) {
+        params.top_k = small_k;
+        let adjusted = params.repetition_penalty != 1.0
+            || params.presence_penalty != 0.0
+            || params.frequency_penalty != 0.0
+            || !params.logit_bias.is_empty();
+        prop_assert!(!adjusted || params.candidates(logits.len()).is_none());
+        params.logit_bias.clear();
+        params.repetition_penalty = 1.0;
+        (params.presence_penalty, params.frequency_penalty) = (0.0, 0.0);
+        if let Some(k) = params.candidates(logits.len()) {
+            prop_assert!(k <= MAX_CANDIDATES);
+            let mut scratch = Scratch::default();
+            let mut top = Vec::new();
+            largest_logits(&logits, k, &mut top).expect("finite");
+            let got = sample_top(&top, &params, seed, position, &mut scratch).expect("some");
+            prop_assert_eq!(got.token, run(&logits, &params, &[1, 2], 1, seed, position));
+            prop_assert_eq!(got.logprobs, None);
+            params.logprobs = Some(0);
+            prop_assert_eq!(params.candidates(logits.len()), None);
+        } else {
+            let all = small_k == 0 || small_k as usize >= logits.len().min(MAX_CANDIDATES + 1);
+            prop_assert!(params.temperature != 0.0 && all);
         }
     }
 

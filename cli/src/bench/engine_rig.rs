@@ -13,7 +13,8 @@ use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::models::{NoProgress, cache_dir, hash_manifest};
 use millrace_engine::cpu::CpuEngine;
 use millrace_engine::{
-    Isa, LoadedStage, LogitsRow, StageInput, StageOutput, StageSpec, TensorSource,
+    HeadRow, HeadWant, Isa, LoadedStage, LogitsRow, StageInput, StageOutput, StageSpec,
+    TensorSource,
 };
 use millrace_shared::id::SequenceId;
 use millrace_shared::model::ModelConfig;
@@ -232,11 +233,12 @@ impl Rig {
         for (i, chunk) in window.chunks(BLOCK.min(self.size.prefill_chunk) as usize).enumerate() {
             let position = i as u32 * BLOCK.min(self.size.prefill_chunk);
             let span = Span { sequence, position, tokens: chunk.to_vec() };
-            self.step_with(&[span], Want::Score { top_k: 0 }, &mut |row| {
+            let mut sink = |row: LogitsRow<'_>| {
                 if let Some(&next) = window.get(row.position as usize + 1) {
                     nll.push(surprise(row.logits, next as usize));
                 }
-            })?;
+            };
+            self.step_with(&[span], Want::Score { top_k: 0 }, StageOutput::Logits(&mut sink))?;
         }
         self.close_all(&[sequence]);
         Ok(nll)
@@ -279,17 +281,20 @@ impl Rig {
         Ok(())
     }
 
+    /// A step whose tokens are chosen greedily, as a last stage asks for them.
     fn step(&mut self, spans: &[Span], want: Want) -> anyhow::Result<()> {
-        self.step_with(spans, want, &mut |row| {
-            std::hint::black_box(row.logits.first());
-        })
+        let wants = vec![HeadWant::Top(1); spans.len()];
+        let mut sink = |row: HeadRow<'_>| {
+            std::hint::black_box(&row.logits);
+        };
+        self.step_with(spans, want, StageOutput::Head { want: &wants, sink: &mut sink })
     }
 
     fn step_with(
         &mut self,
         spans: &[Span],
         want: Want,
-        sink: &mut dyn FnMut(LogitsRow<'_>),
+        output: StageOutput<'_>,
     ) -> anyhow::Result<()> {
         let mut meta = std::mem::take(&mut self.pending);
         meta.rows.extend(spans.iter().map(|s| Row {
@@ -300,7 +305,7 @@ impl Rig {
             want,
         }));
         let tokens: Vec<u32> = spans.iter().flat_map(|s| s.tokens.iter().copied()).collect();
-        self.engine.step(&meta, StageInput::Tokens(&tokens), StageOutput::Logits(sink))?;
+        self.engine.step(&meta, StageInput::Tokens(&tokens), output)?;
         Ok(())
     }
 }

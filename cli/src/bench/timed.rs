@@ -14,6 +14,7 @@ use millrace_engine::model::{
 };
 use millrace_engine::{
     Engine, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError, TensorSource,
+    TopLogits,
 };
 use millrace_shared::model::{Dtype, ModelConfig};
 use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
@@ -153,6 +154,7 @@ impl<B: Backend> Backend for Timed<B> {
     type Weight = TimedWeight<B::Weight>;
     type Vector = B::Vector;
     type Kv = B::Kv;
+    type Best = B::Best;
 
     fn tensor(
         &mut self,
@@ -292,6 +294,23 @@ impl<B: Backend> Backend for Timed<B> {
         spent.calls += 1;
         spent.time += start.elapsed();
         logits
+    }
+
+    fn best(&mut self, rows: usize) -> Result<Self::Best, LoadError> {
+        self.inner.best(rows)
+    }
+
+    fn top_logits(
+        &mut self,
+        x: &Self::Tensor,
+        rows: Range<usize>,
+        head: &Self::Weight,
+        k: &[usize],
+        best: &mut Self::Best,
+        take: &mut dyn FnMut(usize, TopLogits<'_>),
+    ) {
+        self.product(head, rows.len());
+        self.time(Phase::Head, |b| b.top_logits(&x.inner, rows, &head.inner, k, best, take));
     }
 }
 

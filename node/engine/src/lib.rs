@@ -7,6 +7,7 @@
 
 pub mod cache;
 pub mod cpu;
+mod head;
 pub mod mock;
 pub mod model;
 pub mod quantize;
@@ -14,6 +15,7 @@ mod seam;
 pub mod stage;
 pub mod thread;
 
+pub use head::{HeadLogits, HeadRow, HeadWant, TopLogits};
 pub use seam::{
     Engine, Isa, LoadError, LoadedStage, LogitsRow, PackingReport, StageInput, StageOutput,
     StageSpec, StepError, TensorSource,

@@ -14,8 +14,7 @@ use millrace_shared::wire::control::{ProfileSpec, StageProfile};
 use millrace_shared::wire::data::{Row, StepMeta, Want};
 
 use crate::seam::{
-    Engine, LoadError, LoadedStage, LogitsRow, StageInput, StageOutput, StageSpec, StepError,
-    TensorSource,
+    Engine, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError, TensorSource,
 };
 use crate::thread::EngineFactory;
 
@@ -153,6 +152,7 @@ pub struct MockEngine {
     /// Per layer of the stage, one value per slot.
     kv: Vec<Vec<u64>>,
     logits: Vec<f32>,
+    candidates: Vec<(u32, f32)>,
     calls: u64,
     busy: Duration,
 }
@@ -166,6 +166,7 @@ impl MockEngine {
             tables: HashMap::new(),
             kv: Vec::new(),
             logits: Vec::new(),
+            candidates: Vec::new(),
             calls: 0,
             busy: Duration::ZERO,
         }
@@ -227,16 +228,15 @@ impl MockEngine {
                     StageOutput::Hidden(x) => {
                         encode(hash, nan, &mut x[index * hidden..][..hidden]);
                     }
-                    StageOutput::Logits(take)
-                        if matches!(row.want, Want::Score { .. } | Want::Verify)
-                            || (last && row.want == Want::Sample) =>
+                    head if matches!(row.want, Want::Score { .. } | Want::Verify)
+                        || (last && row.want == Want::Sample) =>
                     {
                         self.logits.fill(0.0);
                         let token = next_token(hash, spec.config.vocab) as usize;
                         self.logits[token] = if nan { f32::NAN } else { PEAK };
-                        take(LogitsRow { row: number, position: at, logits: &mut self.logits });
+                        head.full(number, at, &mut self.logits, &mut self.candidates);
                     }
-                    StageOutput::Logits(_) => {}
+                    StageOutput::Logits(_) | StageOutput::Head { .. } => {}
                 }
                 index += 1;
             }

@@ -9,6 +9,8 @@ use millrace_shared::model::{ModelConfig, TensorEntry, TensorType};
 use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::StepMeta;
 
+use crate::head::{HeadRow, HeadWant};
+
 /// Instruction sets of the CPU engine. All give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
@@ -176,6 +178,13 @@ pub enum StageOutput<'a> {
     /// Logits: called once per `Sample` row (last position) and once per position of each `Score`
     /// and `Verify` row, in order (last stage).
     Logits(&'a mut dyn FnMut(LogitsRow<'_>)),
+    /// As `Logits`, for rows that may want less than all of them.
+    Head {
+        /// For each of `StepMeta::rows`; `Full` where there is none.
+        want: &'a [HeadWant],
+        /// Called as that of `Logits`.
+        sink: &'a mut dyn FnMut(HeadRow<'_>),
+    },
 }
 
 impl fmt::Debug for StageOutput<'_> {
@@ -183,6 +192,7 @@ impl fmt::Debug for StageOutput<'_> {
         f.write_str(match self {
             Self::Hidden(_) => "StageOutput::Hidden",
             Self::Logits(_) => "StageOutput::Logits",
+            Self::Head { .. } => "StageOutput::Head",
         })
     }
 }

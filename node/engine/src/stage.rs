@@ -24,6 +24,7 @@ use millrace_shared::wire::data::{
 };
 use millrace_shared::wire::frame::Frame;
 
+use crate::head::{HeadRow, HeadWant};
 use crate::seam::{
     Engine, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError, TensorSource,
 };
@@ -98,6 +99,8 @@ struct Loaded {
     spec: StageSpec,
     place: StagePlace,
     sequences: Sequences,
+    /// What the step's rows want of the head.
+    wants: Vec<HeadWant>,
 }
 
 /// An engine with a stage in it.
@@ -155,7 +158,8 @@ impl StageRunner {
         self.input = vec![0.0; if spec.embed { 0 } else { width }];
         self.output = vec![0.0; if spec.head { 0 } else { width }];
         let sequences = Sequences::new(spec);
-        self.loaded = Some(Loaded { spec: spec.clone(), place, sequences });
+        let wants = Vec::new();
+        self.loaded = Some(Loaded { spec: spec.clone(), place, sequences, wants });
         Ok(done)
     }
 
@@ -293,10 +297,12 @@ impl StageRunner {
         let input = payload::read(frame, loaded.spec.embed, dtype, &mut self.input)?;
         let mut outcomes = loaded.sequences.begin(&meta);
         let computed = {
-            let sequences = &mut loaded.sequences;
+            let Loaded { sequences, wants, .. } = loaded;
+            sequences.wants(&meta, wants);
             let outcomes = &mut outcomes;
-            let mut take = |row: crate::seam::LogitsRow<'_>| sequences.take(&meta, outcomes, row);
-            step(self.engine.as_mut(), &meta, input, StageOutput::Logits(&mut take))
+            let mut take = |row: HeadRow<'_>| sequences.take(&meta, outcomes, row);
+            let output = StageOutput::Head { want: wants, sink: &mut take };
+            step(self.engine.as_mut(), &meta, input, output)
         };
         match computed {
             Ok(()) => {

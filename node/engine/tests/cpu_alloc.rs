@@ -12,7 +12,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use millrace_engine::cpu::CpuEngine;
-use millrace_engine::{Engine, Isa, StageInput, StageOutput};
+use millrace_engine::{Engine, HeadWant, Isa, StageInput, StageOutput};
 use millrace_shared::model::TensorType;
 use millrace_shared::wire::data::{StepMeta, Want};
 use tiny::{Tiny, row, tables};
@@ -68,9 +68,14 @@ fn main() {
         let mut sink = |_: millrace_engine::LogitsRow<'_>| seen += 1;
         let output = StageOutput::Logits(&mut sink);
         engine.step(meta, StageInput::Tokens(&tokens), output).unwrap();
+        for want in [&[][..], &[HeadWant::Top(64); 7], &[HeadWant::Top(40)]] {
+            let mut sink = |_: millrace_engine::HeadRow<'_>| seen += 1;
+            let output = StageOutput::Head { want, sink: &mut sink };
+            engine.step(meta, StageInput::Tokens(&tokens), output).unwrap();
+        }
     }
     COUNTING.store(false, Ordering::Relaxed);
-    assert_eq!(seen, 56);
+    assert_eq!(seen, 4 * 56);
     assert_eq!(COUNT.load(Ordering::Relaxed), 0, "allocations in a step");
     eprintln!("a step allocates nothing: ok, {} steps", metas.len());
 }

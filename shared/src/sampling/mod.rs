@@ -10,6 +10,7 @@
 
 mod draw;
 mod exp;
+mod few;
 mod params;
 mod sample;
 mod score;
@@ -17,6 +18,7 @@ mod stop;
 mod top;
 
 pub use draw::{choice_seed, uniform};
+pub use few::{MAX_CANDIDATES, largest_logits, sample_top};
 pub use params::{
     MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS,
     SamplingError, SamplingParams,

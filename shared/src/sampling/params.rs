@@ -92,6 +92,11 @@ impl SamplingParams {
         self.temperature == 0.0
     }
 
+    /// Whether the largest logit decides, whatever the random number.
+    pub(super) fn takes_best(&self) -> bool {
+        self.is_greedy() || self.top_k == 1
+    }
+
     /// Checks every field against its range for a vocabulary of `vocab` tokens.
     ///
     /// # Errors

@@ -111,7 +111,7 @@ pub fn sample(
         adjust(logits, params, history, prompt_len, &mut scratch.counts);
     }
     let (best, max) = top::argmax(logits).ok_or_else(|| SampleError::non_finite(logits))?;
-    let token = if params.is_greedy() || params.top_k == 1 {
+    let token = if params.takes_best() {
         best
     } else {
         draw(logits, max, params, uniform(seed, position), scratch)
@@ -130,7 +130,7 @@ fn penalises(params: &SamplingParams) -> bool {
         || params.frequency_penalty != 0.0
 }
 
-fn adjusts(params: &SamplingParams) -> bool {
+pub(super) fn adjusts(params: &SamplingParams) -> bool {
     !params.logit_bias.is_empty() || penalises(params)
 }
 
@@ -181,33 +181,51 @@ fn adjust(
 
 /// Draws from the filtered distribution; `max` is the largest logit, `u` the random number.
 fn draw(logits: &[f32], max: f32, params: &SamplingParams, u: f64, scratch: &mut Scratch) -> u32 {
+    let k = params.top_k as usize;
+    if k > 0 && k < logits.len() {
+        top::largest(logits, k, &mut scratch.candidates);
+        return draw_among(max, params, u, scratch);
+    }
     let Scratch { candidates, weights, .. } = scratch;
     let temperature = f64::from(params.temperature);
     let (min_p, top_p) = (f64::from(params.min_p), f64::from(params.top_p));
-    let weight = |c: &Candidate| exp::weight(c.1, max, temperature);
-    let k = params.top_k as usize;
-    if k > 0 && k < logits.len() {
-        top::largest(logits, k, candidates);
-        weights.clear();
-        weights.extend(candidates.iter().map(weight));
-        // Best first: what min_p drops is at the end.
-        weights.truncate(weights.iter().take_while(|&&w| w >= min_p).count());
-        let mass = if top_p < 1.0 { top_p * exp::sum(weights) } else { f64::INFINITY };
-        let (kept, _) = prefix(weights.iter().copied(), mass);
-        candidates.truncate(kept);
-    } else {
-        exp::weights(logits, max, temperature, weights);
-        if min_p > 0.0 {
-            weights.iter_mut().filter(|w| **w < min_p).for_each(|w| *w = 0.0);
-        }
-        if top_p >= 1.0 {
-            return pick(weights, u) as u32;
-        }
-        nucleus(logits, weights, top_p, candidates);
+    exp::weights(logits, max, temperature, weights);
+    if min_p > 0.0 {
+        weights.iter_mut().filter(|w| **w < min_p).for_each(|w| *w = 0.0);
     }
+    if top_p >= 1.0 {
+        return pick(weights, u) as u32;
+    }
+    nucleus(logits, weights, top_p, candidates);
+    pick_candidate(max, temperature, u, candidates, weights)
+}
+
+/// Draws from the scratch's candidates, which are the `top_k` largest logits, best first.
+pub(super) fn draw_among(max: f32, params: &SamplingParams, u: f64, scratch: &mut Scratch) -> u32 {
+    let Scratch { candidates, weights, .. } = scratch;
+    let temperature = f64::from(params.temperature);
+    let (min_p, top_p) = (f64::from(params.min_p), f64::from(params.top_p));
+    weights.clear();
+    weights.extend(candidates.iter().map(|c| exp::weight(c.1, max, temperature)));
+    // Best first: what min_p drops is at the end.
+    weights.truncate(weights.iter().take_while(|&&w| w >= min_p).count());
+    let mass = if top_p < 1.0 { top_p * exp::sum(weights) } else { f64::INFINITY };
+    let (kept, _) = prefix(weights.iter().copied(), mass);
+    candidates.truncate(kept);
+    pick_candidate(max, temperature, u, candidates, weights)
+}
+
+/// The candidate at `u` of the running sum of probabilities, in ascending order of ids.
+fn pick_candidate(
+    max: f32,
+    temperature: f64,
+    u: f64,
+    candidates: &mut [Candidate],
+    weights: &mut Vec<f64>,
+) -> u32 {
     candidates.sort_unstable_by_key(|c| c.0);
     weights.clear();
-    weights.extend(candidates.iter().map(weight));
+    weights.extend(candidates.iter().map(|c| exp::weight(c.1, max, temperature)));
     candidates[pick(weights, u)].0
 }
 

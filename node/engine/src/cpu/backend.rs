@@ -7,6 +7,7 @@ use millrace_shared::model::{Dtype, ModelConfig};
 use millrace_shared::wire::control::EngineSettings;
 
 use super::buffer::{Arena, Buf, Frozen, Shared};
+use super::kernels::best::{self, Best};
 use super::kernels::rows::Compute;
 use super::kernels::{group_rows, matmul, paged};
 use super::kv::{Kv, KvShape};
@@ -17,7 +18,7 @@ use super::rope::Rope;
 use super::store::{Saver, Store};
 use super::tensor::Tensor;
 use crate::model::{Backend, BlockTables, LoadedParts, Piece, Source, Span};
-use crate::{Isa, LoadError, LoadedStage, PackingReport};
+use crate::{Isa, LoadError, LoadedStage, PackingReport, TopLogits};
 
 /// Matrices that share their input, one below the other.
 #[derive(Debug)]
@@ -34,6 +35,10 @@ pub struct CpuKv {
     rope: Rope,
     heads: usize,
 }
+
+/// Largest logits as each thread sees them.
+#[derive(Debug)]
+pub struct Bests(Buf<Best>);
 
 /// Arithmetic and memory of one stage.
 #[derive(Debug)]
@@ -140,6 +145,7 @@ impl Backend for CpuBackend {
     type Weight = Matrices;
     type Vector = Vector;
     type Kv = CpuKv;
+    type Best = Bests;
 
     fn tensor(&mut self, rows: usize, width: usize, input: bool) -> Result<Tensor, LoadError> {
         Tensor::new(&mut self.scratch, rows, width, input)
@@ -282,5 +288,27 @@ impl Backend for CpuBackend {
         self.product(x, rows, head, out, false);
         let used = out.rows * out.width;
         &mut out.data[..used]
+    }
+
+    fn best(&mut self, rows: usize) -> Result<Bests, LoadError> {
+        Ok(Bests(self.scratch.take(self.compute.pool.threads() * rows)?))
+    }
+
+    fn top_logits(
+        &mut self,
+        x: &Tensor,
+        rows: Range<usize>,
+        head: &Matrices,
+        k: &[usize],
+        best: &mut Bests,
+        take: &mut dyn FnMut(usize, TopLogits<'_>),
+    ) {
+        let Compute { pool, isa } = &mut self.compute;
+        let [head] = &head.0[..] else { unreachable!("invariant: the head is one matrix") };
+        let lists = &mut best.0[..pool.threads() * rows.len()];
+        let n = rows.len();
+        lists.iter_mut().zip(k.iter().cycle()).for_each(|(list, &k)| list.reset(k));
+        matmul::largest(pool, *isa, head, x, rows, lists);
+        best::merged(lists, n, take);
     }
 }

@@ -7,11 +7,12 @@ use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::StepMeta;
 
 use super::backend::CpuBackend;
+use super::kernels::best::Best;
 use super::kernels::{group_rows, paged};
 use super::pack::{Layout, kind_of};
 use super::{memory, numerics_revision, profile};
 use crate::model::weights::Sources;
-use crate::model::{Batch, BlockTables, Llama, Source};
+use crate::model::{Batch, BlockTables, Llama, Source, TOP_ROWS};
 use crate::{
     Engine, Isa, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError,
     TensorSource,
@@ -19,6 +20,9 @@ use crate::{
 
 /// Left to the rest of the machine when checking whether a stage fits.
 const MEMORY_RESERVE: u64 = 64 << 20;
+
+/// Largest logits of a thread.
+const BEST_BYTES: u64 = (TOP_ROWS * size_of::<Best>()) as u64;
 
 /// Computes a stage on the processor.
 #[derive(Debug, Default)]
@@ -203,7 +207,7 @@ fn scratch_bytes(spec: &StageSpec) -> u64 {
         u64::from(spec.settings.max_batch_tokens).saturating_mul(plain * 4 + quantised * 6),
         attention.saturating_mul(4),
         u64::from(spec.settings.max_model_len).saturating_mul(u64::from(c.rope.dim) * 4),
-        if spec.head { vocab * 64 } else { 0 },
+        if spec.head { vocab * 64 + spec.threads as u64 * BEST_BYTES } else { 0 },
         BlockTables::bytes(&spec.settings),
         Batch::bytes(&spec.settings),
     ]

@@ -8,11 +8,12 @@
 use std::ops::Range;
 
 use millrace_shared::model::Dtype;
+use millrace_shared::sampling::MAX_CANDIDATES;
 use millrace_shared::wire::data::StepMeta;
 
 use super::weights::Sources;
-use super::{Backend, Batch, BlockTables, LoadedPart, Part, Piece};
-use crate::{LoadError, LogitsRow, StageInput, StageOutput, StageSpec, StepError};
+use super::{Backend, Batch, BlockTables, LoadedPart, Part, Piece, TOP_ROWS};
+use crate::{HeadWant, LoadError, StageInput, StageOutput, StageSpec, StepError, TopLogits};
 
 /// Positions whose logits are computed together.
 const HEAD_ROWS: usize = 16;
@@ -52,6 +53,10 @@ struct Scratch<B: Backend> {
     act: B::Tensor,
     /// `16 x vocab`.
     logits: B::Tensor,
+    /// The largest logits of 64 positions, where that is all they are wanted for.
+    best: B::Best,
+    /// Of one position, where all were computed.
+    candidates: Vec<(u32, f32)>,
 }
 
 /// A loaded stage.
@@ -176,6 +181,8 @@ impl<B: Backend> Llama<B> {
             attended: backend.tensor(inner, heads * dim, true)?,
             act: backend.tensor(inner, ffn, true)?,
             logits: backend.tensor(head_rows, c.vocab as usize, false)?,
+            best: backend.best(if spec.head { TOP_ROWS.min(n) } else { 0 })?,
+            candidates: Vec::with_capacity(2 * MAX_CANDIDATES),
         })
     }
 
@@ -195,7 +202,7 @@ impl<B: Backend> Llama<B> {
         self.check(batch, &input, &output)?;
         self.enter(b, input);
         self.settle(b, meta, batch, "the input", self.range.start, false)?;
-        let pruned = matches!(output, StageOutput::Logits(_));
+        let pruned = !matches!(output, StageOutput::Hidden(_));
         let last = self.layers.len();
         for index in 0..last {
             let prune = pruned && index + 1 == last;
@@ -208,11 +215,11 @@ impl<B: Backend> Llama<B> {
         }
         match output {
             StageOutput::Hidden(out) => b.download(&self.scratch.x, out),
-            StageOutput::Logits(sink) => {
+            head => {
                 if last == 0 {
                     b.gather_rows(&batch.keep, &mut self.scratch.x);
                 }
-                self.head(b, batch, sink);
+                self.head(b, batch, head);
             }
         }
         Ok(())
@@ -245,8 +252,8 @@ impl<B: Backend> Llama<B> {
         b.linear_add(&s.act, &layer.down, &mut s.x);
     }
 
-    /// Final norm, and logits a few rows at a time.
-    fn head(&mut self, b: &mut B, batch: &Batch, sink: &mut dyn FnMut(LogitsRow<'_>)) {
+    /// Final norm, and logits a few rows at a time: never kept where rows want the largest alone.
+    fn head(&mut self, b: &mut B, batch: &Batch, mut output: StageOutput<'_>) {
         let (Some(norm), Ends::Head(head) | Ends::Tied(head) | Ends::Both(_, head)) =
             (&self.final_norm, &self.ends)
         else {
@@ -255,12 +262,31 @@ impl<B: Backend> Llama<B> {
         let s = &mut self.scratch;
         b.rms_norm(&s.x, norm, self.eps, &mut s.normed);
         let vocab = self.vocab as usize;
-        for first in (0..batch.outputs.len()).step_by(HEAD_ROWS) {
-            let end = batch.outputs.len().min(first + HEAD_ROWS);
-            let logits = b.logits(&s.normed, first..end, head, &mut s.logits);
-            for (out, logits) in batch.outputs[first..end].iter().zip(logits.chunks_mut(vocab)) {
-                sink(LogitsRow { row: out.row, position: out.position, logits });
+        let mut rest = &batch.outputs[..];
+        while !rest.is_empty() {
+            let first = batch.outputs.len() - rest.len();
+            let mut k = [0; TOP_ROWS];
+            let mut tops = 0;
+            for (k, out) in k.iter_mut().zip(rest) {
+                let HeadWant::Top(n) = output.want(out.row) else { break };
+                *k = n;
+                tops += 1;
             }
+            let full = rest.len().min(HEAD_ROWS);
+            let (now, later) = rest.split_at(tops.max(full));
+            if tops < full {
+                let logits = b.logits(&s.normed, first..first + full, head, &mut s.logits);
+                for (out, logits) in now.iter().zip(logits.chunks_mut(vocab)) {
+                    output.full(out.row, out.position, logits, &mut s.candidates);
+                }
+            } else {
+                let range = first..first + tops;
+                let take = &mut |i: usize, top: TopLogits<'_>| {
+                    output.top(now[i].row, now[i].position, top);
+                };
+                b.top_logits(&s.normed, range, head, &k[..tops], &mut s.best, take);
+            }
+            rest = later;
         }
     }
 
@@ -326,7 +352,7 @@ impl<B: Backend> Llama<B> {
             StageOutput::Hidden(_) if self.final_norm.is_some() => {
                 invalid("activations asked of the last stage".to_owned())
             }
-            StageOutput::Logits(_) if self.final_norm.is_none() => {
+            StageOutput::Logits(_) | StageOutput::Head { .. } if self.final_norm.is_none() => {
                 invalid("logits asked of a stage without the head".to_owned())
             }
             StageOutput::Hidden(out) if out.len() != n * self.hidden => {

@@ -19,7 +19,10 @@ pub use llama::Llama;
 pub use tables::BlockTables;
 pub use weights::{LoadedPart, LoadedParts, Part, Piece, Source};
 
-use crate::LoadError;
+use crate::{LoadError, TopLogits};
+
+/// Most rows whose largest logits are found together.
+pub const TOP_ROWS: usize = 64;
 
 /// What a decoder needs of the arithmetic. Tensors are `rows x width`, allocated at load for the
 /// largest step; every operation sets the rows of what it writes.
@@ -32,6 +35,8 @@ pub trait Backend {
     type Vector;
     /// K and V of all layers of the stage.
     type Kv;
+    /// Lists of the largest logits of some rows.
+    type Best;
 
     /// Room for `rows x width` activations; `input` if a matrix will be applied to them.
     ///
@@ -116,4 +121,20 @@ pub trait Backend {
         head: &Self::Weight,
         out: &'t mut Self::Tensor,
     ) -> &'t mut [f32];
+    /// Room for the largest logits of `rows` rows, at most [`TOP_ROWS`].
+    ///
+    /// # Errors
+    /// If memory runs out.
+    fn best(&mut self, rows: usize) -> Result<Self::Best, LoadError>;
+    /// As [`Backend::logits`], but only the `k[i]` largest (1 to `MAX_CANDIDATES`) of row
+    /// `rows.start + i` are kept: `take(i, largest)` is called for each row, in order.
+    fn top_logits(
+        &mut self,
+        x: &Self::Tensor,
+        rows: Range<usize>,
+        head: &Self::Weight,
+        k: &[usize],
+        best: &mut Self::Best,
+        take: &mut dyn FnMut(usize, TopLogits<'_>),
+    );
 }

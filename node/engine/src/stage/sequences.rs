@@ -8,13 +8,16 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use millrace_shared::id::SequenceId;
-use millrace_shared::sampling::{SamplingParams, Scratch, sample, score};
+use millrace_shared::sampling::{
+    SampleError, Sampled, SamplingParams, Scratch, sample, sample_top, score,
+};
 use millrace_shared::wire::data::{
     ChosenToken, OpenMeta, Row, RowOutcome, SequenceOpen, StepMeta, Want,
 };
 
 use super::StageError;
-use crate::seam::{LogitsRow, StageSpec};
+use crate::head::{HeadLogits, HeadRow, HeadWant};
+use crate::seam::StageSpec;
 
 /// Sequences that were released before they were opened: the two travel on different streams. Only
 /// the latest are remembered; forgetting one leaves an unused entry until the next load.
@@ -25,6 +28,24 @@ struct Sequence {
     seed: u64,
     prompt_len: usize,
     history: Vec<u32>,
+}
+
+impl Sequence {
+    /// Chooses the token after a position and enters it into the history, in place of whatever
+    /// followed that position.
+    fn choose(&mut self, got: HeadRow<'_>, scratch: &mut Scratch) -> Result<Sampled, SampleError> {
+        let Self { params, seed, prompt_len, history } = self;
+        let last = got.position;
+        history.truncate(last as usize + 1);
+        let sampled = match got.logits {
+            HeadLogits::Full(logits) => {
+                sample(logits, params, history, *prompt_len, *seed, last, scratch)
+            }
+            HeadLogits::Top(top) => sample_top(top?, params, *seed, last, scratch),
+        }?;
+        history.push(sampled.token);
+        Ok(sampled)
+    }
 }
 
 /// A sequence, or why its rows cannot be sampled.
@@ -148,8 +169,22 @@ impl Sequences {
         }
     }
 
+    /// What each row wants of the head: no more than its sampling reads.
+    pub(super) fn wants(&self, meta: &StepMeta, wants: &mut Vec<HeadWant>) {
+        let vocab = self.vocab as usize;
+        wants.clear();
+        wants.extend(meta.rows.iter().map(|row| match (row.want, self.open.get(&row.sequence)) {
+            (Want::Score { .. }, _) => HeadWant::Full,
+            (Want::Sample | Want::Verify, Some(Ok(sequence))) => {
+                sequence.params.candidates(vocab).map_or(HeadWant::Full, HeadWant::Top)
+            }
+            // Has failed already, or wants nothing.
+            _ => HeadWant::Top(1),
+        }));
+    }
+
     /// Takes the logits of one position.
-    pub(super) fn take(&mut self, meta: &StepMeta, outcomes: &mut Outcomes, got: LogitsRow<'_>) {
+    pub(super) fn take(&mut self, meta: &StepMeta, outcomes: &mut Outcomes, got: HeadRow<'_>) {
         let (Some(row), Some(slot)) = (meta.rows.get(got.row), outcomes.get_mut(got.row)) else {
             return;
         };
@@ -166,7 +201,7 @@ impl Sequences {
         row: &Row,
         drafts: &[u32],
         slot: &mut Option<RowOutcome>,
-        got: LogitsRow<'_>,
+        got: HeadRow<'_>,
     ) -> Result<(), String> {
         // Again, now in order: an earlier row of this step may have changed the history.
         self.ready(row)?;
@@ -174,16 +209,10 @@ impl Sequences {
         let Some(Ok(sequence)) = open.get_mut(&row.sequence) else {
             return Err("the sequence is gone".to_owned());
         };
-        let Sequence { params, seed, prompt_len, history } = sequence;
         match row.want {
             Want::None => {}
             Want::Sample => {
-                history.truncate((row.position + row.count) as usize);
-                let last = got.position;
-                let sampled =
-                    sample(got.logits, params, history, *prompt_len, *seed, last, scratch)
-                        .map_err(|e| e.to_string())?;
-                history.push(sampled.token);
+                let sampled = sequence.choose(got, scratch).map_err(|e| e.to_string())?;
                 *slot =
                     Some(RowOutcome::Token { token: sampled.token, logprobs: sampled.logprobs });
             }
@@ -195,20 +224,18 @@ impl Sequences {
                 let index = (got.position - row.position) as usize;
                 let expected = index.checked_sub(1).map(|i| drafts.get(i).copied());
                 if chosen.len() == index && expected.unwrap_or(None) == last_token(&chosen) {
-                    let last = got.position;
-                    history.truncate(last as usize + 1);
-                    let sampled =
-                        sample(got.logits, params, history, *prompt_len, *seed, last, scratch)
-                            .map_err(|e| e.to_string())?;
-                    history.push(sampled.token);
+                    let sampled = sequence.choose(got, scratch).map_err(|e| e.to_string())?;
                     chosen.push(ChosenToken { token: sampled.token, logprobs: sampled.logprobs });
                 }
                 *slot = Some(RowOutcome::Tokens(chosen));
             }
             Want::Score { top_k } => {
-                let next = history.get(got.position as usize + 1).copied();
-                let scored = score(got.logits, got.position, next, top_k, scratch)
-                    .map_err(|e| e.to_string())?;
+                let next = sequence.history.get(got.position as usize + 1).copied();
+                let HeadLogits::Full(logits) = got.logits else {
+                    return Err("the engine gave too few logits for a score".to_owned());
+                };
+                let scored =
+                    score(logits, got.position, next, top_k, scratch).map_err(|e| e.to_string())?;
                 match slot {
                     Some(RowOutcome::Scores(scores)) => scores.push(scored),
                     _ => *slot = Some(RowOutcome::Scores(vec![scored])),

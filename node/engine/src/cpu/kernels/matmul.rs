@@ -8,6 +8,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::best::{self, Best};
 use super::elementwise as ew;
 use super::format::{Format, Kind, with_format};
 use super::lanes::Lanes;
@@ -25,6 +26,9 @@ const PANEL: usize = 64;
 const PANEL_MIN: usize = 32;
 /// Rows of [`gated`] that make a block of its int8 form.
 const BLOCK: usize = 32;
+
+/// Results that an item of [`largest`] has at a time; 16 rows of all columns of a panel fit.
+const SCANNED: usize = 2048;
 
 /// Weights that an item of a product with up to four columns reads; with more columns it is less.
 const ITEM_BYTES: usize = 24 << 10;
@@ -129,6 +133,42 @@ pub(crate) fn gated(pool: &mut Pool, isa: Isa, parts: &[Packed], x: &Tensor, out
                 let y = data.slice(column * rows + first * BLOCK, n).as_mut_ptr();
                 let quant = quant.blocks(column, some.clone());
                 ew::silu_mul(isa, gate, gate.add(n), y, n, quant);
+            }
+        }
+    });
+}
+
+/// Largest logits: `w x` for the given rows of `x`, at most `PANEL`, of which each row's list keeps
+/// what it wants. `lists` has one for each row, thread by thread; results are seen while they are in
+/// the level-1 cache and kept nowhere.
+pub(crate) fn largest(
+    pool: &mut Pool,
+    isa: Isa,
+    w: &Packed,
+    x: &Tensor,
+    columns: Range<usize>,
+    lists: &mut [Best],
+) {
+    let (width, groups) = (columns.len(), w.groups());
+    assert!((1..=PANEL).contains(&width) && columns.end <= x.rows, "invariant: shapes fit");
+    assert!(w.cols == x.width && lists.len() >= pool.threads() * width);
+    let lists = Shared::new(lists);
+    // As much as the results have room for, but enough items for all threads.
+    let rows = (SCANNED / width).min(SCANNED / 4);
+    let per_item = (rows / w.r).min(groups.div_ceil(8 * pool.threads())).max(1);
+    pool.each(groups.div_ceil(per_item), &|member, item| {
+        let mut sums = [MaybeUninit::<f32>::uninit(); SCANNED];
+        let sums = sums.as_mut_ptr().cast::<f32>();
+        let some = item * per_item..groups.min((item + 1) * per_item);
+        let first = some.start * w.r;
+        let (n, stride) = (w.rows.min(some.end * w.r) - first, some.len() * w.r);
+        // SAFETY: shapes were checked above; `sums` has `stride` results for each column, the first
+        // `n` of which are written before they are read; each member has lists of its own.
+        unsafe {
+            panel_rows(isa, w, some, x, &columns, Target { at: sums, stride, add: false });
+            let lists = lists.slice(member * width, width);
+            for (c, list) in lists.iter_mut().enumerate() {
+                best::scan(isa, sums.add(c * stride), n, first as u32, list);
             }
         }
     });

@@ -13,6 +13,7 @@ pub(crate) mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod best;
 pub(crate) mod elementwise;
 pub(crate) mod format;
 pub(crate) mod lanes;

@@ -31,7 +31,7 @@ pub(super) fn isas() -> Vec<Isa> {
     [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().filter(|&i| i <= Isa::best()).collect()
 }
 
-const TYPES: [TensorType; 13] = [
+pub(super) const TYPES: [TensorType; 13] = [
     TensorType::Q4_0,
     TensorType::Q4_1,
     TensorType::Q4_K,
@@ -61,7 +61,7 @@ fn scales(dtype: TensorType) -> &'static [usize] {
 }
 
 /// A random matrix in the layout of a file: random quants, small scales.
-fn matrix(dtype: TensorType, rows: usize, cols: usize, random: &mut Random) -> Vec<u8> {
+pub(super) fn matrix(dtype: TensorType, rows: usize, cols: usize, random: &mut Random) -> Vec<u8> {
     let mut out = Vec::new();
     for _ in 0..(rows * cols) as u64 / dtype.block_elements() {
         let mut block: Vec<u8> = (0..dtype.block_bytes()).map(|_| random.next() as u8).collect();
@@ -84,7 +84,12 @@ fn matrix(dtype: TensorType, rows: usize, cols: usize, random: &mut Random) -> V
     out
 }
 
-fn pack(dtype: TensorType, (rows, cols): (usize, usize), r: usize, data: &[u8]) -> Packed {
+pub(super) fn pack(
+    dtype: TensorType,
+    (rows, cols): (usize, usize),
+    r: usize,
+    data: &[u8],
+) -> Packed {
     let row = data.len() / rows;
     let mut read = |first: usize, out: &mut [u8]| {
         out.copy_from_slice(&data[first * row..][..out.len()]);
@@ -107,7 +112,7 @@ fn quantise(isa: Isa, t: &mut Tensor) {
     }
 }
 
-fn activations(isa: Isa, rows: usize, width: usize, random: &mut Random) -> Tensor {
+pub(super) fn activations(isa: Isa, rows: usize, width: usize, random: &mut Random) -> Tensor {
     let mut t = Tensor::new(&mut Arena::new("a test"), rows, width, true).unwrap();
     t.data.iter_mut().for_each(|x| *x = random.float() * 3.0);
     t.rows = rows;
@@ -115,11 +120,11 @@ fn activations(isa: Isa, rows: usize, width: usize, random: &mut Random) -> Tens
     t
 }
 
-fn group(isa: Isa) -> usize {
+pub(super) fn group(isa: Isa) -> usize {
     super::group_rows(isa)
 }
 
-fn product(isa: Isa, threads: usize, w: &[Packed], x: &Tensor, add: bool) -> Vec<f32> {
+pub(super) fn product(isa: Isa, threads: usize, w: &[Packed], x: &Tensor, add: bool) -> Vec<f32> {
     let stride = w.iter().map(|p| p.rows).sum::<usize>() + 3;
     let mut out = vec![0.25f32; x.rows * stride];
     let data = Shared::new(&mut out);
