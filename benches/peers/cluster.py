@@ -27,6 +27,7 @@ import urllib.error
 import urllib.request
 
 PATIENCE = 120
+PROMPT, ANSWER = 128, 64
 
 
 def wait(what, look):
@@ -92,8 +93,8 @@ def bench(args, stages, levels, extra=()):
             raise
         command = [
             args.bin / "millrace", "bench", "serve", "--cluster", root / "c" / "client.toml",
-            "--concurrency", ",".join(map(str, levels)), "--prompt-tokens", 128,
-            "--max-tokens", 64, "--requests", args.requests, "-o", "json",
+            "--concurrency", ",".join(map(str, levels)), "--prompt-tokens", PROMPT,
+            "--max-tokens", ANSWER, "--requests", args.requests, "-o", "json",
         ]  # fmt: skip
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
         if done.returncode != 0:
@@ -104,8 +105,8 @@ def bench(args, stages, levels, extra=()):
 def batched(args, streams, *, model, threads, rpc=None, ubatch=None):
     """llama.cpp's decode and prefill tokens/s with so many streams at 128+64."""
     command = [
-        args.llama / "llama-batched-bench", "-m", model, "-c", 512 * streams, "-npp", 128,
-        "-ntg", 64, "-npl", streams, "-t", threads, "-tb", threads, "--output-format", "jsonl",
+        args.llama / "llama-batched-bench", "-m", model, "-c", 512 * streams, "-npp", PROMPT,
+        "-ntg", ANSWER, "-npl", streams, "-t", threads, "-tb", threads, "--output-format", "jsonl",
     ]  # fmt: skip
     if ubatch:
         command += ["-ub", ubatch]
@@ -116,7 +117,8 @@ def batched(args, streams, *, model, threads, rpc=None, ubatch=None):
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if not rows:
         raise RuntimeError(f"llama-batched-bench printed no result:\n{done.stderr[-1500:]}")
-    return {"decode": rows[-1]["speed_tg"], "prefill": rows[-1]["speed_pp"]}
+    last = rows[-1]
+    return {"decode": last["speed_tg"], "prefill": last["speed_pp"], "all": last["speed"]}
 
 
 def peers(args):
@@ -135,6 +137,13 @@ def peers(args):
     return found
 
 
+def everything(result):
+    """Tokens of prompts and answers per second: what a peer's whole run is compared with. Clients
+    come and go, so prompts and answers mix; a peer that does one after the other has no such figure
+    for answers alone."""
+    return result["decode_tokens_per_s"] * (PROMPT + ANSWER) / ANSWER
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=pathlib.Path, required=True)
@@ -151,21 +160,23 @@ def main():
     if args.llama:
         report["llama.cpp"] = peers(args)
 
-    row = "| {:<34} | {:>8} | {:>8} | {:>6} | {:>9} |"
-    print(row.format("", "streams", "tok/s", "busy", "corrected"))
-    print("|---|---:|---:|---:|---:|")
+    row = "| {:<34} | {:>8} | {:>8} | {:>8} | {:>14} | {:>6} | {:>9} |"
+    print(row.format("", "streams", "all tok/s", "decode", "busy by stage", "busy", "corrected"))
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for name, results in (("one stage, one core", one), ("two stages, a core each", two)):
         for streams, r in results.items():
+            stages = " ".join(f"{s['busy_share'] or 0:.2f}" for s in r["stages"])
             print(row.format(
-                name, streams, f"{r['decode_tokens_per_s']:.1f}", f"{r['stage_busy'] or 0:.2f}",
-                f"{r['stage_busy_corrected'] or 0:.2f}",
+                name, streams, f"{everything(r):.1f}", f"{r['decode_tokens_per_s']:.1f}", stages,
+                f"{r['stage_busy'] or 0:.2f}", f"{r['stage_busy_corrected'] or 0:.2f}",
             ))  # fmt: skip
     for name, r in report.get("llama.cpp", {}).items():
-        print(row.format(f"llama.cpp, {name}", 16, f"{r['decode']:.1f}", "", ""))
+        shown = (f"{r['all']:.1f}", f"{r['decode']:.1f}")
+        print(row.format(f"llama.cpp, {name}", 16, *shown, "", "", ""))
     scaling = two[32]["decode_tokens_per_s"] / (2 * one[16]["decode_tokens_per_s"])
     print(f"\nscaling: {scaling:.2f} (two stages at 32 streams over twice one stage at 16)")
     for name, r in report.get("llama.cpp", {}).items():
-        print(f"against llama.cpp, {name}: {two[16]['decode_tokens_per_s'] / r['decode']:.2f}x at 16")
+        print(f"against llama.cpp, {name}: {everything(two[16]) / r['all']:.2f}x at 16 streams")
     report["scaling"] = scaling
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))

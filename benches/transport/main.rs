@@ -4,7 +4,7 @@
 //! Both ends live on threads of their own, as two processes would: a hop holds two wake-ups. One way
 //! is half of a round trip, with building, sealing and checking of the frame on the QUIC side.
 //! `cargo bench --bench transport`; figures are for comparison within one run.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod plain;
 mod quic;

@@ -1,5 +1,6 @@
 //! `millrace plan` as it is typed: what is wrong is named, with status 2, before any model is looked
 //! for. What plans say is tested in `coordinator/tests/plan_report.rs`.
+#![allow(clippy::unwrap_used)]
 
 use std::process::{Command, Output};
 

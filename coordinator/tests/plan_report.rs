@@ -1,6 +1,7 @@
 //! What plans say, word for word: the table for people, and JSON for programs.
 //!
 //! After a change on purpose, look at what the test prints and copy it into `testdata`.
+#![allow(clippy::unwrap_used)]
 
 use millrace_coordinator::plan::cluster::{Described, describe, parse, to_text};
 use millrace_coordinator::plan::costs::ModelParts;

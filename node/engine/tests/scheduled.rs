@@ -1,5 +1,6 @@
 //! Scheduler and stages together: with prefix cache and drafts or without, through the mock and
 //! through the CPU engine, the answers are the same.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 #[path = "cpu_engine/tiny.rs"]

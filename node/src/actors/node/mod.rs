@@ -202,7 +202,7 @@ impl Node {
                 self.drop_if(|a| a.is(pipeline, epoch));
             }
             CoordinatorMessage::Release { pipeline, epoch } => {
-                self.drop_if(|a| a.assignment.pipeline == pipeline && a.assignment.epoch <= epoch)
+                self.drop_if(|a| a.assignment.pipeline == pipeline && a.assignment.epoch <= epoch);
             }
             CoordinatorMessage::TryEdge(peer) => self.try_edge(peer),
             CoordinatorMessage::Ping(n) => self.echo = n,
