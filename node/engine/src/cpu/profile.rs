@@ -19,6 +19,8 @@ const LAYER_BYTES: u64 = 16 << 20;
 /// Measurements for each of [`PROFILE_ROWS`]; the fastest counts. The plan is kept for long, so that
 /// it must not rest on chance; large batches take long, and vary less.
 const RUNS: [u32; PROFILE_ROWS.len()] = [8, 8, 6, 4];
+/// For one batch size: the coordinator waits for four of them, and for loading the weights.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Rows of the largest batch.
 const MOST_ROWS: u32 = PROFILE_ROWS[PROFILE_ROWS.len() - 1];
 
@@ -45,8 +47,22 @@ pub(super) fn profile(spec: &ProfileSpec, threads: usize) -> Result<StageProfile
     let (mut stage, mut head) = (rig(layers, false)?, rig(0, true)?);
     let mut profile = StageProfile::default();
     for (i, &rows) in PROFILE_ROWS.iter().enumerate() {
+        if let Some(last) = i.checked_sub(1) {
+            let factor = f64::from(rows) / f64::from(PROFILE_ROWS[last]);
+            let [layer, head] =
+                [profile.layer_seconds, profile.head_seconds].map(|s| s[last] * factor);
+            if f64::from(layers) * layer + head > PATIENCE.as_secs_f64() {
+                // A slow machine has nothing to gain from more rows: each takes as long as before.
+                (profile.layer_seconds[i], profile.head_seconds[i]) = (layer, head);
+                continue;
+            }
+        }
         let [mut layer_time, mut head_time] = [Duration::MAX; 2];
-        for _ in 0..RUNS[i] {
+        let began = Instant::now();
+        for run in 0..RUNS[i] {
+            if run > 0 && began.elapsed() > PATIENCE {
+                break;
+            }
             layer_time = layer_time.min(stage.run(rows));
             head_time = head_time.min(head.run(rows));
         }
