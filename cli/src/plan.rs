@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use millrace_coordinator::models::{self, ModelError};
+use millrace_coordinator::plan::best;
 use millrace_coordinator::plan::cluster::{Described, describe, parse, read, to_text};
 use millrace_coordinator::plan::costs::ModelParts;
 use millrace_coordinator::plan::kinds;
@@ -15,7 +16,7 @@ use millrace_shared::cluster_file::ClusterFile;
 use millrace_shared::model::gguf::Gguf;
 use millrace_shared::model::{Dtype, ModelConfig};
 use millrace_shared::options::{DEFAULT_PREFILL_CHUNK, kv_dtype};
-use millrace_shared::partition::{Goal, PartitionError, Problem, Promise, Wish, choose};
+use millrace_shared::partition::{Goal, PartitionError, Problem, Promise, Wish};
 
 use crate::error::usage;
 use crate::output::{self, TableOrJson};
@@ -181,7 +182,7 @@ fn plan(
         stages: args.stages.map(usize::from),
         micro_batches: None,
     };
-    let choice = choose(&problem, &wish).map_err(|e| usage(why_not(&e, args, context)))?;
+    let choice = best(&problem, &wish).map_err(|e| usage(why_not(&e, args, context)))?;
     let promise = args.slo.map(|(ttft, itl)| Promise {
         first_token_seconds: ttft.as_secs_f64(),
         inter_token_seconds: itl.as_secs_f64(),

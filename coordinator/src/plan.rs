@@ -258,7 +258,7 @@ pub fn plan(
         let model = parts(manifest).costs(positions, deployment.kv_dtype, batch);
         let problem = Problem { model: &model, nodes: &capacities, network: &network, rows: 1.0 };
         let cut = match &deployment.cuts {
-            None => best_mixed(&problem, &wish),
+            None => best(&problem, &wish),
             Some(cuts) => given_cut(&problem, &wish, cuts),
         };
         match cut {
@@ -315,9 +315,15 @@ pub fn plan(
     Ok(Plan { epoch, assignments, scheduler, costs, report })
 }
 
-/// The best plan where prompts are computed beside the answers; judged for answers alone, as all
-/// reports are.
-fn best_mixed(problem: &Problem<'_>, wish: &Wish) -> Result<Choice, PartitionError> {
+/// The best plan; for throughput one where prompts are computed beside the answers, judged for answers
+/// alone, as all reports are.
+///
+/// # Errors
+/// As [`choose`].
+pub fn best(problem: &Problem<'_>, wish: &Wish) -> Result<Choice, PartitionError> {
+    if wish.goal == Goal::Latency {
+        return choose(problem, wish);
+    }
     let beside = |n: &NodeCosts| NodeCosts {
         layer: n.layer.with_rows(1.0 + PROMPTS_PER_ANSWER),
         ..n.clone()

@@ -1,7 +1,7 @@
 //! Kinds of machines with nominal figures, for plans before there is a machine.
 //!
 //! A table. The figures are the makers' memory bandwidth and dense 16-bit rate (multiply-adds: half
-//! the operations a second), of which [`REACHED`] is counted on; for processors, what a core of a
+//! the operations a second), of which `REACHED` is counted on; for processors, what a core of a
 //! present server does with 4-bit weights. Everything that is planned with them is an estimate, and
 //! reports say so.
 
