@@ -148,12 +148,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--bin", type=pathlib.Path, required=True)
-    parser.add_argument("--llama", type=pathlib.Path, help="folder of llama.cpp's programs")
+    parser.add_argument("--llama", type=pathlib.Path, help="where llama_cpp.sh built llama.cpp")
     parser.add_argument("--q4-0", type=pathlib.Path, help="the model as Q4_0, llama.cpp's best file")
     parser.add_argument("--cache", type=pathlib.Path, help="cache folder [default: a fresh one]")
     parser.add_argument("--requests", type=int, default=3, help="requests of each client")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
+    if args.llama:
+        built = sorted(args.llama.rglob("llama-batched-bench"))
+        if not built:
+            parser.error(f"no llama-batched-bench below {args.llama}: run llama_cpp.sh {args.llama}")
+        args.llama = built[0].parent
     one = bench(args, 1, [16], ["--micro-batches", "1"])
     two = bench(args, 2, [1, 16, 32])
     report = {"one stage": one, "two stages": two}
