@@ -9,6 +9,9 @@ use crate::{FRAMES, WINDOW, ping_pong};
 
 /// A datagram on an ordinary network.
 const DATAGRAM: usize = 1452;
+/// Largest frame that the buffer of a socket takes at once, as systems come (212,992 bytes, of which
+/// the kernel counts about half for itself).
+pub(crate) const UDP_FRAME: usize = 64 << 10;
 /// A lost datagram ends a measurement, it does not hang it.
 const PATIENCE: Duration = Duration::from_secs(5);
 

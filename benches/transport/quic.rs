@@ -63,7 +63,7 @@ pub(crate) fn measure(rows: usize) -> (Vec<Duration>, f64) {
             let mut inbound = EdgeReceiver::new(send, recv, WINDOW, FramePool::new(16), MAX_FRAME);
             let mut outbound = EdgeSender::open(&connection, NAME, WINDOW, None).await.unwrap();
             // One row asks for an answer of the same size, others are only taken.
-            while let Some(got) = inbound.recv().await.unwrap() {
+            while let Ok(Some(got)) = inbound.recv().await {
                 let id = got.header().micro_batch.0;
                 let rows = got.header().rows as usize;
                 inbound.release(1).await.unwrap();
