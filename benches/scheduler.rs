@@ -28,14 +28,7 @@ fn answer(step: &Step) -> Vec<RowResult> {
         Want::Sample => RowOutcome::Token { token: 7, logprobs: None },
         _ => RowOutcome::Done,
     };
-    let row = |r: &millrace_shared::wire::data::Row| RowResult {
-        sequence: r.sequence,
-        sequence_epoch: r.sequence_epoch,
-        position: r.position,
-        count: r.count,
-        outcome: outcome(r.want),
-    };
-    step.meta.rows.iter().map(row).collect()
+    step.meta.rows.iter().map(|row| row.result(outcome(row.want))).collect()
 }
 
 fn decoding(sequences: u64) -> Scheduler {

@@ -9,7 +9,7 @@ use std::thread;
 use harness::ask::{self, Answer};
 use harness::local::{Local, Shape};
 use harness::processes::{Coordinator, Process};
-use harness::{alone, block_on, http, model_arg, wait_for};
+use harness::{alone, block_on, http, model_arg};
 use millrace_net::client::ClientConfig;
 use millrace_shared::wire::rpc::{FinishReason, Prompt};
 use serde_json::{Value, json};
@@ -172,17 +172,6 @@ fn sixteen_clients(config: &ClientConfig, prompts: &[String], truth: &[Answer]) 
     assert_eq!(finished, 12);
 }
 
-/// No sequence, no request, no block is left.
-fn nothing_is_left(coordinator: &Coordinator) {
-    for metric in [
-        "millrace_kv_blocks_used",
-        "millrace_num_requests_running",
-        "millrace_num_requests_waiting",
-    ] {
-        wait_for(&format!("{metric} of 0"), || (coordinator.metric(metric) == 0.0).then_some(()));
-    }
-}
-
 #[test]
 fn one_coordinator_three_nodes_sixteen_clients() {
     let _turn = alone();
@@ -199,7 +188,7 @@ fn one_coordinator_three_nodes_sixteen_clients() {
     assert_eq!(source(&mut nodes[1], "coordinator"), NOTHING);
 
     sixteen_clients(&config, &prompts, &truth);
-    nothing_is_left(&coordinator);
+    coordinator.wait_nothing_left();
     let first_epoch = coordinator.metric("millrace_plan_epoch");
 
     nodes[0].kill();
@@ -211,7 +200,7 @@ fn one_coordinator_three_nodes_sixteen_clients() {
     coordinator.wait_ready();
     assert!(coordinator.metric("millrace_plan_epoch") > first_epoch);
     sixteen_clients(&config, &prompts, &truth);
-    nothing_is_left(&coordinator);
+    coordinator.wait_nothing_left();
     assert_ne!(source(&mut nodes[0], "cache"), NOTHING);
 
     // Orderly ends: the nodes outlive their coordinator, and leave when told.

@@ -9,7 +9,7 @@ use std::thread;
 use harness::ask::{self, Answer};
 use harness::local::{Local, Shape};
 use harness::processes::{Coordinator, Process};
-use harness::{alone, block_on, http, wait_for};
+use harness::{alone, block_on, http};
 use millrace_net::client::ClientConfig;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::sampling::SamplingParams;
@@ -133,9 +133,7 @@ fn a_killed_node_that_comes_back_is_a_pause() {
         });
     }
     assert!(coordinator.metric("millrace_plan_epoch") >= epoch + 3.0);
-    wait_for("no block in use", || {
-        (coordinator.metric("millrace_kv_blocks_used") == 0.0).then_some(())
-    });
+    coordinator.wait_nothing_left();
 }
 
 #[test]

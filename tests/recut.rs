@@ -144,9 +144,7 @@ fn a_cordoned_node_hands_over_while_requests_run() {
         running[1] = coordinator.node("two", &[]);
     });
     assert!(epoch() > before);
-    wait_for("no block in use", || {
-        (coordinator.metric("millrace_kv_blocks_used") == 0.0).then_some(())
-    });
+    coordinator.wait_nothing_left();
 }
 
 #[test]

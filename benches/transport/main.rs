@@ -11,8 +11,8 @@ mod quic;
 
 use std::time::{Duration, Instant};
 
-/// SmolLM2-135M's.
-const HIDDEN: usize = 576;
+use harness::frames::{HIDDEN, activations};
+
 /// Round trips of one measurement, after a tenth as many to warm up.
 const ROUNDS: usize = 2000;
 /// Frames that may be under way in the throughput measurement.
@@ -45,7 +45,7 @@ fn main() {
     println!("activation frames of {HIDDEN} floats a row, loopback, {ROUNDS} round trips each\n");
     println!("rows      bytes   transport    one way p50      p99      moved");
     for rows in [1_usize, 8, 64] {
-        let bytes = quic::frame(rows, 1).as_bytes().len();
+        let bytes = activations(rows, 1).as_bytes().len();
         let line = |name: &str, times: &[Duration], rate: f64| {
             println!(
                 "{rows:>4} {bytes:>10}   {name:<9}  {:>9.3} ms {:>7.3} ms {:>7.2} GB/s",

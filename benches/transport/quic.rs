@@ -4,44 +4,18 @@ use std::net::SocketAddr;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use harness::frames::activations;
 use millrace_net::{ClusterCa, EdgeReceiver, EdgeSender, Endpoint, FramePool, tls};
-use millrace_shared::id::{Epoch, MicroBatchId, NodeId, PipelineId, SequenceId};
-use millrace_shared::model::Dtype;
-use millrace_shared::wire::data::{FrameHeader, FrameKind, Row, StepMeta, Want};
-use millrace_shared::wire::frame::Frame;
+use millrace_shared::id::{Epoch, NodeId, PipelineId};
 use millrace_shared::wire::{Edge, node_name};
 use tokio::runtime::{Builder, Runtime};
 use uuid::Uuid;
 
-use crate::{FRAMES, HIDDEN, WINDOW, ping_pong};
+use crate::{FRAMES, WINDOW, ping_pong};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 const MAX_FRAME: usize = 1 << 20;
 const NAME: (PipelineId, Epoch, Edge) = (PipelineId(1), Epoch(1), Edge::Activations);
-
-/// A sealed frame of so many rows.
-pub(crate) fn frame(rows: usize, id: u64) -> Frame {
-    let header = FrameHeader {
-        kind: FrameKind::Activations,
-        dtype: Dtype::F32,
-        pipeline: PipelineId(1),
-        epoch: Epoch(1),
-        micro_batch: MicroBatchId(id),
-        rows: rows as u32,
-        meta_len: 0,
-        payload_len: 0,
-        crc: 0,
-    };
-    let row = |i| Row {
-        sequence: SequenceId(i),
-        sequence_epoch: 0,
-        position: 100,
-        count: 1,
-        want: Want::Sample,
-    };
-    let meta = StepMeta { rows: (0..rows as u64).map(row).collect(), ..StepMeta::default() };
-    Frame::build(header, &meta, rows * HIDDEN * 4).unwrap().seal()
-}
 
 fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
@@ -68,7 +42,7 @@ pub(crate) fn measure(rows: usize) -> (Vec<Duration>, f64) {
                 let rows = got.header().rows as usize;
                 inbound.release(1).await.unwrap();
                 if id > 0 {
-                    outbound.send(frame(rows, id)).await.unwrap();
+                    outbound.send(activations(rows, id)).await.unwrap();
                 }
             }
         });
@@ -87,17 +61,17 @@ pub(crate) fn measure(rows: usize) -> (Vec<Duration>, f64) {
     });
     let times = ping_pong(|| {
         runtime.block_on(async {
-            out.send(frame(rows, 1)).await.unwrap();
+            out.send(activations(rows, 1)).await.unwrap();
             back.recv().await.unwrap().unwrap();
             back.release(1).await.unwrap();
         });
     });
-    let bytes = frame(rows, 0).as_bytes().len() * FRAMES;
+    let bytes = activations(rows, 0).as_bytes().len() * FRAMES;
     let start = Instant::now();
     runtime.block_on(async {
         for i in 0..FRAMES {
             // The last one is answered when all before it have arrived.
-            out.send(frame(rows, u64::from(i + 1 == FRAMES))).await.unwrap();
+            out.send(activations(rows, u64::from(i + 1 == FRAMES))).await.unwrap();
         }
         back.recv().await.unwrap().unwrap();
     });

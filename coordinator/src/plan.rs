@@ -46,6 +46,10 @@ pub const LAN: Link = Link { rtt_seconds: 0.000_3, bytes_per_second: 125e6 };
 /// that a cut for answers alone would leave the last stage idle. What really comes is measured, and
 /// a better cut proposed.
 const PROMPTS_PER_ANSWER: f64 = 2.0;
+/// Answers in the micro-batch by which stages are compared: between few streams and many.
+const COMPARED_ANSWERS: f64 = 16.0;
+/// Positions in that micro-batch, those of prompts included.
+pub const COMPARED_POSITIONS: f64 = COMPARED_ANSWERS * (1.0 + PROMPTS_PER_ANSWER);
 
 /// What the operator asked for.
 #[derive(Clone, Debug)]
@@ -150,6 +154,11 @@ impl Plan {
     /// The ways from node to node that it needs.
     pub fn ways(&self) -> Vec<(NodeId, NodeId)> {
         self.assignments.windows(2).map(|pair| (pair[0].0, pair[1].0)).collect()
+    }
+
+    /// The nodes in the order of the stages.
+    pub fn nodes(&self) -> Vec<NodeId> {
+        self.assignments.iter().map(|(node, _)| *node).collect()
     }
 
     /// Bytes of weights and cache of a stage.
@@ -324,11 +333,7 @@ pub fn best(problem: &Problem<'_>, wish: &Wish) -> Result<Choice, PartitionError
     if wish.goal == Goal::Latency {
         return choose(problem, wish);
     }
-    let beside = |n: &NodeCosts| NodeCosts {
-        layer: n.layer.with_rows(1.0 + PROMPTS_PER_ANSWER),
-        ..n.clone()
-    };
-    let nodes: Vec<NodeCosts> = problem.nodes.iter().map(beside).collect();
+    let nodes: Vec<NodeCosts> = problem.nodes.iter().map(beside_prompts).collect();
     let mixed = choose(&Problem { nodes: &nodes, ..*problem }, wish)?;
     let judged = Choice::of(problem, wish, mixed.stages);
     let alone = mixed.alone.map(|(node, _)| {
@@ -336,6 +341,19 @@ pub fn best(problem: &Problem<'_>, wish: &Wish) -> Result<Choice, PartitionError
         (node, Choice::of(problem, wish, vec![StageCut { node, range }]).forecast)
     });
     Ok(Choice { gap: mixed.gap, alone, ..judged })
+}
+
+/// A node whose layers compute the prompts that come with each row of an answer.
+fn beside_prompts(node: &NodeCosts) -> NodeCosts {
+    NodeCosts { layer: node.layer.with_rows(1.0 + PROMPTS_PER_ANSWER), ..node.clone() }
+}
+
+/// Seconds of a stage for a micro-batch of [`COMPARED_POSITIONS`]: what cuts that serve are compared
+/// by, with the mix of prompts and answers for which [`best`] makes them.
+pub fn compared_seconds(profile: &StageProfile, layers: u32, head: bool) -> f64 {
+    let costs = beside_prompts(&node_costs("", profile, 0));
+    let head = if head { costs.head.at(COMPARED_ANSWERS) } else { 0.0 };
+    f64::from(layers) * costs.layer.at(COMPARED_ANSWERS) + head
 }
 
 /// The operator's own cut, over the first nodes.

@@ -273,10 +273,8 @@ impl Service for Serving {
                      client.toml, or make one with 'millrace-coordinator key create --admin'",
                 ));
             }
-            let counters = self.batcher.send(GetCounters).await.map_err(crossed)?;
-            let status = self.cluster.send(GetStatus).await.map_err(crossed)?;
-            let cached = u64::from(counters.blocks_used) * u64::from(status.kv_block_size);
-            self.cluster.send(Admin { request, cached }).await.map_err(crossed)?
+            let blocks_used = self.batcher.send(GetCounters).await.map_err(crossed)?.blocks_used;
+            self.cluster.send(Admin { request, blocks_used }).await.map_err(crossed)?
         }
         .boxed()
     }

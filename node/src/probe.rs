@@ -147,24 +147,16 @@ fn entry(
         disk_free_bytes: cache.as_deref().and_then(free_bytes),
         disk_bytes_per_second: cache.as_deref().and_then(disk_speed),
         limits: Some(limits(spec, profile)),
-        measured: vec![Measured {
-            shape: shape_key(&spec.config, spec.layer_type, spec.head_type),
-            rows: PROFILE_ROWS.to_vec(),
-            layer_seconds: profile.layer_seconds.to_vec(),
-            head_seconds: profile.head_seconds.to_vec(),
-        }],
+        measured: vec![Measured::new(spec, profile)],
         ..NodeEntry::default()
     }
 }
 
 /// What one row says of the memory, and many of the arithmetic.
 fn limits(spec: &ProfileSpec, profile: &StageProfile) -> Limits {
-    let c = &spec.config;
-    let [h, q, kv, f] =
-        [c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.ffn].map(u64::from);
-    let matrices = [(h, q), (h, kv), (h, kv), (q, h), (h, f), (h, f), (f, h)];
-    let bytes = matrices.iter().filter_map(|&(i, o)| packed_bytes(spec.layer_type, o, i));
-    let work: u64 = matrices.iter().map(|(i, o)| i * o).sum();
+    let matrices = spec.config.layer_matrices().map(|(_, dims)| dims);
+    let bytes = matrices.iter().filter_map(|&[i, o]| packed_bytes(spec.layer_type, o, i));
+    let work: u64 = matrices.iter().map(|[i, o]| i * o).sum();
     let last = PROFILE_ROWS.len() - 1;
     let many = f64::from(PROFILE_ROWS[last]);
     Limits {

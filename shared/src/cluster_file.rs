@@ -8,6 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::model::{ModelConfig, TensorType};
+use crate::wire::control::{PROFILE_ROWS, ProfileSpec, StageProfile};
 
 /// The name of the coordinator in links.
 pub const COORDINATOR: &str = "coordinator";
@@ -114,6 +115,18 @@ pub struct Measured {
     pub layer_seconds: Vec<f64>,
     /// Seconds of the head for each.
     pub head_seconds: Vec<f64>,
+}
+
+impl Measured {
+    /// What a node measured.
+    pub fn new(spec: &ProfileSpec, profile: &StageProfile) -> Self {
+        Self {
+            shape: shape_key(&spec.config, spec.layer_type, spec.head_type),
+            rows: PROFILE_ROWS.to_vec(),
+            layer_seconds: profile.layer_seconds.to_vec(),
+            head_seconds: profile.head_seconds.to_vec(),
+        }
+    }
 }
 
 fn is_false(b: &bool) -> bool {

@@ -120,13 +120,7 @@ impl Stage {
                 self.prefilled += u64::from(row.count);
             }
             let outcome = self.row(row, tokens, step.meta.drafts_of(index), fate);
-            results.push(RowResult {
-                sequence: row.sequence,
-                sequence_epoch: row.sequence_epoch,
-                position: row.position,
-                count: row.count,
-                outcome,
-            });
+            results.push(row.result(outcome));
         }
         match fate {
             Fate::Good => Reply::Results(step.id, results),

@@ -151,13 +151,7 @@ impl Stage {
             if i == 0 && fate == Fate::RowMissing {
                 continue;
             }
-            results.push(RowResult {
-                sequence: row.sequence,
-                sequence_epoch: row.sequence_epoch,
-                position: row.position,
-                count: row.count,
-                outcome,
-            });
+            results.push(row.result(outcome));
         }
         Reply::Results(step.id, results)
     }

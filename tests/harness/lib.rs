@@ -6,6 +6,7 @@
 
 pub mod ask;
 pub mod fixtures;
+pub mod frames;
 pub mod hostile;
 pub mod http;
 pub mod local;

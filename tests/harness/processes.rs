@@ -209,6 +209,17 @@ impl Coordinator {
         });
     }
 
+    /// Waits until no sequence, no request and no block is left.
+    pub fn wait_nothing_left(&self) {
+        for metric in [
+            "millrace_kv_blocks_used",
+            "millrace_num_requests_running",
+            "millrace_num_requests_waiting",
+        ] {
+            wait_for(&format!("{metric} of 0"), || (self.metric(metric) == 0.0).then_some(()));
+        }
+    }
+
     /// The value of a metric without labels of its own.
     pub fn metric(&self, name: &str) -> f64 {
         let text = http::get(self.http(), "/metrics").text();

@@ -7,7 +7,7 @@ use millrace_shared::cluster_file::{
     COORDINATOR, ClusterFile, Limits, LinkEntry, Measured, NodeEntry, shape_key,
 };
 use millrace_shared::partition::{Curve, Link, Network, NodeCosts};
-use millrace_shared::wire::control::{Hello, PROFILE_ROWS, ProfileSpec, StageProfile};
+use millrace_shared::wire::control::{Hello, ProfileSpec, StageProfile};
 
 use super::costs::ModelParts;
 use super::report::NodeFacts;
@@ -44,7 +44,7 @@ pub struct LiveNode<'a> {
     /// What it said of itself.
     pub hello: &'a Hello,
     /// What it measured.
-    pub profile: &'a StageProfile,
+    pub profile: StageProfile,
     /// There and back, from the coordinator.
     pub rtt: Duration,
 }
@@ -75,12 +75,7 @@ pub fn live<'a>(
             hardware: Some(hello.hardware.clone()),
             threads: Some(hello.threads),
             memory_bytes: hello.memory_bytes,
-            measured: vec![Measured {
-                shape: shape_key(&spec.config, spec.layer_type, spec.head_type),
-                rows: PROFILE_ROWS.to_vec(),
-                layer_seconds: profile.layer_seconds.to_vec(),
-                head_seconds: profile.head_seconds.to_vec(),
-            }],
+            measured: vec![Measured::new(spec, &profile)],
             ..NodeEntry::default()
         });
     }

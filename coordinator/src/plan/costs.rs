@@ -72,13 +72,11 @@ impl ModelParts<'_> {
 
     /// Bytes in memory of the layer that nodes measure: all its matrices of one type.
     fn measured_layer_bytes(&self) -> u64 {
-        let c = self.config;
-        let [h, q, kv, f] =
-            [c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.ffn].map(u64::from);
         let dtype = self.dtype("blk.0.ffn_down.weight");
-        let matrices = [(h, q), (h, kv), (h, kv), (q, h), (h, f), (h, f), (f, h)];
-        let bytes = |&(cols, rows): &(u64, u64)| packed_bytes(dtype, rows, cols).unwrap_or(0);
-        matrices.iter().map(bytes).sum::<u64>() + 2 * h * 4
+        let matrices = self.config.layer_matrices();
+        let bytes =
+            |&(_, [cols, rows]): &(_, [u64; 2])| packed_bytes(dtype, rows, cols).unwrap_or(0);
+        matrices.iter().map(bytes).sum::<u64>() + 2 * u64::from(self.config.hidden) * 4
     }
 
     /// Multiply-adds of one row in a layer, and in the head.

@@ -19,8 +19,7 @@ use millrace_shared::id::{Epoch, PipelineId, StageIndex};
 use millrace_shared::model::Dtype;
 use millrace_shared::wire::control::{ProfileSpec, StageProfile};
 use millrace_shared::wire::data::{
-    FrameError, FrameHeader, FrameKind, OpenMeta, ResultMeta, RowOutcome, RowResult, StageTime,
-    StepMeta,
+    FrameError, FrameHeader, FrameKind, OpenMeta, ResultMeta, RowOutcome, StageTime, StepMeta,
 };
 use millrace_shared::wire::frame::Frame;
 
@@ -376,18 +375,7 @@ fn results(
     meta: &StepMeta,
     outcomes: impl Iterator<Item = RowOutcome>,
 ) -> Result<Frame, StageError> {
-    let rows = meta
-        .rows
-        .iter()
-        .zip(outcomes)
-        .map(|(row, outcome)| RowResult {
-            sequence: row.sequence,
-            sequence_epoch: row.sequence_epoch,
-            position: row.position,
-            count: row.count,
-            outcome,
-        })
-        .collect();
+    let rows = meta.rows.iter().zip(outcomes).map(|(row, outcome)| row.result(outcome)).collect();
     let header = FrameHeader { kind: FrameKind::Results, dtype: Dtype::F32, rows: 0, ..*header };
     Ok(Frame::build(header, &ResultMeta { rows, times: meta.times.clone() }, 0)?.seal())
 }

@@ -63,6 +63,23 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
+    /// The matrices of a layer: their tensors' names after `blk.N.` and before `.weight`, and their
+    /// columns (inputs) and rows (outputs).
+    pub fn layer_matrices(&self) -> [(&'static str, [u64; 2]); 7] {
+        let widths =
+            [self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.ffn];
+        let [h, q, kv, f] = widths.map(u64::from);
+        [
+            ("attn_q", [h, q]),
+            ("attn_k", [h, kv]),
+            ("attn_v", [h, kv]),
+            ("attn_output", [q, h]),
+            ("ffn_gate", [h, f]),
+            ("ffn_up", [h, f]),
+            ("ffn_down", [f, h]),
+        ]
+    }
+
     /// Bytes of K and V of one position in one layer, scales included.
     pub fn kv_bytes_per_position(&self, dtype: super::Dtype) -> u64 {
         let scale = if dtype == super::Dtype::Int8 { 4 } else { 0 };

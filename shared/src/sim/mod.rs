@@ -16,7 +16,7 @@ use crate::scheduler::cost::{Load, StageCost};
 use crate::scheduler::{
     NewSequence, Outcome, Priority, Rejected, Scheduler, SchedulerConfig, Step,
 };
-use crate::wire::data::{ChosenToken, RowOutcome, RowResult, StageTime, StepMeta, Want};
+use crate::wire::data::{ChosenToken, Row, RowOutcome, RowResult, StageTime, StepMeta, Want};
 use crate::wire::rpc::PositionScore;
 
 /// How often deadlines are looked at.
@@ -287,22 +287,16 @@ fn load(meta: &StepMeta) -> Load {
 
 fn results(meta: &StepMeta) -> Vec<RowResult> {
     let score = |position| PositionScore { position, ..PositionScore::default() };
-    let row = |row: &crate::wire::data::Row| RowResult {
-        sequence: row.sequence,
-        sequence_epoch: row.sequence_epoch,
-        position: row.position,
-        count: row.count,
-        outcome: match row.want {
-            Want::None => RowOutcome::Done,
-            Want::Sample => RowOutcome::Token { token: 7, logprobs: None },
-            Want::Score { .. } => {
-                RowOutcome::Scores((row.position..row.position + row.count).map(score).collect())
-            }
-            // No draft is ever right.
-            Want::Verify => RowOutcome::Tokens(vec![ChosenToken { token: 7, logprobs: None }]),
-        },
+    let outcome = |row: &Row| match row.want {
+        Want::None => RowOutcome::Done,
+        Want::Sample => RowOutcome::Token { token: 7, logprobs: None },
+        Want::Score { .. } => {
+            RowOutcome::Scores((row.position..row.position + row.count).map(score).collect())
+        }
+        // No draft is ever right.
+        Want::Verify => RowOutcome::Tokens(vec![ChosenToken { token: 7, logprobs: None }]),
     };
-    meta.rows.iter().map(row).collect()
+    meta.rows.iter().map(|row| row.result(outcome(row))).collect()
 }
 
 /// The value below which `share` (0..1) of the values lie; `None` of none.

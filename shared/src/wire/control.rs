@@ -195,12 +195,6 @@ impl StageProfile {
         }
     }
 
-    /// Seconds of a stage for a micro-batch of `PROFILE_ROWS[size]` rows.
-    pub fn stage_seconds(&self, size: usize, layers: u32, head: bool) -> f64 {
-        let head = if head { self.head_seconds[size] } else { 0.0 };
-        f64::from(layers) * self.layer_seconds[size] + head
-    }
-
     /// The same for any number of rows.
     pub const fn flat(layer_seconds: f64, head_seconds: f64) -> Self {
         Self { layer_seconds: [layer_seconds; 4], head_seconds: [head_seconds; 4] }

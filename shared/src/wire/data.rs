@@ -212,6 +212,19 @@ pub struct Row {
     pub want: Want,
 }
 
+impl Row {
+    /// The answer to this row.
+    pub fn result(&self, outcome: RowOutcome) -> RowResult {
+        RowResult {
+            sequence: self.sequence,
+            sequence_epoch: self.sequence_epoch,
+            position: self.position,
+            count: self.count,
+            outcome,
+        }
+    }
+}
+
 /// New blocks of a sequence; applied before the rows. `first = 0` starts the table anew.
 #[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct TableUpdate {

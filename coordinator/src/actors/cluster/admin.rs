@@ -24,8 +24,8 @@ pub(super) struct Doctor {
 pub struct Admin {
     /// What.
     pub request: AdminRequest,
-    /// Positions in the KV cache, which a new cut computes again.
-    pub cached: u64,
+    /// KV blocks in use: what they hold a new cut computes again.
+    pub blocks_used: u32,
 }
 
 fn refused(message: String) -> Status {
@@ -36,11 +36,13 @@ impl Handler<Admin> for Cluster {
     type Result = ResponseFuture<Result<AdminReply, Status>>;
 
     fn handle(&mut self, m: Admin, ctx: &mut Context<Self>) -> Self::Result {
+        let block_size = self.plan.as_ref().map_or(0, |p| p.scheduler.block_size);
+        let cached = u64::from(m.blocks_used) * u64::from(block_size);
         let answer = match m.request {
             AdminRequest::Nodes => Ok(AdminReply::Nodes(self.node_statuses())),
-            AdminRequest::Cordon { node } => self.cordon(&node, m.cached),
+            AdminRequest::Cordon { node } => self.cordon(&node, cached),
             AdminRequest::Uncordon { node } => self.uncordon(&node),
-            AdminRequest::Recut { apply } => self.recut(apply, m.cached),
+            AdminRequest::Recut { apply } => self.recut(apply, cached),
             AdminRequest::Doctor => {
                 let waiting = self.examine();
                 self.advance(ctx);

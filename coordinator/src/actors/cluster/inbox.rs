@@ -53,7 +53,6 @@ impl Handler<NodeHello> for Cluster {
             connection: m.connection,
             out: m.out,
             heartbeat: Heartbeat::default(),
-            profile: None,
             report: LoadReport::default(),
             next_report: None,
         };

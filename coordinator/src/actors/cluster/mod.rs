@@ -12,9 +12,10 @@ mod inbox;
 mod planning;
 mod recut;
 mod report;
+mod starting;
 mod ways;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,14 +26,13 @@ use millrace_shared::membership::{
     Action, Event, Membership, MembershipConfig, PipelineConfig, PipelineState, Session,
 };
 use millrace_shared::model::ModelManifest;
+use millrace_shared::wire::WIRE_VERSION;
 use millrace_shared::wire::control::{
     CoordinatorMessage, Heartbeat, Hello, LoadReport, NodeMessage,
 };
-use millrace_shared::wire::{Edge, WIRE_VERSION};
 use tokio::sync::{mpsc, watch};
 
-use super::batcher::{Batcher, PipelineDown, PipelineUp};
-use super::edges;
+use super::batcher::{Batcher, PipelineDown};
 use crate::plan::{Deployment, Plan, profile_spec};
 pub use admin::Admin;
 use admin::Doctor;
@@ -42,6 +42,7 @@ pub use inbox::{
 };
 use planning::Draft;
 pub use recut::Uneven;
+use starting::Starting;
 use ways::Ways;
 
 /// The one pipeline of a coordinator.
@@ -50,8 +51,6 @@ const PIPELINE: PipelineId = PipelineId(1);
 const TICK: Duration = Duration::from_millis(50);
 /// Without `--stages`: quiet time after a node joined until the plan is made from those present.
 const SETTLE: Duration = Duration::from_secs(2);
-/// From the order to start until every edge is connected.
-const START_DEADLINE: Duration = Duration::from_secs(15);
 
 /// Whether requests are served, for whoever waits for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,19 +71,9 @@ struct Member {
     connection: Connection,
     out: mpsc::Sender<CoordinatorMessage>,
     heartbeat: Heartbeat,
-    profile: Option<millrace_shared::wire::control::StageProfile>,
     report: LoadReport,
     /// Of the stage that is made ready beside the one that works.
     next_report: Option<LoadReport>,
-}
-
-/// Edges that are not connected yet.
-struct Starting {
-    epoch: Epoch,
-    nodes: HashSet<NodeId>,
-    own: HashSet<Edge>,
-    deadline: Duration,
-    up: Option<PipelineUp>,
 }
 
 /// See the module's documentation.
@@ -313,69 +302,6 @@ impl Cluster {
         }
     }
 
-    /// Every stage is loaded: connect the edges.
-    fn start(&mut self, epoch: Epoch, nodes: &[NodeId], now: Duration, ctx: &mut Context<Self>) {
-        let (Some(plan), Some(first), Some(last)) =
-            (self.plan_of(epoch), nodes.first(), nodes.last())
-        else {
-            return;
-        };
-        let (Some(first), Some(last)) = (self.members.get(first), self.members.get(last)) else {
-            return; // Lost this very moment: the machine hears of it next.
-        };
-        let credits = plan.assignments.first().map_or(2, |(_, a)| a.credits);
-        // Every micro-batch in flight, and a burst of frames that only carry releases.
-        let capacity = credits as usize + 64;
-        let (steps, step_frames) = mpsc::channel(capacity);
-        let (opens, open_frames) = mpsc::channel(capacity);
-        let carry = |member: &Member, edge, frames| {
-            let connection = member.connection.clone();
-            edges::carry_out(ctx.address(), connection, (PIPELINE, epoch, edge), credits, frames);
-        };
-        carry(first, Edge::Steps, step_frames);
-        carry(last, Edge::Sequences, open_frames);
-        self.starting = Some(Starting {
-            epoch,
-            nodes: nodes.iter().copied().collect(),
-            own: HashSet::from([Edge::Steps, Edge::Sequences, Edge::Results]),
-            deadline: now + START_DEADLINE,
-            up: Some(PipelineUp {
-                pipeline: PIPELINE,
-                epoch,
-                config: plan.scheduler,
-                costs: plan.costs.clone(),
-                steps,
-                opens,
-                failures: ctx.address().recipient(),
-                switched: ctx.address().recipient(),
-                uneven: ctx.address().recipient(),
-            }),
-        });
-        for node in nodes {
-            self.say(*node, CoordinatorMessage::Start { pipeline: PIPELINE, epoch });
-        }
-    }
-
-    /// Serves once nothing is left to connect.
-    fn check_started(&mut self) {
-        let done = |s: &mut Starting| s.nodes.is_empty() && s.own.is_empty();
-        let Some(mut starting) = self.starting.take_if(done) else { return };
-        let Some(up) = starting.up.take() else { return };
-        if self.batcher.try_send(up).is_err() {
-            self.edge_failed(starting.epoch, "the batcher's mailbox is full");
-            return;
-        }
-        if !self.is_next(starting.epoch) {
-            tracing::info!("pipeline ready, epoch {}\n{}", starting.epoch, self.plan_table());
-        }
-        self.readiness.send_modify(|r| {
-            r.ready = true;
-            r.epochs += 1;
-            r.failed = None;
-            r.detail.clear();
-        });
-    }
-
     fn is_next(&self, epoch: Epoch) -> bool {
         self.pipeline.as_ref().is_some_and(|p| p.next_epoch() == Some(epoch))
     }
@@ -472,10 +398,7 @@ impl Cluster {
         match message {
             NodeMessage::Hello(_) => tracing::warn!(node = %id, "a second hello, ignored"),
             NodeMessage::Heartbeat(beat) => member.heartbeat = beat,
-            NodeMessage::Profiled { profile } => {
-                member.profile = Some(profile);
-                pipeline.handle_profiled(id, profile, now);
-            }
+            NodeMessage::Profiled { profile } => pipeline.handle_profiled(id, profile, now),
             NodeMessage::Ready { epoch, report, .. } => {
                 if pipeline.next_epoch() == Some(epoch) {
                     member.next_report = Some(report);
@@ -500,10 +423,8 @@ impl Cluster {
             }
             NodeMessage::EdgeLost { epoch, message, .. } => {
                 // Nobody but the epoch's own stages can end it.
-                let plans = [&self.plan, &self.next_plan];
-                let plan = plans.into_iter().flatten().find(|p| p.epoch == epoch);
-                if plan.is_some_and(|p| p.assignments.iter().any(|(node, _)| *node == id)) {
-                    pipeline.handle_edge_lost(epoch, &message, now);
+                if self.plan_of(epoch).is_some_and(|p| p.nodes().contains(&id)) {
+                    self.edge_failed(epoch, &message);
                 }
             }
             NodeMessage::EdgeTried { to, outcome } => self.on_way_tried((id, to), outcome, now),

@@ -21,12 +21,6 @@ pub(super) struct Draft {
     plan: Plan,
 }
 
-impl Draft {
-    fn ways(&self) -> Vec<Way> {
-        self.plan.ways()
-    }
-}
-
 impl Cluster {
     /// The nodes as plans see them, at the pace they were last seen to work.
     pub(super) fn plan_nodes(&self, nodes: &[(NodeId, StageProfile)]) -> Vec<PlanNode> {
@@ -94,7 +88,7 @@ impl Cluster {
         self.ways.expire(now);
         let Some(draft) = &self.draft else { return };
         let (mut waiting, mut closed) = (Vec::new(), false);
-        for way in draft.ways() {
+        for way in draft.plan.ways() {
             match self.ways.outcome(way, now) {
                 Some(Ok(_)) => {}
                 Some(Err(_)) => closed = true,
@@ -109,7 +103,7 @@ impl Cluster {
             return self.make_plan(epoch, draft.nodes, now);
         }
         let beside = self.is_next(epoch);
-        let order = draft.plan.assignments.iter().map(|(node, _)| *node).collect();
+        let order = draft.plan.nodes();
         *(if beside { &mut self.next_plan } else { &mut self.plan }) = Some(draft.plan);
         if let Some(pipeline) = &mut self.pipeline {
             pipeline.handle_planned(epoch, order, now);
@@ -135,15 +129,10 @@ impl Cluster {
 
     /// The line that says what to do about a closed way.
     pub(super) fn closed_way(&self, (from, to): Way, message: &str) -> String {
-        let name = |id: NodeId| self.members.get(&id).map_or("?", |m| m.hello.name.as_str());
         let port = (self.members.get(&to))
             .and_then(|m| m.hello.advertise.rsplit_once(':'))
             .map_or("the node's port", |(_, port)| port);
-        format!(
-            "{} -> {}: {message}; open UDP {port} inbound on {}",
-            name(from),
-            name(to),
-            name(to)
-        )
+        let (from, to) = (self.name_of(from), self.name_of(to));
+        format!("{from} -> {to}: {message}; open UDP {port} inbound on {to}")
     }
 }

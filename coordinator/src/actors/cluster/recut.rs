@@ -10,17 +10,14 @@ use actix::prelude::*;
 use millrace_shared::id::{Epoch, NodeId};
 use millrace_shared::options::Replan;
 use millrace_shared::wire::admin::{CutStage, RecutReport};
-use millrace_shared::wire::control::{Assignment, PROFILE_ROWS, StageProfile};
+use millrace_shared::wire::control::{Assignment, StageProfile};
 
 use super::{Cluster, SETTLE};
-use crate::plan::Plan;
+use crate::plan::{COMPARED_POSITIONS, Plan, compared_seconds};
 use crate::recut::render;
 
 /// A new cut that is predicted to be faster by less than this is left alone.
 const WORTH: f64 = 1.05;
-
-/// Cuts are compared at so many rows, by index: between decode and a prefill chunk.
-const SIZE: usize = 2;
 
 /// A cut that could be made.
 pub(super) struct Offer {
@@ -70,20 +67,19 @@ impl Cluster {
             reason,
             gain: slowest(&now_stages) / slowest(&new_stages).max(1e-12),
             bytes_to_move: plan.bytes_beyond(current),
-            pause_seconds: slowest(&new_stages) * cached as f64 / f64::from(PROFILE_ROWS[SIZE]),
+            pause_seconds: slowest(&new_stages) * cached as f64 / COMPARED_POSITIONS,
             beside: self.fits_beside(current, &plan),
             current: now_stages,
             proposed: new_stages,
             applied: false,
         };
-        let nodes = plan.assignments.iter().map(|(id, _)| *id).collect();
-        Ok(Offer { nodes, report })
+        Ok(Offer { nodes: plan.nodes(), report })
     }
 
     /// Stages with their predicted times, at the pace at which the nodes work.
     fn cut_stages(&self, plan: &Plan) -> Vec<CutStage> {
         let stage = |(id, a): &(NodeId, Assignment)| {
-            let profile = self.pipeline.as_ref().and_then(|p| p.profile_of(*id));
+            let profile = self.pipeline.as_ref().and_then(|p| p.measured(*id));
             let pace = self.pace.get(id).copied().unwrap_or(1.0);
             let head = a.next.is_none();
             CutStage {
@@ -92,7 +88,7 @@ impl Cluster {
                 end_layer: a.end_layer,
                 head,
                 seconds: profile.map_or(0.0, |p| {
-                    p.slower(pace).stage_seconds(SIZE, a.end_layer - a.first_layer, head)
+                    compared_seconds(&p.slower(pace), a.end_layer - a.first_layer, head)
                 }),
             }
         };

@@ -35,10 +35,10 @@ impl Cluster {
 
     /// The members that were measured, as a cluster's description.
     pub(super) fn description(&self) -> String {
-        let measured = self.members.values().filter_map(|m| {
+        let measured = self.members.iter().filter_map(|(id, m)| {
             Some(LiveNode {
                 hello: &m.hello,
-                profile: m.profile.as_ref()?,
+                profile: self.pipeline.as_ref()?.measured(*id)?,
                 rtt: m.connection.rtt(),
             })
         });

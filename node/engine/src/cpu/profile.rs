@@ -161,18 +161,9 @@ fn entry(name: String, dtype: TensorType, dims: &[u64]) -> TensorEntry {
 }
 
 fn layer_entries(c: &ModelConfig, dtype: TensorType, layer: u32) -> Vec<TensorEntry> {
-    let [h, q, kv, f] =
-        [c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.ffn].map(u64::from);
-    let matrices = [
-        ("attn_q", [h, q]),
-        ("attn_k", [h, kv]),
-        ("attn_v", [h, kv]),
-        ("attn_output", [q, h]),
-        ("ffn_gate", [h, f]),
-        ("ffn_up", [h, f]),
-        ("ffn_down", [f, h]),
-    ];
     let name = |part: &str| format!("blk.{layer}.{part}.weight");
-    let norms = ["attn_norm", "ffn_norm"].map(|n| entry(name(n), TensorType::F32, &[h]));
-    matrices.iter().map(|(n, dims)| entry(name(n), dtype, dims)).chain(norms).collect()
+    let norms =
+        ["attn_norm", "ffn_norm"].map(|n| entry(name(n), TensorType::F32, &[c.hidden.into()]));
+    let matrices = c.layer_matrices().map(|(n, dims)| entry(name(n), dtype, &dims));
+    matrices.into_iter().chain(norms).collect()
 }

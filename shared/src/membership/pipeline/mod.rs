@@ -16,6 +16,7 @@
 //! or load is passed over for [`RETRY_NODE`]; a model that cannot be cut waits for other nodes.
 
 mod next;
+mod types;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -23,120 +24,10 @@ use std::time::Duration;
 use crate::id::{Epoch, NodeId};
 use crate::wire::control::StageProfile;
 use next::Next;
-
-/// For measuring one layer and the head: seconds on slow machines.
-pub const PROFILE_TIMEOUT: Duration = Duration::from_secs(30);
-/// For fetching, checking and loading a stage's weights: gigabytes over a slow link.
-pub const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
-/// A node that failed is not asked again for this long: it may have been short of memory for a
-/// moment, but asking it at once would fail at once.
-pub const RETRY_NODE: Duration = Duration::from_secs(5);
-/// Between the end of an epoch and the next try: stages let go of their edges meanwhile, and of a
-/// node that died the silence begins to show.
-pub const RETRY_PIPELINE: Duration = Duration::from_millis(500);
-
-/// A node that was lost so often within [`FLAP_MEMORY`] stays a stand-by where others suffice.
-pub const FLAPS: usize = 3;
-/// See [`FLAPS`].
-pub const FLAP_MEMORY: Duration = Duration::from_secs(600);
-
-/// What a pipeline needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PipelineConfig {
-    /// Stages, each on its own node; at least 1.
-    pub stages: u16,
-    /// `stages` is the most; fewer nodes are taken where no more are there.
-    pub flexible: bool,
-    /// See [`PROFILE_TIMEOUT`].
-    pub profile_timeout: Duration,
-    /// See [`LOAD_TIMEOUT`].
-    pub load_timeout: Duration,
-    /// See [`RETRY_NODE`].
-    pub retry_node: Duration,
-    /// See [`RETRY_PIPELINE`].
-    pub retry_pipeline: Duration,
-}
-
-impl PipelineConfig {
-    /// `stages` stages and the default times.
-    pub fn new(stages: u16) -> Self {
-        Self {
-            stages: stages.max(1),
-            flexible: false,
-            profile_timeout: PROFILE_TIMEOUT,
-            load_timeout: LOAD_TIMEOUT,
-            retry_node: RETRY_NODE,
-            retry_pipeline: RETRY_PIPELINE,
-        }
-    }
-}
-
-/// Where a pipeline stands; see the transition table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PipelinePhase {
-    /// For nodes.
-    Waiting,
-    /// For measurements.
-    Profiling,
-    /// For the cut.
-    Planning,
-    /// For stages to load.
-    Assigning,
-    /// Serving.
-    Running,
-}
-
-/// What the coordinator must do.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Action {
-    /// Ask a node to measure; answer with `handle_profiled` or `handle_profile_failed`.
-    Profile {
-        /// Whom.
-        node: NodeId,
-    },
-    /// Cut the model; answer with `handle_planned` or `handle_plan_failed`.
-    Plan {
-        /// For this epoch.
-        epoch: Epoch,
-        /// Over these nodes, in the order in which they joined.
-        nodes: Vec<(NodeId, StageProfile)>,
-    },
-    /// Send assignments; nodes answer with `handle_ready` or `handle_load_failed`.
-    Assign {
-        /// For this epoch.
-        epoch: Epoch,
-        /// In the order of the stages.
-        nodes: Vec<NodeId>,
-    },
-    /// All stages are loaded: open the edges and serve.
-    Start {
-        /// This epoch.
-        epoch: Epoch,
-        /// In the order of the stages.
-        nodes: Vec<NodeId>,
-    },
-    /// The epoch is over: end what is in flight as unavailable.
-    Stop {
-        /// That epoch.
-        epoch: Epoch,
-        /// Why.
-        reason: String,
-    },
-    /// Tell nodes to give up the stage they have made ready for an epoch that will not begin.
-    Abandon {
-        /// That epoch alone.
-        epoch: Epoch,
-        /// Whom.
-        nodes: Vec<NodeId>,
-    },
-    /// Tell nodes to give their stages up.
-    Release {
-        /// Every assignment up to this epoch.
-        epoch: Epoch,
-        /// Whom: those of the epoch that are still there.
-        nodes: Vec<NodeId>,
-    },
-}
+pub use types::{
+    Action, FLAP_MEMORY, FLAPS, LOAD_TIMEOUT, PROFILE_TIMEOUT, PipelineConfig, PipelinePhase,
+    RETRY_NODE, RETRY_PIPELINE,
+};
 
 #[derive(Clone, Debug)]
 struct Candidate {
@@ -281,10 +172,15 @@ impl PipelineState {
         self.nodes.get(&node).is_some_and(|c| c.suspect)
     }
 
+    /// What the node measured, where it is there.
+    pub fn measured(&self, node: NodeId) -> Option<StageProfile> {
+        self.nodes.get(&node).and_then(|c| c.profile)
+    }
+
     /// What the node measured, where it is there and may be used.
     pub fn profile_of(&self, node: NodeId) -> Option<StageProfile> {
-        let free = |c: &&Candidate| !c.suspect && !self.cordoned.contains(&node);
-        self.nodes.get(&node).filter(free).and_then(|c| c.profile)
+        let usable = !self.is_suspect(node) && !self.is_cordoned(node);
+        self.measured(node).filter(|_| usable)
     }
 
     /// A node is gone.
@@ -459,6 +355,26 @@ impl PipelineState {
         if self.config.flexible { 1 } else { usize::from(self.config.stages) }
     }
 
+    /// Whether a plan may use the node now.
+    fn is_eligible(&self, node: NodeId, now: Duration) -> bool {
+        let fit = |c: &Candidate| !c.suspect && c.barred_until <= now;
+        self.nodes.get(&node).is_some_and(fit) && !self.is_cordoned(node)
+    }
+
+    /// Asks those who have not measured to do so.
+    fn ask_profiles(&mut self, nodes: &[NodeId]) {
+        for &node in nodes {
+            if self.measured(node).is_none() {
+                self.actions.push_back(Action::Profile { node });
+            }
+        }
+    }
+
+    /// The nodes with what they measured, once all have.
+    fn profiles(&self, nodes: &[NodeId]) -> Option<Vec<(NodeId, StageProfile)>> {
+        nodes.iter().map(|&node| Some((node, self.measured(node)?))).collect()
+    }
+
     /// A node that comes and goes is taken last, so that it does not take the others along.
     fn is_flapping(&self, node: NodeId, now: Duration) -> bool {
         let recent = |times: &VecDeque<Duration>| {
@@ -496,8 +412,7 @@ impl PipelineState {
             return;
         }
         let mut eligible: Vec<(bool, u64, NodeId)> = (self.nodes.iter())
-            .filter(|(_, c)| !c.suspect && c.barred_until <= now)
-            .filter(|(node, _)| !self.cordoned.contains(node))
+            .filter(|(node, _)| self.is_eligible(**node, now))
             .map(|(&node, c)| (self.is_flapping(node, now), c.order, node))
             .collect();
         if eligible.len() < self.need() {
@@ -511,18 +426,11 @@ impl PipelineState {
         self.chosen = eligible.into_iter().take(most).map(|(.., node)| node).collect();
         self.phase = PipelinePhase::Profiling;
         self.deadline = Some(now + self.config.profile_timeout);
-        for &node in &self.chosen {
-            if self.nodes.get(&node).is_some_and(|c| c.profile.is_none()) {
-                self.actions.push_back(Action::Profile { node });
-            }
-        }
+        self.ask_profiles(&self.chosen.clone());
     }
 
     fn plan(&mut self) {
-        let profiles: Option<Vec<_>> = (self.chosen.iter())
-            .map(|&node| Some((node, self.nodes.get(&node)?.profile?)))
-            .collect();
-        if let Some(nodes) = profiles {
+        if let Some(nodes) = self.profiles(&self.chosen) {
             self.phase = PipelinePhase::Planning;
             self.deadline = None;
             self.actions.push_back(Action::Plan { epoch: self.epoch, nodes });

@@ -70,19 +70,13 @@ impl PipelineState {
     /// `false` where there is nothing to do it from: no epoch runs, another cut is under way, or
     /// none of the nodes is there.
     pub fn handle_recut(&mut self, nodes: &[NodeId], now: Duration) -> bool {
-        let chosen: Vec<NodeId> = (nodes.iter().copied())
-            .filter(|n| self.nodes.get(n).is_some_and(|c| !c.suspect && c.barred_until <= now))
-            .filter(|n| !self.cordoned.contains(n))
-            .collect();
+        let chosen: Vec<NodeId> =
+            nodes.iter().copied().filter(|n| self.is_eligible(*n, now)).collect();
         if self.phase != PipelinePhase::Running || self.next.is_some() || chosen.is_empty() {
             return false;
         }
         self.last_epoch = Epoch(self.last_epoch.0 + 1);
-        for &node in &chosen {
-            if self.nodes.get(&node).is_some_and(|c| c.profile.is_none()) {
-                self.actions.push_back(Action::Profile { node });
-            }
-        }
+        self.ask_profiles(&chosen);
         self.next = Some(Next {
             epoch: self.last_epoch,
             deadline: now + self.config.profile_timeout,
@@ -145,11 +139,9 @@ impl PipelineState {
 
     /// Cuts as soon as every node has measured.
     pub(super) fn advance_next(&mut self, now: Duration) {
-        let Some(next) = self.next.as_mut().filter(|n| n.step == Step::Profiling) else { return };
-        let profiles: Option<Vec<_>> = (next.chosen.iter())
-            .map(|&node| Some((node, self.nodes.get(&node)?.profile?)))
-            .collect();
-        if let Some(nodes) = profiles {
+        let measuring = self.next.as_ref().filter(|n| n.step == Step::Profiling);
+        let profiles = measuring.and_then(|n| self.profiles(&n.chosen));
+        if let (Some(nodes), Some(next)) = (profiles, &mut self.next) {
             next.step = Step::Planning;
             next.deadline = now + self.config.profile_timeout;
             self.actions.push_back(Action::Plan { epoch: next.epoch, nodes });

@@ -1,0 +1,97 @@
+//! From loaded stages to an epoch that serves: every edge is connected, then the batcher gets it.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use actix::prelude::*;
+use millrace_shared::id::{Epoch, NodeId};
+use millrace_shared::wire::Edge;
+use millrace_shared::wire::control::CoordinatorMessage;
+use tokio::sync::mpsc;
+
+use super::{Cluster, Member, PIPELINE};
+use crate::actors::batcher::PipelineUp;
+use crate::actors::edges;
+
+/// From the order to start until every edge is connected.
+const START_DEADLINE: Duration = Duration::from_secs(15);
+
+/// Edges that are not connected yet.
+pub(super) struct Starting {
+    pub(super) epoch: Epoch,
+    pub(super) nodes: HashSet<NodeId>,
+    pub(super) own: HashSet<Edge>,
+    pub(super) deadline: Duration,
+    pub(super) up: Option<PipelineUp>,
+}
+
+impl Cluster {
+    /// Every stage is loaded: connect the edges.
+    pub(super) fn start(
+        &mut self,
+        epoch: Epoch,
+        nodes: &[NodeId],
+        now: Duration,
+        ctx: &mut Context<Self>,
+    ) {
+        let (Some(plan), Some(first), Some(last)) =
+            (self.plan_of(epoch), nodes.first(), nodes.last())
+        else {
+            return;
+        };
+        let (Some(first), Some(last)) = (self.members.get(first), self.members.get(last)) else {
+            return; // Lost this very moment: the machine hears of it next.
+        };
+        let credits = plan.assignments.first().map_or(2, |(_, a)| a.credits);
+        // Every micro-batch in flight, and a burst of frames that only carry releases.
+        let capacity = credits as usize + 64;
+        let (steps, step_frames) = mpsc::channel(capacity);
+        let (opens, open_frames) = mpsc::channel(capacity);
+        let carry = |member: &Member, edge, frames| {
+            let connection = member.connection.clone();
+            edges::carry_out(ctx.address(), connection, (PIPELINE, epoch, edge), credits, frames);
+        };
+        carry(first, Edge::Steps, step_frames);
+        carry(last, Edge::Sequences, open_frames);
+        self.starting = Some(Starting {
+            epoch,
+            nodes: nodes.iter().copied().collect(),
+            own: HashSet::from([Edge::Steps, Edge::Sequences, Edge::Results]),
+            deadline: now + START_DEADLINE,
+            up: Some(PipelineUp {
+                pipeline: PIPELINE,
+                epoch,
+                config: plan.scheduler,
+                costs: plan.costs.clone(),
+                steps,
+                opens,
+                failures: ctx.address().recipient(),
+                switched: ctx.address().recipient(),
+                uneven: ctx.address().recipient(),
+            }),
+        });
+        for node in nodes {
+            self.say(*node, CoordinatorMessage::Start { pipeline: PIPELINE, epoch });
+        }
+    }
+
+    /// Serves once nothing is left to connect.
+    pub(super) fn check_started(&mut self) {
+        let done = |s: &mut Starting| s.nodes.is_empty() && s.own.is_empty();
+        let Some(mut starting) = self.starting.take_if(done) else { return };
+        let Some(up) = starting.up.take() else { return };
+        if self.batcher.try_send(up).is_err() {
+            self.edge_failed(starting.epoch, "the batcher's mailbox is full");
+            return;
+        }
+        if !self.is_next(starting.epoch) {
+            tracing::info!("pipeline ready, epoch {}\n{}", starting.epoch, self.plan_table());
+        }
+        self.readiness.send_modify(|r| {
+            r.ready = true;
+            r.epochs += 1;
+            r.failed = None;
+            r.detail.clear();
+        });
+    }
+}
