@@ -92,6 +92,7 @@ fn print(reply: AdminReply, format: TextOrJson) -> anyhow::Result<()> {
         AdminReply::Nodes(nodes) => output::write(nodes_table(&nodes)),
         AdminReply::Recut(report) => output::write(recut_text(&report)),
         AdminReply::Edges(edges) => output::write(edges_text(&edges)),
+        AdminReply::Description(text) => output::write(text),
     }
 }
 

@@ -220,14 +220,13 @@ impl RunningArgs {
 /// # Errors
 /// If there is no cluster, or none of its nodes was measured yet.
 pub(crate) async fn live_cluster() -> anyhow::Result<String> {
-    let session = Session::connect(&RunningArgs::default()).await?;
-    let status = session.status().await;
-    session.close().await;
-    let description = status?.description;
-    if description.is_empty() {
-        anyhow::bail!("no node of the cluster has been measured yet; try again when it is ready");
+    match RunningArgs::default().admin(AdminRequest::Describe).await? {
+        AdminReply::Description(text) if !text.is_empty() => Ok(text),
+        AdminReply::Description(_) => Err(anyhow::anyhow!(
+            "no node of the cluster has been measured yet; try again when it is ready"
+        )),
+        other => Err(anyhow::anyhow!("the cluster's answer makes no sense: {other:?}")),
     }
-    Ok(description)
 }
 
 fn read(path: &Path) -> anyhow::Result<String> {

@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use millrace_shared::wire::control::{ProfileSpec, StageProfile};
+use millrace_shared::wire::control::{PROFILE_CONTEXT, ProfileSpec, StageProfile};
 
 /// Machines change: other cooling, other neighbours, other kernels.
 const KEEP: Duration = Duration::from_hours(7 * 24);
@@ -20,7 +20,7 @@ impl KnownProfile {
     /// Of `spec` by `threads` threads; `machine` names the machine and the engine.
     pub(crate) fn new(cache: &Path, spec: &ProfileSpec, threads: usize, machine: &str) -> Self {
         let version = env!("CARGO_PKG_VERSION");
-        let key = format!("{version}\n{machine}\n{threads}\n{spec:?}");
+        let key = format!("{version}\n{machine}\n{threads}\n{PROFILE_CONTEXT}\n{spec:?}");
         let name = blake3::hash(key.as_bytes()).to_hex();
         Self(cache.join("profiles").join(&name[..32]))
     }

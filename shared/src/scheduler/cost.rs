@@ -85,7 +85,7 @@ pub struct StageCost {
 impl StageCost {
     /// From what a node measured: seconds of one layer and of the head for micro-batches of so many
     /// `rows` (ascending), and what of the model the stage has. A line through the first and the
-    /// last measurement; attention is not in it, which the fit adds.
+    /// last measurement; of attention it holds what a usual context costs, and the fit tells the rest.
     pub fn from_profile(
         rows: &[u32],
         layer: &[f64],

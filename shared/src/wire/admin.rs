@@ -27,6 +27,8 @@ pub enum AdminRequest {
     },
     /// Try the ways between all members: answer `Edges`.
     Doctor,
+    /// The members as plans see them: answer `Description`.
+    Describe,
 }
 
 /// The answer.
@@ -38,6 +40,8 @@ pub enum AdminReply {
     Recut(Box<RecutReport>),
     /// The ways between members.
     Edges(Vec<EdgeStatus>),
+    /// A `cluster_file` in TOML; empty before any member was measured.
+    Description(String),
 }
 
 /// What a node does.

@@ -175,7 +175,11 @@ pub struct ProfileSpec {
 /// Rows of the micro-batches that are measured: one stream, few, a cohort, a prefill chunk.
 pub const PROFILE_ROWS: [u32; 4] = [1, 4, 16, 64];
 
-/// What was measured, for each of [`PROFILE_ROWS`]. Looking up rows of the embedding costs less than
+/// Positions that the attention of each measured row reads: the middle of a usual conversation, so
+/// that plans hold for answers in the making, not for their first token alone.
+pub const PROFILE_CONTEXT: u32 = 256;
+
+/// What was measured, for each of [`PROFILE_ROWS`], at [`PROFILE_CONTEXT`]. Looking up rows of the embedding costs less than
 /// can be measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StageProfile {

@@ -324,8 +324,6 @@ pub struct ClusterStatus {
     pub stale_dropped: u64,
     /// CPU seconds of the coordinator's whole process.
     pub process_seconds: f64,
-    /// The members as plans see them: a `cluster_file` in TOML; empty before any was measured.
-    pub description: String,
     /// Positions of sequences that began, so far: what the prefix cache was asked for.
     pub prefix_query_tokens: u64,
     /// Those of them that the prefix cache had.

@@ -43,6 +43,7 @@ impl Handler<Admin> for Cluster {
             AdminRequest::Cordon { node } => self.cordon(&node, cached),
             AdminRequest::Uncordon { node } => self.uncordon(&node),
             AdminRequest::Recut { apply } => self.recut(apply, cached),
+            AdminRequest::Describe => Ok(AdminReply::Description(self.description())),
             AdminRequest::Doctor => {
                 let waiting = self.examine();
                 self.advance(ctx);

@@ -233,7 +233,6 @@ impl Handler<GetStatus> for Cluster {
             nodes: self.members.len() as u32,
             kv_blocks: scheduler.map_or(0, |s| s.num_blocks),
             kv_block_size: scheduler.map_or(0, |s| s.block_size),
-            description: self.description(),
             process_seconds: millrace_net::cpu_time::process_seconds(),
             ..ClusterStatus::default()
         })

@@ -1,18 +1,22 @@
 //! Measuring a model's layers and head on made-up weights.
 //!
 //! Several layers are measured together, and layers and head by turns, so that neither finds its
-//! weights in a cache where a real step would not. Every batch is measured on the same weights.
+//! weights in a cache where a real step would not. Every batch is measured on the same weights, each
+//! row at position [`PROFILE_CONTEXT`] of a sequence of its own, so that attention counts as it does
+//! in the middle of a usual answer; what lies in the cache (zeros) takes as long as anything.
 
 use std::time::{Duration, Instant};
 
 use millrace_shared::id::SequenceId;
 use millrace_shared::model::{Dtype, ModelConfig, TensorEntry, TensorType, head_name};
-use millrace_shared::wire::control::{EngineSettings, PROFILE_ROWS, ProfileSpec, StageProfile};
+use millrace_shared::wire::control::{
+    EngineSettings, PROFILE_CONTEXT, PROFILE_ROWS, ProfileSpec, StageProfile,
+};
 use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
 
 use super::CpuEngine;
 use crate::model::Source;
-use crate::{Engine, Isa, LoadError, StageInput, StageOutput, StageSpec};
+use crate::{Engine, HeadWant, Isa, LoadError, StageInput, StageOutput, StageSpec};
 
 /// Weights to run through, so that caches do not flatter.
 const LAYER_BYTES: u64 = 16 << 20;
@@ -23,6 +27,10 @@ const RUNS: [u32; PROFILE_ROWS.len()] = [8, 8, 6, 4];
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Rows of the largest batch.
 const MOST_ROWS: u32 = PROFILE_ROWS[PROFILE_ROWS.len() - 1];
+/// Positions per block, as plans have them.
+const BLOCK: u32 = 64;
+/// Blocks of each sequence.
+const BLOCKS: u32 = PROFILE_CONTEXT.div_ceil(BLOCK);
 
 /// Seconds of one layer and of the head for decodes of each of [`PROFILE_ROWS`].
 pub(super) fn profile(spec: &ProfileSpec, threads: usize) -> Result<StageProfile, LoadError> {
@@ -85,13 +93,13 @@ fn stage_spec(
         embed: false,
         head,
         settings: EngineSettings {
-            kv_blocks: MOST_ROWS,
-            kv_block_size: 16,
+            kv_blocks: MOST_ROWS * BLOCKS,
+            kv_block_size: BLOCK,
             kv_dtype: Dtype::F16,
             activation_dtype: Dtype::F32,
             max_batch_tokens: MOST_ROWS,
             max_num_seqs: MOST_ROWS,
-            max_model_len: 16,
+            max_model_len: PROFILE_CONTEXT,
         },
         threads: threads.max(1),
         host_threads,
@@ -117,11 +125,15 @@ impl Rig {
         let row = |(sequence, _)| Row {
             sequence,
             sequence_epoch: 0,
-            position: 0,
+            position: PROFILE_CONTEXT - 1,
             count: 1,
             want: Want::Sample,
         };
-        let table = |(sequence, i)| TableUpdate { sequence, first: 0, blocks: vec![i] };
+        let table = |(sequence, i): (SequenceId, u32)| TableUpdate {
+            sequence,
+            first: 0,
+            blocks: (i * BLOCKS..(i + 1) * BLOCKS).collect(),
+        };
         let meta = StepMeta {
             rows: sequences().map(row).collect(),
             tables: sequences().map(table).collect(),
@@ -142,9 +154,11 @@ impl Rig {
             ..StepMeta::default()
         };
         let elements = self.input.len() / MOST_ROWS as usize * rows as usize;
+        // As greedy answers ask for it: the largest logit.
+        let want = vec![HeadWant::Top(1); rows as usize];
         let start = Instant::now();
         let output = if self.head {
-            StageOutput::Logits(&mut |_| {})
+            StageOutput::Head { want: &want, sink: &mut |_| {} }
         } else {
             StageOutput::Hidden(&mut self.out[..elements])
         };
