@@ -72,6 +72,18 @@ impl Running {
 /// # Errors
 /// If the endpoint cannot be bound or the engine's thread cannot be started.
 pub async fn start(config: Config, membership: Membership) -> anyhow::Result<Running> {
+    start_with(config, membership, MockConfig::default()).await
+}
+
+/// The same; where the engine is the mock, it behaves as told.
+///
+/// # Errors
+/// The same.
+pub async fn start_with(
+    config: Config,
+    membership: Membership,
+    mock: MockConfig,
+) -> anyhow::Result<Running> {
     let isa = Isa::detect().map_err(anyhow::Error::msg)?;
     let hardware = Hardware::probe();
     let server = tls::cluster_server(&membership.identity)?;
@@ -83,7 +95,7 @@ pub async fn start(config: Config, membership: Membership) -> anyhow::Result<Run
     .context("--listen")?;
     let listen = endpoint.local_addr()?;
     let threads = config.threads.unwrap_or(hardware.cores).max(1);
-    let numerics = engine(config.engine).0;
+    let numerics = engine(config.engine, &mock).0;
     let processor = format!("{}, {isa}", hardware.processor);
     let hello =
         hello(&config, (&hardware, processor), listen, threads, numerics.clone(), &membership);
@@ -102,7 +114,10 @@ pub async fn start(config: Config, membership: Membership) -> anyhow::Result<Run
         config,
         endpoint: endpoint.clone(),
         tls: client,
-        spawn_engine: |kind| EngineHandle::spawn("engine", ENGINE_QUEUE, engine(kind).1),
+        mock,
+        spawn_engine: |kind, mock| {
+            EngineHandle::spawn("engine", ENGINE_QUEUE, engine(kind, mock).1)
+        },
         numerics,
         cores: hardware.cores,
         machine,
@@ -117,14 +132,13 @@ pub async fn start(config: Config, membership: Membership) -> anyhow::Result<Run
     Ok(Running { listen, endpoint, node, refused: Some(refused) })
 }
 
-fn engine(kind: EngineKind) -> (String, EngineFactory) {
+fn engine(kind: EngineKind, mock: &MockConfig) -> (String, EngineFactory) {
     match kind {
         EngineKind::Cpu => {
             (millrace_engine::cpu::numerics_revision(), Box::new(|| Box::new(CpuEngine::new())))
         }
         EngineKind::Mock => {
-            let revision = MockEngine::new(MockConfig::default()).numerics_revision();
-            (revision, mock::factory(MockConfig::default()))
+            (MockEngine::new(mock.clone()).numerics_revision(), mock::factory(mock.clone()))
         }
     }
 }

@@ -8,6 +8,7 @@ use millrace_shared::model::Dtype;
 use millrace_shared::wire::control::{BlobRequest, BlobResponse};
 use millrace_shared::wire::data::{FrameHeader, FrameKind, HEADER_BYTES};
 use millrace_shared::wire::rpc::Prompt;
+use millrace_shared::wire::stamp::Stamp;
 use millrace_shared::wire::{COORDINATOR_NAME, Edge, MAX_FRAME_PAYLOAD_BYTES, Plane, node_name};
 
 use crate::cluster::under_attack;
@@ -54,6 +55,7 @@ fn too_long() -> Vec<u8> {
         meta_len: 0,
         payload_len: MAX_FRAME_PAYLOAD_BYTES as u64 + 1,
         crc: 0,
+        ready: Stamp::NONE,
     };
     header.encode().to_vec()
 }

@@ -4,6 +4,7 @@ use millrace_shared::id::{Epoch, MicroBatchId, PipelineId, SequenceId};
 use millrace_shared::model::Dtype;
 use millrace_shared::wire::data::{FrameHeader, FrameKind, Row, StepMeta, Want};
 use millrace_shared::wire::frame::Frame;
+use millrace_shared::wire::stamp::Stamp;
 
 /// SmolLM2-135M's width.
 pub const HIDDEN: usize = 576;
@@ -20,6 +21,7 @@ pub fn activations(rows: usize, micro_batch: u64) -> Frame {
         meta_len: 0,
         payload_len: 0,
         crc: 0,
+        ready: Stamp::NONE,
     };
     let row = |i| Row {
         sequence: SequenceId(i),

@@ -6,6 +6,7 @@
 //! and go out as owned buffers, and only the engine's own threads compute.
 
 pub mod cache;
+mod clock;
 pub mod cpu;
 mod head;
 pub mod mock;

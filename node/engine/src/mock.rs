@@ -6,7 +6,7 @@
 //! [`expected_tokens`] says what a right pipeline gives. It takes no weights.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use millrace_shared::id::SequenceId;
 use millrace_shared::model::{Family, ModelConfig, RopeConfig, RopeStyle};
@@ -244,10 +244,12 @@ impl MockEngine {
         Ok(())
     }
 
-    fn pause(&mut self, layers: usize) {
+    /// Sleeps as long as the step is to take; what it really took counts.
+    fn pause(&mut self, layers: usize, since: Instant) {
         let pause = self.config.step_latency + self.config.layer_latency * layers as u32;
-        if !pause.is_zero() {
-            std::thread::sleep(pause);
+        let left = pause.saturating_sub(since.elapsed());
+        if !left.is_zero() {
+            std::thread::sleep(left);
         }
         // What the step stands for, not the little it takes.
         self.busy += pause;
@@ -288,18 +290,19 @@ impl Engine for MockEngine {
         input: StageInput<'_>,
         output: StageOutput<'_>,
     ) -> Result<(), StepError> {
-        let call = self.calls;
+        let (call, since) = (self.calls, Instant::now());
         self.calls += 1;
         let spec =
             self.spec.clone().ok_or_else(|| StepError::Invalid("nothing is loaded".into()))?;
         let fault = self.config.faults.iter().find(|(n, _)| *n == call).map(|(_, fault)| *fault);
         self.update_tables(meta);
-        self.pause(spec.layers.len());
-        match fault {
+        let result = match fault {
             Some(Fault::Fail) => Err(StepError::Invalid(format!("fault in step {call}"))),
             Some(Fault::Panic) => panic!("fault in step {call}"),
             nan => self.compute(&spec, meta, input, output, nan == Some(Fault::Nan)),
-        }
+        };
+        self.pause(spec.layers.len(), since);
+        result
     }
 
     fn skip(&mut self, meta: &StepMeta) {

@@ -22,7 +22,9 @@ use millrace_shared::wire::data::{
     FrameError, FrameHeader, FrameKind, OpenMeta, ResultMeta, RowOutcome, StageTime, StepMeta,
 };
 use millrace_shared::wire::frame::Frame;
+use millrace_shared::wire::stamp::Stamp;
 
+use crate::clock;
 use crate::head::{HeadRow, HeadWant};
 use crate::seam::{
     Engine, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError, TensorSource,
@@ -186,15 +188,16 @@ impl StageRunner {
     /// # Errors
     /// The same.
     pub fn run(&mut self, frame: &Frame) -> Result<Frame, StageError> {
-        self.run_after(frame, Duration::ZERO)
+        self.run_after(frame, StageTime::default())
     }
 
     /// Computes a `Step` or `Activations` frame and returns the next frame, sealed: `Activations`,
-    /// or `Results` from the last stage. The frame says what the step took and how long it `waited`.
+    /// or `Results` from the last stage. The frame says what the step took, and what it spent
+    /// `before`: hop and queue.
     ///
     /// # Errors
     /// If the frame breaks the rules or is stale. A step that fails is *not* an error: see above.
-    pub fn run_after(&mut self, frame: &Frame, waited: Duration) -> Result<Frame, StageError> {
+    pub fn run_after(&mut self, frame: &Frame, before: StageTime) -> Result<Frame, StageError> {
         let loaded = self.loaded.as_mut().ok_or(StageError::NotLoaded)?;
         let header = *frame.header();
         loaded.check_place(header.pipeline, header.epoch)?;
@@ -209,9 +212,9 @@ impl StageRunner {
             return self.pass_on(&header, meta);
         }
         if loaded.spec.head {
-            self.run_last(frame, meta, waited)
+            self.run_last(frame, meta, before)
         } else {
-            self.run_inner(frame, meta, waited)
+            self.run_inner(frame, meta, before)
         }
     }
 
@@ -243,7 +246,7 @@ impl StageRunner {
         &mut self,
         frame: &Frame,
         mut meta: StepMeta,
-        waited: Duration,
+        before: StageTime,
     ) -> Result<Frame, StageError> {
         let begin = Instant::now();
         let Some(loaded) = &self.loaded else { return Err(StageError::NotLoaded) };
@@ -253,6 +256,7 @@ impl StageRunner {
             kind: FrameKind::Activations,
             dtype,
             rows: meta.positions() as u32,
+            ready: Stamp::NONE,
             ..*frame.header()
         };
         meta.times.push(StageTime::default());
@@ -269,11 +273,12 @@ impl StageRunner {
         };
         match computed {
             Ok(()) => {
+                let ready = clock::now();
                 if let Some(time) = meta.times.last_mut() {
-                    *time = StageTime::new(waited, begin.elapsed());
+                    *time = before.with_step(begin.elapsed());
                 }
                 next.replace_meta(&meta)?;
-                Ok(next.seal())
+                Ok(next.stamped(ready).seal())
             }
             Err(cause) => {
                 let failed = Some(loaded.describe(&cause));
@@ -288,7 +293,7 @@ impl StageRunner {
         &mut self,
         frame: &Frame,
         mut meta: StepMeta,
-        waited: Duration,
+        before: StageTime,
     ) -> Result<Frame, StageError> {
         let begin = Instant::now();
         let Some(loaded) = &mut self.loaded else { return Err(StageError::NotLoaded) };
@@ -306,7 +311,7 @@ impl StageRunner {
         match computed {
             Ok(()) => {
                 let outcomes = sequences::finish(&meta, outcomes);
-                meta.times.push(StageTime::new(waited, begin.elapsed()));
+                meta.times.push(before.with_step(begin.elapsed()));
                 results(frame.header(), &meta, outcomes.into_iter())
             }
             Err(cause) => {
@@ -327,7 +332,8 @@ impl StageRunner {
         }
         if !loaded.spec.head {
             let dtype = loaded.spec.settings.activation_dtype;
-            let header = FrameHeader { kind: FrameKind::Activations, dtype, rows: 0, ..*header };
+            let (kind, ready) = (FrameKind::Activations, Stamp::NONE);
+            let header = FrameHeader { kind, dtype, rows: 0, ready, ..*header };
             return Ok(Frame::build(header, &meta, 0)?.seal());
         }
         let cause = meta.failed.clone().unwrap_or_default();
@@ -376,7 +382,8 @@ fn results(
     outcomes: impl Iterator<Item = RowOutcome>,
 ) -> Result<Frame, StageError> {
     let rows = meta.rows.iter().zip(outcomes).map(|(row, outcome)| row.result(outcome)).collect();
-    let header = FrameHeader { kind: FrameKind::Results, dtype: Dtype::F32, rows: 0, ..*header };
+    let (kind, dtype, ready) = (FrameKind::Results, Dtype::F32, Stamp::NONE);
+    let header = FrameHeader { kind, dtype, rows: 0, ready, ..*header };
     Ok(Frame::build(header, &ResultMeta { rows, times: meta.times.clone() }, 0)?.seal())
 }
 

@@ -19,9 +19,10 @@ use std::time::{Duration, Instant};
 
 use millrace_shared::id::Epoch;
 use millrace_shared::wire::control::{ProfileSpec, StageProfile};
-use millrace_shared::wire::data::OpenMeta;
+use millrace_shared::wire::data::{OpenMeta, StageTime};
 use millrace_shared::wire::frame::Frame;
 
+use crate::clock;
 use crate::seam::{Engine, LoadError, LoadedStage, StageSpec, TensorSource};
 use crate::stage::{StageError, StagePlace, StageRunner, guarded};
 
@@ -229,7 +230,7 @@ fn work(factory: EngineFactory, queue: &Receiver<Queued>, counters: &Counters) {
     if let Err(cause) = &runner {
         tracing::error!(cause);
     }
-    while let Ok((since, job)) = queue.recv() {
+    while let Some((idle, (since, job))) = next(queue) {
         counters.slot(&job, 0).0.fetch_sub(1, Ordering::AcqRel);
         if counters.stop.load(Ordering::Acquire) {
             refuse(job, &StageError::Closed);
@@ -237,7 +238,8 @@ fn work(factory: EngineFactory, queue: &Receiver<Queued>, counters: &Counters) {
         }
         match &mut runner {
             Ok(runner) => {
-                run(runner, job, since.elapsed(), counters);
+                let arrival = Arrival { idle, waited: since.elapsed() };
+                run(runner, job, arrival, counters);
             }
             Err(cause) => refuse(job, &StageError::Panic(cause.clone())),
         }
@@ -248,7 +250,35 @@ fn work(factory: EngineFactory, queue: &Receiver<Queued>, counters: &Counters) {
     }
 }
 
-fn run(runner: &mut StageRunner, job: Job, waited: Duration, counters: &Counters) {
+/// The next job, and whether the thread had to wait for it; `None` when every sender is gone.
+fn next(queue: &Receiver<Queued>) -> Option<(bool, Queued)> {
+    match queue.try_recv() {
+        Ok(job) => Some((false, job)),
+        Err(_) => queue.recv().ok().map(|job| (true, job)),
+    }
+}
+
+/// How a job came.
+#[derive(Clone, Copy)]
+struct Arrival {
+    /// The thread had nothing else to do.
+    idle: bool,
+    /// Since it was submitted.
+    waited: Duration,
+}
+
+impl Arrival {
+    /// What a frame spent before its step. Its hop ends in the queue of a busy engine, and where an
+    /// idle one begins.
+    fn time(self, frame: &Frame) -> StageTime {
+        let hop = clock::now().since(frame.header().ready);
+        let queued = if self.idle { Duration::ZERO } else { self.waited };
+        let hop = hop.map(|h| h.saturating_sub(queued));
+        StageTime::new(self.waited, Duration::ZERO).with_hop(hop)
+    }
+}
+
+fn run(runner: &mut StageRunner, job: Job, arrival: Arrival, counters: &Counters) {
     match job {
         Job::Load(job) => {
             let LoadJob { spec, place, tensors, mut progress, done } = *job;
@@ -260,7 +290,8 @@ fn run(runner: &mut StageRunner, job: Job, waited: Duration, counters: &Counters
             answer(done, result.unwrap_or_else(|panic| Err(StageError::Panic(panic))));
         }
         Job::Step { frame, done } => {
-            let result = guarded(|| runner.run_after(&frame, waited));
+            let before = arrival.time(&frame);
+            let result = guarded(|| runner.run_after(&frame, before));
             drop(frame);
             let busy = u64::try_from(runner.busy().as_nanos()).unwrap_or(u64::MAX);
             counters.busy_nanos.store(busy, Ordering::Relaxed);

@@ -9,6 +9,7 @@ use std::time::Duration;
 use rkyv::{Archive, Deserialize, Serialize};
 
 use super::rpc::{PositionScore, TokenLogprobs};
+use super::stamp::Stamp;
 use crate::id::{Epoch, MicroBatchId, PipelineId, SequenceId};
 use crate::model::Dtype;
 use crate::sampling::SamplingParams;
@@ -94,6 +95,8 @@ pub struct FrameHeader {
     pub payload_len: u64,
     /// CRC32C.
     pub crc: u32,
+    /// When the sending engine had the payload ready.
+    pub ready: Stamp,
 }
 
 impl FrameHeader {
@@ -121,6 +124,8 @@ impl FrameHeader {
         b[36..40].copy_from_slice(&self.meta_len.to_le_bytes());
         b[40..48].copy_from_slice(&self.payload_len.to_le_bytes());
         b[48..52].copy_from_slice(&self.crc.to_le_bytes());
+        b[52..56].copy_from_slice(&self.ready.clock.to_le_bytes());
+        b[56..64].copy_from_slice(&self.ready.nanos.to_le_bytes());
         b
     }
 
@@ -138,7 +143,7 @@ impl FrameHeader {
         if u16_at(4) != super::WIRE_VERSION {
             return Err(FrameError::Version(u16_at(4)));
         }
-        if b[9..12].iter().chain(&b[52..]).any(|&x| x != 0) {
+        if b[9..12].iter().any(|&x| x != 0) {
             return Err(FrameError::Inconsistent("reserved header bytes are not zero".into()));
         }
         let kind = match u16_at(6) {
@@ -159,6 +164,7 @@ impl FrameHeader {
             meta_len: u32_at(36),
             payload_len: u64_at(40),
             crc: u32_at(48),
+            ready: Stamp { clock: u32_at(52), nanos: u64_at(56) },
         };
         let limit = |what, len: u64, limit: usize| {
             if len > limit as u64 {
@@ -364,6 +370,10 @@ pub struct RowResult {
     pub outcome: RowOutcome,
 }
 
+fn micros(d: Duration) -> u32 {
+    u32::try_from(d.as_micros()).unwrap_or(u32::MAX)
+}
+
 /// What a stage spent on a micro-batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct StageTime {
@@ -371,13 +381,33 @@ pub struct StageTime {
     pub wait_micros: u32,
     /// Inside the step, by the clock on the wall, microseconds.
     pub step_micros: u32,
+    /// From the output that was ready at the stage before to the input here, microseconds: framing,
+    /// both actors, the network and, where the engine was idle, its wake-up. 0 where nobody knows:
+    /// at the first stage, and where the two do not share a clock.
+    pub hop_micros: u32,
 }
 
 impl StageTime {
     /// From durations; what is too long for the field (an hour and more) is cut off.
     pub fn new(wait: Duration, step: Duration) -> Self {
-        let micros = |d: Duration| u32::try_from(d.as_micros()).unwrap_or(u32::MAX);
-        Self { wait_micros: micros(wait), step_micros: micros(step) }
+        Self { wait_micros: micros(wait), step_micros: micros(step), hop_micros: 0 }
+    }
+
+    /// The same with a step of this length.
+    #[must_use]
+    pub fn with_step(self, step: Duration) -> Self {
+        Self { step_micros: micros(step), ..self }
+    }
+
+    /// The same with the hop to this stage.
+    #[must_use]
+    pub fn with_hop(self, hop: Option<Duration>) -> Self {
+        Self { hop_micros: hop.map_or(0, |d| micros(d).max(1)), ..self }
+    }
+
+    /// The hop to this stage, where it is known.
+    pub fn hop(&self) -> Option<Duration> {
+        (self.hop_micros > 0).then(|| Duration::from_micros(self.hop_micros.into()))
     }
 
     /// Time in the queue.

@@ -11,6 +11,7 @@ use rkyv::ser::allocator::ArenaHandle;
 use rkyv::util::AlignedVec;
 
 use super::data::{FrameError, FrameHeader, HEADER_BYTES, OpenMeta, ResultMeta, StepMeta};
+use super::stamp::Stamp;
 
 /// The buffer type of frames: aligned for SIMD loads of the payload.
 pub type FrameBuffer = AlignedVec<HEADER_BYTES>;
@@ -116,6 +117,13 @@ impl Frame {
         }
         self.bytes[HEADER_BYTES..HEADER_BYTES + meta.len()].copy_from_slice(&meta);
         Ok(())
+    }
+
+    /// Says when the payload was ready; before sealing.
+    #[must_use]
+    pub fn stamped(mut self, ready: Stamp) -> Self {
+        self.header.ready = ready;
+        self
     }
 
     /// Computes the checksum and writes it into the header.
@@ -234,6 +242,7 @@ mod tests {
             meta_len: 0,
             payload_len: 0,
             crc: 0,
+            ready: Stamp { clock: 1, nanos: u64::MAX - 5 },
         }
     }
 
@@ -264,6 +273,7 @@ mod tests {
         assert_eq!(frame.meta::<StepMeta>().expect("valid"), meta());
         assert_eq!(frame.payload_f32().expect("floats"), &[1., 2., 3., 4., 5., 6.]);
         assert_eq!(frame.header().epoch, Epoch(7));
+        assert_eq!(frame.header().ready, header().ready);
         assert_eq!(frame.payload().as_ptr() as usize % HEADER_BYTES, 0, "payload is aligned");
     }
 
@@ -273,7 +283,7 @@ mod tests {
         let placed = StepMeta { times: vec![StageTime::default()], ..meta() };
         let mut frame = Frame::build(header(), &placed, 24).expect("within limits");
         frame.payload_mut().fill(1);
-        let time = StageTime { wait_micros: 3, step_micros: u32::MAX };
+        let time = StageTime { wait_micros: 3, step_micros: u32::MAX, hop_micros: 9 };
         let known = StepMeta { times: vec![time], ..meta() };
         frame.replace_meta(&known).expect("the same length");
         assert!(frame.replace_meta(&meta()).is_err(), "another length");

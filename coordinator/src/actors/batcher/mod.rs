@@ -27,6 +27,7 @@ use millrace_shared::scheduler::{
 use millrace_shared::wire::data::{FrameHeader, FrameKind, OpenMeta, SequenceOpen};
 use millrace_shared::wire::frame::{Frame, FrameMeta};
 use millrace_shared::wire::rpc::TokenLogprobs;
+use millrace_shared::wire::stamp::Stamp;
 use tokio::sync::mpsc;
 
 use super::cluster::{EdgeFailed, Uneven};
@@ -389,6 +390,7 @@ fn frame<M: FrameMeta>(
         meta_len: 0,
         payload_len: 0,
         crc: 0,
+        ready: Stamp::NONE,
     };
     let mut frame = Frame::build(header, meta, tokens.len() * 4).map_err(|e| e.to_string())?;
     for (bytes, token) in frame.payload_mut().chunks_exact_mut(4).zip(tokens) {

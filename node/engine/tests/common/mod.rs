@@ -15,6 +15,7 @@ use millrace_shared::wire::data::{
     TableUpdate, Want,
 };
 use millrace_shared::wire::frame::Frame;
+use millrace_shared::wire::stamp::Stamp;
 
 pub const VOCAB: u32 = 300;
 pub const LAYERS: u32 = 6;
@@ -167,6 +168,7 @@ pub fn header(batch: u64) -> FrameHeader {
         meta_len: 0,
         payload_len: 0,
         crc: 0,
+        ready: Stamp::NONE,
     }
 }
 

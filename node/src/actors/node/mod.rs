@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
+use millrace_engine::mock::MockConfig;
 use millrace_engine::thread::{EngineHandle, Job};
 use millrace_net::pump::pump_out;
 use millrace_net::{ClientTls, Connection, Endpoint, FramePool, PeerName};
@@ -44,8 +45,10 @@ pub struct Parts {
     pub endpoint: Endpoint,
     /// For connecting to members.
     pub tls: ClientTls,
+    /// How the mock engine behaves, where that is the engine.
+    pub mock: MockConfig,
     /// Makes an engine's thread.
-    pub spawn_engine: fn(EngineKind) -> std::io::Result<EngineHandle>,
+    pub spawn_engine: fn(EngineKind, &MockConfig) -> std::io::Result<EngineHandle>,
     /// Revision of the engine's numerics.
     pub numerics: String,
     /// Cores that the process may use.
@@ -55,6 +58,10 @@ pub struct Parts {
 }
 
 impl Parts {
+    fn engine(&self) -> std::io::Result<EngineHandle> {
+        (self.spawn_engine)(self.config.engine, &self.mock)
+    }
+
     /// Processes that share the host's cores, where it has so many nodes or stages.
     fn processes_among(&self, sharing: u32) -> usize {
         sharing.max(1).div_ceil(self.config.nodes_in_process.max(1)) as usize
@@ -238,7 +245,7 @@ impl Node {
         if let Some(profile) = known.get() {
             return self.say(NodeMessage::Profiled { profile });
         }
-        let engine = match (self.parts.spawn_engine)(self.parts.config.engine) {
+        let engine = match self.parts.engine() {
             Ok(engine) => engine,
             Err(e) => return tracing::error!("cannot measure the model: no thread: {e}"),
         };
@@ -317,8 +324,7 @@ impl Node {
         let (pipeline, epoch) = (assignment.pipeline, assignment.epoch);
         let engine = match self.objection(&assignment) {
             Some(message) => Err(message),
-            None => (self.parts.spawn_engine)(self.parts.config.engine)
-                .map_err(|e| format!("no thread for the engine: {e}")),
+            None => self.parts.engine().map_err(|e| format!("no thread for the engine: {e}")),
         };
         let engine = match engine {
             Ok(engine) => Arc::new(engine),

@@ -10,6 +10,7 @@ use millrace_shared::id::{Epoch, MicroBatchId, NodeId, PipelineId, SequenceId};
 use millrace_shared::model::Dtype;
 use millrace_shared::wire::data::{FrameHeader, FrameKind, Row, StepMeta, Want};
 use millrace_shared::wire::frame::Frame;
+use millrace_shared::wire::stamp::Stamp;
 use uuid::Uuid;
 
 pub const DEADLINE: Duration = Duration::from_secs(20);
@@ -84,6 +85,7 @@ pub fn frame(micro_batch: u64, floats: usize) -> Frame {
         meta_len: 0,
         payload_len: 0,
         crc: 0,
+        ready: Stamp::NONE,
     };
     let mut frame = Frame::build(header, &meta(micro_batch), floats * 4).unwrap();
     for (i, four) in frame.payload_mut().chunks_exact_mut(4).enumerate() {
