@@ -29,6 +29,7 @@ fn nodes(count: usize, kinds: usize) -> Vec<NodeCosts> {
             layer: Curve::new([(1.0, layer), (64.0, layer * 3.0)]),
             head: Curve::flat(layer * 4.0),
             embed: Curve::flat(layer * 0.01),
+            pin: None,
             memory_bytes: (60 << 30) + (((i % kinds) as u64 * 7) << 30),
         }
     };

@@ -61,6 +61,13 @@ fn fits(case: &Case, stages: &[StageCut]) -> bool {
     })
 }
 
+/// Whether pinned nodes have what they must have.
+fn pins_hold(case: &Case, stages: &[StageCut]) -> bool {
+    (case.nodes.iter().enumerate())
+        .filter_map(|(n, node)| Some((n, node.pin?)))
+        .all(|(n, range)| stages.iter().any(|s| s.node == n && s.range == range))
+}
+
 /// The least value; `None` where nothing fits.
 fn brute_force(case: &Case, objective: Objective, stages: Option<usize>) -> Option<f64> {
     let layers = case.model.layers() as u32;
@@ -72,7 +79,7 @@ fn brute_force(case: &Case, objective: Objective, stages: Option<usize>) -> Opti
                 let stages: Vec<StageCut> = (order.iter().zip(&ranges))
                     .map(|(&node, &range)| StageCut { node, range })
                     .collect();
-                if !fits(case, &stages) {
+                if !fits(case, &stages) || !pins_hold(case, &stages) {
                     continue;
                 }
                 let value = Solution::of(&case.problem(), stages, objective);
@@ -92,6 +99,7 @@ fn node(i: usize, (memory_bytes, layer, head, embed): (u64, u32, u32, u32)) -> N
         layer: Curve::flat(f64::from(layer) * 0.25),
         head: Curve::flat(f64::from(head) * 0.75),
         embed: Curve::flat(f64::from(embed) * 0.1),
+        pin: None,
         memory_bytes,
     }
 }
@@ -150,12 +158,32 @@ fn case(most_nodes: usize, most_layers: usize) -> impl Strategy<Value = Case> {
     )
 }
 
+/// A case with some nodes pinned to layers that do not overlap.
+fn pinned(most_nodes: usize, most_layers: usize) -> impl Strategy<Value = Case> {
+    let pins = prop::collection::vec((any::<prop::sample::Index>(), 0u32..4, 1u32..4), 1..3);
+    (case(most_nodes, most_layers), pins).prop_map(|(mut case, pins)| {
+        let layers = case.model.layers() as u32;
+        let mut first = 0;
+        for (node, gap, len) in pins {
+            let begin = first + gap;
+            let range = LayerRange { first: begin, end: (begin + len).min(layers) };
+            let node = node.index(case.nodes.len());
+            if range.first < range.end && case.nodes[node].pin.is_none() {
+                case.nodes[node].pin = Some(range);
+                first = range.end;
+            }
+        }
+        case
+    })
+}
+
 fn check(case: &Case, objective: Objective, stages: Option<usize>) -> Result<(), TestCaseError> {
     let best = brute_force(case, objective, stages);
     match solve(&case.problem(), objective, stages) {
         Ok(found) => {
             let last = found.stages.len() - 1;
             prop_assert!(fits(case, &found.stages));
+            prop_assert!(pins_hold(case, &found.stages), "{:?}", found.stages);
             prop_assert_eq!(found.stages[0].range.first, 0);
             prop_assert_eq!(found.stages[last].range.end, case.model.layers() as u32);
             prop_assert!(found.stages.windows(2).all(|w| w[0].range.end == w[1].range.first));
@@ -183,6 +211,15 @@ proptest! {
     #[test]
     fn latency_is_the_best((case, stages) in (case(4, 8), prop::option::weighted(0.3, 1usize..5))) {
         check(&case, Objective::Latency, stages)?;
+    }
+
+    #[test]
+    fn the_best_around_pins(
+        (case, stages, m) in (pinned(4, 8), prop::option::weighted(0.3, 1usize..5), 1u32..7)
+    ) {
+        check(&case, Objective::Throughput, stages)?;
+        check(&case, Objective::Latency, stages)?;
+        check(&case, Objective::Period { micro_batches: m }, stages)?;
     }
 
     #[test]
@@ -218,6 +255,7 @@ fn plain(layers: usize, head: f64, nodes: &[f64]) -> Case {
         layer: Curve::flat(layer),
         head: Curve::flat(layer * head),
         embed: Curve::flat(0.0),
+        pin: None,
         memory_bytes: 1 << 30,
     };
     Case {
@@ -296,6 +334,47 @@ fn errors_say_how_much_is_missing() {
     assert_eq!(error, PartitionError::TooFewNodes { stages: 3, nodes: 2 });
     let error = solve(&plain(1, 1.0, &[1.0; 3]), Some(3)).unwrap_err();
     assert_eq!(error, PartitionError::TooManyStages { stages: 3, layers: 1 });
+}
+
+fn pin(case: &mut Case, node: usize, first: u32, end: u32) {
+    case.nodes[node].pin = Some(LayerRange { first, end });
+}
+
+#[test]
+fn wrong_pins_are_named() {
+    let solve = |case: &Case| solve(&case.problem(), Objective::Throughput, None);
+    let mut case = plain(10, 1.0, &[1.0, 2.0, 3.0]);
+    pin(&mut case, 1, 4, 11);
+    let text = solve(&case).unwrap_err().to_string();
+    assert!(text.contains("node n1") && text.contains("4..11") && text.contains("0..10"), "{text}");
+    pin(&mut case, 1, 4, 8);
+    pin(&mut case, 0, 7, 9);
+    let text = solve(&case).unwrap_err().to_string();
+    assert!(text.contains("n1 and n0") && text.contains("layer 7"), "{text}");
+    pin(&mut case, 0, 0, 3);
+    case.nodes[1].memory_bytes = 50;
+    let text = solve(&case).unwrap_err().to_string();
+    assert!(text.contains("4..8 do not fit on node n1"), "{text}");
+    // Layer 3 and those from 8 on need a node each, there is one.
+    case.nodes[1].memory_bytes = 1 << 30;
+    let text = solve(&case).unwrap_err().to_string();
+    assert!(text.contains("n0: 0..3, n1: 4..8"), "{text}");
+    pin(&mut case, 0, 0, 4);
+    let found = solve(&case).unwrap();
+    assert_eq!(found.stages.iter().map(|s| s.node).collect::<Vec<_>>(), [0, 1, 2]);
+}
+
+#[test]
+fn many_nodes_are_planned_around_pins() {
+    let times: Vec<f64> = (0..40).map(|i| 1.0 + f64::from(i) * 0.173).collect();
+    let mut case = plain(126, 4.0, &times);
+    (pin(&mut case, 7, 0, 6), pin(&mut case, 11, 30, 33), pin(&mut case, 30, 125, 126));
+    for objective in [Objective::Throughput, Objective::Latency] {
+        let found = solve(&case.problem(), objective, None).unwrap();
+        assert!(pins_hold(&case, &found.stages) && fits(&case, &found.stages));
+        assert_eq!(found.stages.iter().map(|s| s.range.len()).sum::<u32>(), 126);
+        assert!(found.gap() < 1.0, "{objective:?}: {}", found.gap());
+    }
 }
 
 #[test]

@@ -137,6 +137,7 @@ pub fn describe(file: &ClusterFile, parts: &ModelParts<'_>) -> Result<Described,
                 layer: layer.clone(),
                 head: head.clone(),
                 embed: Curve::flat(0.0),
+                pin: None,
                 memory_bytes: (entry.memory_bytes as f64 * MEMORY_SHARE) as u64,
             });
         }

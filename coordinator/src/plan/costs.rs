@@ -116,6 +116,7 @@ pub fn node_costs(name: &str, profile: &StageProfile, memory_bytes: u64) -> Node
         layer: curve(&profile.layer_seconds.map(|s| s.max(1e-9))),
         head: curve(&profile.head_seconds),
         embed: Curve::flat(0.0),
+        pin: None,
         memory_bytes,
     }
 }

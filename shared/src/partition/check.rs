@@ -25,6 +25,7 @@ pub(super) fn input(problem: &Problem<'_>, stages: Option<usize>) -> Result<(), 
             "the time of every layer and the links of every node must be known",
         ));
     }
+    pins(problem)?;
     let cost = |x: f64| x.is_finite() && x >= 0.0;
     let times = |n: &super::NodeCosts| {
         n.layer.is_known()
@@ -40,6 +41,46 @@ pub(super) fn input(problem: &Problem<'_>, stages: Option<usize>) -> Result<(), 
         ));
     }
     Ok(())
+}
+
+/// Whether the pins name layers of the model, each once.
+fn pins(problem: &Problem<'_>) -> Result<(), PartitionError> {
+    let layers = problem.model.layers() as u32;
+    let pinned = |n: usize| problem.nodes[n].pin.map(|range| (range, n));
+    let mut pins: Vec<(LayerRange, usize)> = (0..problem.nodes.len()).filter_map(pinned).collect();
+    pins.sort_by_key(|(range, _)| (range.first, range.end));
+    let name = |n: usize| problem.nodes[n].name.clone();
+    for &(range, n) in &pins {
+        if range.end <= range.first || range.end > layers {
+            return Err(PartitionError::PinBeyond { node: name(n), range, layers });
+        }
+    }
+    for pair in pins.windows(2) {
+        let [(a, first), (b, second)] = [pair[0], pair[1]];
+        if b.first < a.end {
+            let nodes = [name(first), name(second)];
+            return Err(PartitionError::PinsOverlap { nodes, layer: b.first });
+        }
+    }
+    Ok(())
+}
+
+/// What is wrong with pins where nothing fits around them; `None` where there are none.
+fn around_pins(problem: &Problem<'_>) -> Option<PartitionError> {
+    let model = problem.model;
+    let mut pins = Vec::new();
+    for node in problem.nodes {
+        let Some(range) = node.pin else { continue };
+        let layers = range.first as usize..range.end as usize;
+        let needed = model.stage_memory(layers, range.first == 0, false);
+        let available = node.memory_bytes;
+        if needed > available {
+            let node = node.name.clone();
+            return Some(PartitionError::PinDoesNotFit { node, range, needed, available });
+        }
+        pins.push(format!("{}: {}..{}", node.name, range.first, range.end));
+    }
+    (!pins.is_empty()).then(|| PartitionError::NoCutAroundPins { pins: pins.join(", ") })
 }
 
 /// Whether given ranges fit the memory of the nodes, in their order.
@@ -82,6 +123,9 @@ pub(super) fn does_not_fit(problem: &Problem<'_>, stages: Option<usize>) -> Part
     let available = memory.iter().take(usable).fold(0u64, |a, &b| a.saturating_add(b));
     if needed > available {
         return PartitionError::DoesNotFit { needed, available };
+    }
+    if let Some(error) = around_pins(problem) {
+        return error;
     }
     let home = problem.network.coordinator();
     let all = (0..problem.nodes.len()).flat_map(|a| (0..=home).map(move |b| (a, b)));

@@ -375,6 +375,12 @@ fn changed(problem: &Problem<'_>, change: Change) -> Part {
         _ => {}
     }
     let mut part = Part::of(problem, &all);
+    // A pin stays in its place: a twin has none.
+    match change {
+        Change::Add(_) => part.nodes[all.len() - 1].pin = None,
+        Change::Replace(old, _) => part.nodes[old].pin = problem.nodes[old].pin,
+        _ => {}
+    }
     match change {
         Change::Memory(node) => part.nodes[node].memory_bytes *= 2,
         Change::Links => part.network = Network::uniform(all.len(), Link::FREE),

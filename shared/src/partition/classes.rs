@@ -4,6 +4,8 @@
 //! Exact where the members of a class are equal in everything; with a tolerance, a class is as slow
 //! and as small as its worst member, so that what is found can be carried out by any of them.
 
+use std::ops::RangeInclusive;
+
 use super::costs::Problem;
 
 /// Most classes: a set of them is a number.
@@ -27,6 +29,8 @@ pub(super) struct Classes {
     pub(super) bytes_before: Vec<u64>,
     /// Bytes of a stage without layers: neither, the first, the last, the only one.
     end_bytes: [u64; 4],
+    /// Layers that the node of a class must have; such a node is a class of its own.
+    pin: Vec<Option<(usize, usize)>>,
 }
 
 impl Classes {
@@ -41,7 +45,12 @@ impl Classes {
         };
         let (rows, nodes) = (problem.rows, problem.nodes);
         let memory = |m: &Vec<usize>| m.iter().map(|&n| nodes[n].memory_bytes).min().unwrap_or(0);
+        let pin = |m: &Vec<usize>| {
+            let pin = m.first().and_then(|&n| nodes[n].pin)?;
+            Some((pin.first as usize, pin.end as usize))
+        };
         let mut classes = Self {
+            pin: members.iter().map(pin).collect(),
             layer: worst(&|n| nodes[n].layer.at(rows)),
             head: worst(&|n| nodes[n].head.at(rows)),
             embed: worst(&|n| nodes[n].embed.at(rows)),
@@ -123,12 +132,35 @@ impl Classes {
         bytes.saturating_add(end) <= self.memory[class] && self.seconds(class, range, ends) <= limit
     }
 
+    /// The layers that a class is pinned to.
+    pub(super) fn pin(&self, class: usize) -> Option<(usize, usize)> {
+        self.pin[class]
+    }
+
+    /// The first layer from `start` on that is pinned, or the number of layers.
+    fn free_until(&self, start: usize) -> usize {
+        let pins = self.pin.iter().flatten().filter(|&&(_, end)| end > start);
+        pins.map(|&(first, _)| first.max(start)).min().unwrap_or_else(|| self.layers())
+    }
+
+    /// Whether pins allow these layers on a class.
+    pub(super) fn allows(&self, class: usize, (start, end): (usize, usize)) -> bool {
+        match self.pin[class] {
+            Some(pin) => pin == (start, end),
+            None => self.free_until(start) >= end,
+        }
+    }
+
     /// Furthest end of a stage that begins at layer `start` and is not the last; `start` where not
-    /// one layer fits.
+    /// one layer fits. A pinned class ends where its pin does, or nowhere.
     pub(super) fn reach(&self, class: usize, start: usize, first: bool, limit: f64) -> usize {
         let ends = Ends { first, last: false };
+        if let Some((from, end)) = self.pin[class] {
+            let whole = start == from && self.fits(class, (from, end), ends, limit);
+            return if whole { end } else { start };
+        }
         // Cost and memory only grow with the end: bisection.
-        let (mut low, mut high) = (start, self.layers());
+        let (mut low, mut high) = (start, self.free_until(start));
         while low < high {
             let middle = (low + high).div_ceil(2);
             if self.fits(class, (start, middle), ends, limit) {
@@ -140,14 +172,19 @@ impl Classes {
         low
     }
 
-    /// Earliest layer from which a last stage of this class can do all the rest; `None` where it
-    /// cannot even hold the head.
-    pub(super) fn closes_from(&self, class: usize, limit: f64) -> Option<usize> {
+    /// Layers from which a last stage of this class can do all the rest; `None` where it cannot even
+    /// hold the head, or is pinned to other layers.
+    pub(super) fn closes_from(&self, class: usize, limit: f64) -> Option<RangeInclusive<usize>> {
         let (ends, layers) = (Ends { first: false, last: true }, self.layers());
+        if let Some((from, end)) = self.pin[class] {
+            let closes = end == layers && self.fits(class, (from, end), ends, limit);
+            return closes.then_some(from..=from);
+        }
         if !self.fits(class, (layers, layers), ends, limit) {
             return None;
         }
-        let (mut low, mut high) = (0, layers);
+        let pinned = self.pin.iter().flatten().map(|&(_, end)| end).max();
+        let (mut low, mut high) = (pinned.unwrap_or(0), layers);
         while low < high {
             let middle = (low + high) / 2;
             if self.fits(class, (middle, layers), ends, limit) {
@@ -156,7 +193,7 @@ impl Classes {
                 low = middle + 1;
             }
         }
-        Some(low)
+        Some(low..=layers)
     }
 
     /// A node for each stage: members of a class in their order.
@@ -224,7 +261,7 @@ fn sums<T: Copy>(items: impl Iterator<Item = T>, zero: T, add: impl Fn(T, T) -> 
 }
 
 /// What makes nodes alike, each figure in steps of the tolerance.
-fn signature(problem: &Problem<'_>, node: usize, tolerance: f64) -> [i64; 4] {
+fn signature(problem: &Problem<'_>, node: usize, tolerance: f64) -> [i64; 5] {
     let costs = &problem.nodes[node];
     let step = |x: f64| {
         if tolerance == 0.0 {
@@ -239,11 +276,13 @@ fn signature(problem: &Problem<'_>, node: usize, tolerance: f64) -> [i64; 4] {
         step(costs.embed.at(problem.rows)),
         // Memory matters by whole layers only; a finer look at it would part most nodes.
         if tolerance == 0.0 { costs.memory_bytes as i64 } else { step(costs.memory_bytes as f64) },
+        // A pinned node is like no other.
+        costs.pin.map_or(-1, |_| node as i64),
     ]
 }
 
 fn group(problem: &Problem<'_>, tolerance: f64) -> Vec<Vec<usize>> {
-    let mut groups: Vec<([i64; 4], Vec<usize>)> = Vec::new();
+    let mut groups: Vec<([i64; 5], Vec<usize>)> = Vec::new();
     for node in 0..problem.nodes.len() {
         let signature = signature(problem, node, tolerance);
         match groups.iter_mut().find(|(s, _)| *s == signature) {

@@ -3,6 +3,8 @@
 //! All figures are measured or estimated elsewhere; here they are only numbers. Times depend on the
 //! rows of a micro-batch, so that they are curves.
 
+use super::LayerRange;
+
 /// Seconds by the rows of a micro-batch: measured points, straight lines between them and beyond
 /// the last.
 #[derive(Clone, Debug, PartialEq)]
@@ -109,6 +111,8 @@ pub struct NodeCosts {
     pub embed: Curve,
     /// Bytes it may use for weights, KV cache and scratch.
     pub memory_bytes: u64,
+    /// Layers that it must have, these exactly; `None` for whatever is best.
+    pub pin: Option<LayerRange>,
 }
 
 /// A way between two places.

@@ -37,8 +37,12 @@ pub(super) fn most_even(
         let mut next: Vec<Option<f64>> = vec![None; layers + 1];
         let mut start = vec![0; layers + 1];
         let memory = problem.nodes[node].memory_bytes;
+        let pin = problem.nodes[node].pin.map(|p| (p.first as usize, p.end as usize));
         for (from, value) in best.iter().enumerate() {
             let Some(value) = *value else { continue };
+            if pin.is_some_and(|(first, _)| first != from) {
+                continue;
+            }
             let least = if closing { layers } else { from + 1 };
             let mut bytes = problem.model.stage_memory(from..from, first, closing);
             let mut seconds = problem.stage_seconds(node, from..from, first, closing);
@@ -54,7 +58,8 @@ pub(super) fn most_even(
                     break;
                 }
                 let value = value + seconds * seconds;
-                if end >= least && next[end].is_none_or(|old| value < old) {
+                let here = end >= least && pin.is_none_or(|(_, pinned)| pinned == end);
+                if here && next[end].is_none_or(|old| value < old) {
                     next[end] = Some(value);
                     start[end] = from;
                 }

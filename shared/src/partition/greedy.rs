@@ -1,6 +1,7 @@
 //! The way out where nodes are too many and too unlike for a search over sets: an order is tried,
 //! cut as well as that order allows, and improved by exchanging two nodes at a time (2-opt), until no
-//! exchange helps. No promise but the gap that is reported.
+//! exchange helps. Pinned nodes come in where their layers begin, whatever the order of the others.
+//! No promise but the gap that is reported.
 
 use super::LayerRange;
 use super::costs::Problem;
@@ -15,15 +16,22 @@ pub(super) fn greedy(
     objective: Objective,
     stages: Option<usize>,
 ) -> Option<Solution> {
-    let mut order: Vec<usize> = (0..problem.nodes.len()).collect();
+    let free = |n: &usize| problem.nodes[*n].pin.is_none();
+    let mut order: Vec<usize> = (0..problem.nodes.len()).filter(free).collect();
+    let pins = problem.nodes.len() - order.len();
     let speed = |&n: &usize| problem.nodes[n].layer.at(problem.rows);
     order.sort_by(|a, b| speed(a).total_cmp(&speed(b)));
     let most = order.len().min(problem.model.layers() + 1);
     let sizes: Vec<usize> = match stages {
-        Some(n) => vec![n],
+        Some(n) => vec![n.checked_sub(pins)?],
+        None if most == 0 => vec![0],
         None => {
             let doubled = (1..).map(|i| 1 << i).take_while(|&n| n < most);
-            (1..most).step_by(most.div_ceil(12)).chain(doubled).chain([most]).collect()
+            (usize::from(pins == 0)..most)
+                .step_by(most.div_ceil(12))
+                .chain(doubled)
+                .chain([most])
+                .collect()
         }
     };
     let mut tries = MOST_TRIES / sizes.len().max(1);
@@ -41,7 +49,7 @@ fn improve(
     tries: &mut usize,
 ) -> Option<Solution> {
     // The fastest last: it has the head too.
-    order.get_mut(..used)?.rotate_left(1);
+    order.get_mut(..used)?.rotate_left(used.min(1));
     let mut best = cut(problem, objective, &order[..used]);
     let mut improved = true;
     while improved && *tries > 0 {
@@ -72,9 +80,7 @@ fn improve(
 /// The least bottleneck for an order: bisection over what each stage reaches.
 fn cut(problem: &Problem<'_>, objective: Objective, nodes: &[usize]) -> Option<Solution> {
     let whole = |limit: f64| {
-        let ranges = walk(problem, nodes, limit)?;
-        let stage = |(&node, range)| StageCut { node, range };
-        let found = Solution::of(problem, nodes.iter().zip(ranges).map(stage).collect(), objective);
+        let found = Solution::of(problem, walk(problem, nodes, limit)?, objective);
         found.value.is_finite().then_some(found)
     };
     let mut best = whole(f64::INFINITY)?;
@@ -98,36 +104,64 @@ fn cut(problem: &Problem<'_>, objective: Objective, nodes: &[usize]) -> Option<S
 }
 
 /// Every stage as far as it can within `limit`, one layer left for each of the others but the last,
-/// which does the rest.
-fn walk(problem: &Problem<'_>, nodes: &[usize], limit: f64) -> Option<Vec<LayerRange>> {
-    let (model, layers) = (problem.model, problem.model.layers());
-    let last = nodes.len() - 1;
-    let mut ranges = Vec::with_capacity(nodes.len());
-    let mut start = 0;
-    for (stage, &node) in nodes.iter().enumerate() {
-        let (first, closing) = (stage == 0, stage == last);
-        let costs = &problem.nodes[node];
-        let layer = costs.layer.at(problem.rows);
-        let mut bytes = model.stage_memory(start..start, first, closing);
-        let mut seconds = problem.stage_seconds(node, start..start, first, closing);
-        let most =
-            if closing { layers } else { (layers + stage + 1).checked_sub(last)?.min(layers) };
-        let mut end = start;
-        while seconds <= limit && bytes <= costs.memory_bytes && end < most {
-            seconds += model.layer_share[end] * layer;
-            bytes = bytes
-                .saturating_add(model.layer_bytes[end])
-                .saturating_add(model.kv_bytes_per_layer);
-            end += 1;
-        }
-        if seconds > limit || bytes > costs.memory_bytes {
-            end = end.checked_sub(1).filter(|&e| e >= start)?;
-        }
-        if !closing && end == start || closing && end < layers {
+/// which does the rest; pinned nodes where their layers begin.
+fn walk(problem: &Problem<'_>, nodes: &[usize], limit: f64) -> Option<Vec<StageCut>> {
+    let layers = problem.model.layers();
+    let mut pins: Vec<(LayerRange, usize)> =
+        (problem.nodes.iter().enumerate()).filter_map(|(n, node)| Some((node.pin?, n))).collect();
+    pins.sort_by_key(|(range, _)| std::cmp::Reverse(range.first));
+    let mut free_layers = layers - pins.iter().map(|(r, _)| r.len() as usize).sum::<usize>();
+    let (mut left, mut stages, mut start) = (nodes.iter(), Vec::new(), 0);
+    loop {
+        let next_pin = pins.last().map_or(layers, |(range, _)| range.first as usize);
+        let (node, least, most) = match pins.pop_if(|(r, _)| r.first as usize == start) {
+            Some((range, node)) => (node, range.end as usize, range.end as usize),
+            None => {
+                let Some(&node) = left.next() else { break };
+                let closing = left.len() == 0 && pins.is_empty();
+                // The last may have the head alone.
+                let others = left.len().saturating_sub(1);
+                let most = next_pin.min(start + free_layers.checked_sub(others)?);
+                (node, if closing { layers } else { start + 1 }, most)
+            }
+        };
+        let closing = left.len() == 0 && pins.is_empty();
+        let end = furthest(problem, (node, start), (start == 0, closing), most, limit)?;
+        if end < least {
             return None;
         }
-        ranges.push(LayerRange { first: start as u32, end: end as u32 });
+        if problem.nodes[node].pin.is_none() {
+            free_layers -= end - start;
+        }
+        let range = LayerRange { first: start as u32, end: end as u32 };
+        stages.push(StageCut { node, range });
         start = end;
     }
-    Some(ranges)
+    (start == layers && pins.is_empty() && !stages.is_empty()).then_some(stages)
+}
+
+/// Where a stage from `start` must end to stay within `limit` and memory, at most at `most`; `None`
+/// where not even its ends fit.
+fn furthest(
+    problem: &Problem<'_>,
+    (node, start): (usize, usize),
+    (first, closing): (bool, bool),
+    most: usize,
+    limit: f64,
+) -> Option<usize> {
+    let (model, costs) = (problem.model, &problem.nodes[node]);
+    let layer = costs.layer.at(problem.rows);
+    let mut bytes = model.stage_memory(start..start, first, closing);
+    let mut seconds = problem.stage_seconds(node, start..start, first, closing);
+    let mut end = start;
+    while seconds <= limit && bytes <= costs.memory_bytes && end < most {
+        seconds += model.layer_share[end] * layer;
+        bytes =
+            bytes.saturating_add(model.layer_bytes[end]).saturating_add(model.kv_bytes_per_layer);
+        end += 1;
+    }
+    if seconds > limit || bytes > costs.memory_bytes {
+        return end.checked_sub(1).filter(|&e| e >= start);
+    }
+    Some(end)
 }

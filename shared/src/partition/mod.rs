@@ -130,6 +130,50 @@ pub enum PartitionError {
         /// Bytes the node has.
         available: u64,
     },
+    /// A node is pinned to layers that the model does not have.
+    #[error(
+        "node {node} cannot have layers {}..{}: the model has layers 0..{layers}",
+        range.first, range.end
+    )]
+    PinBeyond {
+        /// The node.
+        node: String,
+        /// What it is pinned to.
+        range: LayerRange,
+        /// Layers of the model.
+        layers: u32,
+    },
+    /// Two nodes are pinned to the same layer.
+    #[error("nodes {} and {} are both pinned to layer {layer}: a layer has one node", nodes[0], nodes[1])]
+    PinsOverlap {
+        /// Those nodes.
+        nodes: [String; 2],
+        /// The first such layer.
+        layer: u32,
+    },
+    /// A node cannot hold what it is pinned to.
+    #[error(
+        "layers {}..{} do not fit on node {node}, which is pinned to them: they need {}, it has {}, {} are missing; pin fewer layers, or lower --kv-cache-tokens",
+        range.first, range.end, Gib(*needed), Gib(*available), Gib(needed - available)
+    )]
+    PinDoesNotFit {
+        /// The node.
+        node: String,
+        /// What it is pinned to.
+        range: LayerRange,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes the node has.
+        available: u64,
+    },
+    /// Memory suffices in sum, but not around the pins.
+    #[error(
+        "the model cannot be cut around the pinned layers ({pins}): the layers that are left need nodes, memory and open links between the pinned ones; pin fewer, or add nodes"
+    )]
+    NoCutAroundPins {
+        /// Nodes with their layers.
+        pins: String,
+    },
     /// Explicit cuts that make no sense.
     #[error("cut {cut} is not possible: cuts must rise, from 1 to {layers} (the number of layers)")]
     BadCut {

@@ -3,9 +3,12 @@
 //!
 //! `g[set][last][end]` is the least time in which the nodes of `set` do layers `0..end`. A stage's
 //! time is a difference of sums over layers, so that the best start for each end is the minimum of a
-//! window that only moves forward: O(2^N N^2 L) in all.
+//! window that only moves forward: O(2^N N^2 L) in all. Every start and end is known to it, so that
+//! pins only take some of them away: a pinned node has one start and one end, no other node's layers
+//! reach into them, and so every cut that covers the layers uses it.
 
 use std::collections::VecDeque;
+use std::ops::RangeInclusive;
 
 use super::classes::{Classes, Ends, States};
 use super::reach::Cut;
@@ -44,7 +47,7 @@ struct Search<'a> {
     limit: f64,
     stages: Option<usize>,
     reach: Vec<Vec<usize>>,
-    closes_from: Vec<Option<usize>>,
+    closes_from: Vec<Option<RangeInclusive<usize>>>,
     /// `[set][last class][end]`; infinite where impossible.
     least: Vec<f64>,
     best: Option<(f64, Found)>,
@@ -104,13 +107,15 @@ impl<'a> Search<'a> {
             let (out, back) = (self.classes.hop(home, class), self.classes.hop(class, home));
             let whole = Ends { first: true, last: true };
             if self.stages.is_none_or(|n| n == 1)
+                && self.classes.allows(class, (0, layers))
                 && self.classes.fits(class, (0, layers), whole, self.limit)
             {
                 let seconds = self.classes.seconds(class, (0, layers), whole);
                 self.offer(out + seconds + back, Found::Alone(class));
             }
             let row = self.row(self.states.stride[class], class);
-            for end in 1..=self.classes.reach(class, 0, true, self.limit) {
+            let least = self.classes.pin(class).map_or(1, |(_, end)| end);
+            for end in least..=self.classes.reach(class, 0, true, self.limit) {
                 let ends = Ends { first: true, last: false };
                 self.least[row + end] = out + self.classes.seconds(class, (0, end), ends);
             }
@@ -136,11 +141,11 @@ impl<'a> Search<'a> {
     }
 
     fn close(&mut self, state: usize, class: usize, arrive: &[f64]) {
-        let (Some(least), layers) = (self.closes_from[class], self.classes.layers()) else {
-            return;
-        };
+        let layers = self.classes.layers();
+        let Some(starts) = self.closes_from[class].clone() else { return };
         let back = self.classes.hop(class, self.classes.home());
-        for (start, &arrive) in arrive.iter().enumerate().skip(least) {
+        for start in starts {
+            let arrive = arrive[start];
             let ends = Ends { first: false, last: true };
             let value = arrive + self.classes.seconds(class, (start, layers), ends) + back;
             self.offer(value, Found::Closed { state, class, start });
@@ -151,6 +156,13 @@ impl<'a> Search<'a> {
         let share = &self.classes.share_before;
         let (layer, reach) = (self.classes.layer[class], &self.reach[class]);
         let row = self.row(state + self.states.stride[class], class);
+        if let Some((start, end)) = self.classes.pin(class) {
+            if reach[start] == end {
+                let value = arrive[start] + (share[end] - share[start]) * layer;
+                self.least[row + end] = self.least[row + end].min(value);
+            }
+            return;
+        }
         // Starts whose stage can end at `end`, the best first.
         let mut window: VecDeque<(usize, f64)> = VecDeque::new();
         for end in 1..arrive.len() {

@@ -9,6 +9,8 @@
 //! delay of links costs micro-batches in flight, not throughput; a link forbids an edge only where a
 //! micro-batch occupies it longer than the limit.
 
+use std::ops::RangeInclusive;
+
 use super::classes::{Classes, Ends, States};
 
 /// Stages by class, each with its layers.
@@ -56,7 +58,7 @@ struct Probe<'a> {
     stages: Option<usize>,
     /// `[class][start]`: furthest end.
     reach: Vec<Vec<u16>>,
-    closes_from: Vec<Option<usize>>,
+    closes_from: Vec<Option<RangeInclusive<usize>>>,
     /// `[set][last class]`: furthest layer; 0 where there is no such order.
     furthest: Vec<u16>,
 }
@@ -98,6 +100,7 @@ pub(super) fn alone(classes: &Classes, limit: f64) -> Option<Cut> {
     let fits = |&class: &usize| {
         classes.hop(home, class).is_finite()
             && classes.hop(class, home).is_finite()
+            && classes.allows(class, whole)
             && classes.fits(class, whole, ends, limit)
     };
     let time = |&class: &usize| classes.seconds(class, whole, ends);
@@ -133,7 +136,7 @@ impl Probe<'_> {
 
     /// Whether a stage of this class can be the last, from this layer on.
     fn closes(&self, class: usize, from: usize) -> bool {
-        self.closes_from[class].is_some_and(|least| from >= least)
+        self.closes_from[class].as_ref().is_some_and(|starts| starts.contains(&from))
             && self.classes.hop(class, self.classes.home()).is_finite()
     }
 

@@ -4,7 +4,8 @@
 //! `P(m) = max(slowest stage, sum / m)`; `m = 1` is the latency, many are the throughput. Exact as
 //! long as the sets of unlike nodes are few enough to look at all ([`REACH_ENTRIES`],
 //! [`PATH_ENTRIES`]: 14 and 9 unlike nodes, far more that are alike); beyond, nodes that differ by
-//! little are taken for alike (`approximate`), and the gap to a lower bound is in the answer.
+//! little are taken for alike (`approximate`), and the gap to a lower bound is in the answer. Pinned
+//! nodes are alike to none, and exact for throughput up to 9 unlike nodes too.
 
 use super::classes::{Classes, MAX_CLASSES};
 use super::costs::Problem;
@@ -139,11 +140,27 @@ fn on_nodes(problem: &Problem<'_>, classes: &Classes, cut: &Cut, objective: Obje
     Solution::of(problem, nodes.iter().zip(cut).map(stage).collect(), objective)
 }
 
+/// With pins the furthest reach is no longer the best: the search over sums finds the bottleneck.
+fn around_pins(problem: &Problem<'_>, stages: Option<usize>) -> (Option<Solution>, bool) {
+    let grouped = classes_for(problem, PATH_ENTRIES / 8, problem.model.layers() + 1);
+    let Some((classes, exact)) = grouped else { return (None, false) };
+    let cut = refine(&classes, None, stages);
+    (cut.map(|cut| on_nodes(problem, &classes, &cut, Objective::Throughput)), exact)
+}
+
 fn throughput(
     problem: &Problem<'_>,
     stages: Option<usize>,
 ) -> Result<(Solution, bool), PartitionError> {
     let objective = Objective::Throughput;
+    if problem.nodes.iter().any(|n| n.pin.is_some()) {
+        let (mut best, exact) = around_pins(problem, stages);
+        if !exact {
+            best = better(best, greedy::greedy(problem, objective, stages));
+        }
+        let best = best.ok_or_else(|| check::does_not_fit(problem, stages))?;
+        return Ok((even_out(problem, best, objective), exact));
+    }
     let grouped = classes_for(problem, REACH_ENTRIES, 1);
     let mut best: Option<Solution> = None;
     let mut exact = false;
