@@ -1,8 +1,10 @@
 //! Engine options: the same flags on every command that starts an engine or a plan.
 
+use std::fmt;
 use std::str::FromStr;
 
 use crate::model::Dtype;
+use crate::partition::LayerRange;
 
 /// Micro-batches in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +100,39 @@ impl FromStr for Replan {
             "off" => Ok(Self::Off),
             _ => Err(format!("'{s}' is none of auto, propose, off")),
         }
+    }
+}
+
+/// Layers that a node must have: `NAME=FIRST-LAST`, both of them included, or `NAME=LAYER`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pin {
+    /// The node's name, or its id.
+    pub node: String,
+    /// The layers.
+    pub layers: LayerRange,
+}
+
+impl FromStr for Pin {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let wrong = || {
+            format!(
+                "'{s}' does not pin layers: write NAME=FIRST-LAST, such as gpu-1=0-11 for the \
+                 layers 0 to 11"
+            )
+        };
+        let (node, layers) = s.rsplit_once('=').filter(|(n, _)| !n.is_empty()).ok_or_else(wrong)?;
+        let (first, last) = layers.split_once('-').unwrap_or((layers, layers));
+        let number = |text: &str| text.parse::<u32>().map_err(|_| wrong());
+        let (first, last) = (number(first)?, number(last)?);
+        let end = last.checked_add(1).filter(|_| first <= last).ok_or_else(wrong)?;
+        Ok(Self { node: node.to_owned(), layers: LayerRange { first, end } })
+    }
+}
+
+impl fmt::Display for Pin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}-{}", self.node, self.layers.first, self.layers.end - 1)
     }
 }
 
@@ -210,6 +245,17 @@ mod tests {
         assert_eq!((auto_off("auto"), auto_off("off")), (Ok(true), Ok(false)));
         assert!(on_off("true").is_err_and(|e| e.contains("'on' nor 'off'")));
         assert!(auto_off("on").is_err_and(|e| e.contains("'auto' nor 'off'")));
+    }
+
+    #[test]
+    fn pins_include_both_ends() {
+        let pin = |s: &str| s.parse::<Pin>().map(|p| (p.node, p.layers.first, p.layers.end));
+        assert_eq!(pin("gpu-1=0-11"), Ok(("gpu-1".into(), 0, 12)));
+        assert_eq!(pin("a=b=7"), Ok(("a=b".into(), 7, 8)));
+        assert_eq!("x=3-5".parse::<Pin>().unwrap().to_string(), "x=3-5");
+        for bad in ["", "x", "x=", "=1-2", "x=5-3", "x=a-b", "x=1-2-3", "x=0-4294967295"] {
+            assert!(pin(bad).is_err_and(|e| e.contains("NAME=FIRST-LAST")), "{bad}");
+        }
     }
 
     #[test]

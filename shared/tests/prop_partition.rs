@@ -3,7 +3,7 @@
 use millrace_shared::partition::{
     Change, Curve, Goal, LayerRange, LeftOut, Link, ModelCosts, Network, NodeCosts, Objective,
     PartitionError, Problem, Promise, Solution, StageCut, Wish, check_memory, choose, forecast,
-    from_cuts, improvements, left_out, load_within, solve,
+    from_cuts, improvements, in_order, left_out, load_within, solve,
 };
 use proptest::prelude::*;
 
@@ -346,7 +346,10 @@ fn wrong_pins_are_named() {
     let mut case = plain(10, 1.0, &[1.0, 2.0, 3.0]);
     pin(&mut case, 1, 4, 11);
     let text = solve(&case).unwrap_err().to_string();
-    assert!(text.contains("node n1") && text.contains("4..11") && text.contains("0..10"), "{text}");
+    assert!(
+        text.contains("node n1") && text.contains("layers 4-10") && text.contains("layers 0-9"),
+        "{text}"
+    );
     pin(&mut case, 1, 4, 8);
     pin(&mut case, 0, 7, 9);
     let text = solve(&case).unwrap_err().to_string();
@@ -354,11 +357,11 @@ fn wrong_pins_are_named() {
     pin(&mut case, 0, 0, 3);
     case.nodes[1].memory_bytes = 50;
     let text = solve(&case).unwrap_err().to_string();
-    assert!(text.contains("4..8 do not fit on node n1"), "{text}");
+    assert!(text.contains("4-7 do not fit on node n1"), "{text}");
     // Layer 3 and those from 8 on need a node each, there is one.
     case.nodes[1].memory_bytes = 1 << 30;
     let text = solve(&case).unwrap_err().to_string();
-    assert!(text.contains("n0: 0..3, n1: 4..8"), "{text}");
+    assert!(text.contains("n0=0-2, n1=4-7"), "{text}");
     pin(&mut case, 0, 0, 4);
     let found = solve(&case).unwrap();
     assert_eq!(found.stages.iter().map(|s| s.node).collect::<Vec<_>>(), [0, 1, 2]);
@@ -388,6 +391,29 @@ fn explicit_cuts() {
     for bad in [&[0][..], &[5, 5], &[17, 5], &[31]] {
         assert!(matches!(lens(bad), Err(PartitionError::BadCut { .. })), "{bad:?}");
     }
+}
+
+#[test]
+fn given_cuts_go_around_closed_ways() {
+    let mut case = plain(9, 1.0, &[1.0; 3]);
+    let ranges = from_cuts(9, &[3, 6]).unwrap();
+    let order = |case: &Case| in_order(&case.problem(), &ranges);
+    assert_eq!(order(&case), Ok(vec![0, 1, 2]), "as they come");
+    case.network.set(0, 1, None);
+    assert_eq!(order(&case), Ok(vec![0, 2, 1]));
+    case.network.set(0, 2, None);
+    assert_eq!(order(&case), Ok(vec![1, 2, 0]));
+    // Layers 0-2 and the embedding fit on the last alone.
+    (case.nodes[0].memory_bytes, case.nodes[1].memory_bytes) = (64, 64);
+    case.model.head_bytes = 1;
+    assert_eq!(order(&case), Ok(vec![2, 1, 0]));
+    case.network.set(2, 1, None);
+    let error = order(&case).unwrap_err();
+    assert!(matches!(error, PartitionError::StageDoesNotFit { stage: 0, .. }), "{error}");
+    case.nodes.iter_mut().for_each(|n| n.memory_bytes = 1 << 30);
+    (0..3).for_each(|n| case.network.set(n, 3, None));
+    let error = order(&case).unwrap_err();
+    assert!(matches!(error, PartitionError::NoWay { .. }), "{error}");
 }
 
 /// Times that grow with the rows, so that a split pays.

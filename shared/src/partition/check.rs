@@ -78,7 +78,7 @@ fn around_pins(problem: &Problem<'_>) -> Option<PartitionError> {
             let node = node.name.clone();
             return Some(PartitionError::PinDoesNotFit { node, range, needed, available });
         }
-        pins.push(format!("{}: {}..{}", node.name, range.first, range.end));
+        pins.push(format!("{}={}", node.name, super::Ends(&range)));
     }
     (!pins.is_empty()).then(|| PartitionError::NoCutAroundPins { pins: pins.join(", ") })
 }

@@ -18,6 +18,7 @@ mod costs;
 mod even;
 mod forecast;
 mod greedy;
+mod order;
 mod paths;
 mod reach;
 mod solve;
@@ -28,6 +29,7 @@ pub use check::check_memory;
 pub use choose::{Change, Choice, Goal, LeftOut, Wish, choose, improvements, left_out};
 pub use costs::{Curve, Link, ModelCosts, Network, NodeCosts, Problem};
 pub use forecast::{Forecast, Promise, first_token_seconds, forecast, load_within};
+pub use order::in_order;
 pub use solve::{Objective, Solution, StageCut, solve};
 
 /// Layers `first..end` of a stage; empty for a stage that only holds the head.
@@ -131,10 +133,7 @@ pub enum PartitionError {
         available: u64,
     },
     /// A node is pinned to layers that the model does not have.
-    #[error(
-        "node {node} cannot have layers {}..{}: the model has layers 0..{layers}",
-        range.first, range.end
-    )]
+    #[error("node {node} cannot have layers {}: the model has layers 0-{}", Ends(range), layers - 1)]
     PinBeyond {
         /// The node.
         node: String,
@@ -153,8 +152,8 @@ pub enum PartitionError {
     },
     /// A node cannot hold what it is pinned to.
     #[error(
-        "layers {}..{} do not fit on node {node}, which is pinned to them: they need {}, it has {}, {} are missing; pin fewer layers, or lower --kv-cache-tokens",
-        range.first, range.end, Gib(*needed), Gib(*available), Gib(needed - available)
+        "layers {} do not fit on node {node}, which is pinned to them: they need {}, it has {}, {} are missing; pin fewer layers, or lower --kv-cache-tokens",
+        Ends(range), Gib(*needed), Gib(*available), Gib(needed - available)
     )]
     PinDoesNotFit {
         /// The node.
@@ -185,6 +184,15 @@ pub enum PartitionError {
     /// The input is not a model or not a node.
     #[error("cannot plan: {0}")]
     BadInput(&'static str),
+}
+
+/// Layers as pins are written: the first and the last.
+struct Ends<'a>(&'a LayerRange);
+
+impl std::fmt::Display for Ends<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}", self.0.first, self.0.end.saturating_sub(1))
+    }
 }
 
 /// Bytes for people.
