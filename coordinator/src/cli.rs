@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use millrace_net::telemetry::LogFormat;
 use millrace_shared::dirs;
 use millrace_shared::names::env;
-use millrace_shared::options::{EngineOptions, Replan};
+use millrace_shared::options::{EngineOptions, Pin, Replan};
 
 use crate::config::{
     Config, DEFAULT_CLUSTER_PORT, DEFAULT_HTTP_PORT, DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_WAITING,
@@ -103,6 +103,10 @@ pub struct ServeArgs {
     /// Stages to wait for [default: the nodes that join within two quiet seconds]
     #[arg(long, alias = "pipeline-parallel-size", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     stages: Option<u16>,
+    /// Layers that a node must have, the first and the last of them included, as long as it is there;
+    /// the others are cut around them. May be given for several nodes
+    #[arg(long, value_name = "NAME=FIRST-LAST", conflicts_with = "cuts")]
+    pin: Vec<Pin>,
     /// Address of the HTTP API
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), help_heading = "Network")]
     host: IpAddr,
@@ -139,6 +143,9 @@ pub struct LimitArgs {
     /// Sequences computed at once
     #[arg(long, alias = "parallel", value_name = "N", default_value_t = DEFAULT_MAX_NUM_SEQS, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_num_seqs: u32,
+    /// Tokens of one micro-batch at most [default: a prefill chunk, and one of every sequence]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_batch_tokens: Option<u32>,
     /// Requests that may wait; more are told to come back
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_WAITING)]
     pub max_waiting: u32,
@@ -159,6 +166,7 @@ impl Default for LimitArgs {
         Self {
             max_model_len: None,
             max_num_seqs: DEFAULT_MAX_NUM_SEQS,
+            max_batch_tokens: None,
             max_waiting: DEFAULT_MAX_WAITING,
             replan: Replan::Propose,
             recovery_timeout: DEFAULT_RECOVERY_SECONDS,
@@ -171,8 +179,10 @@ impl Default for LimitArgs {
 pub fn deployment(engine: &EngineOptions, limits: &LimitArgs) -> Deployment {
     Deployment {
         cuts: engine.cuts.clone(),
+        pins: Vec::new(),
         stages: None,
         prefill_chunk: engine.prefill_chunk.max(1),
+        max_batch_tokens: limits.max_batch_tokens,
         micro_batches: engine.micro_batches,
         engine: engine.engine,
         prefix_cache: engine.prefix_cache,
@@ -212,7 +222,10 @@ impl ServeArgs {
             served_name: served_name(&self.model, self.served_model_name.as_deref()),
             model,
             stages,
-            deployment: deployment(&self.engine, &self.limits),
+            deployment: Deployment {
+                pins: self.pin.clone(),
+                ..deployment(&self.engine, &self.limits)
+            },
             http: Some(SocketAddr::new(self.host, self.port)),
             http_hosts: self.http_host.clone(),
             quic: self.quic,

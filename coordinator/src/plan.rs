@@ -6,7 +6,9 @@
 
 pub mod cluster;
 pub mod costs;
+mod flow;
 pub mod kinds;
+pub mod pins;
 pub mod report;
 mod report_text;
 
@@ -17,10 +19,10 @@ use millrace_shared::id::{Epoch, NodeId, PipelineId, StageIndex};
 use millrace_shared::model::{
     Dtype, ModelConfig, ModelManifest, StageTensors, numerics_id, stage_tensors,
 };
-use millrace_shared::options::{EngineKind, MicroBatches, Replan};
+use millrace_shared::options::{EngineKind, MicroBatches, Pin, Replan};
 use millrace_shared::partition::{
     Choice, Goal, LayerRange, Link, Network, NodeCosts, PartitionError, Problem, StageCut, Wish,
-    check_memory, choose, from_cuts,
+    choose, from_cuts, in_order,
 };
 use millrace_shared::scheduler::cost::StageCost;
 use millrace_shared::scheduler::{Policy, SchedulerConfig};
@@ -56,10 +58,14 @@ pub const COMPARED_POSITIONS: f64 = COMPARED_ANSWERS * (1.0 + PROMPTS_PER_ANSWER
 pub struct Deployment {
     /// Layers at which to cut.
     pub cuts: Option<Vec<u32>>,
+    /// Layers that nodes must have, as long as these are there.
+    pub pins: Vec<Pin>,
     /// Exactly so many stages; `None` for as many as serve best.
     pub stages: Option<u16>,
     /// Prompt tokens per micro-batch.
     pub prefill_chunk: u32,
+    /// Tokens of a micro-batch at most; `None` for a prefill chunk and a decode of every sequence.
+    pub max_batch_tokens: Option<u32>,
     /// Micro-batches in flight.
     pub micro_batches: MicroBatches,
     /// Engine that every node must run.
@@ -114,13 +120,15 @@ impl Deployment {
         let row_bytes = (config.hidden as usize).max(1) * 4;
         let frame = (MAX_FRAME_PAYLOAD_BYTES / row_bytes) as u32;
         let room = frame.saturating_sub(self.max_num_seqs).max(1);
-        self.prefill_chunk.min(self.max_model_len(config)).min(room).max(1)
+        let most = self.max_batch_tokens.unwrap_or(u32::MAX);
+        self.prefill_chunk.min(self.max_model_len(config)).min(room).min(most).max(1)
     }
 
     /// Tokens in one micro-batch: a prefill chunk and every decode.
     fn max_batch_tokens(&self, config: &ModelConfig) -> u32 {
         // Scored rows have up to 64 positions whatever the chunk.
-        self.prefill_chunk(config).max(64).saturating_add(self.max_num_seqs)
+        let usual = self.prefill_chunk(config).max(64).saturating_add(self.max_num_seqs);
+        self.max_batch_tokens.map_or(usual, |most| most.clamp(1, usual))
     }
 }
 
@@ -133,6 +141,8 @@ pub struct PlanNode {
     pub hello: Hello,
     /// What it measured.
     pub profile: StageProfile,
+    /// Round trip between it and the coordinator; `None` where nobody knows.
+    pub round_trip: Option<Duration>,
 }
 
 /// A cut model.
@@ -235,6 +245,7 @@ pub fn check_stages(
             config.layers
         ));
     }
+    pins::check(&deployment.pins, config.layers, deployment)?;
     match &deployment.cuts {
         Some(cuts) => from_cuts(config.layers, cuts).map(|_| ()).map_err(|e| e.to_string()),
         None => Ok(()),
@@ -242,7 +253,8 @@ pub fn check_stages(
 }
 
 /// Chooses among the nodes, and cuts the model over them, along no way that is closed. Where the
-/// operator said where to cut, they are taken in their order.
+/// operator said where to cut, they are taken in their order, or in another one where ways are closed
+/// or memory is short.
 ///
 /// # Errors
 /// If it does not fit, or the operator's cuts make no sense.
@@ -255,7 +267,8 @@ pub fn plan(
 ) -> Result<Plan, PartitionError> {
     let config = &manifest.config;
     let max_model_len = deployment.max_model_len(config);
-    let capacities = capacities(nodes);
+    let mut capacities = capacities(nodes);
+    pins::bind(&deployment.pins, &mut capacities, |n, pin| pins::names(pin, &nodes[n]));
     let network = network(nodes, ways);
     let wish = deployment.wish(nodes.len());
     let mut kv_tokens =
@@ -281,6 +294,12 @@ pub fn plan(
     };
     let ranges: Vec<LayerRange> = choice.stages.iter().map(|s| s.range).collect();
     let stages: Vec<&PlanNode> = choice.stages.iter().map(|s| &nodes[s.node]).collect();
+    let costs = stage_costs(&stages, &ranges);
+    let links = links(&network, &choice, &stages);
+    let max_in_flight = match deployment.micro_batches {
+        MicroBatches::Fixed(n) => n,
+        auto => flow::in_flight(auto.limit(stages.len() as u32), &costs, &links),
+    };
     let settings = EngineSettings {
         kv_blocks: blocks,
         kv_block_size: DEFAULT_BLOCK_SIZE,
@@ -295,7 +314,7 @@ pub fn plan(
         block_size: DEFAULT_BLOCK_SIZE,
         max_num_seqs: deployment.max_num_seqs,
         max_waiting: deployment.max_waiting,
-        max_in_flight: deployment.micro_batches.limit(stages.len() as u32),
+        max_in_flight,
         prefill_chunk: deployment.prefill_chunk(config),
         max_batch_tokens: settings.max_batch_tokens,
         max_model_len,
@@ -306,8 +325,7 @@ pub fn plan(
             ..Policy::DEFAULT
         },
     };
-    // One more than micro-batches, for frames that only carry releases.
-    let credits = scheduler.max_in_flight + 1;
+    let credits = [max_in_flight, flow::credits(max_in_flight, &costs, &links)];
     let assignments = assign(manifest, (pipeline, epoch), &stages, &ranges, &settings, credits);
     let question = Question {
         model_name: manifest.name.clone(),
@@ -320,7 +338,6 @@ pub fn plan(
     let facts: Vec<NodeFacts> = nodes.iter().map(NodeFacts::of_member).collect();
     let problem = Problem { model: &model, nodes: &capacities, network: &network, rows: 1.0 };
     let report = PlanReport::new(&question, &problem, &facts, &choice, false);
-    let costs = stage_costs(&stages, &ranges);
     Ok(Plan { epoch, assignments, scheduler, costs, report })
 }
 
@@ -356,13 +373,24 @@ pub fn compared_seconds(profile: &StageProfile, layers: u32, head: bool) -> f64 
     f64::from(layers) * costs.layer.at(COMPARED_ANSWERS) + head
 }
 
-/// The operator's own cut, over the first nodes.
+/// The operator's own cut, over the first nodes that can have it.
 fn given_cut(problem: &Problem<'_>, wish: &Wish, cuts: &[u32]) -> Result<Choice, PartitionError> {
     let ranges = from_cuts(problem.model.layers() as u32, cuts)?;
-    let nodes: Vec<usize> = (0..problem.nodes.len()).take(ranges.len()).collect();
-    check_memory(problem, &nodes, &ranges)?;
+    let nodes = in_order(problem, &ranges)?;
     let stage = |(node, range)| StageCut { node, range };
     Ok(Choice::of(problem, wish, nodes.into_iter().zip(ranges).map(stage).collect()))
+}
+
+/// The links that a choice uses.
+fn links(network: &Network, choice: &Choice, stages: &[&PlanNode]) -> flow::Links {
+    let rtt = |from: &StageCut, to: &StageCut| {
+        network.get(from.node, to.node).map_or(LAN.rtt_seconds, |link| link.rtt_seconds)
+    };
+    let end = |node: Option<&&PlanNode>| flow::or(node.and_then(|n| n.round_trip), LAN.rtt_seconds);
+    flow::Links {
+        between: choice.stages.windows(2).map(|pair| rtt(&pair[0], &pair[1])).collect(),
+        ends: [end(stages.first()), end(stages.last())],
+    }
 }
 
 /// What the profiles say of each stage.
@@ -396,7 +424,7 @@ fn assign(
     nodes: &[&PlanNode],
     ranges: &[LayerRange],
     settings: &EngineSettings,
-    credits: u32,
+    [in_flight, credits]: [u32; 2],
 ) -> Vec<(NodeId, Assignment)> {
     let last = ranges.len().saturating_sub(1);
     let stages = nodes.iter().zip(ranges).enumerate();
@@ -425,6 +453,7 @@ fn assign(
                 settings.kv_dtype,
                 settings.activation_dtype,
             ),
+            in_flight,
             credits,
             host_stages: sharing(nodes.iter().copied(), &node.hello.host) as u32,
         };

@@ -10,7 +10,9 @@ pub mod frames;
 pub mod hostile;
 pub mod http;
 pub mod local;
+pub mod mocked;
 pub mod processes;
+pub mod relay;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};

@@ -234,10 +234,31 @@ pub struct Assignment {
     pub content_hash: [u8; 32],
     /// What the stage's numerics must be.
     pub numerics_id: [u8; 32],
-    /// Frames an edge may have unacknowledged.
+    /// Micro-batches in flight at most.
+    pub in_flight: u32,
+    /// Frames that an edge between stages may hold; one to or from the coordinator, which counts
+    /// micro-batches itself, may hold [`Assignment::own_credits`].
     pub credits: u32,
     /// Stages of this pipeline on the node's host, which share its cores.
     pub host_stages: u32,
+}
+
+impl Assignment {
+    /// Frames that an edge to or from the coordinator may hold: one more than micro-batches, for
+    /// frames that only carry releases.
+    pub fn own_credits(&self) -> u32 {
+        self.in_flight.saturating_add(1)
+    }
+
+    /// Frames that an edge may hold.
+    pub fn credits_of(&self, edge: super::Edge) -> u32 {
+        match edge {
+            super::Edge::Activations => self.credits,
+            super::Edge::Steps | super::Edge::Results | super::Edge::Sequences => {
+                self.own_credits()
+            }
+        }
+    }
 }
 
 /// A neighbour.

@@ -128,7 +128,7 @@ impl Handler<EdgeOffered> for Cluster {
             return;
         };
         let last = self.plan_of(epoch).and_then(|p| p.assignments.last());
-        let credits = last.filter(|(n, _)| *n == m.node).map(|(_, a)| a.credits);
+        let credits = last.filter(|(n, _)| *n == m.node).map(|(_, a)| a.own_credits());
         let (Some(credits), Some(starting)) =
             (credits, self.starting.as_mut().filter(|s| s.epoch == epoch))
         else {

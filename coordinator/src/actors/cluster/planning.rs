@@ -10,7 +10,7 @@ use millrace_shared::wire::control::{CoordinatorMessage, Peer, StageProfile};
 
 use super::ways::Way;
 use super::{Cluster, PIPELINE};
-use crate::plan::{Plan, PlanNode, plan};
+use crate::plan::{Plan, PlanNode, pins, plan};
 
 /// Among so many nodes every way is tried before the first plan.
 const TRY_ALL: usize = 8;
@@ -25,9 +25,10 @@ impl Cluster {
     /// The nodes as plans see them, at the pace they were last seen to work.
     pub(super) fn plan_nodes(&self, nodes: &[(NodeId, StageProfile)]) -> Vec<PlanNode> {
         let known = |(id, profile): &(NodeId, StageProfile)| {
-            let hello = self.members.get(id)?.hello.clone();
+            let member = self.members.get(id)?;
+            let (hello, round_trip) = (member.hello.clone(), Some(member.connection.rtt()));
             let profile = profile.slower(self.pace.get(id).copied().unwrap_or(1.0));
-            Some(PlanNode { id: *id, hello, profile })
+            Some(PlanNode { id: *id, hello, profile, round_trip })
         };
         nodes.iter().filter_map(known).collect()
     }
@@ -51,6 +52,9 @@ impl Cluster {
         now: Duration,
     ) {
         self.draft = None;
+        for remark in pins::remarks(&self.deployment.pins, &self.plan_nodes(&nodes)) {
+            tracing::warn!("{remark}");
+        }
         if nodes.len() <= TRY_ALL {
             // So that a closed way costs one wait, whatever the plan turns to next.
             for &(from, _) in &nodes {

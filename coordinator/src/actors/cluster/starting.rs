@@ -42,7 +42,7 @@ impl Cluster {
         let (Some(first), Some(last)) = (self.members.get(first), self.members.get(last)) else {
             return; // Lost this very moment: the machine hears of it next.
         };
-        let credits = plan.assignments.first().map_or(2, |(_, a)| a.credits);
+        let credits = plan.assignments.first().map_or(2, |(_, a)| a.own_credits());
         // Every micro-batch in flight, and a burst of frames that only carry releases.
         let capacity = credits as usize + 64;
         let (steps, step_frames) = mpsc::channel(capacity);

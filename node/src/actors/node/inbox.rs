@@ -85,8 +85,8 @@ impl Handler<Loaded> for Node {
         };
         match m.result {
             Ok(report) => {
-                // Room for everything the credits allow, so that the engine never waits here.
-                let (out, frames) = mpsc::channel(m.assignment.credits as usize + 2);
+                // Room for everything that can be under way, so that the engine never waits here.
+                let (out, frames) = mpsc::channel(m.assignment.own_credits() as usize + 1);
                 let stage = Stage::new(
                     assignment,
                     Arc::clone(&active.engine),
@@ -138,8 +138,9 @@ impl Handler<EdgeOffered> for Node {
         let a = &active.assignment;
         let row_bytes = (a.config.hidden as usize).max(1) * 4;
         let limit = MAX_FRAME_META_BYTES + a.settings.max_batch_tokens as usize * row_bytes + 4096;
-        let edge = EdgeReceiver::new(m.send, m.recv, a.credits, pool, limit);
-        let (credits, losses, peer) = (a.credits, active.losses.clone(), m.peer);
+        let credits = a.credits_of(kind);
+        let edge = EdgeReceiver::new(m.send, m.recv, credits, pool, limit);
+        let (losses, peer) = (active.losses.clone(), m.peer);
         actix_rt::spawn(async move {
             let deliver = |frame, ticket| {
                 let stage = stage.clone();

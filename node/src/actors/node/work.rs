@@ -117,7 +117,8 @@ pub(super) async fn edge_out(
     match &assignment.next {
         None => {
             let plane = (pipeline, epoch, Edge::Results);
-            EdgeSender::open(coordinator, plane, assignment.credits, Some(pool)).await
+            let credits = assignment.credits_of(Edge::Results);
+            EdgeSender::open(coordinator, plane, credits, Some(pool)).await
         }
         Some(peer) => {
             let name = node_name(peer.node_id);

@@ -1,0 +1,312 @@
+//! A cluster whose nodes stand for machines of chosen speed, with links of chosen delay: the real
+//! coordinator, real nodes, real QUIC; only the engine is the mock.
+//!
+//! Every member has a thread of its own, as processes would, beside its engine's. Each node is
+//! reached through a relay, and reaches the coordinator through another one: so all links, also the
+//! two of the coordinator, are as long as [`Shape::link`] says. The model is a file with the
+//! dimensions that are asked for and zeros as weights; [`Mocked::expected`] says what it must answer.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use millrace_coordinator::cli::{LimitArgs, deployment};
+use millrace_coordinator::{Config as CoordinatorConfig, start};
+use millrace_engine::mock::{MockConfig, expected_tokens};
+use millrace_net::client::ClientConfig;
+use millrace_node::Config as NodeConfig;
+use millrace_node::enrol::Issued;
+use millrace_shared::id::NodeId;
+use millrace_shared::model::gguf::{Gguf, GgufWriter};
+use millrace_shared::model::{ModelConfig, TensorType};
+use millrace_shared::options::{EngineKind, EngineOptions, MicroBatches, Replan};
+use tokio::sync::oneshot;
+
+use crate::relay::{Relay, Way};
+use crate::{DEADLINE, wait_for};
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    /// What each node is like.
+    pub nodes: Vec<MockConfig>,
+    /// Every link, each way; `None` for none but the machine's own loopback.
+    pub link: Option<Way>,
+    /// Layers of the model.
+    pub layers: u32,
+    /// Width of the model.
+    pub hidden: u32,
+    /// Micro-batches in flight.
+    pub micro_batches: MicroBatches,
+    /// Tokens of a micro-batch at most.
+    pub max_batch_tokens: Option<u32>,
+    /// Sequences at once.
+    pub max_num_seqs: u32,
+}
+
+impl Shape {
+    /// Nodes of which each takes so long for a layer, whatever the micro-batch holds.
+    pub fn of_layers(layer: impl IntoIterator<Item = Duration>, layers: u32) -> Self {
+        let node = |layer_latency: Duration| MockConfig {
+            layer_latency,
+            // The planner has to see a difference where there is none to wait for.
+            layer_seconds: layer_latency.as_secs_f64().max(1e-6),
+            head_seconds: 1e-7,
+            ..MockConfig::default()
+        };
+        Self {
+            nodes: layer.into_iter().map(node).collect(),
+            link: None,
+            layers,
+            hidden: 8,
+            micro_batches: MicroBatches::Auto,
+            max_batch_tokens: None,
+            max_num_seqs: 64,
+        }
+    }
+}
+
+/// Something that runs on a thread of its own until it is dropped.
+struct Member {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Member {
+    /// Runs `work` in an actix system of its own; it ends when its argument does.
+    fn spawn<F>(work: impl FnOnce(oneshot::Receiver<()>) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = ()>,
+    {
+        let (stop, stopping) = oneshot::channel();
+        let run = move || actix_rt::System::new().block_on(work(stopping));
+        Self { stop: Some(stop), thread: Some(std::thread::spawn(run)) }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A running cluster; dropping it stops it. Fields are dropped in this order.
+pub struct Mocked {
+    nodes: Vec<Member>,
+    coordinator: Option<Member>,
+    relays: Vec<Relay>,
+    client: ClientConfig,
+    metrics: String,
+    config: ModelConfig,
+    _dir: tempfile::TempDir,
+}
+
+impl std::fmt::Debug for Mocked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mocked").field("nodes", &self.nodes.len()).finish_non_exhaustive()
+    }
+}
+
+impl Mocked {
+    /// Starts a cluster and waits until it serves.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn start(shape: &Shape) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let file = dir.path().join("mocked.gguf");
+        std::fs::write(&file, model_file(shape)).expect("the model is written");
+        let config =
+            Gguf::open(&file).and_then(|f| f.config()).expect("the model that was written");
+        let (told, telling) = mpsc::channel();
+        let settings = coordinator_config(shape, dir.path(), file);
+        let coordinator = Member::spawn(move |stopping| async move {
+            let running = Box::pin(start(settings)).await.expect("a coordinator");
+            let http = running.http.expect("it has an HTTP address");
+            let about = (running.client().clone(), running.cluster, http);
+            told.send((about, running.dir.ca.clone(), running.readiness.clone())).expect("heard");
+            let _ = stopping.await;
+            running.stop().await;
+        });
+        let ((client, members, http), ca, readiness) =
+            telling.recv_timeout(DEADLINE).expect("a coordinator");
+        let (mut relays, mut nodes) = (Vec::new(), Vec::new());
+        // With and without links the same way in, so that only the links differ.
+        let mut linked = |target: Option<SocketAddr>, seed: u64| -> Option<SocketAddr> {
+            let way = shape.link?;
+            let relay = Relay::start(way, way, seed);
+            target.inspect(|&t| relay.set_target(t));
+            relays.push(relay);
+            relays.last().map(Relay::addr)
+        };
+        let mut fronts = Vec::new();
+        for (index, mock) in shape.nodes.iter().enumerate() {
+            let seed = 2 * index as u64;
+            let towards = linked(Some(members), seed).unwrap_or(members);
+            let front = linked(None, seed + 1);
+            let identity = ca.issue_node(NodeId(uuid::Uuid::now_v7())).expect("papers");
+            let papers = Issued { identity, coordinator: towards.to_string() };
+            let settings = node_config(dir.path(), index, shape.nodes.len(), front);
+            let (mock, (told, telling)) = (mock.clone(), mpsc::channel());
+            nodes.push(Member::spawn(move |stopping| async move {
+                let membership = papers.membership().expect("a node's papers");
+                let running = millrace_node::start_with(settings, membership, mock).await;
+                let running = running.expect("a node");
+                told.send(running.listen).expect("heard");
+                let _ = stopping.await;
+                running.stop().await;
+            }));
+            fronts.push((front, telling.recv_timeout(DEADLINE).expect("a node")));
+        }
+        for (front, listen) in fronts {
+            let relay = relays.iter().find(|r| Some(r.addr()) == front);
+            relay.inspect(|r| r.set_target(listen));
+        }
+        wait_for("pipeline", || {
+            let state = readiness.borrow();
+            assert!(state.failed.is_none(), "no pipeline: {state:?}");
+            state.ready.then_some(())
+        });
+        let coordinator = Some(coordinator);
+        let metrics = format!("http://{http}/metrics");
+        Self { nodes, coordinator, relays, client, metrics, config, _dir: dir }
+    }
+
+    /// What a client needs.
+    pub fn client(&self) -> &ClientConfig {
+        &self.client
+    }
+
+    /// Where the coordinator's metrics are.
+    pub fn metrics_url(&self) -> &str {
+        &self.metrics
+    }
+
+    /// The links, in no order that means something.
+    pub fn relays(&self) -> &[Relay] {
+        &self.relays
+    }
+
+    /// Size of the vocabulary.
+    pub fn vocab(&self) -> u32 {
+        self.config.vocab
+    }
+
+    /// What greedy decoding after `prompt` must give.
+    pub fn expected(&self, prompt: &[u32], tokens: usize) -> Vec<u32> {
+        expected_tokens(&self.config, prompt, tokens)
+    }
+}
+
+impl Drop for Mocked {
+    /// The coordinator first: it then takes the end of the nodes for granted.
+    fn drop(&mut self) {
+        drop(self.coordinator.take());
+    }
+}
+
+/// A model of zeros, with a vocabulary of printable characters.
+fn model_file(shape: &Shape) -> Vec<u8> {
+    const FFN: u64 = 16;
+    let tokens: Vec<String> = ('!'..='~').map(String::from).collect();
+    let (vocab, hidden) = (tokens.len() as u64, u64::from(shape.hidden));
+    let mut writer = GgufWriter::new();
+    writer
+        .set("general.architecture", "llama")
+        .set("general.name", "mocked")
+        .set("llama.block_count", shape.layers)
+        .set("llama.embedding_length", shape.hidden)
+        .set("llama.feed_forward_length", FFN as u32)
+        .set("llama.attention.head_count", 1u32)
+        .set("llama.attention.layer_norm_rms_epsilon", 1e-5f32)
+        .set("llama.context_length", 1024u32)
+        .set("tokenizer.ggml.model", "gpt2")
+        .set("tokenizer.ggml.pre", "gpt-2")
+        .set("tokenizer.ggml.token_type", vec![1i32; tokens.len()])
+        .set("tokenizer.ggml.tokens", tokens)
+        .set("tokenizer.ggml.merges", Vec::<String>::new())
+        .set("tokenizer.ggml.eos_token_id", 0u32);
+    let mut tensor = |name: String, dims: &[u64]| {
+        let bytes = dims.iter().product::<u64>() * 4;
+        let zeros = vec![0; bytes as usize];
+        writer.tensor(name, TensorType::F32, dims, zeros).expect("a tensor");
+    };
+    tensor("token_embd.weight".into(), &[hidden, vocab]);
+    tensor("output_norm.weight".into(), &[hidden]);
+    for layer in 0..shape.layers {
+        for name in ["attn_q", "attn_k", "attn_v", "attn_output"] {
+            tensor(format!("blk.{layer}.{name}.weight"), &[hidden, hidden]);
+        }
+        for name in ["attn_norm", "ffn_norm"] {
+            tensor(format!("blk.{layer}.{name}.weight"), &[hidden]);
+        }
+        for name in ["ffn_gate", "ffn_up"] {
+            tensor(format!("blk.{layer}.{name}.weight"), &[hidden, FFN]);
+        }
+        tensor(format!("blk.{layer}.ffn_down.weight"), &[FFN, hidden]);
+    }
+    writer.to_bytes()
+}
+
+fn loopback() -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, 0))
+}
+
+fn coordinator_config(shape: &Shape, dir: &Path, model: PathBuf) -> CoordinatorConfig {
+    let engine = EngineOptions {
+        engine: EngineKind::Mock,
+        micro_batches: shape.micro_batches,
+        // Guesses would be right by chance only, and every prompt is another one.
+        speculate: false,
+        prefix_cache: false,
+        ..EngineOptions::default()
+    };
+    let limits = LimitArgs {
+        max_batch_tokens: shape.max_batch_tokens,
+        max_num_seqs: shape.max_num_seqs,
+        kv_cache_tokens: Some(shape.max_num_seqs.max(16) * 128),
+        replan: Replan::Off,
+        ..LimitArgs::default()
+    };
+    CoordinatorConfig {
+        dir: dir.join("coordinator"),
+        model,
+        served_name: "mocked".to_owned(),
+        stages: Some(shape.nodes.len() as u16),
+        deployment: deployment(&engine, &limits),
+        http: Some(loopback()),
+        http_hosts: Vec::new(),
+        quic: loopback(),
+        cluster: loopback(),
+        advertise: None,
+        show_progress: false,
+    }
+}
+
+fn node_config(dir: &Path, index: usize, nodes: usize, front: Option<SocketAddr>) -> NodeConfig {
+    let dir = dir.join(format!("node-{index}"));
+    NodeConfig {
+        // Of its own: what was measured of one node is not true of another.
+        cache: dir.join("cache"),
+        dir,
+        token: None,
+        coordinator: None,
+        listen: loopback(),
+        next_free_port: false,
+        advertise: front.map(|f| f.to_string()),
+        name: format!("mock-{index}"),
+        weights: None,
+        threads: Some(1),
+        nodes_in_process: nodes as u32,
+        memory_bytes: None,
+        engine: EngineKind::Mock,
+        require_kv_dtype: None,
+        require_activation_dtype: None,
+        show_progress: false,
+    }
+}
