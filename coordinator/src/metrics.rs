@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use millrace_shared::error::ErrorCode;
 use millrace_shared::names::metric;
+use millrace_shared::scheduler::SchedulerStats;
+use millrace_shared::wire::data::StageTime;
 use millrace_shared::wire::rpc::{ClusterStatus, FinishReason};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
@@ -31,6 +33,13 @@ const ITL_BUCKETS: [f64; 13] =
 const E2E_BUCKETS: [f64; 14] =
     [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 1200.0];
 
+/// 10 us to 50 ms, fine around what a hop on one machine takes.
+const HOP_BUCKETS: [f64; 27] = [
+    10e-6, 20e-6, 30e-6, 40e-6, 50e-6, 60e-6, 70e-6, 80e-6, 90e-6, 100e-6, 110e-6, 120e-6, 130e-6,
+    140e-6, 150e-6, 175e-6, 200e-6, 250e-6, 300e-6, 400e-6, 500e-6, 750e-6, 1e-3, 2e-3, 5e-3,
+    10e-3, 50e-3,
+];
+
 /// Media type of [`Metrics::render`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -42,6 +51,34 @@ struct FinishedLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct FailedLabels {
     code: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ShedLabels {
+    reason: &'static str,
+}
+
+/// Why a request was turned away that another moment would have taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shed {
+    /// As many wait as may.
+    QueueFull,
+    /// Its deadline could not be met.
+    Deadline,
+}
+
+impl Shed {
+    fn name(self) -> &'static str {
+        match self {
+            Self::QueueFull => "queue_full",
+            Self::Deadline => "deadline",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PlaceLabels {
+    stage: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -75,7 +112,17 @@ pub struct Metrics {
     stale_dropped: Counter,
     success: Family<FinishedLabels, Counter>,
     failure: Family<FailedLabels, Counter>,
+    shed: Family<ShedLabels, Counter>,
     stage_busy: Family<StageLabels, SecondsCounter>,
+    stage_busy_ratio: Family<StageLabels, RatioGauge>,
+    stage_step: Family<PlaceLabels, SecondsCounter>,
+    stage_predicted: Family<PlaceLabels, SecondsCounter>,
+    stage_wait: Family<PlaceLabels, SecondsCounter>,
+    in_flight: Gauge<i64, AtomicI64>,
+    window: Gauge<i64, AtomicI64>,
+    links: RatioGauge,
+    round_trip: Histogram,
+    hop: Histogram,
     ttft: Histogram,
     itl: Histogram,
     e2e: Histogram,
@@ -143,6 +190,61 @@ impl Metrics {
                 "CPU seconds of a stage's engine threads inside steps",
                 Family::default(),
             ),
+            shed: add(r, metric::REQUESTS_SHED, "Requests turned away", Family::default()),
+            stage_busy_ratio: add(
+                r,
+                metric::STAGE_BUSY_RATIO,
+                "Share of its threads' time that a stage spent inside steps since it began",
+                Family::default(),
+            ),
+            stage_step: add(
+                r,
+                metric::STAGE_STEP,
+                "Seconds of micro-batches inside a stage's steps, by the clock on the wall",
+                Family::default(),
+            ),
+            stage_predicted: add(
+                r,
+                metric::STAGE_STEP_PREDICTED,
+                "Seconds that the same micro-batches were predicted to take",
+                Family::default(),
+            ),
+            stage_wait: add(
+                r,
+                metric::STAGE_WAIT,
+                "Seconds that micro-batches waited at a stage",
+                Family::default(),
+            ),
+            in_flight: add(
+                r,
+                metric::MICRO_BATCHES_IN_FLIGHT,
+                "Micro-batches in flight",
+                Gauge::default(),
+            ),
+            window: add(
+                r,
+                metric::MICRO_BATCHES_WINDOW,
+                "Micro-batches that may be in flight, by measurement",
+                Gauge::default(),
+            ),
+            links: add(
+                r,
+                metric::LINKS,
+                "Seconds of a micro-batch's round trip that no stage spends",
+                Gauge::default(),
+            ),
+            round_trip: add(
+                r,
+                metric::MICRO_BATCH_ROUND_TRIP,
+                "Time from a micro-batch's issue to its result",
+                Histogram::new(ITL_BUCKETS),
+            ),
+            hop: add(
+                r,
+                metric::HOP,
+                "Time from a stage's output to the next stage's input, where both are on one host",
+                Histogram::new(HOP_BUCKETS),
+            ),
             ttft: add(r, metric::TTFT, "Time to first token", Histogram::new(WAIT_BUCKETS)),
             itl: add(r, metric::ITL, "Time between tokens", Histogram::new(ITL_BUCKETS)),
             e2e: add(r, metric::E2E, "Time of a whole request", Histogram::new(E2E_BUCKETS)),
@@ -191,6 +293,33 @@ impl Metrics {
         self.failure.get_or_create(&FailedLabels { code: code.name() }).inc();
     }
 
+    /// A request was turned away for want of room or time; it also counts as refused or failed.
+    pub fn on_shed(&self, why: Shed) {
+        self.shed.get_or_create(&ShedLabels { reason: why.name() }).inc();
+    }
+
+    /// A micro-batch came back: what each stage spent on it, and what had been predicted (seconds;
+    /// empty where nothing was).
+    pub fn on_micro_batch(&self, times: &[StageTime], predicted: &[f64], stats: &SchedulerStats) {
+        for (stage, time) in (0u32..).zip(times) {
+            let place = PlaceLabels { stage };
+            self.stage_step.get_or_create(&place).inc_by(time.step().as_secs_f64());
+            self.stage_wait.get_or_create(&place).inc_by(time.wait().as_secs_f64());
+            if let Some(hop) = time.hop() {
+                self.hop.observe(hop.as_secs_f64());
+            }
+        }
+        if predicted.len() == times.len() {
+            for (stage, seconds) in (0u32..).zip(predicted) {
+                self.stage_predicted.get_or_create(&PlaceLabels { stage }).inc_by(*seconds);
+            }
+        }
+        self.in_flight.set(stats.in_flight.into());
+        self.window.set(stats.window.into());
+        self.links.set(stats.link.as_secs_f64());
+        self.round_trip.observe(stats.round_trip.as_secs_f64());
+    }
+
     /// Copies the state of the cluster. Counters only ever rise: a total of the status that is
     /// ahead of what was counted here replaces it, one that is behind changes nothing.
     pub fn set_cluster(&self, status: &ClusterStatus) {
@@ -212,10 +341,14 @@ impl Metrics {
         raise(&self.stale_dropped, status.stale_dropped);
         // Stages of an earlier plan must not linger; a stage's own counter starts with it.
         self.stage_busy.clear();
+        self.stage_busy_ratio.clear();
         for (index, stage) in status.stages.iter().enumerate() {
             let labels = StageLabels { stage: index.to_string(), node: stage.node_name.clone() };
             let seconds = stage.busy_seconds.max(0.0);
             self.stage_busy.get_or_create(&labels).inc_by(seconds);
+            let all = stage.wall_seconds * f64::from(stage.threads.max(1));
+            let share = if all > 0.0 { seconds / all } else { 0.0 };
+            self.stage_busy_ratio.get_or_create(&labels).set(share);
         }
     }
 
@@ -233,95 +366,4 @@ fn raise(counter: &Counter, total: u64) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use millrace_shared::id::NodeId;
-    use millrace_shared::wire::rpc::StageStatus;
-    use uuid::Uuid;
-
-    fn stage(name: &str, busy_seconds: f64) -> StageStatus {
-        StageStatus {
-            node_id: NodeId(Uuid::nil()),
-            node_name: name.into(),
-            first_layer: 0,
-            end_layer: 1,
-            embed: true,
-            head: true,
-            weight_bytes: 0,
-            busy_seconds,
-            wall_seconds: 9.0,
-            process_seconds: 0.0,
-            steps: 1,
-            threads: 1,
-        }
-    }
-
-    fn line(text: &str, start: &str) -> String {
-        let found = text.lines().find(|l| l.starts_with(start));
-        found.unwrap_or_else(|| panic!("no line '{start}' in\n{text}")).to_owned()
-    }
-
-    #[test]
-    fn observations_appear_under_their_names() {
-        let m = Metrics::new("tiny");
-        m.on_submit();
-        m.on_prompt_tokens(7);
-        m.on_first_token(Duration::from_millis(2), Duration::from_millis(30));
-        m.on_token(Duration::from_millis(4));
-        m.on_finished(FinishReason::Length, Duration::from_millis(34));
-        m.on_failed(ErrorCode::Unavailable);
-        m.on_refused(ErrorCode::NotFound);
-        let text = m.render();
-        assert!(line(&text, "millrace_prompt_tokens_total{").contains("model_name=\"tiny\""));
-        assert!(line(&text, "millrace_prompt_tokens_total{").ends_with("} 7"));
-        assert!(line(&text, "millrace_generation_tokens_total{").ends_with(" 2"));
-        assert!(line(&text, "millrace_time_to_first_token_seconds_count{").ends_with(" 1"));
-        assert!(line(&text, "millrace_inter_token_latency_seconds_count{").ends_with(" 1"));
-        assert!(line(&text, "millrace_request_queue_time_seconds_count{").ends_with(" 1"));
-        assert!(line(&text, "millrace_e2e_request_latency_seconds_sum{").contains("0.034"));
-        assert!(line(&text, "millrace_requests_total{").ends_with(" 2"), "refused ones count too");
-        let success = line(&text, "millrace_request_success_total{");
-        assert!(success.contains("finished_reason=\"length\""), "{success}");
-        for code in ["UNAVAILABLE", "NOT_FOUND"] {
-            let label = format!("code=\"{code}\"");
-            let failures =
-                text.lines().filter(|l| l.starts_with("millrace_request_failure_total{"));
-            assert!(failures.clone().any(|l| l.contains(&label) && l.ends_with(" 1")), "{text}");
-        }
-        assert!(text.ends_with("# EOF\n"));
-    }
-
-    #[test]
-    fn cluster_state_replaces_gauges_and_raises_counters() {
-        let m = Metrics::new("tiny");
-        m.on_prompt_tokens(10);
-        let mut status = ClusterStatus {
-            epoch: 4,
-            nodes: 2,
-            kv_blocks: 8,
-            kv_blocks_used: 2,
-            prompt_tokens: 6,
-            preemptions: 5,
-            prefix_hit_tokens: 7,
-            draft_tokens_accepted: 9,
-            stale_dropped: 3,
-            stages: vec![stage("a", 1.5), stage("b", 2.0)],
-            ..ClusterStatus::default()
-        };
-        m.set_cluster(&status);
-        status.stages = vec![stage("c", 0.25)];
-        m.set_cluster(&status);
-        let text = m.render();
-        assert!(line(&text, "millrace_prompt_tokens_total{").ends_with(" 10"));
-        assert!(line(&text, "millrace_preemptions_total{").ends_with(" 5"));
-        assert!(line(&text, "millrace_prefix_cache_hit_tokens_total{").ends_with(" 7"));
-        assert!(line(&text, "millrace_draft_tokens_accepted_total{").ends_with(" 9"));
-        assert!(line(&text, "millrace_stale_epoch_dropped_total{").ends_with(" 3"));
-        assert!(line(&text, "millrace_kv_cache_usage_ratio{").ends_with(" 0.25"));
-        assert!(line(&text, "millrace_plan_epoch{").ends_with(" 4"));
-        let busy: Vec<_> =
-            text.lines().filter(|l| l.starts_with("millrace_stage_busy_seconds_total{")).collect();
-        assert_eq!(busy.len(), 1, "{busy:?}");
-        assert!(busy[0].contains("node=\"c\"") && busy[0].ends_with(" 0.25"), "{busy:?}");
-    }
-}
+mod tests;

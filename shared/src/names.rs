@@ -45,7 +45,17 @@ pub mod metric {
     pub const REQUEST_SUCCESS: &str = "millrace_request_success";
     pub const REQUEST_FAILURE: &str = "millrace_request_failure";
     pub const PREEMPTIONS: &str = "millrace_preemptions";
+    pub const REQUESTS_SHED: &str = "millrace_requests_shed";
     pub const STAGE_BUSY: &str = "millrace_stage_busy_seconds";
+    pub const STAGE_BUSY_RATIO: &str = "millrace_stage_busy_ratio";
+    pub const STAGE_STEP: &str = "millrace_stage_step_seconds";
+    pub const STAGE_STEP_PREDICTED: &str = "millrace_stage_step_predicted_seconds";
+    pub const STAGE_WAIT: &str = "millrace_stage_wait_seconds";
+    pub const MICRO_BATCHES_IN_FLIGHT: &str = "millrace_micro_batches_in_flight";
+    pub const MICRO_BATCHES_WINDOW: &str = "millrace_micro_batches_window";
+    pub const MICRO_BATCH_ROUND_TRIP: &str = "millrace_micro_batch_round_trip_seconds";
+    pub const LINKS: &str = "millrace_links_seconds";
+    pub const HOP: &str = "millrace_hop_seconds";
     pub const NODES: &str = "millrace_nodes";
     pub const PLAN_EPOCH: &str = "millrace_plan_epoch";
     pub const STALE_DROPPED: &str = "millrace_stale_epoch_dropped";

@@ -5,6 +5,8 @@ mod engine;
 mod engine_rig;
 mod serve;
 mod serve_load;
+mod serve_mixed;
+mod serve_prefix;
 mod timed;
 
 use clap::Subcommand;

@@ -1,4 +1,7 @@
 //! `millrace bench serve`: a whole pipeline under load, seen by its clients.
+//!
+//! Here the closed loop of like clients, and what every mode needs; [`super::serve_mixed`] and
+//! [`super::serve_prefix`] are the other modes.
 
 use std::time::Instant;
 
@@ -9,6 +12,7 @@ use millrace_shared::wire::rpc::{ClusterStatus, StageStatus};
 use serde::Serialize;
 
 use super::serve_load::{Clients, Load, Seen};
+use super::{serve_mixed, serve_prefix};
 use crate::error::usage;
 use crate::output::{self, TableOrJson};
 use crate::serving::layers;
@@ -21,21 +25,55 @@ use crate::target::{self, Needs, Session, TargetArgs};
 pub(crate) struct ServeArgs {
     /// Clients at once, one run each; a client sends its next request when it has an answer
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,4,16")]
-    concurrency: Vec<u32>,
+    pub(super) concurrency: Vec<u32>,
     /// Tokens of each prompt; all prompts are different
     #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
-    prompt_tokens: u32,
+    pub(super) prompt_tokens: u32,
     /// Tokens of each answer; end-of-text tokens do not end it
     #[arg(long, value_name = "TOKENS", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
-    max_tokens: u32,
-    /// Requests of each client, one after the other
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
-    requests: u32,
+    pub(super) max_tokens: u32,
+    /// Requests of each client, one after the other [default: 2]; with --shared-prefix, requests
+    /// at once [default: 64]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) requests: Option<u32>,
+    /// Prompts repeat themselves after so many tokens: what drafts are good for (compare with
+    /// --speculate off)
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) repeat_after: Option<u32>,
+    /// Each run twice: the clients alone, then beside so many more that send long prompts
+    #[arg(long, value_name = "CLIENTS", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(super) mixed: Option<u32>,
+    /// Tokens of the long prompts
+    #[arg(long, value_name = "TOKENS", requires = "mixed", default_value_t = 1200, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) long_prompt: u32,
+    /// Instead: requests that begin with the same so many tokens, after one of them finished and
+    /// all at once
+    #[arg(long, value_name = "TOKENS", conflicts_with_all = ["mixed", "concurrency", "prompt_tokens", "repeat_after"], value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) shared_prefix: Option<u32>,
+    /// Tokens after the shared ones
+    #[arg(long, value_name = "TOKENS", requires = "shared_prefix", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) suffix: u32,
     /// Print tables, or one JSON object
     #[arg(long, short, value_name = "FORMAT", default_value = "table")]
-    output: TableOrJson,
+    pub(super) output: TableOrJson,
     #[command(flatten)]
-    target: TargetArgs,
+    pub(super) target: TargetArgs,
+}
+
+/// Requests of each client where nothing is said.
+const REQUESTS: u32 = 2;
+
+impl ServeArgs {
+    /// What each client of the closed loop asks for.
+    pub(super) fn load(&self, vocab: u32) -> Load {
+        Load {
+            prompt_tokens: self.prompt_tokens,
+            max_tokens: self.max_tokens,
+            requests: self.requests.unwrap_or(REQUESTS),
+            vocab,
+            period: self.repeat_after,
+        }
+    }
 }
 
 /// What was measured, and on what.
@@ -68,13 +106,17 @@ struct Level {
     /// The same where what coordinator, nodes and clients took beside it is not counted as time
     /// that the stages could have had: right where all of them share the processors.
     stage_busy_corrected: Option<f64>,
+    /// Tokens that were guessed.
+    drafts: u64,
+    /// Those of them that were right.
+    drafts_accepted: u64,
     stages: Vec<StageLoad>,
 }
 
-#[derive(Debug, Serialize)]
-struct Percentiles {
-    p50: Option<f64>,
-    p99: Option<f64>,
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) struct Percentiles {
+    pub(super) p50: Option<f64>,
+    pub(super) p99: Option<f64>,
 }
 
 /// What a stage did during a run.
@@ -91,9 +133,15 @@ struct StageLoad {
 }
 
 pub(super) async fn run(args: ServeArgs) -> anyhow::Result<()> {
+    if args.shared_prefix.is_some() {
+        return serve_prefix::run(&args).await;
+    }
     let most = args.concurrency.iter().copied().max().unwrap_or(0);
     if args.concurrency.contains(&0) || !(1..=4096).contains(&most) {
         return Err(usage("--concurrency takes numbers from 1 to 4096, for example 1,4,16"));
+    }
+    if let Some(others) = args.mixed {
+        return serve_mixed::run(&args, most, others).await;
     }
     let length = args.prompt_tokens.saturating_add(args.max_tokens);
     let positions = most.checked_mul(length.next_multiple_of(64));
@@ -106,12 +154,7 @@ pub(super) async fn run(args: ServeArgs) -> anyhow::Result<()> {
 
 async fn measure(args: &ServeArgs, session: &Session) -> anyhow::Result<Report> {
     let model = session.model().await?;
-    let load = Load {
-        prompt_tokens: args.prompt_tokens,
-        max_tokens: args.max_tokens,
-        requests: args.requests,
-        vocab: model.vocab,
-    };
+    let load = args.load(model.vocab);
     let most = args.concurrency.iter().copied().max().unwrap_or(1);
     let mut clients = Clients::connect(session, load, most).await?;
     clients.warm_up().await?;
@@ -120,9 +163,7 @@ async fn measure(args: &ServeArgs, session: &Session) -> anyhow::Result<Report> 
         let before = Moment::now(session).await?;
         let seen = clients.run(concurrency).await?;
         let after = Moment::now(session).await?;
-        let stages = stage_loads(&before.status, &after.status);
-        let others = others_share(&before, &after, session.embedded().is_some());
-        let level = level(args, concurrency, &seen, stages, others);
+        let level = level(args, concurrency, &seen, &before, &after);
         output::remark(&format!(
             "concurrency {concurrency}: {} requests in {:.1} s, {:.1} tokens/s",
             level.requests, level.wall_s, level.decode_tokens_per_s
@@ -134,7 +175,7 @@ async fn measure(args: &ServeArgs, session: &Session) -> anyhow::Result<Report> 
         stages: session.status().await?.stages.len(),
         prompt_tokens: args.prompt_tokens,
         max_tokens: args.max_tokens,
-        requests_per_client: args.requests,
+        requests_per_client: load.requests,
         results,
     })
 }
@@ -144,21 +185,24 @@ struct Moment {
     status: ClusterStatus,
     own_seconds: f64,
     at: Instant,
+    /// The cluster runs in this process.
+    embedded: bool,
 }
 
 impl Moment {
     async fn now(session: &Session) -> anyhow::Result<Self> {
         let status = session.status().await?;
-        Ok(Self { status, own_seconds: process_seconds(), at: Instant::now() })
+        let embedded = session.embedded().is_some();
+        Ok(Self { status, own_seconds: process_seconds(), at: Instant::now(), embedded })
     }
 }
 
-/// Processors that everything but the engines' steps kept busy; `embedded`: all in this process.
-fn others_share(before: &Moment, after: &Moment, embedded: bool) -> f64 {
+/// Processors that everything but the engines' steps kept busy.
+fn others_share(before: &Moment, after: &Moment) -> f64 {
     let wall = after.at.duration_since(before.at).as_secs_f64().max(1e-9);
     let own = (after.own_seconds - before.own_seconds) / wall;
     let stages = after.status.stages.iter().zip(&before.status.stages);
-    if embedded {
+    if after.embedded {
         let busy: f64 = stages.map(|(now, then)| now.busy_seconds - then.busy_seconds).sum();
         return (own - busy / wall).max(0.0);
     }
@@ -175,9 +219,12 @@ fn level(
     args: &ServeArgs,
     concurrency: u32,
     seen: &Seen,
-    stages: Vec<StageLoad>,
-    others: f64,
+    before: &Moment,
+    after: &Moment,
 ) -> Level {
+    let stages = stage_loads(&before.status, &after.status);
+    let others = others_share(before, after);
+    let (now, then) = (&after.status, &before.status);
     let threads = stages.iter().map(|s| f64::from(s.threads)).sum::<f64>().max(1.0);
     let busy: Option<f64> = stages.iter().map(|s| s.busy_share).sum();
     let wall_s = seen.wall.as_secs_f64();
@@ -192,11 +239,13 @@ fn level(
         inter_token_ms: percentiles(&seen.inter_token_us),
         stage_busy: busy.map(|b| b / threads),
         stage_busy_corrected: busy.map(|b| b / (threads - others).max(b)),
+        drafts: now.draft_tokens.saturating_sub(then.draft_tokens),
+        drafts_accepted: now.draft_tokens_accepted.saturating_sub(then.draft_tokens_accepted),
         stages,
     }
 }
 
-fn percentiles(us: &Histogram<u64>) -> Percentiles {
+pub(super) fn percentiles(us: &Histogram<u64>) -> Percentiles {
     let at = |q| (!us.is_empty()).then(|| us.value_at_quantile(q) as f64 / 1e3);
     Percentiles { p50: at(0.5), p99: at(0.99) }
 }
@@ -251,8 +300,8 @@ fn speed_table(report: &Report) -> Table {
         ("p99", Right),
         ("busy", Right),
         ("corrected", Right),
+        ("drafts right", Right),
     ]);
-    let share = |s: Option<f64>| s.map_or_else(|| "-".to_owned(), |s| format!("{s:.2}"));
     for level in &report.results {
         table.row([
             level.concurrency.to_string(),
@@ -265,9 +314,15 @@ fn speed_table(report: &Report) -> Table {
             figure(level.inter_token_ms.p99),
             share(level.stage_busy),
             share(level.stage_busy_corrected),
+            format!("{}/{}", level.drafts_accepted, level.drafts),
         ]);
     }
     table
+}
+
+/// A share or a ratio with two decimals, or a dash where there is none.
+pub(super) fn share(value: Option<f64>) -> String {
+    value.map_or_else(|| "-".to_owned(), |v| format!("{v:.2}"))
 }
 
 fn stage_table(report: &Report) -> Table {
@@ -282,7 +337,6 @@ fn stage_table(report: &Report) -> Table {
     ]);
     for level in &report.results {
         for stage in &level.stages {
-            let busy = stage.busy_share.map_or_else(|| "-".to_owned(), |b| format!("{b:.2}"));
             table.row([
                 level.concurrency.to_string(),
                 stage.stage.to_string(),
@@ -290,7 +344,7 @@ fn stage_table(report: &Report) -> Table {
                 stage.layers.clone(),
                 stage.threads.to_string(),
                 stage.micro_batches.to_string(),
-                busy,
+                share(stage.busy_share),
             ]);
         }
     }

@@ -1,7 +1,9 @@
 //! Clients in a closed loop: each sends a request, waits for the whole answer, sends the next. All
 //! times are the clients' own: what a user of the cluster would see.
 
-use std::time::{Duration, Instant};
+use std::cell::RefCell;
+use std::convert::Infallible;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::ensure;
 use futures::future::try_join_all;
@@ -22,6 +24,22 @@ pub(super) struct Load {
     pub(super) max_tokens: u32,
     pub(super) requests: u32,
     pub(super) vocab: u32,
+    /// Tokens after which a prompt says the same again; `None` for prompts that never do.
+    pub(super) period: Option<u32>,
+}
+
+impl Load {
+    /// A prompt; another one for every `stream`.
+    fn prompt(&self, stream: u64) -> Vec<u32> {
+        let length = self.prompt_tokens as usize;
+        match self.period {
+            Some(period) => {
+                let said = pseudo_tokens(stream, period as usize, self.vocab);
+                said.into_iter().cycle().take(length).collect()
+            }
+            None => pseudo_tokens(stream, length, self.vocab),
+        }
+    }
 }
 
 /// What all clients of a run saw.
@@ -92,47 +110,118 @@ struct Timeline {
 pub(super) struct Clients {
     callers: Vec<Caller>,
     load: Load,
-    /// Prompts sent so far: no prompt is sent twice, so no cache can help.
+    /// Number of the last prompt: none is sent twice, so no cache can help.
     prompts: u64,
 }
 
 impl Clients {
     pub(super) async fn connect(session: &Session, load: Load, count: u32) -> anyhow::Result<Self> {
         let callers = try_join_all((0..count).map(|_| session.caller())).await?;
-        Ok(Self { callers, load, prompts: 0 })
+        // A running cluster may still hold the prompts of an earlier run.
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let first = if session.embedded().is_some() { 0 } else { since.as_secs() << 20 };
+        Ok(Self { callers, load, prompts: first })
+    }
+
+    /// Connects more clients. Only just before they are needed: the cluster closes a connection that
+    /// asks for nothing.
+    pub(super) async fn add(&mut self, session: &Session, count: u32) -> anyhow::Result<()> {
+        self.callers.extend(try_join_all((0..count).map(|_| session.caller())).await?);
+        Ok(())
     }
 
     /// One request whose times do not count.
     pub(super) async fn warm_up(&mut self) -> anyhow::Result<()> {
         self.prompts += 1;
-        request(&self.callers[0], self.load, self.prompts).await.map(drop)
+        request(&self.callers[0], self.load, self.load.prompt(self.prompts)).await.map(drop)
     }
 
     /// Runs this many of the clients until each has all its answers.
     pub(super) async fn run(&mut self, concurrency: u32) -> anyhow::Result<Seen> {
-        let load = self.load;
-        let first = self.prompts;
-        self.prompts += u64::from(concurrency) * u64::from(load.requests);
-        let start = Instant::now();
-        let client = async |(i, caller): (usize, &Caller)| -> anyhow::Result<Vec<Timeline>> {
+        self.run_beside(concurrency, None).await.map(|(seen, _)| seen)
+    }
+
+    /// The same while all the other clients ask for `others`, one after the other, until the first
+    /// ones have all their answers. What each group saw; of the others only whole answers count.
+    pub(super) async fn run_beside(
+        &mut self,
+        concurrency: u32,
+        others: Option<Load>,
+    ) -> anyhow::Result<(Seen, Seen)> {
+        let (load, start) = (self.load, Instant::now());
+        let streams = RefCell::new(self.prompts);
+        let next = || {
+            *streams.borrow_mut() += 1;
+            *streams.borrow()
+        };
+        let beside = RefCell::new(Vec::new());
+        let client = async |caller: &Caller| -> anyhow::Result<Vec<Timeline>> {
             let mut answers = Vec::new();
-            for round in 0..load.requests {
-                let prompt = first + i as u64 * u64::from(load.requests) + u64::from(round) + 1;
-                answers.push(request(caller, load, prompt).await?);
+            for _ in 0..load.requests {
+                answers.push(request(caller, load, load.prompt(next())).await?);
             }
             Ok(answers)
         };
-        let running = self.callers.iter().take(concurrency as usize).enumerate().map(client);
+        let other = async |(caller, load): (&Caller, Load)| -> anyhow::Result<Infallible> {
+            loop {
+                let answer = request(caller, load, load.prompt(next())).await?;
+                beside.borrow_mut().push(answer);
+            }
+        };
+        let (first, rest) = self.callers.split_at(concurrency as usize);
+        let running = try_join_all(first.iter().map(client));
+        let endless = try_join_all(rest.iter().filter_map(|c| Some((c, others?))).map(other));
+        let answers = if others.is_some() {
+            tokio::select! {
+                answers = running => answers?,
+                failed = endless => return Err(failed.map_or_else(|e| e, |_| anyhow::anyhow!("no other clients"))),
+            }
+        } else {
+            running.await?
+        };
+        let wall = start.elapsed();
+        self.prompts = *streams.borrow();
+        let collect = |answers: &[Timeline]| -> anyhow::Result<Seen> {
+            let mut seen = Seen { wall, ..Seen::new()? };
+            answers.iter().for_each(|a| seen.add(start, a));
+            Ok(seen)
+        };
+        let answers: Vec<Timeline> = answers.into_iter().flatten().collect();
+        Ok((collect(&answers)?, collect(&beside.borrow())?))
+    }
+
+    /// A request from each of this many clients at once; all prompts begin with the same `shared`
+    /// tokens, those of the stream `beginning`.
+    pub(super) async fn run_shared(
+        &mut self,
+        clients: u32,
+        (beginning, shared): (u64, u32),
+    ) -> anyhow::Result<Seen> {
+        let load = self.load;
+        let beginning = pseudo_tokens(beginning, shared as usize, load.vocab);
+        let prompts = self.prompts;
+        self.prompts += u64::from(clients);
+        let start = Instant::now();
+        let client = async |(i, caller): (usize, &Caller)| {
+            let own = (load.prompt_tokens - shared) as usize;
+            let end = pseudo_tokens(prompts + 1 + i as u64, own, load.vocab);
+            request(caller, load, [beginning.as_slice(), &end].concat()).await
+        };
+        let running = self.callers.iter().take(clients as usize).enumerate().map(client);
         let answers = try_join_all(running).await?;
-        let mut seen = Seen::new()?;
-        seen.wall = start.elapsed();
-        answers.iter().flatten().for_each(|a| seen.add(start, a));
+        let mut seen = Seen { wall: start.elapsed(), ..Seen::new()? };
+        answers.iter().for_each(|a| seen.add(start, a));
         Ok(seen)
+    }
+
+    /// A stream that no prompt of this run and no earlier run has begun with.
+    pub(super) fn fresh_stream(&mut self) -> u64 {
+        self.prompts += 1;
+        self.prompts
     }
 }
 
-async fn request(caller: &Caller, load: Load, prompt: u64) -> anyhow::Result<Timeline> {
-    let ids = pseudo_tokens(prompt, load.prompt_tokens as usize, load.vocab);
+async fn request(caller: &Caller, load: Load, ids: Vec<u32>) -> anyhow::Result<Timeline> {
     let params = SamplingParams {
         max_tokens: Some(load.max_tokens),
         ignore_eos: true,

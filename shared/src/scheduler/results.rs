@@ -10,6 +10,14 @@ use crate::wire::data::{ChosenToken, RowOutcome, RowResult, StageTime, Want};
 use crate::wire::rpc::TokenLogprobs;
 
 impl Scheduler {
+    /// Seconds that a micro-batch in flight should take in each stage; empty where nothing is known.
+    pub fn predicted_seconds(&self, id: MicroBatchId) -> Vec<f64> {
+        let Some((_, load)) = self.in_flight.load(id).filter(|_| self.cost.is_ready()) else {
+            return Vec::new();
+        };
+        self.cost.stages().iter().map(|c| c.predict(&load)).collect()
+    }
+
     /// What each stage spent on a micro-batch, in the order of the stages. To be told before
     /// [`Self::handle_result`], or not at all: the scheduler then goes by counts alone.
     pub fn handle_times(&mut self, id: MicroBatchId, times: &[StageTime], now: Duration) {

@@ -132,10 +132,25 @@ impl Handler<ResultFrame> for Batcher {
             return Err(format!("a {:?} frame on the results edge", header.kind));
         }
         let meta: ResultMeta = frame.meta().map_err(|e| e.to_string())?;
+        let predicted = scheduler.predicted_seconds(header.micro_batch);
         scheduler.handle_times(header.micro_batch, &meta.times, now);
         self.watch_balance(&meta.times, now);
         let Some(scheduler) = &mut self.scheduler else { return Ok(()) };
         let outcomes = scheduler.handle_result(header.micro_batch, &meta.rows, now);
+        let stats = scheduler.stats();
+        self.metrics.on_micro_batch(&meta.times, &predicted, &stats);
+        tracing::trace!(
+            micro_batch = %header.micro_batch,
+            at = now.as_secs_f64(),
+            rows = meta.rows.len(),
+            positions = meta.rows.iter().map(|r| r.count).sum::<u32>(),
+            round_trip = stats.round_trip.as_secs_f64(),
+            ?predicted,
+            times = ?meta.times,
+            window = stats.window,
+            in_flight = stats.in_flight,
+            "a micro-batch came back"
+        );
         self.apply(outcomes, now);
         self.pump();
         Ok(())

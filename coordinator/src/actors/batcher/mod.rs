@@ -31,7 +31,7 @@ use millrace_shared::wire::stamp::Stamp;
 use tokio::sync::mpsc;
 
 use super::cluster::{EdgeFailed, Uneven};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Shed};
 use crate::request::{Request, Verdict, Work};
 use crate::service::Caller;
 use crate::text::Tokenizer;
@@ -216,6 +216,7 @@ impl Batcher {
                 }
                 Outcome::Shed { sequence, retry_after } => {
                     if let Some(request) = self.forget(sequence) {
+                        self.metrics.on_shed(Shed::Deadline);
                         self.metrics.on_failed(ErrorCode::ResourceExhausted);
                         request.fail(Status::exhausted(
                             "the queue is too long for the request's deadline; try again later or \
@@ -343,9 +344,13 @@ impl Batcher {
             })
             .map_err(|e| match e {
                 Rejected::DeadlineTooShort { wait } => {
+                    self.metrics.on_shed(Shed::Deadline);
                     Status::exhausted(e.to_string(), retry_ms(wait))
                 }
-                Rejected::QueueFull { .. } => Status::exhausted(e.to_string(), RETRY_QUEUE_MS),
+                Rejected::QueueFull { .. } => {
+                    self.metrics.on_shed(Shed::QueueFull);
+                    Status::exhausted(e.to_string(), RETRY_QUEUE_MS)
+                }
                 Rejected::TooManyTopLogits { .. } => Status::invalid("top_k", e.to_string()),
                 Rejected::NothingToGenerate => Status::invalid("max_tokens", e.to_string()),
                 _ => Status::invalid("prompt", e.to_string()),
