@@ -11,11 +11,12 @@ use millrace_coordinator::plan::best;
 use millrace_coordinator::plan::cluster::{Described, describe, parse, read, to_text};
 use millrace_coordinator::plan::costs::ModelParts;
 use millrace_coordinator::plan::kinds;
+use millrace_coordinator::plan::pins::bind;
 use millrace_coordinator::plan::report::{PlanReport, Question};
 use millrace_shared::cluster_file::ClusterFile;
 use millrace_shared::model::gguf::Gguf;
 use millrace_shared::model::{Dtype, ModelConfig};
-use millrace_shared::options::{DEFAULT_PREFILL_CHUNK, kv_dtype};
+use millrace_shared::options::{DEFAULT_PREFILL_CHUNK, Pin, kv_dtype};
 use millrace_shared::partition::{Goal, PartitionError, Problem, Promise, Wish};
 
 use crate::error::usage;
@@ -31,6 +32,8 @@ Examples:
   millrace plan --model model.gguf --cluster cluster.toml --concurrency 32 --context 4096
   millrace plan --model model.gguf --cluster live --save cluster.toml
       ask the running cluster for its machines, and keep them for plans to play with
+  millrace plan --model model.gguf --cluster cluster.toml --pin gpu-1=0-11
+      the best cut where gpu-1 has the layers 0 to 11, these exactly
   millrace plan --model model.gguf --cluster cluster.toml --slo ttft=1s,itl=60ms --output json
 
 A cluster's description is TOML: [[node]] with name, memory_bytes, measured or limits, and, by hand,
@@ -68,6 +71,10 @@ pub(crate) struct PlanArgs {
     /// Exactly so many stages [default: as many as serve best]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     stages: Option<u16>,
+    /// Layers that a node must have, the first and the last of them included; the others are cut
+    /// around them. May be given for several nodes
+    #[arg(long, value_name = "NAME=FIRST-LAST")]
+    pin: Vec<Pin>,
     /// Also find the load that keeps a promise, such as ttft=1s,itl=60ms
     #[arg(long, value_name = "ttft=TIME,itl=TIME", value_parser = slo)]
     slo: Option<(Duration, Duration)>,
@@ -120,7 +127,8 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
     let config = gguf.config().with_context(|| args.model.clone())?;
     gguf.check_supported_types().with_context(|| args.model.clone())?;
     let parts = ModelParts { config: &config, tensors: &gguf.tensors };
-    let described = describe(&file, &parts).map_err(usage)?;
+    let mut described = describe(&file, &parts).map_err(usage)?;
+    pin(&args.pin, &mut described).map_err(usage)?;
     let report = plan(&args, &parts, &described)?;
     match args.output {
         TableOrJson::Table => output::write(report),
@@ -148,6 +156,25 @@ fn header(model: &str) -> anyhow::Result<Gguf> {
         }
         other => other.into(),
     })
+}
+
+/// Pins nodes; here, where all nodes are known, each name must be one of theirs.
+fn pin(pins: &[Pin], described: &mut Described) -> Result<(), String> {
+    let names: Vec<String> = described.nodes.iter().map(|n| n.name.clone()).collect();
+    for (i, pin) in pins.iter().enumerate() {
+        if !names.contains(&pin.node) {
+            return Err(format!(
+                "--pin {pin}: no node is called '{}'; there are: {}",
+                pin.node,
+                names.join(", ")
+            ));
+        }
+        if let Some(other) = pins[..i].iter().find(|other| other.node == pin.node) {
+            return Err(format!("--pin {other} and --pin {pin}: pin '{}' once", pin.node));
+        }
+    }
+    bind(pins, &mut described.nodes, |n, pin| names[n] == pin.node);
+    Ok(())
 }
 
 /// Tokens of a stream.

@@ -24,6 +24,8 @@ fn wrong_usage_is_named() {
     refused(&["--model", "m.gguf", "--nodes", "3xfoo"], &["no kind 'foo'", "3xh100-80g"]);
     refused(&["--model", "m.gguf", "--nodes", "l4-24g", "--slo", "ttft=1"], &["ttft=1s,itl=60ms"]);
     refused(&["--model", "m.gguf", "--cluster", "/nowhere.toml"], &["/nowhere.toml"]);
+    refused(&["--model", "m.gguf", "--nodes", "l4-24g", "--pin", "l4=5"], &["m.gguf"]);
+    refused(&["--model", "m.gguf", "--nodes", "l4-24g", "--pin", "l4:5"], &["NAME=FIRST-LAST"]);
     refused(&["--model", "nowhere.gguf", "--nodes", "l4-24g"], &["nowhere.gguf"]);
 
     let dir = tempfile::tempdir().unwrap();

@@ -6,6 +6,7 @@
 use millrace_coordinator::plan::cluster::{Described, describe, parse, to_text};
 use millrace_coordinator::plan::costs::ModelParts;
 use millrace_coordinator::plan::kinds;
+use millrace_coordinator::plan::pins::bind;
 use millrace_coordinator::plan::report::{PlanReport, Question};
 use millrace_shared::cluster_file::ClusterFile;
 use millrace_shared::model::{
@@ -178,6 +179,34 @@ fn kinds_are_estimates() {
     assert!(report.estimated);
     let text = report.to_string();
     assert!(text.contains("~cpu-4c-16g-1") && text.contains("estimates"), "{text}");
+}
+
+#[test]
+fn pins_show_in_the_table() {
+    let file = parse(CLUSTER).unwrap();
+    let config = config();
+    let tensors = tensors(&config);
+    let parts = ModelParts { config: &config, tensors: &tensors };
+    let Described { mut nodes, network, facts, .. } = describe(&file, &parts).unwrap();
+    let pins = ["slow-2=0-4".parse().unwrap()];
+    let names: Vec<String> = nodes.iter().map(|n| n.name.clone()).collect();
+    bind(&pins, &mut nodes, |n, pin| names[n] == pin.node);
+    let model = parts.costs(65_536, Dtype::F16, 96);
+    let problem = Problem { model: &model, nodes: &nodes, network: &network, rows: 1.0 };
+    let goal = Goal::Throughput;
+    let wish = Wish { goal, streams: 32, stages: None, micro_batches: None };
+    let choice = choose(&problem, &wish).unwrap();
+    let question = Question {
+        model_name: "m".into(),
+        parts,
+        kv_dtype: Dtype::F16,
+        context: 2048,
+        wish,
+        promise: None,
+    };
+    let text = PlanReport::new(&question, &problem, &facts, &choice, false).to_string();
+    let line = text.lines().find(|l| l.contains("slow-2")).unwrap();
+    assert!(line.contains("embed, 0-4") && line.ends_with("pinned"), "{text}");
 }
 
 #[test]

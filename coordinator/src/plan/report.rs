@@ -83,6 +83,8 @@ pub struct StageReport {
     pub seconds: f64,
     /// Whether it sets the pace.
     pub slowest: bool,
+    /// Whether an operator wants these layers here.
+    pub pinned: bool,
     /// Bytes of weights in memory.
     pub weight_bytes: u64,
     /// Bytes of KV cache.
@@ -296,6 +298,7 @@ fn stages(
             head,
             seconds: choice.forecast.stage_seconds[i],
             slowest: i == choice.forecast.slowest_stage,
+            pinned: problem.nodes[cut.node].pin.is_some(),
             weight_bytes,
             kv_bytes: problem.model.kv_bytes_per_layer * layers.len() as u64,
             free_bytes: problem.nodes[cut.node].memory_bytes.saturating_sub(used),

@@ -57,9 +57,11 @@ impl PlanReport {
                 bytes(used),
                 bytes(s.free_bytes),
                 bytes(s.disk_bytes),
-                match (s.slowest && self.stages.len() > 1, s.disk_fits) {
-                    (_, Some(false)) => "◀ its disk is too full",
-                    (true, _) => "◀ slowest",
+                match (s.slowest && self.stages.len() > 1, s.disk_fits, s.pinned) {
+                    (_, Some(false), _) => "◀ its disk is too full",
+                    (true, _, true) => "◀ slowest, pinned",
+                    (true, _, false) => "◀ slowest",
+                    (false, _, true) => "pinned",
                     _ => "",
                 }
             );

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use millrace_shared::id::{Epoch, NodeId};
-use millrace_shared::options::Replan;
+use millrace_shared::options::{Pin, Replan};
+use millrace_shared::partition::LayerRange;
 use millrace_shared::wire::admin::{CutStage, RecutReport};
 use millrace_shared::wire::control::{Assignment, StageProfile};
 
@@ -35,7 +36,32 @@ impl Cluster {
             Some(n) => usize::from(n),
             None => self.manifest.config.layers as usize + 1,
         };
-        all.filter_map(|id| Some((*id, pipeline.profile_of(*id)?))).take(most).collect()
+        let mut all: Vec<_> = all.filter_map(|id| Some((*id, pipeline.profile_of(*id)?))).collect();
+        let pins = &self.deployment.pins;
+        all.sort_by_key(|(id, _)| !pins.iter().any(|pin| self.is_named(pin, *id)));
+        all.truncate(most);
+        all
+    }
+
+    fn is_named(&self, pin: &Pin, id: NodeId) -> bool {
+        let named = |m: &super::Member| pin.node == m.hello.name || pin.node == id.to_string();
+        self.members.get(&id).is_some_and(named)
+    }
+
+    /// Whether a node that is pinned has other layers than those, or none, and could have them.
+    fn is_unpinned(&self) -> bool {
+        let (Some(plan), Some(pipeline)) = (&self.plan, &self.pipeline) else { return false };
+        let holds = |pin: &Pin| {
+            plan.assignments.iter().any(|(id, a)| {
+                let layers = LayerRange { first: a.first_layer, end: a.end_layer };
+                self.is_named(pin, *id) && layers == pin.layers
+            })
+        };
+        let could = |pin: &Pin| {
+            let mut named = self.members.keys().filter(|id| self.is_named(pin, **id));
+            named.any(|id| pipeline.profile_of(*id).is_some())
+        };
+        self.deployment.pins.iter().any(|pin| could(pin) && !holds(pin))
     }
 
     /// What a new cut would bring. `cached`: positions in the KV cache, which are computed again.
@@ -158,7 +184,8 @@ impl Cluster {
             return;
         }
         let offer = match self.offer(reason, None, 0) {
-            Ok(offer) if offer.report.gain >= WORTH => offer,
+            // What an operator wants need not be faster.
+            Ok(offer) if offer.report.gain >= WORTH || self.is_unpinned() => offer,
             Ok(offer) => {
                 return tracing::debug!(gain = offer.report.gain, "no better cut");
             }
