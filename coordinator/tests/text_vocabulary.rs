@@ -34,6 +34,10 @@ impl Default for Vocabulary {
 }
 
 fn gguf(v: &Vocabulary) -> Gguf {
+    gguf_with(v, |_| {})
+}
+
+fn gguf_with(v: &Vocabulary, change: impl Fn(&mut GgufWriter<'_>)) -> Gguf {
     let mut tokens = alphabet();
     let mut kinds = vec![1i32; tokens.len()];
     for (text, kind) in &v.extra {
@@ -48,6 +52,7 @@ fn gguf(v: &Vocabulary) -> Gguf {
     writer.set("tokenizer.ggml.tokens", tokens).set("tokenizer.ggml.token_type", kinds);
     writer
         .set("tokenizer.ggml.merges", v.merges.iter().map(|m| (*m).to_owned()).collect::<Vec<_>>());
+    change(&mut writer);
     let bytes = writer.to_bytes();
     Gguf::read(bytes.as_slice(), bytes.len() as u64).unwrap()
 }
@@ -58,12 +63,12 @@ fn tokenizer(v: &Vocabulary) -> Result<Tokenizer, TextError> {
 
 #[test]
 fn unknown_kinds_are_refused_by_name() {
-    let spm = Vocabulary { model: "llama", ..Vocabulary::default() };
-    let message = tokenizer(&spm).unwrap_err().to_string();
-    assert!(message.contains("'llama'") && message.contains("gpt2"), "{message}");
-    let tekken = Vocabulary { pre: Some("tekken"), ..Vocabulary::default() };
-    let message = tokenizer(&tekken).unwrap_err().to_string();
-    assert!(message.contains("'tekken'") && message.contains("smollm"), "{message}");
+    let bert = Vocabulary { model: "bert", ..Vocabulary::default() };
+    let message = tokenizer(&bert).unwrap_err().to_string();
+    assert!(message.contains("'bert'") && message.contains("gpt2, gemma4, llama"), "{message}");
+    let kimi = Vocabulary { pre: Some("kimi-k2"), ..Vocabulary::default() };
+    let message = tokenizer(&kimi).unwrap_err().to_string();
+    assert!(message.contains("'kimi-k2'") && message.contains("smollm"), "{message}");
     let none = Vocabulary { pre: None, ..Vocabulary::default() };
     assert!(tokenizer(&none).unwrap_err().to_string().contains("tokenizer.ggml.pre"));
 }
@@ -107,6 +112,54 @@ fn special_tokens_are_found_longest_first() {
     assert_eq!(t.encode("<a>", false).unwrap().len(), 3);
     assert_eq!(t.decode(&[256, 258], true), "<user>", "user-defined tokens are text");
     assert_eq!(t.eos_ids(), [259]);
+}
+
+/// A name that ends answers elsewhere may be ordinary text here (`</s>` in HTML).
+#[test]
+fn ordinary_text_ends_no_answer() {
+    let extra = vec![("</s>", 1), ("<|im_end|>", 1)];
+    let t = tokenizer(&Vocabulary { extra, ..Vocabulary::default() }).unwrap();
+    assert_eq!(t.eos_ids(), [257]);
+    assert!(!t.is_special(256) && t.is_special(257));
+}
+
+#[test]
+fn prompts_begin_as_the_model_wants() {
+    let with = |pre, add: Option<bool>| {
+        let v = Vocabulary { pre: Some(pre), extra: vec![("<s>", 3)], ..Vocabulary::default() };
+        let t = Tokenizer::from_gguf(&gguf_with(&v, |w| {
+            w.set("tokenizer.ggml.bos_token_id", 256u32);
+            if let Some(add) = add {
+                w.set("tokenizer.ggml.add_bos_token", add);
+            }
+        }));
+        t.unwrap().encode_prompt("a").unwrap()[0] == 256
+    };
+    assert!(with("llama-bpe", None) && with("tekken", None) && with("qwen2", Some(true)));
+    assert!(!with("llama-bpe", Some(false)) && !with("qwen2", None));
+}
+
+/// Gemma 4: merges over whole texts, spaces as `▁`, bytes as `<0x0A>`.
+#[test]
+fn gemma4() {
+    let mut tokens: Vec<String> = (0..=255).map(|b| format!("<0x{b:02X}>")).collect();
+    let mut kinds = vec![6i32; 256];
+    for (text, kind) in [("<bos>", 3), ("▁", 1), ("a", 1), ("▁a", 1), ("\n", 1), ("\n\n", 1)] {
+        tokens.push(text.to_owned());
+        kinds.push(kind);
+    }
+    let mut w = GgufWriter::new();
+    w.set("tokenizer.ggml.model", "gemma4")
+        .set("tokenizer.ggml.tokens", tokens)
+        .set("tokenizer.ggml.token_type", kinds)
+        .set("tokenizer.ggml.bos_token_id", 256u32)
+        .set("tokenizer.ggml.merges", vec!["\n \n".to_owned(), "▁ a".to_owned()]);
+    let bytes = w.to_bytes();
+    let t = Tokenizer::from_gguf(&Gguf::read(bytes.as_slice(), bytes.len() as u64).unwrap());
+    let t = t.unwrap();
+    let ids = t.encode_prompt(" a\n\na é").unwrap();
+    assert_eq!(ids, [256, 259, 261, 258, 257, 0xc3, 0xa9]);
+    assert_eq!(t.decode(&ids, true), " a\n\na é");
 }
 
 #[test]

@@ -2,12 +2,14 @@
 //!
 //! Printable Latin-1 bytes stand for themselves; the other 68 take U+0100 and up, in byte order.
 
+use std::sync::LazyLock;
+
 fn printable(byte: u8) -> bool {
     matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff)
 }
 
 /// The byte that a character of the alphabet stands for.
-pub(super) fn byte_of(c: char) -> Option<u8> {
+fn byte_of(c: char) -> Option<u8> {
     let code = u32::from(c);
     if let Ok(byte) = u8::try_from(code)
         && printable(byte)
@@ -19,9 +21,9 @@ pub(super) fn byte_of(c: char) -> Option<u8> {
 }
 
 /// The bytes that a token's text stands for; characters outside the alphabet stand for themselves.
-pub(super) fn decode_into(text: &str, table: &[Option<u8>; 0x200], out: &mut Vec<u8>) {
+pub(super) fn decode_into(text: &str, out: &mut Vec<u8>) {
     for c in text.chars() {
-        match table.get(c as usize).copied().flatten() {
+        match TABLE.get(c as usize).copied().flatten() {
             Some(byte) => out.push(byte),
             None => out.extend(c.encode_utf8(&mut [0; 4]).as_bytes()),
         }
@@ -29,9 +31,8 @@ pub(super) fn decode_into(text: &str, table: &[Option<u8>; 0x200], out: &mut Vec
 }
 
 /// [`byte_of`] for all characters that can have one.
-pub(super) fn table() -> [Option<u8>; 0x200] {
-    std::array::from_fn(|i| char::from_u32(i as u32).and_then(byte_of))
-}
+static TABLE: LazyLock<[Option<u8>; 0x200]> =
+    LazyLock::new(|| std::array::from_fn(|i| char::from_u32(i as u32).and_then(byte_of)));
 
 #[cfg(test)]
 mod tests {
@@ -39,7 +40,7 @@ mod tests {
 
     #[test]
     fn every_byte_has_one_character() {
-        let mut found: Vec<u8> = table().iter().flatten().copied().collect();
+        let mut found: Vec<u8> = TABLE.iter().flatten().copied().collect();
         found.sort_unstable();
         assert_eq!(found, (0..=255).collect::<Vec<u8>>());
         assert_eq!(byte_of('Ġ'), Some(b' '));

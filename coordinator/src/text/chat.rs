@@ -7,6 +7,7 @@
 //! trusted that far.
 
 use std::io::{self, Write};
+use std::path::Path;
 
 use millrace_shared::model::gguf::Gguf;
 use millrace_shared::wire::rpc::MAX_CHAT_MESSAGES;
@@ -14,6 +15,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, context};
 
+use super::settings::Settings;
 use super::{ChatMessage, TextError, clock};
 
 /// Instructions that a template may run, besides some per message.
@@ -49,6 +51,16 @@ impl ChatTemplate {
         let bos = token("tokenizer.ggml.bos_token_id")?;
         let eos = token("tokenizer.ggml.eos_token_id")?;
         Self::new(source, bos, eos)
+    }
+
+    /// Compiles the template of a model folder: `chat_template.jinja`, or else what
+    /// `tokenizer_config.json` has (of several the one called `default`).
+    ///
+    /// # Errors
+    /// If the folder has none, or one that is not valid, or its files cannot be read.
+    pub fn from_folder(folder: &Path) -> Result<Self, TextError> {
+        let (source, bos, eos) = Settings::read(folder)?.template(folder)?;
+        Self::new(&source, bos, eos)
     }
 
     /// Compiles a template; `bos` and `eos` are what its variables `bos_token` and `eos_token` are.

@@ -1,7 +1,8 @@
 //! Text from a stream of tokens, never splitting a character.
 //!
 //! The invariant: all text handed out, one piece after the other, equals the lossy UTF-8 decoding of
-//! all bytes at once. Bytes that may still become a character are held back, at most three.
+//! all bytes at once, that is [`Tokenizer::decode`]. Bytes that may still become a character are held
+//! back, at most three. Nothing is tidied up (`clean_up_tokenization_spaces`).
 
 use std::sync::Arc;
 
@@ -14,12 +15,22 @@ pub struct Detokenizer {
     show_special: bool,
     /// The beginning of a character.
     held: Vec<u8>,
+    /// A space that comes now is the one with which the vocabulary begins every text.
+    strip: bool,
 }
 
 impl Detokenizer {
     /// For one answer; markup tokens are not shown.
     pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
-        Self { tokenizer, show_special: false, held: Vec::new() }
+        let strip = tokenizer.strips_space();
+        Self { tokenizer, show_special: false, held: Vec::new(), strip }
+    }
+
+    /// The tokens go on with a text (a completion), so a space at their beginning is part of it.
+    #[must_use]
+    pub fn continuing(mut self) -> Self {
+        self.strip = false;
+        self
     }
 
     /// Whether markup tokens are shown.
@@ -34,7 +45,12 @@ impl Detokenizer {
         if !self.show_special && self.tokenizer.is_special(id) {
             return String::new();
         }
-        self.held.extend_from_slice(self.tokenizer.token_bytes(id));
+        let mut bytes = self.tokenizer.token_bytes(id);
+        if self.strip && !bytes.is_empty() {
+            bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
+            self.strip = false;
+        }
+        self.held.extend_from_slice(bytes);
         drain(&mut self.held)
     }
 

@@ -1,23 +1,67 @@
 //! Text in, tokens out, and back: everything that a model file says about text.
 //!
-//! [`Tokenizer`] is built from the vocabulary in the GGUF file alone; [`Detokenizer`] turns a stream
-//! of tokens into text without ever splitting a character; [`ChatTemplate`] renders conversations.
-//! Nothing here guesses: an unknown tokenizer model or pre-tokenizer is an error, because a wrong
-//! split gives plausible but worse answers.
+//! [`TextModel`] is all of it, from a GGUF file or a model folder: [`Tokenizer`] is built from the
+//! file's vocabulary or the folder's `tokenizer.json`; [`Detokenizer`] turns a stream of tokens into
+//! text without ever splitting a character; [`ChatTemplate`] renders conversations. Nothing here
+//! guesses: an unknown tokenizer model or pre-tokenizer is an error, because a wrong split gives
+//! plausible but worse answers.
 
 mod bytes;
 mod chat;
 mod clock;
 mod detokenizer;
+mod ends;
+mod files;
+mod folder;
+mod gguf;
+mod normalize;
+mod patterns;
+mod pieces;
 mod pretokenizer;
+mod settings;
+mod table;
 mod tokenizer;
+mod unigram;
 
 pub use chat::ChatTemplate;
 pub use detokenizer::Detokenizer;
 pub use millrace_shared::wire::rpc::ChatMessage;
 pub use tokenizer::Tokenizer;
 
-use millrace_shared::model::gguf::GgufError;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use millrace_shared::model::gguf::{Gguf, GgufError};
+
+/// The text side of a model.
+#[derive(Clone, Debug)]
+pub struct TextModel {
+    /// Text to tokens and back.
+    pub tokenizer: Arc<Tokenizer>,
+    /// How conversations become prompts, or why they cannot.
+    pub template: Result<ChatTemplate, String>,
+}
+
+impl TextModel {
+    /// Of a GGUF file.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_gguf`].
+    pub fn from_gguf(file: &Gguf) -> Result<Self, TextError> {
+        let tokenizer = Arc::new(Tokenizer::from_gguf(file)?);
+        Ok(Self { tokenizer, template: ChatTemplate::from_gguf(file).map_err(|e| e.to_string()) })
+    }
+
+    /// Of a model folder with a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_folder`].
+    pub fn from_folder(folder: &Path) -> Result<Self, TextError> {
+        let tokenizer = Arc::new(Tokenizer::from_folder(folder)?);
+        let template = ChatTemplate::from_folder(folder).map_err(|e| e.to_string());
+        Ok(Self { tokenizer, template })
+    }
+}
 
 /// Why text cannot be handled.
 #[derive(Debug, thiserror::Error)]
@@ -26,8 +70,36 @@ pub enum TextError {
     #[error(transparent)]
     File(#[from] GgufError),
     /// A kind of vocabulary that is not implemented.
-    #[error("tokenizer model '{0}' is not supported (supported: gpt2, that is byte-level BPE)")]
+    #[error(
+        "tokenizer model '{0}' is not supported (supported in GGUF files: gpt2, gemma4, llama and \
+         t5; in tokenizer.json: BPE, Unigram and WordLevel)"
+    )]
     Model(String),
+    /// A way from tokens to text that is not implemented.
+    #[error(
+        "the tokenizer's decoder {0} is not supported (supported: ByteLevel, Metaspace, none, and \
+         sequences of Replace, ByteFallback, Fuse and Strip of one space at the start)"
+    )]
+    Decoder(String),
+    /// A file of a model folder cannot be used.
+    #[error("{}: {why}", path.display())]
+    Folder {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// The vocabulary is not the model's.
+    #[error(
+        "the tokenizer has {tokens} tokens and the model an embedding of {rows} rows: it is another \
+         model's tokenizer; use the one that came with the model"
+    )]
+    OtherModel {
+        /// One more than the largest id.
+        tokens: u32,
+        /// Rows of the model's embedding.
+        rows: u32,
+    },
     /// A way to split text into words that is not implemented.
     #[error("pre-tokenizer '{found}' is not supported (supported: {known})")]
     PreTokenizer {
@@ -37,7 +109,7 @@ pub enum TextError {
         known: String,
     },
     /// The vocabulary contradicts itself.
-    #[error("the vocabulary in the file is not sound: {0}")]
+    #[error("the vocabulary is not sound: {0}")]
     Vocabulary(String),
     /// Text that cannot be tokenised.
     #[error("cannot tokenise the text: {0}")]

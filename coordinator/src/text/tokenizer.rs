@@ -1,113 +1,73 @@
-//! Byte-level BPE from the vocabulary of a GGUF file.
+//! Text to token ids and back, whatever kind of vocabulary the model has.
 //!
-//! Special tokens are cut out of the text first, longest first, as llama.cpp does; what lies between
-//! them is split into words and merged by the `tokenizers` crate. Nothing is ever added in front.
-//! Bytes that the vocabulary has no token for are dropped, as the models' own tokenizers do.
+//! [`super::gguf`] and [`super::folder`] build it. For vocabularies of GGUF files special tokens are
+//! cut out of the text first, longest first, as llama.cpp does; what lies between them goes to a
+//! [`Model`]. A `tokenizer.json` finds its own special tokens. [`Tokenizer::encode`] adds nothing
+//! in front; [`Tokenizer::encode_prompt`] adds the token that begins texts where the model wants it.
 
 use std::collections::BTreeSet;
+use std::fmt::Debug;
+use std::path::Path;
 
-use millrace_shared::model::gguf::{Array, Gguf, GgufError, Value};
-use tokenizers::models::bpe::{BPE, Vocab};
+use millrace_shared::model::gguf::Gguf;
 
-use super::{TextError, bytes, pretokenizer::PreTokenizer};
+use super::table::TokenTable;
+use super::{TextError, folder, gguf};
 
-/// Tokens that end an answer wherever they occur in a vocabulary, besides those the file names.
-const END_TOKENS: [&str; 13] = [
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<|end_of_text|>",
-    "<end_of_turn>",
-    "<end_of_utterance>",
-    "</s>",
-    "<EOT>",
-    "_<EOT>",
-    "<eos>",
-    "<｜end▁of▁sentence｜>",
-];
-
-/// Keys of a file that name tokens that end an answer.
-const END_KEYS: [&str; 3] =
-    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
-
-/// Longest run of white space: the splitter's regular expression gives up on much longer ones.
+/// Longest run of white space: regular expressions of splitters give up on much longer ones.
 const MAX_WHITESPACE_RUN: usize = 250_000;
 
-/// Kinds of tokens, by GGUF's numbers.
-mod kind {
-    pub(super) const NORMAL: i64 = 1;
-    pub(super) const UNKNOWN: i64 = 2;
-    pub(super) const CONTROL: i64 = 3;
-    pub(super) const USER_DEFINED: i64 = 4;
-    pub(super) const UNUSED: i64 = 5;
+/// Ids of a piece of text.
+pub(super) trait Model: Debug + Send + Sync {
+    /// Appends the ids of `text`. `parse_special` is for models that find special tokens themselves.
+    fn encode(&self, text: &str, parse_special: bool, ids: &mut Vec<u32>) -> Result<(), TextError>;
 }
 
 /// A token that is matched in the text as it stands.
 #[derive(Debug)]
-struct Special {
-    text: String,
-    id: u32,
+pub(super) struct Special {
+    pub(super) text: String,
+    pub(super) id: u32,
     /// Control tokens are matched only on request and not shown; user-defined ones always.
-    control: bool,
+    pub(super) control: bool,
+    /// White space behind it is dropped.
+    pub(super) strips: bool,
 }
 
 /// Text to token ids and back. Share it behind an `Arc`.
 #[derive(Debug)]
 pub struct Tokenizer {
-    words: tokenizers::Tokenizer,
-    /// Longest first.
-    special: Vec<Special>,
-    /// Sorted ids that are not shown.
-    hidden: BTreeSet<u32>,
-    /// Bytes of all tokens, one after the other; token `i` is `ends[i-1]..ends[i]`.
-    bytes: Vec<u8>,
-    ends: Vec<u32>,
-    eos: Vec<u32>,
-    bos: Option<u32>,
+    pub(super) model: Box<dyn Model>,
+    /// Longest first; empty where the model finds them itself.
+    pub(super) special: Vec<Special>,
+    /// Ids that are not shown.
+    pub(super) hidden: BTreeSet<u32>,
+    pub(super) table: TokenTable,
+    /// Ids that end an answer, ascending.
+    pub(super) eos: Vec<u32>,
+    pub(super) bos: Option<u32>,
+    pub(super) adds_bos: bool,
+    /// Whether texts begin with a space of the vocabulary's own, which decoding takes away.
+    pub(super) strips_space: bool,
 }
 
 impl Tokenizer {
-    /// Builds the tokenizer that a model file describes.
+    /// Builds the tokenizer that a GGUF file describes.
     ///
     /// # Errors
     /// If the file has no vocabulary, or one that is unsound or of a kind that is not known.
-    pub fn from_gguf(gguf: &Gguf) -> Result<Self, TextError> {
-        let model = gguf.str("tokenizer.ggml.model")?;
-        if model != "gpt2" {
-            return Err(TextError::Model(model.to_owned()));
-        }
-        let pre = PreTokenizer::from_name(gguf.str("tokenizer.ggml.pre")?)?;
-        let tokens = gguf.strings("tokenizer.ggml.tokens")?;
-        let kinds = token_kinds(gguf, tokens.len())?;
+    pub fn from_gguf(file: &Gguf) -> Result<Self, TextError> {
+        gguf::read(file)
+    }
 
-        let mut special = Vec::new();
-        let mut hidden = BTreeSet::new();
-        for (id, (text, &kind)) in (0u32..).zip(tokens.iter().zip(&kinds)) {
-            // A token that ends answers is never text, whatever type the file gives it.
-            let control = kind == kind::CONTROL || END_TOKENS.contains(&text.as_str());
-            if control || kind == kind::UNKNOWN {
-                hidden.insert(id);
-            }
-            let matched = control || matches!(kind, kind::UNKNOWN | kind::USER_DEFINED);
-            if matched && !text.is_empty() {
-                let control = kind != kind::USER_DEFINED;
-                special.push(Special { text: text.clone(), id, control });
-            }
-        }
-        special.sort_by(|a, b| b.text.len().cmp(&a.text.len()).then(a.id.cmp(&b.id)));
-
-        let (bytes, ends) = token_bytes(tokens, &kinds)?;
-        Ok(Self {
-            words: words(gguf, tokens, pre)?,
-            special,
-            hidden,
-            bytes,
-            ends,
-            eos: end_ids(gguf, tokens)?,
-            bos: gguf.opt_u32("tokenizer.ggml.bos_token_id")?.filter(|&i| in_range(i, tokens)),
-        })
+    /// Builds the tokenizer of a model folder: `tokenizer.json`, and what `tokenizer_config.json`,
+    /// `generation_config.json` and `config.json` say about tokens that begin and end texts.
+    ///
+    /// # Errors
+    /// If there is no `tokenizer.json`, or a file is too large, unsound, or of a kind that is not
+    /// known.
+    pub fn from_folder(folder: &Path) -> Result<Self, TextError> {
+        folder::read(folder)
     }
 
     /// Token ids of a text, with nothing added. With `parse_special`, text that spells a control
@@ -127,12 +87,25 @@ impl Tokenizer {
         for piece in pieces {
             match piece {
                 Piece::Token(id) => ids.push(id),
-                Piece::Text(text) => {
-                    let encoding = self.words.encode_fast(text, false);
-                    let encoding = encoding.map_err(|e| TextError::Encode(e.to_string()))?;
-                    ids.extend_from_slice(encoding.get_ids());
-                }
+                Piece::Text("") => {}
+                Piece::Text(text) => self.model.encode(text, parse_special, &mut ids)?,
             }
+        }
+        Ok(ids)
+    }
+
+    /// Token ids of a prompt as the model was trained to see it: [`Self::encode`] with special
+    /// tokens, behind the token that begins texts, where the model wants one and the text does not
+    /// spell it (chat templates do). A token that ends texts is never added: a prompt goes on.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        let mut ids = self.encode(text, true)?;
+        if let Some(bos) = self.bos.filter(|_| self.adds_bos)
+            && ids.first() != Some(&bos)
+        {
+            ids.insert(0, bos);
         }
         Ok(ids)
     }
@@ -146,15 +119,13 @@ impl Tokenizer {
                 bytes.extend_from_slice(self.token_bytes(id));
             }
         }
-        String::from_utf8_lossy(&bytes).into_owned()
+        let strip = self.strips_space && bytes.first() == Some(&b' ');
+        String::from_utf8_lossy(&bytes[usize::from(strip)..]).into_owned()
     }
 
     /// Bytes that a token stands for; nothing for ids outside the vocabulary.
     pub fn token_bytes(&self, id: u32) -> &[u8] {
-        let i = id as usize;
-        let Some(&end) = self.ends.get(i) else { return &[] };
-        let start = if i == 0 { 0 } else { self.ends[i - 1] };
-        &self.bytes[start as usize..end as usize]
+        self.table.get(id)
     }
 
     /// Whether a token is markup that answers do not show.
@@ -172,14 +143,37 @@ impl Tokenizer {
         self.eos.binary_search(&id).is_ok()
     }
 
-    /// The token that the file names as the beginning of texts (never added by [`Self::encode`]).
+    /// The token that the model names as the beginning of texts (never added by [`Self::encode`]).
     pub fn bos_id(&self) -> Option<u32> {
         self.bos
     }
 
-    /// Tokens in the vocabulary.
+    /// Whether prompts begin with [`Self::bos_id`].
+    pub fn adds_bos(&self) -> bool {
+        self.adds_bos && self.bos.is_some()
+    }
+
+    /// Whether decoding takes the space away with which the vocabulary begins every text.
+    pub fn strips_space(&self) -> bool {
+        self.strips_space
+    }
+
+    /// Tokens in the vocabulary: one more than the largest id.
     pub fn vocab_size(&self) -> u32 {
-        self.ends.len() as u32
+        self.table.len()
+    }
+
+    /// Checks that the tokenizer can be that of a model with `rows` rows in its embedding. Models
+    /// often have a few rows more than tokens, for alignment.
+    ///
+    /// # Errors
+    /// If a token has no row, or if most rows have no token: it is another model's tokenizer.
+    pub fn check_rows(&self, rows: u32) -> Result<(), TextError> {
+        let tokens = self.vocab_size();
+        if tokens > rows || tokens < rows / 2 {
+            return Err(TextError::OtherModel { tokens, rows });
+        }
+        Ok(())
     }
 }
 
@@ -196,9 +190,12 @@ fn cut<'a>(pieces: Vec<Piece<'a>>, special: &Special) -> Vec<Piece<'a>> {
             out.push(piece);
             continue;
         };
-        for (i, part) in text.split(special.text.as_str()).enumerate() {
+        for (i, mut part) in text.split(special.text.as_str()).enumerate() {
             if i > 0 {
                 out.push(Piece::Token(special.id));
+                if special.strips {
+                    part = part.trim_start_matches([' ', '\t', '\n', '\r', '\x0b', '\x0c']);
+                }
             }
             if !part.is_empty() {
                 out.push(Piece::Text(part));
@@ -214,107 +211,9 @@ fn check_whitespace(text: &str) -> Result<(), TextError> {
         run = if c.is_whitespace() { run + 1 } else { 0 };
         if run > MAX_WHITESPACE_RUN {
             return Err(TextError::Encode(format!(
-                "more than {MAX_WHITESPACE_RUN} white-space characters in a row"
+                "it has more than {MAX_WHITESPACE_RUN} white-space characters in a row"
             )));
         }
     }
     Ok(())
-}
-
-fn in_range(id: u32, tokens: &[String]) -> bool {
-    (id as usize) < tokens.len()
-}
-
-fn token_kinds(gguf: &Gguf, count: usize) -> Result<Vec<i64>, TextError> {
-    const KEY: &str = "tokenizer.ggml.token_type";
-    let kinds: Vec<i64> = match gguf.metadata.get(KEY) {
-        None => vec![kind::NORMAL; count],
-        Some(Value::Array(Array::I32(v))) => v.iter().map(|&k| k.into()).collect(),
-        Some(Value::Array(Array::U32(v))) => v.iter().map(|&k| k.into()).collect(),
-        Some(v) => {
-            return Err(TextError::File(GgufError::WrongType {
-                key: KEY.to_owned(),
-                found: v.type_name(),
-                expected: "an array of 32-bit integers",
-            }));
-        }
-    };
-    if kinds.len() != count {
-        return Err(TextError::Vocabulary(format!(
-            "{count} tokens but {} token types",
-            kinds.len()
-        )));
-    }
-    Ok(kinds)
-}
-
-/// Bytes of all tokens: markup as it is spelled, the rest through the byte alphabet.
-fn token_bytes(tokens: &[String], kinds: &[i64]) -> Result<(Vec<u8>, Vec<u32>), TextError> {
-    let table = bytes::table();
-    let mut all = Vec::new();
-    let mut ends = Vec::with_capacity(tokens.len());
-    for (text, &kind) in tokens.iter().zip(kinds) {
-        match kind {
-            kind::UNKNOWN | kind::CONTROL | kind::USER_DEFINED | kind::UNUSED => {
-                all.extend_from_slice(text.as_bytes());
-            }
-            _ => bytes::decode_into(text, &table, &mut all),
-        }
-        let end = u32::try_from(all.len());
-        ends.push(end.map_err(|_| TextError::Vocabulary("it exceeds 4 GiB".to_owned()))?);
-    }
-    Ok((all, ends))
-}
-
-fn words(
-    gguf: &Gguf,
-    tokens: &[String],
-    pre: PreTokenizer,
-) -> Result<tokenizers::Tokenizer, TextError> {
-    let vocab: Vocab = tokens.iter().cloned().zip(0u32..).collect();
-    let merges = gguf.strings("tokenizer.ggml.merges")?;
-    let merges = merges.iter().map(|merge| {
-        // The first character may itself be a space only in vocabularies without a byte alphabet.
-        let (left, right) = merge
-            .split_once(' ')
-            .ok_or_else(|| TextError::Vocabulary(format!("merge '{merge}' is no pair")))?;
-        for part in [left.to_owned(), right.to_owned(), format!("{left}{right}")] {
-            if !vocab.contains_key(&part) {
-                return Err(TextError::Vocabulary(format!(
-                    "merge '{merge}' needs the token '{part}', which is absent"
-                )));
-            }
-        }
-        Ok((left.to_owned(), right.to_owned()))
-    });
-    let merges = merges.collect::<Result<Vec<_>, _>>()?;
-    let bpe = BPE::builder()
-        .vocab_and_merges(vocab, merges)
-        .ignore_merges(pre.ignores_merges())
-        .build()
-        .map_err(|e| TextError::Vocabulary(e.to_string()))?;
-    let mut words = tokenizers::Tokenizer::new(bpe);
-    words.with_pre_tokenizer(Some(pre.build()?));
-    Ok(words)
-}
-
-fn end_ids(gguf: &Gguf, tokens: &[String]) -> Result<Vec<u32>, TextError> {
-    let mut ids = BTreeSet::new();
-    for key in END_KEYS {
-        if let Some(id) = gguf.opt_u32(key)? {
-            if !in_range(id, tokens) {
-                return Err(TextError::Vocabulary(format!(
-                    "{key} is {id}, but there are {} tokens",
-                    tokens.len()
-                )));
-            }
-            ids.insert(id);
-        }
-    }
-    for (id, text) in (0u32..).zip(tokens) {
-        if END_TOKENS.contains(&text.as_str()) {
-            ids.insert(id);
-        }
-    }
-    Ok(ids.into_iter().collect())
 }
