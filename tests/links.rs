@@ -37,6 +37,10 @@ fn every_token_is_right_over_links_that_delay_and_lose() {
         let status = ask::idle(&client).await;
         assert_eq!(status.stages.len(), 3);
     });
+    let metrics = cluster.metrics();
+    let hops = metrics.lines().find_map(|l| l.strip_prefix("millrace_hop_seconds_count{"));
+    let hops = hops.and_then(|l| l.rsplit(' ').next()).and_then(|n| n.parse::<u64>().ok());
+    assert!(hops.is_some_and(|n| n > 20), "stages of one host know their hops: {hops:?}");
     let lost: u64 = cluster.relays().iter().map(|r| r.carried().lost).sum();
     let passed: u64 = cluster.relays().iter().map(|r| r.carried().passed).sum();
     assert!(lost > 0 && passed > 1000, "the links were used: {passed} passed, {lost} lost");

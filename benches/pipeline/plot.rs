@@ -1,4 +1,4 @@
-//! Two plain SVG plots.
+//! Two plain SVG plots, for every table of pipelines.
 
 use std::fmt::Write;
 
@@ -9,7 +9,7 @@ pub(crate) struct Series {
     pub(crate) name: String,
     pub(crate) dashed: bool,
     /// One per number of stages, 0..1.
-    pub(crate) values: [f64; 5],
+    pub(crate) values: Vec<f64>,
 }
 
 /// A bar of the second.
@@ -31,7 +31,7 @@ fn page(width: u32, height: u32, body: &str) -> String {
 }
 
 /// Efficiency over the number of stages.
-pub(crate) fn lines(title: &str, stages: &[u32; 5], series: &[Series]) -> String {
+pub(crate) fn lines(title: &str, stages: &[u32], series: &[Series]) -> String {
     let x = |i: usize| 60.0 + 90.0 * i as f64;
     let y = |v: f64| 340.0 - 300.0 * ((v - 0.4) / 0.6).clamp(0.0, 1.0);
     let mut out = String::new();

@@ -25,7 +25,7 @@ use millrace_shared::options::{EngineKind, EngineOptions, MicroBatches, Replan};
 use tokio::sync::oneshot;
 
 use crate::relay::{Relay, Way};
-use crate::{DEADLINE, wait_for};
+use crate::{DEADLINE, http, wait_for};
 
 /// What to start.
 #[derive(Clone, Debug)]
@@ -86,9 +86,15 @@ impl Member {
     }
 }
 
+impl Member {
+    fn tell(&mut self) {
+        drop(self.stop.take());
+    }
+}
+
 impl Drop for Member {
     fn drop(&mut self) {
-        drop(self.stop.take());
+        self.tell();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -101,7 +107,7 @@ pub struct Mocked {
     coordinator: Option<Member>,
     relays: Vec<Relay>,
     client: ClientConfig,
-    metrics: String,
+    http: SocketAddr,
     config: ModelConfig,
     _dir: tempfile::TempDir,
 }
@@ -120,6 +126,8 @@ impl Mocked {
     pub fn start(shape: &Shape) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let file = dir.path().join("mocked.gguf");
+        // A micro-batch holds no more, so plans must not count on more.
+        let rows = shape.max_batch_tokens.unwrap_or(u32::MAX);
         std::fs::write(&file, model_file(shape)).expect("the model is written");
         let config =
             Gguf::open(&file).and_then(|f| f.config()).expect("the model that was written");
@@ -152,7 +160,8 @@ impl Mocked {
             let identity = ca.issue_node(NodeId(uuid::Uuid::now_v7())).expect("papers");
             let papers = Issued { identity, coordinator: towards.to_string() };
             let settings = node_config(dir.path(), index, shape.nodes.len(), front);
-            let (mock, (told, telling)) = (mock.clone(), mpsc::channel());
+            let mock = MockConfig { layer_rows: rows, ..mock.clone() };
+            let (told, telling) = mpsc::channel();
             nodes.push(Member::spawn(move |stopping| async move {
                 let membership = papers.membership().expect("a node's papers");
                 let running = millrace_node::start_with(settings, membership, mock).await;
@@ -173,8 +182,7 @@ impl Mocked {
             state.ready.then_some(())
         });
         let coordinator = Some(coordinator);
-        let metrics = format!("http://{http}/metrics");
-        Self { nodes, coordinator, relays, client, metrics, config, _dir: dir }
+        Self { nodes, coordinator, relays, client, http, config, _dir: dir }
     }
 
     /// What a client needs.
@@ -182,9 +190,9 @@ impl Mocked {
         &self.client
     }
 
-    /// Where the coordinator's metrics are.
-    pub fn metrics_url(&self) -> &str {
-        &self.metrics
+    /// What the coordinator measures of itself and its cluster.
+    pub fn metrics(&self) -> String {
+        http::get(self.http, "/metrics").text()
     }
 
     /// The links, in no order that means something.
@@ -204,9 +212,10 @@ impl Mocked {
 }
 
 impl Drop for Mocked {
-    /// The coordinator first: it then takes the end of the nodes for granted.
+    /// The coordinator first: it then takes the end of the nodes for granted. They end together.
     fn drop(&mut self) {
         drop(self.coordinator.take());
+        self.nodes.iter_mut().for_each(Member::tell);
     }
 }
 

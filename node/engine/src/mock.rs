@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use millrace_shared::id::SequenceId;
 use millrace_shared::model::{Family, ModelConfig, RopeConfig, RopeStyle};
-use millrace_shared::wire::control::{ProfileSpec, StageProfile};
+use millrace_shared::wire::control::{PROFILE_ROWS, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::{Row, StepMeta, Want};
 
 use crate::seam::{
@@ -41,10 +41,14 @@ pub struct MockConfig {
     pub step_latency: Duration,
     /// Sleep in every step, once more per layer.
     pub layer_latency: Duration,
+    /// Keep a processor busy for the time of a step instead of sleeping, as computing does.
+    pub busy_steps: bool,
     /// Sleep in `load`.
     pub load_latency: Duration,
     /// What `profile` says of a layer.
     pub layer_seconds: f64,
+    /// Rows that `profile` says a layer computes in that time; so many more take it again. At least 1.
+    pub layer_rows: u32,
     /// What `profile` says of the head.
     pub head_seconds: f64,
     /// What goes wrong in which call of `step`, the first being 0.
@@ -56,8 +60,10 @@ impl Default for MockConfig {
         Self {
             step_latency: Duration::ZERO,
             layer_latency: Duration::ZERO,
+            busy_steps: false,
             load_latency: Duration::ZERO,
             layer_seconds: 1e-3,
+            layer_rows: u32::MAX,
             head_seconds: 1e-3,
             faults: Vec::new(),
         }
@@ -244,11 +250,15 @@ impl MockEngine {
         Ok(())
     }
 
-    /// Sleeps as long as the step is to take; what it really took counts.
+    /// Waits until the step has taken as long as it is to; what it really took counts.
     fn pause(&mut self, layers: usize, since: Instant) {
         let pause = self.config.step_latency + self.config.layer_latency * layers as u32;
         let left = pause.saturating_sub(since.elapsed());
-        if !left.is_zero() {
+        if self.config.busy_steps {
+            while since.elapsed() < pause {
+                std::hint::spin_loop();
+            }
+        } else if !left.is_zero() {
             std::thread::sleep(left);
         }
         // What the step stands for, not the little it takes.
@@ -310,8 +320,10 @@ impl Engine for MockEngine {
     }
 
     fn profile(&mut self, _spec: &ProfileSpec, _threads: usize) -> Result<StageProfile, LoadError> {
-        let MockConfig { layer_seconds, head_seconds, .. } = self.config;
-        Ok(StageProfile::flat(layer_seconds, head_seconds))
+        let MockConfig { layer_seconds, layer_rows, head_seconds, .. } = self.config;
+        let layer = |rows: u32| layer_seconds * f64::from(rows.div_ceil(layer_rows.max(1)));
+        let flat = StageProfile::flat(layer_seconds, head_seconds);
+        Ok(StageProfile { layer_seconds: PROFILE_ROWS.map(layer), ..flat })
     }
 
     fn busy(&self) -> Duration {
