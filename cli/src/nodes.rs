@@ -147,15 +147,22 @@ fn edges_text(edges: &[EdgeStatus]) -> String {
     if edges.is_empty() {
         return "One node: there are no ways between members.\n".to_owned();
     }
-    let mut table =
-        Table::new(&[("from", Left), ("to", Left), ("round trip", Right), ("in use", Left)]);
+    let mut table = Table::new(&[
+        ("from", Left),
+        ("to", Left),
+        ("round trip", Right),
+        ("bandwidth", Right),
+        ("in use", Left),
+    ]);
     for edge in edges {
         let outcome = match &edge.outcome {
             Ok(seconds) => format!("{:.2} ms", seconds * 1e3),
             Err(_) => "closed".to_owned(),
         };
         let used = if edge.used { "yes" } else { "" };
-        table.row([edge.from.clone(), edge.to.clone(), outcome, used.to_owned()]);
+        let rate = edge.bytes_per_second.filter(|_| edge.outcome.is_ok());
+        let rate = rate.map_or_else(|| "-".to_owned(), |r| format!("{:.0} Mbit/s", r * 8e-6));
+        table.row([edge.from.clone(), edge.to.clone(), outcome, rate, used.to_owned()]);
     }
     let mut text = table.to_string();
     for problem in edges.iter().filter_map(|e| e.outcome.as_ref().err()) {

@@ -203,6 +203,8 @@ pub struct KnownWay {
     pub to: NodeId,
     /// The round trip in seconds; `None` where nothing comes through.
     pub round_trip: Option<f64>,
+    /// Bytes a second; `None` where that was not measured, and [`LAN`]'s are taken.
+    pub bytes_per_second: Option<f64>,
 }
 
 /// The network as far as it is known; what nobody tried is taken for [`LAN`].
@@ -211,7 +213,10 @@ fn network(nodes: &[PlanNode], ways: &[KnownWay]) -> Network {
     let place = |id: NodeId| nodes.iter().position(|n| n.id == id);
     for way in ways {
         if let (Some(from), Some(to)) = (place(way.from), place(way.to)) {
-            let link = way.round_trip.map(|rtt_seconds| Link { rtt_seconds, ..LAN });
+            let link = way.round_trip.map(|rtt_seconds| Link {
+                rtt_seconds,
+                bytes_per_second: way.bytes_per_second.unwrap_or(LAN.bytes_per_second),
+            });
             network.set(from, to, link);
         }
     }

@@ -55,6 +55,7 @@ async fn serve(id: NodeId, connection: Connection, cluster: Addr<Cluster>, blobs
                     let _ = cluster.send(EdgeOffered { node: id, plane, send, recv }).await;
                     Ok(())
                 }
+                Ok((Plane::Burst, ..)) => Err(NetError::Protocol("bursts go between nodes".into())),
                 Err(e) => Err(e),
             };
             if let Err(e) = result {

@@ -6,12 +6,13 @@ use std::time::Duration;
 use millrace_shared::cluster_file::{
     COORDINATOR, ClusterFile, Limits, LinkEntry, Measured, NodeEntry, shape_key,
 };
+use millrace_shared::id::NodeId;
 use millrace_shared::partition::{Curve, Link, Network, NodeCosts};
 use millrace_shared::wire::control::{Hello, ProfileSpec, StageProfile};
 
 use super::costs::ModelParts;
 use super::report::NodeFacts;
-use super::{LAN, MEMORY_SHARE};
+use super::{KnownWay, LAN, MEMORY_SHARE};
 
 /// Reads a description.
 ///
@@ -41,6 +42,8 @@ pub fn to_text(file: &ClusterFile) -> String {
 /// A member of a running cluster.
 #[derive(Debug)]
 pub struct LiveNode<'a> {
+    /// Which.
+    pub id: NodeId,
     /// What it said of itself.
     pub hello: &'a Hello,
     /// What it measured.
@@ -49,15 +52,18 @@ pub struct LiveNode<'a> {
     pub rtt: Duration,
 }
 
-/// The description of a running cluster that measured `spec`.
+/// The description of a running cluster that measured `spec`, with the ways that were tried.
 pub fn live<'a>(
     spec: &ProfileSpec,
     members: impl IntoIterator<Item = LiveNode<'a>>,
+    ways: &[KnownWay],
 ) -> ClusterFile {
     let mut file = ClusterFile::default();
     let mut hosts: Vec<&str> = Vec::new();
-    for LiveNode { hello, profile, rtt } in members {
+    let mut ids: Vec<NodeId> = Vec::new();
+    for LiveNode { id, hello, profile, rtt } in members {
         hosts.push(&hello.host);
+        ids.push(id);
         let twins = file.node.iter().filter(|n| n.name.starts_with(&hello.name)).count();
         let name = match twins {
             0 => hello.name.clone(),
@@ -79,6 +85,18 @@ pub fn live<'a>(
             ..NodeEntry::default()
         });
     }
+    let name = |id| Some(file.node[ids.iter().position(|i| *i == id)?].name.clone());
+    let link = |way: &KnownWay| {
+        Some(LinkEntry {
+            from: name(way.from)?,
+            to: name(way.to)?,
+            rtt_ms: way.round_trip.map(|s| s * 1e3),
+            megabits_per_second: way.bytes_per_second.map(|b| b * 8e-6),
+            forbidden: way.round_trip.is_none(),
+        })
+    };
+    let links: Vec<LinkEntry> = ways.iter().filter_map(link).collect();
+    file.link.extend(links);
     // Members on one host share its memory.
     for (node, host) in file.node.iter_mut().zip(&hosts) {
         node.memory_bytes /= hosts.iter().filter(|h| h == &host).count().max(1) as u64;

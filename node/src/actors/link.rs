@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use actix::Addr;
 use millrace_net::{
-    ClientTls, Connection, Endpoint, MessageReceiver, MessageSender, NetError, PeerName, timing,
+    ClientTls, Connection, Endpoint, MessageReceiver, MessageSender, NetError, PeerName, burst,
+    timing,
 };
 use millrace_shared::wire::control::{CoordinatorMessage, Hello, NodeMessage};
 use millrace_shared::wire::{COORDINATOR_NAME, MAX_CONTROL_BYTES, Plane};
@@ -150,6 +151,11 @@ pub async fn accept_edges(connection: &Connection, node: &Addr<Node>) -> NetErro
         // Apart, so that a silent stream keeps nobody waiting; QUIC bounds their number.
         actix_rt::spawn(async move {
             match incoming.plane(timing::FIRST_MESSAGE).await {
+                Ok((Plane::Burst, send, recv)) if matches!(peer, PeerName::Node(_)) => {
+                    if let Err(e) = burst::answer(send, recv).await {
+                        tracing::debug!(?peer, "a burst: {e}");
+                    }
+                }
                 Ok((plane, send, recv)) => {
                     let _ = node.send(EdgeOffered { peer, plane, send, recv }).await;
                 }

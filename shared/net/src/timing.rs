@@ -35,6 +35,9 @@ pub const OPEN_STREAM: Duration = Duration::from_secs(5);
 /// Name resolution before a connection attempt.
 pub const RESOLVE: Duration = Duration::from_secs(5);
 
+/// A mebibyte and its answer on the slowest way that a pipeline could live with, 4 Mbit/s.
+pub const BURST: Duration = Duration::from_secs(2);
+
 /// The whole join exchange: one handshake, one message each way, one signature.
 pub const JOIN: Duration = Duration::from_secs(15);
 

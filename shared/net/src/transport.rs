@@ -186,7 +186,7 @@ fn priority(plane: &Plane) -> i32 {
     match plane {
         Plane::Control => 2,
         Plane::Stage { .. } => 1,
-        Plane::Blob => 0,
+        Plane::Blob | Plane::Burst => 0,
     }
 }
 

@@ -8,7 +8,8 @@ use std::time::Duration;
 use common::*;
 use millrace_net::pump::{pump_in, pump_out};
 use millrace_net::{
-    EdgeReceiver, EdgeSender, FramePool, FrameSender, MessageSender, NetError, local_stream_pair,
+    EdgeReceiver, EdgeSender, FramePool, FrameSender, MessageSender, NetError, burst,
+    local_stream_pair,
 };
 use millrace_shared::id::{Epoch, MicroBatchId, PipelineId};
 use millrace_shared::wire::data::Credit;
@@ -170,4 +171,31 @@ async fn cheats_are_found() {
     soon(sender.send(frame(0, 1))).await.unwrap();
     MessageSender::new(cheat).send(&Credit(2)).await.unwrap();
     assert!(matches!(soon(sender.lost()).await, NetError::Protocol(_)));
+}
+
+#[tokio::test]
+async fn a_burst_measures_a_way() {
+    let (left, right, _endpoint) = pair().await;
+    let answering = tokio::spawn(async move {
+        while let Ok((plane, send, recv)) = right.accept_stream().await {
+            assert_eq!(plane, Plane::Burst);
+            burst::answer(send, recv).await.unwrap();
+        }
+    });
+    let rate = soon(burst::measure(&left)).await.unwrap();
+    // A machine that is held up for long looks like a long way.
+    assert!(rate.is_none_or(|r| r.is_finite() && r > 0.0), "{rate:?}");
+    left.close("measured");
+    soon(answering).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_burst_has_an_end() {
+    let ((send, _back), (answers, recv)) = local_stream_pair(4);
+    let answering = tokio::spawn(burst::answer(answers, recv));
+    let mut messages = MessageSender::new(send);
+    let sent = messages.send_bytes(vec![0; (1 << 20) + 1].into());
+    let _ = soon(sent).await;
+    let error = soon(answering).await.unwrap().unwrap_err();
+    assert!(error.is_violation(), "{error}");
 }

@@ -133,4 +133,6 @@ pub struct EdgeStatus {
     pub used: bool,
     /// Round trip in seconds where a handshake came about, else what to do.
     pub outcome: Result<f64, String>,
+    /// Bytes a second, where they were measured.
+    pub bytes_per_second: Option<f64>,
 }

@@ -56,11 +56,20 @@ pub enum NodeMessage {
     EdgeTried {
         /// Whom it tried to reach.
         to: NodeId,
-        /// The round trip in seconds of a handshake with full datagrams, else why there was none.
-        outcome: Result<f64, String>,
+        /// How the way is, else why there is none.
+        outcome: Result<WayMeasured, String>,
     },
     /// The node leaves on purpose.
     Leaving,
+}
+
+/// What a trial of a way has shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WayMeasured {
+    /// The round trip in seconds of a handshake with full datagrams.
+    pub round_trip: f64,
+    /// Bytes a second of a burst, where one was asked for and the way is short enough to tell.
+    pub bytes_per_second: Option<f64>,
 }
 
 /// How a node introduces itself.
@@ -131,7 +140,12 @@ pub enum CoordinatorMessage {
         beside: bool,
     },
     /// Try to reach another member as a neighbour would.
-    TryEdge(Peer),
+    TryEdge {
+        /// Whom.
+        peer: Peer,
+        /// Also measure the bandwidth.
+        burst: bool,
+    },
     /// Every stage of this epoch is loaded: connect the edges out.
     Start {
         /// Pipeline.

@@ -69,6 +69,9 @@ pub enum Plane {
     },
     /// Bidirectional, one exchange: a [`control::BlobRequest`], then the bytes.
     Blob,
+    /// Bidirectional, node to node: bytes that mean nothing, at most a mebibyte, then their number
+    /// back; measures a way.
+    Burst,
 }
 
 /// The edges of a pipeline.

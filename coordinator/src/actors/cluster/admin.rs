@@ -167,6 +167,9 @@ impl Cluster {
         }
         self.ways.expire(now);
         let used: BTreeSet<Way> = self.plan.iter().flat_map(|p| p.ways()).collect();
+        if self.ways.is_measuring() {
+            return;
+        }
         for doctor in std::mem::take(&mut self.doctors) {
             let there =
                 |way: &&Way| self.members.contains_key(&way.0) && self.members.contains_key(&way.1);
@@ -180,6 +183,7 @@ impl Cluster {
                         address: self.members.get(&way.1)?.hello.advertise.clone(),
                         used: used.contains(way),
                         outcome: outcome.map_err(|e| self.closed_way(*way, &e)),
+                        bytes_per_second: self.ways.rate(*way),
                     })
                 })
                 .collect();

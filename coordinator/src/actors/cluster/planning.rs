@@ -1,12 +1,13 @@
 //! From measured nodes to a plan whose ways are open.
 //!
 //! A plan is drafted, the ways it needs are tried, and it is adopted when all are open. A closed way
-//! is one line for the operator, and the plan is drafted again without it.
+//! is one line for the operator, and the plan is drafted again without it; so it is with the
+//! bandwidths of the ways once they are measured.
 
 use std::time::Duration;
 
 use millrace_shared::id::{Epoch, NodeId};
-use millrace_shared::wire::control::{CoordinatorMessage, Peer, StageProfile};
+use millrace_shared::wire::control::{CoordinatorMessage, Peer, StageProfile, WayMeasured};
 
 use super::ways::Way;
 use super::{Cluster, PIPELINE};
@@ -19,6 +20,8 @@ const TRY_ALL: usize = 8;
 pub(super) struct Draft {
     nodes: Vec<(NodeId, StageProfile)>,
     plan: Plan,
+    /// Ways whose bandwidth it reckons with.
+    measured: usize,
 }
 
 impl Cluster {
@@ -67,7 +70,8 @@ impl Cluster {
         }
         match self.cut(epoch, &nodes, now) {
             Ok(plan) => {
-                self.draft = Some(Draft { nodes, plan });
+                let measured = self.ways.measured();
+                self.draft = Some(Draft { nodes, plan, measured });
                 self.check_ways(now);
             }
             Err(message) => {
@@ -90,6 +94,9 @@ impl Cluster {
     /// Adopts the draft when all its ways are open, or drafts anew.
     pub(super) fn check_ways(&mut self, now: Duration) {
         self.ways.expire(now);
+        if let Some((from, to)) = self.ways.next_to_measure(now) {
+            self.say_try((from, to), true);
+        }
         let Some(draft) = &self.draft else { return };
         let (mut waiting, mut closed) = (Vec::new(), false);
         for way in draft.plan.ways() {
@@ -99,11 +106,14 @@ impl Cluster {
                 None => waiting.push(way),
             }
         }
-        let Some(draft) = self.draft.take_if(|_| closed || waiting.is_empty()) else {
+        let known = waiting.is_empty() && !self.ways.is_measuring();
+        let Some(draft) = self.draft.take_if(|_| closed || known) else {
             return waiting.into_iter().for_each(|way| self.try_way(way, now));
         };
         let epoch = draft.plan.epoch;
-        if closed {
+        // Where not all ways were tried, others would look better for being unknown.
+        let better_known = draft.measured != self.ways.measured() && draft.nodes.len() <= TRY_ALL;
+        if closed || better_known {
             return self.make_plan(epoch, draft.nodes, now);
         }
         let beside = self.is_next(epoch);
@@ -114,15 +124,24 @@ impl Cluster {
         }
     }
 
-    pub(super) fn try_way(&mut self, (from, to): Way, now: Duration) {
-        let Some(member) = self.members.get(&to) else { return };
-        let peer = Peer { node_id: to, address: member.hello.advertise.clone() };
-        if self.ways.begin((from, to), now) {
-            self.say(from, CoordinatorMessage::TryEdge(peer));
+    pub(super) fn try_way(&mut self, way: Way, now: Duration) {
+        if self.members.contains_key(&way.1) && self.ways.begin(way, now) {
+            self.say_try(way, false);
         }
     }
 
-    pub(super) fn on_way_tried(&mut self, way: Way, outcome: Result<f64, String>, now: Duration) {
+    fn say_try(&self, (from, to): Way, burst: bool) {
+        let Some(member) = self.members.get(&to) else { return };
+        let peer = Peer { node_id: to, address: member.hello.advertise.clone() };
+        self.say(from, CoordinatorMessage::TryEdge { peer, burst });
+    }
+
+    pub(super) fn on_way_tried(
+        &mut self,
+        way: Way,
+        outcome: Result<WayMeasured, String>,
+        now: Duration,
+    ) {
         if let Err(message) = &outcome {
             tracing::error!("{}", self.closed_way(way, message));
         }

@@ -37,13 +37,14 @@ impl Cluster {
     pub(super) fn description(&self) -> String {
         let measured = self.members.iter().filter_map(|(id, m)| {
             Some(LiveNode {
+                id: *id,
                 hello: &m.hello,
                 profile: self.pipeline.as_ref()?.measured(*id)?,
                 rtt: m.connection.rtt(),
             })
         });
         let spec = profile_spec(&self.manifest, 1);
-        let file = live(&spec, measured);
+        let file = live(&spec, measured, &self.ways.known(self.now()));
         if file.node.is_empty() { String::new() } else { to_text(&file) }
     }
 

@@ -2,12 +2,14 @@
 //! asks.
 //!
 //! A way that was open is believed as long as both ends stay; one that was closed is tried again
-//! after a while, for somebody may have opened it. Nothing here decides what a closed way means.
+//! after a while, for somebody may have opened it. The bandwidth of an open way is measured once, one
+//! way at a time, so that bursts do not share links. Nothing here decides what a closed way means.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use millrace_shared::id::NodeId;
+use millrace_shared::wire::control::WayMeasured;
 
 use crate::plan::KnownWay;
 
@@ -27,10 +29,27 @@ struct Trial {
     at: Duration,
 }
 
+/// Bytes a second that are believed: from a bad radio link to several of the fastest cards.
+const SOUND_RATES: (f64, f64) = (1e4, 1e11);
+/// Seconds of a round trip that are believed.
+const SOUND_ROUND_TRIPS: (f64, f64) = (0.0, 10.0);
+
+/// What is known of a way's bandwidth.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Rate {
+    /// To be measured when it is its turn.
+    Waiting,
+    /// Being measured since.
+    UnderWay(Duration),
+    /// Measured; `None` where that gave nothing.
+    Known(Option<f64>),
+}
+
 /// What is known of the ways.
 #[derive(Debug, Default)]
 pub(super) struct Ways {
     trials: BTreeMap<Way, Trial>,
+    rates: BTreeMap<Way, Rate>,
 }
 
 impl Ways {
@@ -53,15 +72,63 @@ impl Ways {
     }
 
     /// A member says how it went.
-    pub(super) fn end(&mut self, way: Way, outcome: Result<f64, String>, now: Duration) {
+    pub(super) fn end(&mut self, way: Way, outcome: Result<WayMeasured, String>, now: Duration) {
         // What nobody asked for says nothing.
-        if let Some(trial) = self.trials.get_mut(&way).filter(|t| t.outcome.is_none()) {
+        let pending = self.trials.get(&way).is_some_and(|t| t.outcome.is_none());
+        let measured = outcome.as_ref().ok().and_then(|m| m.bytes_per_second);
+        if let Some(rate @ Rate::UnderWay(_)) = self.rates.get_mut(&way)
+            && (measured.is_some() || !pending)
+        {
+            let sound = measured.filter(|r| r.is_finite());
+            *rate = Rate::Known(sound.map(|r| r.clamp(SOUND_RATES.0, SOUND_RATES.1)));
+        } else if let Some(trial) = self.trials.get_mut(&way).filter(|t| t.outcome.is_none()) {
+            let sound = |m: WayMeasured| match m.round_trip.is_finite() {
+                true => Ok(m.round_trip.clamp(SOUND_ROUND_TRIPS.0, SOUND_ROUND_TRIPS.1)),
+                false => Err("the node's answer makes no sense".to_owned()),
+            };
+            let outcome = outcome.and_then(sound);
+            if outcome.is_ok() {
+                self.rates.entry(way).or_insert(Rate::Waiting);
+            }
             *trial = Trial { outcome: Some(outcome), at: now };
+        }
+    }
+
+    /// The next way to measure, where none is being measured; it is from now on.
+    pub(super) fn next_to_measure(&mut self, now: Duration) -> Option<Way> {
+        if self.rates.values().any(|r| matches!(r, Rate::UnderWay(_))) {
+            return None;
+        }
+        let (way, rate) = self.rates.iter_mut().find(|(_, r)| **r == Rate::Waiting)?;
+        *rate = Rate::UnderWay(now);
+        Some(*way)
+    }
+
+    /// Whether some way is yet to be measured.
+    pub(super) fn is_measuring(&self) -> bool {
+        self.rates.values().any(|r| !matches!(r, Rate::Known(_)))
+    }
+
+    /// How many ways have a measured bandwidth.
+    pub(super) fn measured(&self) -> usize {
+        self.rates.values().filter(|r| matches!(r, Rate::Known(Some(_)))).count()
+    }
+
+    /// Bytes a second, where they were measured.
+    pub(super) fn rate(&self, way: Way) -> Option<f64> {
+        match self.rates.get(&way) {
+            Some(Rate::Known(rate)) => *rate,
+            _ => None,
         }
     }
 
     /// Ends trials of which nobody has heard.
     pub(super) fn expire(&mut self, now: Duration) {
+        for rate in self.rates.values_mut() {
+            if matches!(*rate, Rate::UnderWay(at) if now.saturating_sub(at) >= PATIENCE) {
+                *rate = Rate::Known(None);
+            }
+        }
         for trial in self.trials.values_mut() {
             if trial.outcome.is_none() && now.saturating_sub(trial.at) >= PATIENCE {
                 let message = "the node did not say how its handshake went".to_owned();
@@ -73,13 +140,14 @@ impl Ways {
     /// A member came or went: nothing is known of its ways.
     pub(super) fn forget(&mut self, node: NodeId) {
         self.trials.retain(|(from, to), _| *from != node && *to != node);
+        self.rates.retain(|(from, to), _| *from != node && *to != node);
     }
 
     /// What plans may build on.
     pub(super) fn known(&self, now: Duration) -> Vec<KnownWay> {
         let known = |&(from, to): &Way| {
             let round_trip = self.outcome((from, to), now)?.as_ref().ok().copied();
-            Some(KnownWay { from, to, round_trip })
+            Some(KnownWay { from, to, round_trip, bytes_per_second: self.rate((from, to)) })
         };
         self.trials.keys().filter_map(known).collect()
     }
@@ -95,12 +163,13 @@ mod tests {
         let (way, back) = ((node(1), node(2)), (node(2), node(1)));
         let s = Duration::from_secs;
         let mut ways = Ways::default();
-        ways.end(way, Ok(0.1), s(0));
+        let open = WayMeasured { round_trip: 0.1, bytes_per_second: None };
+        ways.end(way, Ok(open), s(0));
         assert_eq!(ways.outcome(way, s(0)), None, "nobody asked");
         assert!(ways.begin(way, s(0)) && ways.begin(back, s(0)));
         assert!(!ways.begin(way, s(1)), "under way");
         ways.end(way, Err("shut".into()), s(1));
-        ways.end(back, Ok(0.1), s(1));
+        ways.end(back, Ok(open), s(1));
         let known =
             |ways: &Ways, at| ways.known(s(at)).iter().map(|w| w.round_trip).collect::<Vec<_>>();
         assert_eq!(known(&ways, 2), [None, Some(0.1)]);
@@ -111,5 +180,31 @@ mod tests {
         assert!(ways.outcome(way, s(41)).is_some_and(Result::is_err), "silence is an answer");
         ways.forget(node(2));
         assert_eq!((ways.outcome(back, s(42)), known(&ways, 42)), (None, vec![]));
+    }
+
+    #[test]
+    fn bandwidth_is_measured_once_and_one_way_at_a_time() {
+        let node = |i| NodeId(uuid::Uuid::from_u128(i));
+        let (way, back) = ((node(1), node(2)), (node(2), node(1)));
+        let s = Duration::from_secs;
+        let seen = |rate| Ok(WayMeasured { round_trip: 1e-3, bytes_per_second: Some(rate) });
+        let mut ways = Ways::default();
+        assert!(ways.begin(way, s(0)) && ways.begin(back, s(0)));
+        // A rate that nobody asked for is not taken.
+        (ways.end(way, seen(5e6), s(0)), ways.end(back, seen(5e6), s(0)));
+        assert!(ways.is_measuring() && ways.measured() == 0);
+        assert_eq!((ways.next_to_measure(s(1)), ways.next_to_measure(s(1))), (Some(way), None));
+        ways.end(way, seen(1e300), s(1));
+        assert_eq!(ways.rate(way), Some(SOUND_RATES.1), "nonsense is bounded");
+        assert_eq!(ways.next_to_measure(s(2)), Some(back));
+        ways.expire(s(2) + PATIENCE);
+        assert_eq!((ways.rate(back), ways.measured()), (None, 1), "silence ends it");
+        assert!(!ways.is_measuring());
+        // Tried again, both keep what is known.
+        assert!(ways.begin(way, s(20)));
+        ways.end(way, seen(7.0), s(20));
+        assert_eq!((ways.rate(way), ways.next_to_measure(s(21))), (Some(SOUND_RATES.1), None));
+        ways.forget(node(2));
+        assert_eq!((ways.rate(way), ways.measured()), (None, 0));
     }
 }

@@ -211,7 +211,7 @@ impl Node {
             CoordinatorMessage::Release { pipeline, epoch } => {
                 self.drop_if(|a| a.assignment.pipeline == pipeline && a.assignment.epoch <= epoch);
             }
-            CoordinatorMessage::TryEdge(peer) => self.try_edge(peer),
+            CoordinatorMessage::TryEdge { peer, burst } => self.try_edge(peer, burst),
             CoordinatorMessage::Ping(n) => self.echo = n,
             CoordinatorMessage::Shutdown => {
                 tracing::info!("the coordinator is shutting down");
@@ -276,11 +276,11 @@ impl Node {
     }
 
     /// A handshake with another member, for its own sake.
-    fn try_edge(&self, peer: Peer) {
+    fn try_edge(&self, peer: Peer, burst: bool) {
         let Some(link) = &self.link else { return };
         let (parts, out) = (Rc::clone(&self.parts), link.out.clone());
         actix_rt::spawn(async move {
-            let outcome = reach(&parts, &peer).await.map_err(|e| e.to_string());
+            let outcome = reach(&parts, &peer, burst).await.map_err(|e| e.to_string());
             let _ = out.try_send(NodeMessage::EdgeTried { to: peer.node_id, outcome });
         });
     }

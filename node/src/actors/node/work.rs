@@ -9,7 +9,7 @@ use millrace_engine::stage::StagePlace;
 use millrace_engine::thread::{EngineHandle, Job, LoadJob};
 use millrace_engine::{Isa, PackingReport, StageSpec};
 use millrace_net::{Connection, EdgeSender, FramePool, NetError, timing};
-use millrace_shared::wire::control::{Assignment, LoadReport, Peer};
+use millrace_shared::wire::control::{Assignment, LoadReport, Peer, WayMeasured};
 use millrace_shared::wire::{Edge, node_name};
 use tokio::sync::oneshot;
 
@@ -96,15 +96,27 @@ fn describe(bytes: u64, packing: &PackingReport) -> String {
     }
 }
 
-/// Connects to a member and lets go again; the round trip in seconds. A handshake's first datagrams
-/// are as large as any that QUIC sends before it has found out more.
-pub(super) async fn reach(parts: &Parts, peer: &Peer) -> Result<f64, NetError> {
+/// Connects to a member and lets go again, after a burst where one is asked for. A handshake's first
+/// datagrams are as large as any that QUIC sends before it has found out more.
+pub(super) async fn reach(
+    parts: &Parts,
+    peer: &Peer,
+    burst: bool,
+) -> Result<WayMeasured, NetError> {
     let name = node_name(peer.node_id);
     let connection =
         parts.endpoint.connect_host(&peer.address, &name, &parts.tls, timing::HANDSHAKE).await?;
     let round_trip = connection.rtt().as_secs_f64();
+    let bytes_per_second = match burst {
+        // An open way stays one whatever becomes of the burst.
+        true => millrace_net::burst::measure(&connection).await.unwrap_or_else(|e| {
+            tracing::debug!(%peer.node_id, "a way could not be measured: {e}");
+            None
+        }),
+        false => None,
+    };
     connection.close("the way is open");
-    Ok(round_trip)
+    Ok(WayMeasured { round_trip, bytes_per_second })
 }
 
 pub(super) async fn edge_out(
