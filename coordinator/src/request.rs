@@ -81,6 +81,13 @@ impl Generation {
         }
     }
 
+    /// The tokens go on with the prompt's text rather than answer it.
+    #[must_use]
+    pub fn continuing(mut self) -> Self {
+        self.detokenizer = self.detokenizer.continuing();
+        self
+    }
+
     /// The parameters, for the last stage.
     pub fn params(&self) -> &SamplingParams {
         &self.params

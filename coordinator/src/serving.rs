@@ -156,7 +156,7 @@ impl Prompts {
             Prepared::Ids(ids) => Ok(ids),
             Prepared::Text(param, text) => self
                 .tokenizer
-                .encode(&text, true)
+                .encode_prompt(&text)
                 .map_err(|e| Status::invalid(param, e.to_string())),
         }
     }
@@ -183,10 +183,11 @@ impl Service for Serving {
                 .params
                 .validate(self.prompts.card.vocab)
                 .map_err(|e| Status::invalid(e.param, e.to_string()))?;
+            let chat = matches!(request.prompt, Prompt::Chat(_));
             let tokens = self.prompts.prompt_ids(request.prompt).await?;
             let id = RequestId(Uuid::now_v7());
             let seed = request.params.seed.unwrap_or_else(|| self.draw_seed(id));
-            let submit = Submit { id, tokens, params: request.params, seed, caller };
+            let submit = Submit { id, tokens, params: request.params, seed, chat, caller };
             self.batcher.send(submit).await.map_err(crossed)?
         }
         .boxed()

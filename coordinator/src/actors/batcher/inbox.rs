@@ -26,6 +26,8 @@ pub struct Submit {
     pub params: SamplingParams,
     /// The seed, given or drawn.
     pub seed: u64,
+    /// Whether the prompt is a conversation, rather than a text to go on with.
+    pub chat: bool,
     /// Who asks.
     pub caller: Caller,
 }
@@ -45,6 +47,7 @@ impl Handler<Submit> for Batcher {
         let _ = events.try_send(Ok(started));
         let now = self.now();
         let generation = Generation::new(m.params, events, &self.tokenizer, prompt_tokens);
+        let generation = if m.chat { generation } else { generation.continuing() };
         self.register(Request {
             id: m.id,
             sequence,
