@@ -195,7 +195,8 @@ fn one_coordinator_three_nodes_sixteen_clients() {
     coordinator.wait_not_ready();
     assert!(coordinator.process.is_alive());
 
-    // The same folder, no token: the node is known, and its tensors are in its cache.
+    // The same folder, no token: the node is known, its tensors are in its cache, and it gets as much
+    // of its old stage as costs next to nothing.
     nodes[0] = coordinator.node("fetches", &[]);
     coordinator.wait_ready();
     assert!(coordinator.metric("millrace_plan_epoch") > first_epoch);

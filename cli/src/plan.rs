@@ -209,7 +209,7 @@ fn plan(
         stages: args.stages.map(usize::from),
         micro_batches: None,
     };
-    let choice = best(&problem, &wish).map_err(|e| usage(why_not(&e, args, context)))?;
+    let choice = best(&problem, &wish, &[]).map_err(|e| usage(why_not(&e, args, context)))?;
     let promise = args.slo.map(|(ttft, itl)| Promise {
         first_token_seconds: ttft.as_secs_f64(),
         inter_token_seconds: itl.as_secs_f64(),

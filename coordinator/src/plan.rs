@@ -21,8 +21,8 @@ use millrace_shared::model::{
 };
 use millrace_shared::options::{EngineKind, MicroBatches, Pin, Replan};
 use millrace_shared::partition::{
-    Choice, Goal, LayerRange, Link, Network, NodeCosts, PartitionError, Problem, StageCut, Wish,
-    choose, from_cuts, in_order,
+    Choice, Goal, LayerRange, Link, Network, NodeCosts, PartitionError, Problem, StageCut, Stood,
+    Wish, choose, from_cuts, in_order, keep,
 };
 use millrace_shared::scheduler::cost::StageCost;
 use millrace_shared::scheduler::{Policy, SchedulerConfig};
@@ -257,9 +257,9 @@ pub fn check_stages(
     }
 }
 
-/// Chooses among the nodes, and cuts the model over them, along no way that is closed. Where the
-/// operator said where to cut, they are taken in their order, or in another one where ways are closed
-/// or memory is short.
+/// Chooses among the nodes, and cuts the model over them, along no way that is closed; of what `stood`
+/// before, as much stays in place as costs next to nothing. Where the operator said where to cut, the
+/// nodes are taken in their order, or in another one where ways are closed or memory is short.
 ///
 /// # Errors
 /// If it does not fit, or the operator's cuts make no sense.
@@ -269,8 +269,11 @@ pub fn plan(
     (pipeline, epoch): (PipelineId, Epoch),
     nodes: &[PlanNode],
     ways: &[KnownWay],
+    stood: &[(NodeId, LayerRange)],
 ) -> Result<Plan, PartitionError> {
     let config = &manifest.config;
+    let place = |id: &NodeId| nodes.iter().position(|n| n.id == *id);
+    let stood: Vec<Stood> = stood.iter().map(|(id, range)| (place(id), *range)).collect();
     let max_model_len = deployment.max_model_len(config);
     let mut capacities = capacities(nodes);
     pins::bind(&deployment.pins, &mut capacities, |n, pin| pins::names(pin, &nodes[n]));
@@ -285,7 +288,7 @@ pub fn plan(
         let model = parts(manifest).costs(positions, deployment.kv_dtype, batch);
         let problem = Problem { model: &model, nodes: &capacities, network: &network, rows: 1.0 };
         let cut = match &deployment.cuts {
-            None => best(&problem, &wish),
+            None => best(&problem, &wish, &stood),
             Some(cuts) => given_cut(&problem, &wish, cuts),
         };
         match cut {
@@ -351,18 +354,20 @@ pub fn plan(
 ///
 /// # Errors
 /// As [`choose`].
-pub fn best(problem: &Problem<'_>, wish: &Wish) -> Result<Choice, PartitionError> {
+pub fn best(problem: &Problem<'_>, wish: &Wish, stood: &[Stood]) -> Result<Choice, PartitionError> {
     if wish.goal == Goal::Latency {
         return choose(problem, wish);
     }
     let nodes: Vec<NodeCosts> = problem.nodes.iter().map(beside_prompts).collect();
-    let mixed = choose(&Problem { nodes: &nodes, ..*problem }, wish)?;
-    let judged = Choice::of(problem, wish, mixed.stages);
+    let beside = Problem { nodes: &nodes, ..*problem };
+    let mixed = choose(&beside, wish)?;
+    let kept = keep(&beside, wish, mixed.stages, stood);
+    let judged = Choice::of(problem, wish, kept.stages);
     let alone = mixed.alone.map(|(node, _)| {
         let range = LayerRange { first: 0, end: problem.model.layers() as u32 };
         (node, Choice::of(problem, wish, vec![StageCut { node, range }]).forecast)
     });
-    Ok(Choice { gap: mixed.gap, alone, ..judged })
+    Ok(Choice { gap: mixed.gap + kept.given_up, alone, ..judged })
 }
 
 /// A node whose layers compute the prompts that come with each row of an answer.

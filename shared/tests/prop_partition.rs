@@ -1,9 +1,9 @@
 //! The planner against brute force: every choice and order of nodes, every cut.
 
 use millrace_shared::partition::{
-    Change, Curve, Goal, LayerRange, LeftOut, Link, ModelCosts, Network, NodeCosts, Objective,
-    PartitionError, Problem, Promise, Solution, StageCut, Wish, check_memory, choose, forecast,
-    from_cuts, improvements, in_order, left_out, load_within, solve,
+    Change, Choice, Curve, Goal, LayerRange, LeftOut, Link, ModelCosts, Network, NodeCosts,
+    Objective, PartitionError, Problem, Promise, Solution, StageCut, Stood, Wish, check_memory,
+    choose, forecast, from_cuts, improvements, in_order, keep, left_out, load_within, solve,
 };
 use proptest::prelude::*;
 
@@ -503,4 +503,72 @@ fn promises_bound_the_load() {
     let (b, _) = load(1.0).unwrap();
     assert!(b.streams > a.streams);
     assert!(load(0.001).is_none());
+}
+
+/// Stages of nodes with so many layers each.
+fn stages_of(nodes: &[usize], layers: &[u32]) -> Vec<StageCut> {
+    let mut first = 0;
+    let stage = |(&node, &layers): (&usize, &u32)| {
+        let range = LayerRange { first, end: first + layers };
+        first = range.end;
+        StageCut { node, range }
+    };
+    nodes.iter().zip(layers).map(stage).collect()
+}
+
+fn stood(stages: &[StageCut], gone: Option<usize>) -> Vec<Stood> {
+    stages.iter().map(|s| (Some(s.node).filter(|n| Some(*n) != gone), s.range)).collect()
+}
+
+const MANY: Wish =
+    Wish { goal: Goal::Throughput, streams: 32, stages: Some(3), micro_batches: None };
+
+#[test]
+fn layers_stay_where_they_lie() {
+    let mut case = plain(30, 0.0, &[1.0; 5]);
+    for node in &mut case.nodes {
+        node.layer = Curve::new([(1.0, 1.0), (64.0, 64.0)]);
+    }
+    let problem = case.problem();
+    let best = stages_of(&[0, 1, 2], &[10, 10, 10]);
+    let before = stages_of(&[2, 0, 1], &[10, 10, 10]);
+    let keep = |stood: &[Stood]| keep(&problem, &MANY, best.clone(), stood);
+    assert_eq!(keep(&stood(&before, None)).stages, before);
+    // Another node takes the place of one that is gone; which, does not matter.
+    let kept = keep(&stood(&before, Some(0))).stages;
+    assert_eq!((kept[0], kept[2]), (before[0], before[2]));
+    assert_eq!(kept[1].range, before[1].range);
+    // A little uneven is not worth moving layers; much is, but the nodes keep their places.
+    let uneven = stages_of(&[4, 3, 2], &[10, 10, 10]);
+    assert_eq!(keep(&stood(&uneven, None)).stages, uneven);
+    let wrong = stages_of(&[2, 0, 1], &[20, 5, 5]);
+    assert_eq!(keep(&stood(&wrong, None)).stages, before);
+    assert_eq!(keep(&[]).stages, best);
+}
+
+proptest! {
+    #[test]
+    fn what_is_kept_fits_and_is_nearly_the_best(
+        case in case(4, 8),
+        order in Just((0..4).collect::<Vec<usize>>()).prop_shuffle(),
+        layers in prop::collection::vec(1u32..5, 1..5),
+        gone in prop::option::of(0usize..4),
+    ) {
+        let problem = case.problem();
+        let wish = Wish { stages: None, ..MANY };
+        let Ok(best) = choose(&problem, &wish) else { return Ok(()) };
+        let nodes: Vec<usize> = order.into_iter().filter(|n| *n < case.nodes.len()).collect();
+        let mut before = stages_of(&nodes, &layers);
+        before.retain(|s| s.range.end as usize <= case.model.layers());
+        if let Some(last) = before.last_mut() {
+            last.range.end = case.model.layers() as u32;
+        }
+        let kept = keep(&problem, &wish, best.stages.clone(), &stood(&before, gone));
+        prop_assert!(fits(&case, &kept.stages));
+        let of = |stages: &[StageCut]| {
+            Choice::of(&problem, &wish, stages.to_vec()).forecast.tokens_per_second
+        };
+        prop_assert!(of(&kept.stages) * 1.050_001 >= of(&best.stages));
+        prop_assert!((0.0..=0.05).contains(&kept.given_up));
+    }
 }

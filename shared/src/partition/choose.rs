@@ -76,7 +76,7 @@ fn judge(problem: &Problem<'_>, wish: &Wish, stages: &[StageCut]) -> Forecast {
 }
 
 /// How good a forecast is for a goal: more is better.
-fn worth(wish: &Wish, problem: &Problem<'_>, stages: &[StageCut]) -> f64 {
+pub(super) fn worth(wish: &Wish, problem: &Problem<'_>, stages: &[StageCut]) -> f64 {
     match wish.goal {
         Goal::Throughput => judge(problem, wish, stages).tokens_per_second,
         Goal::Latency => forecast(problem, stages, 1, Some(1)).tokens_per_second,

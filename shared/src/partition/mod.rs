@@ -18,6 +18,7 @@ mod costs;
 mod even;
 mod forecast;
 mod greedy;
+mod keep;
 mod order;
 mod paths;
 mod reach;
@@ -29,6 +30,7 @@ pub use check::check_memory;
 pub use choose::{Change, Choice, Goal, LeftOut, Wish, choose, improvements, left_out};
 pub use costs::{Curve, Link, ModelCosts, Network, NodeCosts, Problem};
 pub use forecast::{Forecast, Promise, first_token_seconds, forecast, load_within};
+pub use keep::{Kept, Stood, keep};
 pub use order::in_order;
 pub use solve::{Objective, Solution, StageCut, solve};
 

@@ -26,6 +26,7 @@ use millrace_shared::membership::{
     Action, Event, Membership, MembershipConfig, PipelineConfig, PipelineState, Session,
 };
 use millrace_shared::model::ModelManifest;
+use millrace_shared::partition::LayerRange;
 use millrace_shared::wire::WIRE_VERSION;
 use millrace_shared::wire::control::{
     CoordinatorMessage, Heartbeat, Hello, LoadReport, NodeMessage,
@@ -92,6 +93,8 @@ pub struct Cluster {
     /// Of the epoch that is made ready while another serves.
     next_plan: Option<Plan>,
     draft: Option<Draft>,
+    /// The cut that was last loaded: what its nodes have at hand.
+    stood: Vec<(NodeId, LayerRange)>,
     starting: Option<Starting>,
     ways: Ways,
     doctors: Vec<Doctor>,
@@ -134,6 +137,7 @@ impl Cluster {
             plan: None,
             next_plan: None,
             draft: None,
+            stood: Vec::new(),
             starting: None,
             ways: Ways::default(),
             doctors: Vec::new(),

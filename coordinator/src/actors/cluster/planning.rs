@@ -44,7 +44,7 @@ impl Cluster {
         now: Duration,
     ) -> Result<Plan, String> {
         let (planned, ways) = (self.plan_nodes(nodes), self.ways.known(now));
-        plan(&self.manifest, &self.deployment, (PIPELINE, epoch), &planned, &ways)
+        plan(&self.manifest, &self.deployment, (PIPELINE, epoch), &planned, &ways, &self.stood)
             .map_err(|e| e.to_string())
     }
 

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use millrace_shared::id::{Epoch, NodeId};
+use millrace_shared::partition::LayerRange;
 use millrace_shared::wire::Edge;
-use millrace_shared::wire::control::CoordinatorMessage;
+use millrace_shared::wire::control::{Assignment, CoordinatorMessage};
 use tokio::sync::mpsc;
 
 use super::{Cluster, Member, PIPELINE};
@@ -42,6 +43,10 @@ impl Cluster {
         let (Some(first), Some(last)) = (self.members.get(first), self.members.get(last)) else {
             return; // Lost this very moment: the machine hears of it next.
         };
+        let held = |(id, a): &(NodeId, Assignment)| {
+            (*id, LayerRange { first: a.first_layer, end: a.end_layer })
+        };
+        let stood = plan.assignments.iter().map(held).collect();
         let credits = plan.assignments.first().map_or(2, |(_, a)| a.own_credits());
         // Every micro-batch in flight, and a burst of frames that only carry releases.
         let capacity = credits as usize + 64;
@@ -70,6 +75,7 @@ impl Cluster {
                 uneven: ctx.address().recipient(),
             }),
         });
+        self.stood = stood;
         for node in nodes {
             self.say(*node, CoordinatorMessage::Start { pipeline: PIPELINE, epoch });
         }
