@@ -4,7 +4,9 @@ use criterion::Criterion;
 use millrace_engine::cpu::CpuBackend;
 use millrace_engine::model::{Backend, BlockTables, Span};
 use millrace_shared::id::SequenceId;
-use millrace_shared::model::{Dtype, Family, ModelConfig, RopeConfig, RopeStyle};
+use millrace_shared::model::{
+    Dtype, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle,
+};
 use millrace_shared::wire::control::EngineSettings;
 use millrace_shared::wire::data::{StepMeta, TableUpdate};
 
@@ -25,7 +27,12 @@ struct Context {
 }
 
 fn config() -> ModelConfig {
-    let rope = RopeConfig { base: 1e5, dim: 64, style: RopeStyle::Interleaved, linear_scale: 1.0 };
+    let rope = RopeConfig {
+        base: 1e5,
+        dim: 64,
+        style: RopeStyle::Interleaved,
+        scaling: RopeScaling::Linear(1.0),
+    };
     ModelConfig {
         family: Family::Llama,
         layers: LAYERS as u32,
@@ -40,6 +47,7 @@ fn config() -> ModelConfig {
         rope,
         tied_head: true,
         rope_factors: false,
+        features: Features::default(),
     }
 }
 

@@ -134,6 +134,7 @@ fn entry(name: &str, dtype: TensorType, dims: &[usize]) -> Source {
         name: name.to_owned(),
         dtype,
         dims,
+        file: 0,
         offset: 0,
         bytes,
         hash: [0; 32],
@@ -147,7 +148,7 @@ fn values(rows: usize, width: usize) -> Vec<f32> {
 
 fn vector(backend: &mut CpuBackend, width: usize) -> <CpuBackend as Backend>::Vector {
     let source = entry("gain", TensorType::F32, &[width]);
-    let loaded = backend.weights(&[vec![Part::Vector(&source)]], &mut |_| {}).expect("memory");
+    let loaded = backend.weights(&[vec![Part::Vector(&source, 0.0)]], &mut |_| {}).expect("memory");
     let Some(LoadedPart::Vector(vector)) = loaded.into_iter().next() else {
         unreachable!("a vector was asked for")
     };

@@ -10,7 +10,8 @@ use millrace_coordinator::plan::pins::bind;
 use millrace_coordinator::plan::report::{PlanReport, Question};
 use millrace_shared::cluster_file::ClusterFile;
 use millrace_shared::model::{
-    Dtype, Family, ModelConfig, RopeConfig, RopeStyle, TensorEntry, TensorType,
+    Dtype, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, TensorEntry,
+    TensorType,
 };
 use millrace_shared::partition::{Goal, Problem, Promise, Wish, choose};
 
@@ -31,10 +32,11 @@ fn config() -> ModelConfig {
             base: 100_000.0,
             dim: 64,
             style: RopeStyle::Interleaved,
-            linear_scale: 1.0,
+            scaling: RopeScaling::Linear(1.0),
         },
         tied_head: true,
         rope_factors: false,
+        features: Features::default(),
     }
 }
 
@@ -43,6 +45,7 @@ fn tensors(c: &ModelConfig) -> Vec<TensorEntry> {
         name,
         dtype,
         dims: dims.to_vec(),
+        file: 0,
         offset: 0,
         bytes: dtype.bytes_of(dims.iter().product()).unwrap(),
         hash: [0; 32],

@@ -15,7 +15,9 @@ use millrace_engine::cpu::{CpuEngine, packed_bytes};
 use millrace_shared::cluster_file::{ClusterFile, Limits, Measured, NodeEntry, shape_key};
 use millrace_shared::dirs;
 use millrace_shared::model::gguf::Gguf;
-use millrace_shared::model::{Family, ModelConfig, RopeConfig, RopeStyle, TensorType, head_name};
+use millrace_shared::model::{
+    Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, TensorType, head_name,
+};
 use millrace_shared::wire::control::{PROFILE_ROWS, ProfileSpec, StageProfile};
 
 use crate::hardware::Hardware;
@@ -126,10 +128,11 @@ fn usual() -> ModelConfig {
             base: 500_000.0,
             dim: 64,
             style: RopeStyle::Interleaved,
-            linear_scale: 1.0,
+            scaling: RopeScaling::Linear(1.0),
         },
         tied_head: false,
         rope_factors: false,
+        features: Features::default(),
     }
 }
 

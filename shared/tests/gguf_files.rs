@@ -3,7 +3,7 @@
 
 use millrace_shared::model::gguf::{Array, Gguf, GgufError, GgufWriter, Value};
 use millrace_shared::model::{
-    Dtype, ModelManifest, RopeStyle, TensorType, numerics_id, stage_tensors,
+    Dtype, ModelManifest, RopeScaling, RopeStyle, TensorType, numerics_id, stage_tensors,
 };
 
 /// A sound model of one layer: 64 wide, 2 heads, vocabulary of 32.
@@ -86,7 +86,10 @@ fn a_sound_file() {
     assert_eq!((config.layers, config.hidden, config.head_dim, config.vocab), (1, 64, 32, 32));
     assert_eq!((config.heads, config.kv_heads, config.ffn, config.context), (2, 1, 96, 128));
     assert_eq!((config.rope.base, config.rope.dim), (10_000.0, 32));
-    assert_eq!((config.rope.style, config.rope.linear_scale), (RopeStyle::Interleaved, 1.0));
+    assert_eq!(
+        (config.rope.style, config.rope.scaling),
+        (RopeStyle::Interleaved, RopeScaling::Linear(1.0))
+    );
     assert!(config.tied_head && config.rope_factors);
     gguf.check_supported_types().unwrap();
     let stage = millrace_shared::model::StageTensors { layers: 0..1, embed: false, head: false };
@@ -307,8 +310,8 @@ fn rope_scaling() {
                 w.set(*key, value.clone());
             }
         });
-        let scale = parse(&bytes).unwrap().config().unwrap().rope.linear_scale;
-        assert_eq!(scale, expected, "{keys:?}");
+        let scaling = parse(&bytes).unwrap().config().unwrap().rope.scaling;
+        assert_eq!(scaling, RopeScaling::Linear(expected), "{keys:?}");
     }
     refused(
         &with(|w| {

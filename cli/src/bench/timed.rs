@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use millrace_engine::cpu::{self, CpuBackend, CpuEngine};
 use millrace_engine::model::weights::Sources;
 use millrace_engine::model::{
-    Backend, Batch, BlockTables, Llama, LoadedPart, LoadedParts, Part, Piece, Source, Span,
+    Backend, Batch, BlockTables, Decoder, LoadedPart, LoadedParts, Part, Piece, Source, Span,
 };
 use millrace_engine::{
     Engine, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError, TensorSource,
     TopLogits,
 };
-use millrace_shared::model::{Dtype, ModelConfig};
+use millrace_shared::model::{Activation, Dtype, ModelConfig};
 use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::StepMeta;
 use serde::Serialize;
@@ -182,7 +182,7 @@ impl<B: Backend> Backend for Timed<B> {
                 })
             }
             (_, LoadedPart::Vector(vector)) => LoadedPart::Vector(vector),
-            (Part::Vector(_), LoadedPart::Matrices(_)) => {
+            (Part::Vector(..), LoadedPart::Matrices(_)) => {
                 unreachable!("parts come back in the order in which they were asked for")
             }
         };
@@ -195,7 +195,7 @@ impl<B: Backend> Backend for Timed<B> {
 
     fn kv(
         &mut self,
-        layers: usize,
+        layers: Range<u32>,
         config: &ModelConfig,
         settings: &EngineSettings,
         factors: Option<&Source>,
@@ -239,10 +239,45 @@ impl<B: Backend> Backend for Timed<B> {
         self.product(w, x.rows);
     }
 
-    fn gated(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor) {
+    fn gated(
+        &mut self,
+        x: &Self::Tensor,
+        w: &Self::Weight,
+        activation: Activation,
+        out: &mut Self::Tensor,
+    ) {
         out.rows = x.rows;
-        self.time(w.phase, |b| b.gated(&x.inner, &w.inner, &mut out.inner));
+        self.time(w.phase, |b| b.gated(&x.inner, &w.inner, activation, &mut out.inner));
         self.product(w, x.rows);
+    }
+
+    fn rms_norm_add(
+        &mut self,
+        x: &Self::Tensor,
+        gain: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) {
+        self.time(Phase::RmsNorm, |b| b.rms_norm_add(&x.inner, gain, eps, &mut out.inner));
+    }
+
+    fn norm_heads(
+        &mut self,
+        x: &mut Self::Tensor,
+        first: usize,
+        count: usize,
+        gain: &Self::Vector,
+        eps: f32,
+    ) {
+        self.time(Phase::RmsNorm, |b| b.norm_heads(&mut x.inner, first, count, gain, eps));
+    }
+
+    fn add_bias(&mut self, x: &mut Self::Tensor, first: usize, bias: &Self::Vector) {
+        self.time(Phase::Qkv, |b| b.add_bias(&mut x.inner, first, bias));
+    }
+
+    fn scale(&mut self, x: &mut Self::Tensor, factor: f32) {
+        self.time(Phase::Embed, |b| b.scale(&mut x.inner, factor));
     }
 
     fn write_kv(
@@ -285,11 +320,12 @@ impl<B: Backend> Backend for Timed<B> {
         x: &Self::Tensor,
         rows: Range<usize>,
         head: &Self::Weight,
+        softcap: f32,
         out: &'t mut Self::Tensor,
     ) -> &'t mut [f32] {
         self.product(head, rows.len());
         let start = Instant::now();
-        let logits = self.inner.logits(&x.inner, rows, &head.inner, &mut out.inner);
+        let logits = self.inner.logits(&x.inner, rows, &head.inner, softcap, &mut out.inner);
         let spent = &mut self.spent[Phase::Head as usize];
         spent.calls += 1;
         spent.time += start.elapsed();
@@ -335,7 +371,7 @@ pub(super) struct ProfiledEngine {
 #[derive(Debug)]
 struct Stage {
     backend: Timed<CpuBackend>,
-    model: Llama<Timed<CpuBackend>>,
+    model: Decoder<Timed<CpuBackend>>,
     tables: BlockTables,
     batch: Batch,
 }
@@ -356,7 +392,7 @@ impl Engine for ProfiledEngine {
         let inner = CpuBackend::new(spec.isa, spec.threads, spec.host_threads)
             .with_packed_cache(spec.packed_cache.as_deref());
         let mut backend = Timed { inner, spent: Default::default() };
-        let model = Llama::load(&mut backend, spec, &sources, progress)?;
+        let model = Decoder::load(&mut backend, spec, &sources, progress)?;
         let loaded = backend.inner.loaded();
         let (tables, batch) = (BlockTables::new(&spec.settings), Batch::new(&spec.settings));
         self.stage = Some(Stage { backend, model, tables, batch });

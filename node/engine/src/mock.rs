@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use millrace_shared::id::SequenceId;
-use millrace_shared::model::{Family, ModelConfig, RopeConfig, RopeStyle};
+use millrace_shared::model::{Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle};
 use millrace_shared::wire::control::{PROFILE_ROWS, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::{Row, StepMeta, Want};
 
@@ -87,10 +87,11 @@ pub fn model_config(layers: u32, vocab: u32) -> ModelConfig {
             base: 10_000.0,
             dim: BYTES as u32,
             style: RopeStyle::Interleaved,
-            linear_scale: 1.0,
+            scaling: RopeScaling::Linear(1.0),
         },
         tied_head: true,
         rope_factors: false,
+        features: Features::default(),
     }
 }
 

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Dtype, Family, ModelConfig, RopeConfig, RopeStyle, TensorEntry};
+use super::{Dtype, ModelConfig, TensorEntry};
 
 /// A model: dimensions, tensors, hashes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,8 +52,9 @@ impl ModelManifest {
 
 /// BLAKE3 over the dimensions and over name, type, shape and hash of each tensor, by name.
 pub fn content_hash(config: &ModelConfig, tensors: &[TensorEntry]) -> [u8; 32] {
-    let mut h = blake3::Hasher::new_derive_key("millrace model content 1");
-    hash_config(&mut h, config);
+    let mut h = blake3::Hasher::new_derive_key("millrace model content 2");
+    let config = bincode::serde::encode_to_vec(config, bincode::config::standard());
+    h.update(&config.expect("invariant: plain numbers can be written down"));
     let mut order: Vec<&TensorEntry> = tensors.iter().collect();
     order.sort_by(|a, b| a.name.cmp(&b.name));
     h.update(&(order.len() as u64).to_le_bytes());
@@ -89,50 +90,4 @@ pub fn numerics_id(
 fn hash_str(h: &mut blake3::Hasher, s: &str) {
     h.update(&(s.len() as u64).to_le_bytes());
     h.update(s.as_bytes());
-}
-
-/// Field by field, so that a new field cannot be forgotten here.
-fn hash_config(h: &mut blake3::Hasher, config: &ModelConfig) {
-    let ModelConfig {
-        family,
-        layers,
-        hidden,
-        heads,
-        kv_heads,
-        head_dim,
-        ffn,
-        vocab,
-        context,
-        rms_eps,
-        rope: RopeConfig { base, dim, style, linear_scale },
-        tied_head,
-        rope_factors,
-    } = config;
-    let family = match family {
-        Family::Llama => 0u32,
-    };
-    let style = match style {
-        RopeStyle::Interleaved => 0u32,
-        RopeStyle::Halves => 1,
-    };
-    for n in [
-        family,
-        *layers,
-        *hidden,
-        *heads,
-        *kv_heads,
-        *head_dim,
-        *ffn,
-        *vocab,
-        *context,
-        rms_eps.to_bits(),
-        base.to_bits(),
-        *dim,
-        style,
-        linear_scale.to_bits(),
-        u32::from(*tied_head),
-        u32::from(*rope_factors),
-    ] {
-        h.update(&n.to_le_bytes());
-    }
 }

@@ -1,12 +1,19 @@
 //! What a model is: dimensions, tensors and their types, which tensors a range of layers needs.
 
 mod config;
+mod files;
+mod folder;
 pub mod gguf;
 mod layers;
 pub mod manifest;
+mod split;
 mod types;
 
-pub use config::{Family, ModelConfig, RopeConfig, RopeStyle};
+pub use config::{
+    Activation, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, Window,
+};
+pub use files::{Description, ModelFileError, ModelFiles};
+pub use folder::FolderError;
 pub use layers::{StageTensors, embedding_name, head_name, stage_tensors};
 pub use manifest::{ModelManifest, numerics_id};
 pub use types::{Dtype, TensorEntry, TensorType};

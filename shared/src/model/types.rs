@@ -191,6 +191,8 @@ pub struct TensorEntry {
     pub dtype: TensorType,
     /// Dimensions, fastest first: a matrix is `[inputs, outputs]`.
     pub dims: Vec<u64>,
+    /// Which of the model's files it is in.
+    pub file: u16,
     /// Offset in the file, from its first byte.
     pub offset: u64,
     /// Bytes.

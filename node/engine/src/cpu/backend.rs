@@ -3,11 +3,13 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use millrace_shared::model::{Dtype, ModelConfig};
+use millrace_shared::model::{Activation, Dtype, ModelConfig};
 use millrace_shared::wire::control::EngineSettings;
 
 use super::buffer::{Arena, Buf, Frozen, Shared};
 use super::kernels::best::{self, Best};
+use super::kernels::elementwise;
+use super::kernels::paged::Rule;
 use super::kernels::rows::Compute;
 use super::kernels::{group_rows, matmul, paged};
 use super::kv::{Kv, KvShape};
@@ -32,7 +34,10 @@ pub struct Vector(pub(super) Frozen<f32>);
 #[derive(Debug)]
 pub struct CpuKv {
     store: Kv,
-    rope: Rope,
+    /// Of layers that see everything, and of local ones.
+    ropes: [Rope; 2],
+    /// What each layer sees.
+    rules: Vec<Rule>,
     heads: usize,
 }
 
@@ -124,11 +129,11 @@ impl CpuBackend {
     }
 }
 
-/// A vector of f32 from its file.
+/// A vector of floats from its file.
 fn read_vector(source: &Source) -> Result<Vec<f32>, LoadError> {
-    let mut bytes = vec![0u8; source.entry().elements() as usize * 4];
-    source.open()?.read(0, &mut bytes)?;
-    Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    let mut floats = vec![0.0; source.entry().elements() as usize];
+    source.open()?.read_floats(source.entry().dtype, &mut floats)?;
+    Ok(floats)
 }
 
 /// Rounds in place.
@@ -177,14 +182,14 @@ impl Backend for CpuBackend {
 
     fn kv(
         &mut self,
-        layers: usize,
+        layers: Range<u32>,
         config: &ModelConfig,
         settings: &EngineSettings,
         factors: Option<&Source>,
     ) -> Result<CpuKv, LoadError> {
         let (heads, dim) = (config.heads as usize, config.head_dim as usize);
         let shape = KvShape {
-            layers,
+            layers: layers.len(),
             blocks: settings.kv_blocks as usize,
             block_size: settings.kv_block_size as usize,
             heads: config.kv_heads as usize,
@@ -192,13 +197,27 @@ impl Backend for CpuBackend {
         };
         let store = Kv::new(&mut self.cache, shape, settings.kv_dtype)?;
         let factors = factors.map(read_vector).transpose()?;
-        let positions = if layers == 0 { 0 } else { settings.max_model_len as usize };
+        let positions = if layers.is_empty() { 0 } else { settings.max_model_len as usize };
         let scratch = &mut self.scratch;
-        let rope = Rope::new(scratch, &config.rope, dim, positions, factors.as_deref())?;
+        let global = Rope::new(scratch, &config.rope, dim, positions, factors.as_deref())?;
+        let local = layers.clone().find_map(|i| config.window(i)?.rope);
+        let positions_here = if local.is_some() { positions } else { 0 };
+        let local = local.unwrap_or(config.rope);
+        let ropes = [global, Rope::new(scratch, &local, dim, positions_here, None)?];
         let (threads, group) = (self.compute.pool.threads(), heads / shape.heads);
         let len = paged::scratch_len(threads, shape.heads, group, dim, positions);
         self.attention = Some(scratch.take(len)?);
-        Ok(CpuKv { store, rope, heads })
+        let f = &config.features;
+        let rule = |layer| {
+            let window = config.window(layer);
+            Rule {
+                scale: f.attention_scale.unwrap_or(1.0 / (dim as f32).sqrt()),
+                softcap: f.attention_softcap,
+                window: window.map_or(usize::MAX, |w| w.size as usize),
+                rope: usize::from(window.is_some_and(|w| w.rope.is_some())),
+            }
+        };
+        Ok(CpuKv { store, ropes, rules: layers.map(rule).collect(), heads })
     }
 
     fn embed(&mut self, table: &Matrices, tokens: &[u32], out: &mut Tensor) {
@@ -233,9 +252,29 @@ impl Backend for CpuBackend {
         self.product(x, 0..x.rows, w, out, true);
     }
 
-    fn gated(&mut self, x: &Tensor, w: &Matrices, out: &mut Tensor) {
+    fn gated(&mut self, x: &Tensor, w: &Matrices, activation: Activation, out: &mut Tensor) {
         let Compute { pool, isa } = &mut self.compute;
-        matmul::gated(pool, *isa, &w.0, x, out);
+        matmul::gated(pool, *isa, &w.0, x, activation, out);
+    }
+
+    fn rms_norm_add(&mut self, x: &Tensor, gain: &Vector, eps: f32, out: &mut Tensor) {
+        self.compute.rms_norm_add(x, &gain.0, eps, out);
+    }
+
+    fn norm_heads(&mut self, x: &mut Tensor, first: usize, count: usize, gain: &Vector, eps: f32) {
+        self.compute.norm_heads(x, first, count, &gain.0, eps);
+    }
+
+    fn add_bias(&mut self, x: &mut Tensor, first: usize, bias: &Vector) {
+        let rows = x.data.chunks_exact_mut(x.width).take(x.rows);
+        for row in rows {
+            row[first..].iter_mut().zip(bias.0.iter()).for_each(|(x, b)| *x += b);
+        }
+    }
+
+    fn scale(&mut self, x: &mut Tensor, factor: f32) {
+        let used = x.rows * x.width;
+        x.data[..used].iter_mut().for_each(|x| *x *= factor);
     }
 
     fn write_kv(
@@ -246,7 +285,8 @@ impl Backend for CpuBackend {
         spans: &[Span],
         tables: &BlockTables,
     ) {
-        let CpuKv { store, rope, heads } = kv;
+        let CpuKv { store, ropes, rules, heads } = kv;
+        let rope = &ropes[rules[layer].rope];
         self.compute.write_kv(qkv, (store, layer), *heads, rope, spans, tables);
     }
 
@@ -260,7 +300,8 @@ impl Backend for CpuBackend {
         out: &mut Tensor,
     ) {
         let scratch = self.attention.as_mut().expect("invariant: set with the KV cache");
-        self.compute.attention(qkv, &kv.store, layer, kv.heads, spans, tables, out, scratch);
+        let to = (&kv.store, layer, &kv.rules[layer]);
+        self.compute.attention(qkv, to, kv.heads, spans, tables, out, scratch);
     }
 
     fn settle(&mut self, x: &mut Tensor, dtype: Dtype) -> Option<usize> {
@@ -282,12 +323,17 @@ impl Backend for CpuBackend {
         x: &Tensor,
         rows: Range<usize>,
         head: &Matrices,
+        softcap: f32,
         out: &'t mut Tensor,
     ) -> &'t mut [f32] {
         out.rows = rows.len();
         self.product(x, rows, head, out, false);
         let used = out.rows * out.width;
-        &mut out.data[..used]
+        let logits = &mut out.data[..used];
+        if softcap > 0.0 {
+            elementwise::soft_cap(self.compute.isa, logits, softcap);
+        }
+        logits
     }
 
     fn best(&mut self, rows: usize) -> Result<Bests, LoadError> {

@@ -1,4 +1,4 @@
-//! [`CpuEngine`]: the engine seam over [`Llama`] and [`CpuBackend`].
+//! [`CpuEngine`]: the engine seam over [`Decoder`] and [`CpuBackend`].
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use super::kernels::{group_rows, paged};
 use super::pack::{Layout, kind_of};
 use super::{memory, numerics_revision, profile};
 use crate::model::weights::Sources;
-use crate::model::{Batch, BlockTables, Llama, Source, TOP_ROWS};
+use crate::model::{Batch, BlockTables, Decoder, Source, TOP_ROWS};
 use crate::{
     Engine, Isa, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError,
     TensorSource,
@@ -36,7 +36,7 @@ pub struct CpuEngine {
 #[derive(Debug)]
 struct Stage {
     backend: CpuBackend,
-    model: Llama<CpuBackend>,
+    model: Decoder<CpuBackend>,
     tables: BlockTables,
     batch: Batch,
 }
@@ -66,7 +66,7 @@ impl CpuEngine {
         check_memory(spec, sources)?;
         let mut backend = CpuBackend::new(spec.isa, spec.threads, spec.host_threads)
             .with_packed_cache(spec.packed_cache.as_deref());
-        let model = Llama::load(&mut backend, spec, &checked, progress)?;
+        let model = Decoder::load(&mut backend, spec, &checked, progress)?;
         let loaded = backend.loaded();
         let tables = BlockTables::new(&spec.settings);
         let batch = Batch::new(&spec.settings);
@@ -193,7 +193,8 @@ fn scratch_bytes(spec: &StageSpec) -> u64 {
     let [hidden, heads, kv_heads, dim, ffn, vocab] =
         [c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab].map(u64::from);
     let plain = hidden + (heads + 2 * kv_heads) * dim;
-    let quantised = hidden + heads * dim + ffn;
+    let branch = if c.features.post_norms { hidden } else { 0 };
+    let quantised = hidden + heads * dim + ffn + branch;
     let group = (c.heads / c.kv_heads.max(1)) as usize;
     let positions = spec.settings.max_model_len as usize;
     let attention = paged::scratch_len(
@@ -206,7 +207,7 @@ fn scratch_bytes(spec: &StageSpec) -> u64 {
     [
         u64::from(spec.settings.max_batch_tokens).saturating_mul(plain * 4 + quantised * 6),
         attention.saturating_mul(4),
-        u64::from(spec.settings.max_model_len).saturating_mul(u64::from(c.rope.dim) * 4),
+        u64::from(spec.settings.max_model_len).saturating_mul(u64::from(c.rope.dim) * 8),
         if spec.head { vocab * 64 + spec.threads as u64 * BEST_BYTES } else { 0 },
         BlockTables::bytes(&spec.settings),
         Batch::bytes(&spec.settings),

@@ -56,7 +56,7 @@ struct Plan<'a> {
 }
 
 enum PartPlan<'a> {
-    Vector(&'a Source, usize),
+    Vector(&'a Source, f32, usize),
     /// Each with its place in the piece.
     Matrices(Vec<(usize, Layout, &'a Source)>),
 }
@@ -65,6 +65,7 @@ enum PartPlan<'a> {
 enum Work<'a> {
     Vector {
         source: &'a Source,
+        plus: f32,
         at: usize,
     },
     Pack {
@@ -148,11 +149,11 @@ impl<'a> Plan<'a> {
         };
         for part in piece {
             match part {
-                Part::Vector(source) => {
+                Part::Vector(source, plus) => {
                     let elements = source.entry().elements();
                     source_bytes += source.entry().bytes;
                     let at = take(elements.saturating_mul(4))?;
-                    parts.push((at, PartPlan::Vector(source, elements as usize)));
+                    parts.push((at, PartPlan::Vector(source, *plus, elements as usize)));
                 }
                 Part::Matrices(sources) => {
                     let mut matrices = Vec::with_capacity(sources.len());
@@ -234,8 +235,8 @@ fn units<'a>(plans: &'a [Plan<'a>]) -> Vec<Unit<'a>> {
         } else {
             for (at, part) in &plan.parts {
                 match part {
-                    PartPlan::Vector(source, len) => {
-                        let work = Work::Vector { source, at: plan.at + at };
+                    PartPlan::Vector(source, plus, len) => {
+                        let work = Work::Vector { source, plus: *plus, at: plan.at + at };
                         add(work, len * 4, source.entry().bytes);
                     }
                     PartPlan::Matrices(matrices) => {
@@ -322,7 +323,14 @@ impl Unit<'_> {
         // SAFETY: the caller's promise.
         let part = |at| unsafe { memory.slice(at, self.bytes) };
         match self.work {
-            Work::Vector { source, at } => source.open()?.read(0, part(at)),
+            Work::Vector { source, plus, at } => {
+                let mut floats = vec![0.0; self.bytes / 4];
+                source.open()?.read_floats(source.entry().dtype, &mut floats)?;
+                for (to, x) in part(at).chunks_exact_mut(4).zip(floats) {
+                    to.copy_from_slice(&(x + plus).to_ne_bytes());
+                }
+                Ok(())
+            }
             Work::Pack { layout, source, first, rows, at } => {
                 let started = Instant::now();
                 let row_bytes = layout.row_bytes();
@@ -391,7 +399,7 @@ fn finish(
         }
         for (at, part) in plan.parts {
             parts.push(match part {
-                PartPlan::Vector(_, len) => LoadedPart::Vector(Vector(data.part(at, len))),
+                PartPlan::Vector(_, _, len) => LoadedPart::Vector(Vector(data.part(at, len))),
                 PartPlan::Matrices(matrices) => {
                     let packed = |(at, layout, _): (usize, Layout, &Source)| {
                         Packed::new(layout, data.part(at, layout.bytes() as usize))

@@ -171,13 +171,13 @@ impl Rig {
 fn entry(name: String, dtype: TensorType, dims: &[u64]) -> TensorEntry {
     let elements: u64 = dims.iter().product();
     let bytes = dtype.bytes_of(elements).unwrap_or(0);
-    TensorEntry { name, dtype, dims: dims.to_vec(), offset: 0, bytes, hash: [0; 32] }
+    TensorEntry { name, dtype, dims: dims.to_vec(), file: 0, offset: 0, bytes, hash: [0; 32] }
 }
 
 fn layer_entries(c: &ModelConfig, dtype: TensorType, layer: u32) -> Vec<TensorEntry> {
-    let name = |part: &str| format!("blk.{layer}.{part}.weight");
-    let norms =
-        ["attn_norm", "ffn_norm"].map(|n| entry(name(n), TensorType::F32, &[c.hidden.into()]));
-    let matrices = c.layer_matrices().map(|(n, dims)| entry(name(n), dtype, &dims));
-    matrices.into_iter().chain(norms).collect()
+    let vector = |(n, len)| entry(format!("blk.{layer}.{n}"), TensorType::F32, &[len]);
+    let matrix =
+        |(n, dims): (&str, [u64; 2])| entry(format!("blk.{layer}.{n}.weight"), dtype, &dims);
+    let vectors = c.layer_vectors().into_iter().map(vector);
+    c.layer_matrices().into_iter().map(matrix).chain(vectors).collect()
 }

@@ -1,7 +1,7 @@
 //! Tables of rotary position embedding, in f64 by way of `libm`'s own code, so that every machine
 //! has the same bits.
 
-use millrace_shared::model::{RopeConfig, RopeStyle};
+use millrace_shared::model::{RopeConfig, RopeScaling, RopeStyle};
 
 use super::buffer::{Arena, Buf};
 use crate::LoadError;
@@ -18,7 +18,7 @@ pub(crate) struct Rope {
 }
 
 impl Rope {
-    /// Angles `position / scale * base^(-2 i / dim) / factor_i`.
+    /// Angles `position * base^(-2 i / dim) / factor_i`, stretched as the model's scaling says.
     ///
     /// # Errors
     /// If memory runs out.
@@ -54,8 +54,25 @@ impl Rope {
 /// The angle from one position to the next.
 fn turn(config: &RopeConfig, pair: usize, factor: f32) -> f64 {
     let exponent = -2.0 * pair as f64 / f64::from(config.dim);
-    libm::pow(f64::from(config.base), exponent)
-        / (f64::from(factor) * f64::from(config.linear_scale))
+    let plain = libm::pow(f64::from(config.base), exponent);
+    let scale = match config.scaling {
+        RopeScaling::Linear(scale) => f64::from(scale),
+        // As `transformers` computes it (`_compute_llama3_parameters`).
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            let [factor, low, high, context] =
+                [factor, low_freq_factor, high_freq_factor, original_context].map(f64::from);
+            let wavelength = std::f64::consts::TAU / plain;
+            if wavelength > context / low {
+                factor
+            } else if wavelength < context / high {
+                1.0
+            } else {
+                let smooth = (context / wavelength - low) / (high - low);
+                1.0 / ((1.0 - smooth) / factor + smooth)
+            }
+        }
+    };
+    plain / (f64::from(factor) * scale)
 }
 
 /// A hash (FNV-1a) of table values before they are rounded, for usual bases and far positions:
@@ -69,7 +86,7 @@ pub(crate) fn fingerprint() -> u64 {
     };
     for base in [10_000.0, 100_000.0, 500_000.0, 1_000_000.0] {
         let style = RopeStyle::Interleaved;
-        let config = RopeConfig { base, dim: 128, style, linear_scale: 1.0 };
+        let config = RopeConfig { base, dim: 128, style, scaling: RopeScaling::Linear(1.0) };
         for pair in 0..64 {
             let turn = turn(&config, pair, 1.0);
             add(turn);

@@ -47,7 +47,10 @@ pub(crate) fn key(parts: &[Part<'_>], r: usize) -> Option<Key> {
     let mut matrices = 0;
     for part in parts {
         let sources: &[&Source] = match part {
-            Part::Vector(source) => std::slice::from_ref(source),
+            Part::Vector(source, plus) => {
+                hasher.update(&plus.to_le_bytes());
+                std::slice::from_ref(source)
+            }
             Part::Matrices(sources) => sources,
         };
         matrices += usize::from(matches!(part, Part::Matrices(_)));

@@ -1,21 +1,21 @@
 //! Models over backends: a decoder is written once, against [`Backend`].
 //!
 //! [`Backend`] has a dozen operations, fused at the level that both plain CPU kernels and a tensor
-//! library do well. [`Llama`] is the decoder; [`weights`] finds and checks its tensors; [`Batch`] and
+//! library do well. [`Decoder`] is the decoder; [`weights`] finds and checks its tensors; [`Batch`] and
 //! [`BlockTables`] hold what a step is about. Nothing here knows an instruction set.
 
 mod batch;
-mod llama;
+mod decoder;
 mod tables;
 pub mod weights;
 
 use std::ops::Range;
 
-use millrace_shared::model::{Dtype, ModelConfig};
+use millrace_shared::model::{Activation, Dtype, ModelConfig};
 use millrace_shared::wire::control::EngineSettings;
 
 pub use batch::{Batch, Output, Span};
-pub use llama::Llama;
+pub use decoder::Decoder;
 pub use tables::BlockTables;
 pub use weights::{LoadedPart, LoadedParts, Part, Piece, Source};
 
@@ -62,14 +62,14 @@ pub trait Backend {
     /// If memory runs out.
     fn touch(&mut self) -> Result<(), LoadError>;
 
-    /// Allocates the KV cache, and whatever attention and RoPE need besides (`factors`: frequency
-    /// factors, if the model has them).
+    /// Allocates the KV cache of these layers, and whatever attention and RoPE need besides (`factors`:
+    /// frequency factors, if the model has them): windows, scales and soft caps are the cache's.
     ///
     /// # Errors
     /// If memory runs out or the settings are not supported.
     fn kv(
         &mut self,
-        layers: usize,
+        layers: Range<u32>,
         config: &ModelConfig,
         settings: &EngineSettings,
         factors: Option<&Source>,
@@ -87,8 +87,35 @@ pub trait Backend {
     fn linear(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor);
     /// `out += w x`.
     fn linear_add(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor);
-    /// `out = silu(gate x) * (up x)`, of the matrices `gate | up`.
-    fn gated(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor);
+    /// `out = activation(gate x) * (up x)`, of the matrices `gate | up`.
+    fn gated(
+        &mut self,
+        x: &Self::Tensor,
+        w: &Self::Weight,
+        activation: Activation,
+        out: &mut Self::Tensor,
+    );
+    /// `out += x / rms(x) * gain`.
+    fn rms_norm_add(
+        &mut self,
+        x: &Self::Tensor,
+        gain: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    );
+    /// `x / rms(x) * gain` for each of `count` heads as long as the gain, the first at `first`.
+    fn norm_heads(
+        &mut self,
+        x: &mut Self::Tensor,
+        first: usize,
+        count: usize,
+        gain: &Self::Vector,
+        eps: f32,
+    );
+    /// Adds the bias to every row, from element `first` on.
+    fn add_bias(&mut self, x: &mut Self::Tensor, first: usize, bias: &Self::Vector);
+    /// Multiplies every element.
+    fn scale(&mut self, x: &mut Self::Tensor, factor: f32);
     /// Rotates the query and key heads of `q | k | v` rows by their positions, and stores the key and
     /// value heads.
     fn write_kv(
@@ -113,12 +140,14 @@ pub trait Backend {
     fn settle(&mut self, x: &mut Self::Tensor, dtype: Dtype) -> Option<usize>;
     /// Keeps these rows (ascending) and drops the others.
     fn gather_rows(&mut self, rows: &[usize], x: &mut Self::Tensor);
-    /// The head for some rows of its normalised input; returns `rows.len() x vocab` logits.
+    /// The head for some rows of its normalised input; returns `rows.len() x vocab` logits, each
+    /// `c * tanh(x / c)` for a soft cap `c` above 0.
     fn logits<'t>(
         &mut self,
         x: &Self::Tensor,
         rows: Range<usize>,
         head: &Self::Weight,
+        softcap: f32,
         out: &'t mut Self::Tensor,
     ) -> &'t mut [f32];
     /// Room for the largest logits of `rows` rows, at most [`TOP_ROWS`].

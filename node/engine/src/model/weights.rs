@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use half::{bf16, f16};
 use millrace_shared::model::{ModelConfig, TensorEntry, TensorType, head_name};
 
 use crate::{LoadError, TensorSource};
@@ -61,8 +62,8 @@ impl Source {
 /// Something to load: what one operation needs.
 #[derive(Clone, Debug)]
 pub enum Part<'a> {
-    /// A vector of `F32`.
-    Vector(&'a Source),
+    /// A vector of floats, with this added to each.
+    Vector(&'a Source, f32),
     /// Matrices that share their input, one below the other.
     Matrices(Vec<&'a Source>),
 }
@@ -93,6 +94,29 @@ pub enum Reader<'a> {
 }
 
 impl Reader<'_> {
+    /// The first elements of a tensor of floats, as f32.
+    ///
+    /// # Errors
+    /// If the file ends first or cannot be read.
+    pub fn read_floats(&mut self, dtype: TensorType, out: &mut [f32]) -> Result<(), LoadError> {
+        let mut bytes = vec![0; out.len() * dtype.block_bytes() as usize];
+        self.read(0, &mut bytes)?;
+        let halves = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+        match dtype {
+            TensorType::F16 => {
+                out.iter_mut().zip(halves).for_each(|(x, b)| *x = f16::from_bits(b).to_f32());
+            }
+            TensorType::BF16 => {
+                out.iter_mut().zip(halves).for_each(|(x, b)| *x = bf16::from_bits(b).to_f32());
+            }
+            _ => {
+                let floats = bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
+                out.iter_mut().zip(floats).for_each(|(x, b)| *x = f32::from_le_bytes(b));
+            }
+        }
+        Ok(())
+    }
+
     /// Fills `bytes` from `offset` of the tensor on.
     ///
     /// # Errors
@@ -114,37 +138,6 @@ impl Reader<'_> {
                 Ok(())
             }
         }
-    }
-}
-
-/// Tensors of one layer.
-#[derive(Debug)]
-pub struct LayerSources<'a> {
-    /// `[hidden]`.
-    pub attn_norm: &'a Source,
-    /// `[hidden, heads * head_dim]`, `[hidden, kv_heads * head_dim]` twice.
-    pub qkv: [&'a Source; 3],
-    /// `[heads * head_dim, hidden]`.
-    pub attn_output: &'a Source,
-    /// `[hidden]`.
-    pub ffn_norm: &'a Source,
-    /// `[hidden, ffn]` twice.
-    pub gate_up: [&'a Source; 2],
-    /// `[ffn, hidden]`.
-    pub down: &'a Source,
-}
-
-impl<'a> LayerSources<'a> {
-    /// All of it, in the order in which a step reads it.
-    pub fn piece(&self) -> Piece<'a> {
-        vec![
-            Part::Vector(self.attn_norm),
-            Part::Matrices(self.qkv.to_vec()),
-            Part::Matrices(vec![self.attn_output]),
-            Part::Vector(self.ffn_norm),
-            Part::Matrices(self.gate_up.to_vec()),
-            Part::Matrices(vec![self.down]),
-        ]
     }
 }
 
@@ -197,7 +190,8 @@ impl<'a> Sources<'a> {
                 expected,
             });
         }
-        if !entry.dtype.is_supported() || (dims.len() == 1 && entry.dtype != TensorType::F32) {
+        let float = matches!(entry.dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16);
+        if !entry.dtype.is_supported() || (dims.len() == 1 && !float) {
             return Err(LoadError::UnsupportedType {
                 tensor: name.to_owned(),
                 dtype: entry.dtype.as_str().to_owned(),
@@ -225,8 +219,8 @@ impl<'a> Sources<'a> {
     ///
     /// # Errors
     /// If one is missing or misshapen.
-    pub fn head(&self) -> Result<(&'a Source, &'a Source), LoadError> {
-        let norm = self.find("output_norm.weight", &[self.config.hidden])?;
+    pub fn head(&self) -> Result<(Part<'a>, &'a Source), LoadError> {
+        let norm = self.gain("output_norm.weight", self.config.hidden)?;
         Ok((norm, self.find(head_name(self.config), &[self.config.hidden, self.config.vocab])?))
     }
 
@@ -241,21 +235,50 @@ impl<'a> Sources<'a> {
         self.find("rope_freqs.weight", &[self.config.rope.dim / 2]).map(Some)
     }
 
-    /// Everything of one layer.
+    /// The gain of a norm.
+    fn gain(&self, name: &str, len: u32) -> Result<Part<'a>, LoadError> {
+        let plus = if self.config.features.gain_plus_one { 1.0 } else { 0.0 };
+        Ok(Part::Vector(self.find(name, &[len])?, plus))
+    }
+
+    /// Everything of one layer, in the order in which a step reads it: attention's gain; `q | k | v`;
+    /// their biases; the gains of queries and keys; the output; the gain after it; the feed-forward
+    /// part's gain; `gate | up`; `down`; the gain after it. What the family does not have is absent.
     ///
     /// # Errors
     /// If a tensor is missing or misshapen.
-    pub fn layer(&self, layer: u32) -> Result<LayerSources<'a>, LoadError> {
+    pub fn layer(&self, layer: u32) -> Result<Piece<'a>, LoadError> {
         let c = self.config;
+        let f = &c.features;
         let (h, q, kv) = (c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let get = |part: &str, dims: &[u32]| self.find(&format!("blk.{layer}.{part}.weight"), dims);
-        Ok(LayerSources {
-            attn_norm: get("attn_norm", &[h])?,
-            qkv: [get("attn_q", &[h, q])?, get("attn_k", &[h, kv])?, get("attn_v", &[h, kv])?],
-            attn_output: get("attn_output", &[q, h])?,
-            ffn_norm: get("ffn_norm", &[h])?,
-            gate_up: [get("ffn_gate", &[h, c.ffn])?, get("ffn_up", &[h, c.ffn])?],
-            down: get("ffn_down", &[c.ffn, h])?,
-        })
+        let name = |part: &str| format!("blk.{layer}.{part}");
+        let get = |part: &str, dims: &[u32]| self.find(&name(part), dims);
+        let gain = |part: &str, len: u32| self.gain(&name(part), len);
+        let mut piece = vec![gain("attn_norm.weight", h)?];
+        let qkv = [("attn_q.weight", q), ("attn_k.weight", kv), ("attn_v.weight", kv)];
+        let qkv = qkv.map(|(part, rows)| get(part, &[h, rows]));
+        piece.push(Part::Matrices(qkv.into_iter().collect::<Result<_, _>>()?));
+        if f.qkv_bias {
+            for (part, len) in [("attn_q.bias", q), ("attn_k.bias", kv), ("attn_v.bias", kv)] {
+                piece.push(Part::Vector(get(part, &[len])?, 0.0));
+            }
+        }
+        if f.qk_norm {
+            piece.push(gain("attn_q_norm.weight", c.head_dim)?);
+            piece.push(gain("attn_k_norm.weight", c.head_dim)?);
+        }
+        piece.push(Part::Matrices(vec![get("attn_output.weight", &[q, h])?]));
+        if f.post_norms {
+            piece.push(gain("post_attention_norm.weight", h)?);
+        }
+        piece.push(gain("ffn_norm.weight", h)?);
+        let gate_up =
+            vec![get("ffn_gate.weight", &[h, c.ffn])?, get("ffn_up.weight", &[h, c.ffn])?];
+        piece.push(Part::Matrices(gate_up));
+        piece.push(Part::Matrices(vec![get("ffn_down.weight", &[c.ffn, h])?]));
+        if f.post_norms {
+            piece.push(gain("post_ffw_norm.weight", h)?);
+        }
+        Ok(piece)
     }
 }

@@ -10,7 +10,8 @@ use millrace_engine::cpu::CpuEngine;
 use millrace_engine::{Engine, Isa, StageInput, StageOutput, StageSpec, StepError, TensorSource};
 use millrace_shared::id::SequenceId;
 use millrace_shared::model::{
-    Dtype, Family, ModelConfig, RopeConfig, RopeStyle, TensorEntry, TensorType,
+    Dtype, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, TensorEntry,
+    TensorType,
 };
 use millrace_shared::wire::control::EngineSettings;
 use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
@@ -103,10 +104,11 @@ impl Tiny {
                 base: 10_000.0,
                 dim: 32,
                 style: RopeStyle::Interleaved,
-                linear_scale: 1.0,
+                scaling: RopeScaling::Linear(1.0),
             },
             tied_head: true,
             rope_factors: false,
+            features: Features::default(),
         };
         let [hidden, queries, ffn] = [hidden, heads * 32, ffn].map(u64::from);
         let mut tensors: Vec<(String, TensorType, Vec<u64>)> = vec![
@@ -135,7 +137,7 @@ impl Tiny {
             let data = bytes(dtype, dims.iter().product(), 0.8, &mut state);
             file.write_all(&data).unwrap();
             let bytes = data.len() as u64;
-            entries.push(TensorEntry { name, dtype, dims, offset, bytes, hash: [0; 32] });
+            entries.push(TensorEntry { name, dtype, dims, file: 0, offset, bytes, hash: [0; 32] });
             offset += bytes;
         }
         file.flush().unwrap();
@@ -205,6 +207,11 @@ pub(crate) struct Pipeline {
 pub(crate) type Logits = (usize, u32, Vec<u32>);
 
 impl Pipeline {
+    /// A pipeline over engines that are loaded.
+    pub(crate) fn of(stages: Vec<CpuEngine>, hidden: usize, block_size: u32) -> Self {
+        Self { stages, hidden, block_size }
+    }
+
     pub(crate) fn step(
         &mut self,
         meta: &StepMeta,

@@ -1,10 +1,10 @@
 //! From metadata to the dimensions of a model, refusing what the engine would compute wrongly.
 
 use super::{Gguf, GgufError};
-use crate::model::{Family, ModelConfig, RopeConfig, RopeStyle, embedding_name};
-
-/// Architectures with a definition.
-const KNOWN: &str = "llama";
+use crate::model::{
+    Activation, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, Window,
+    embedding_name,
+};
 
 /// Largest values that are still plausible; they bound what a file can make the engine allocate.
 const MAX_LAYERS: u32 = 1024;
@@ -15,18 +15,11 @@ const MAX_FFN: u32 = 1 << 20;
 const MAX_VOCAB: u64 = 1 << 22;
 const MAX_CONTEXT: u32 = 1 << 24;
 
-/// The matrices of a layer in the Llama graph.
-const LAYER_TENSORS: [&str; 9] = [
-    "attn_norm.weight",
-    "attn_q.weight",
-    "attn_k.weight",
-    "attn_v.weight",
-    "attn_output.weight",
-    "ffn_norm.weight",
-    "ffn_gate.weight",
-    "ffn_up.weight",
-    "ffn_down.weight",
-];
+/// Where the base of local layers' angles is not stated (llama.cpp has it as a constant).
+const LOCAL_BASE: f32 = 10_000.0;
+/// Every so many layers of Gemma 2 and 3, one sees everything.
+const GEMMA_2_EVERY: u32 = 2;
+const GEMMA_3_EVERY: u32 = 6;
 
 impl Gguf {
     /// Dimensions of the model in this file.
@@ -35,75 +28,173 @@ impl Gguf {
     /// If the architecture has no definition, a key is missing, contradictory or implausible, or
     /// the file has tensors (biases, experts) that the architecture's graph would ignore.
     pub fn config(&self) -> Result<ModelConfig, GgufError> {
-        match self.str("general.architecture")? {
-            "llama" => self.llama(),
-            other => Err(GgufError::Architecture { found: other.to_owned(), known: KNOWN }),
+        let name = self.str("general.architecture")?;
+        // Mistral's files say `llama`; its window is stated nowhere, and current models have none.
+        let known = Family::ALL.into_iter().filter(|f| *f != Family::Mistral);
+        let family = known.into_iter().find(|f| f.as_str() == name).ok_or_else(|| {
+            GgufError::Architecture { found: super::clip(name), known: Family::known() }
+        })?;
+        let config = Keys { gguf: self, family }.config()?;
+        self.check_graph(&config)?;
+        Ok(config)
+    }
+
+    /// Every tensor must have a place in the graph: ignoring one would give wrong answers.
+    fn check_graph(&self, config: &ModelConfig) -> Result<(), GgufError> {
+        for t in &self.tensors {
+            if !config.has_place(&t.name) {
+                return Err(GgufError::Tensor {
+                    tensor: super::clip(&t.name),
+                    problem: format!(
+                        "it has no place in the {} graph of {} layers as Millrace defines it",
+                        config.family.as_str(),
+                        config.layers
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Keys of one family: `FAMILY.what`.
+struct Keys<'a> {
+    gguf: &'a Gguf,
+    family: Family,
+}
+
+impl Keys<'_> {
+    fn key(&self, what: &str) -> String {
+        format!("{}.{what}", self.family.as_str())
+    }
+
+    fn opt_u32(&self, what: &str) -> Result<Option<u32>, GgufError> {
+        self.gguf.opt_u32(&self.key(what))
+    }
+
+    /// A positive number that is stated, or nothing.
+    fn opt_f32(&self, what: &str) -> Result<Option<f32>, GgufError> {
+        match self.gguf.opt_f32(&self.key(what))? {
+            Some(x) if !(x.is_finite() && x >= 0.0) => {
+                Err(self.bad(what, format!("{x} is implausible")))
+            }
+            x => Ok(x),
         }
     }
 
-    fn llama(&self) -> Result<ModelConfig, GgufError> {
-        if let Some(n) = self.opt_u32("llama.expert_count")?
-            && n > 0
-        {
-            return Err(bad("llama.expert_count", "mixtures of experts are not supported"));
+    fn bad(&self, what: &str, problem: impl Into<String>) -> GgufError {
+        GgufError::BadValue { key: self.key(what), problem: problem.into() }
+    }
+
+    fn config(&self) -> Result<ModelConfig, GgufError> {
+        if self.opt_u32("expert_count")?.is_some_and(|n| n > 0) {
+            return Err(self.bad("expert_count", "mixtures of experts are not supported"));
         }
-        let layers = self.dimension("llama.block_count", MAX_LAYERS)?;
-        let hidden = self.dimension("llama.embedding_length", MAX_HIDDEN)?;
-        let heads = self.dimension("llama.attention.head_count", MAX_HEADS)?;
-        let kv_heads = match self.metadata.get("llama.attention.head_count_kv") {
-            Some(_) => self.dimension("llama.attention.head_count_kv", MAX_HEADS)?,
+        let layers = self.dimension("block_count", MAX_LAYERS)?;
+        let hidden = self.dimension("embedding_length", MAX_HIDDEN)?;
+        let heads = self.dimension("attention.head_count", MAX_HEADS)?;
+        let kv_heads = match self.gguf.metadata.get(&self.key("attention.head_count_kv")) {
+            Some(_) => self.dimension("attention.head_count_kv", MAX_HEADS)?,
             None => heads,
         };
         if !heads.is_multiple_of(kv_heads) {
-            return Err(bad(
-                "llama.attention.head_count_kv",
+            return Err(self.bad(
+                "attention.head_count_kv",
                 format!("{heads} heads are no multiple of {kv_heads} key-value heads"),
             ));
         }
-        let config = ModelConfig {
-            family: Family::Llama,
+        let head_dim = self.head_dim(hidden, heads)?;
+        let rope = self.rope(head_dim)?;
+        Ok(ModelConfig {
+            family: self.family,
             layers,
             hidden,
             heads,
             kv_heads,
-            head_dim: self.head_dim(hidden, heads)?,
-            ffn: self.dimension("llama.feed_forward_length", MAX_FFN)?,
+            head_dim,
+            ffn: self.dimension("feed_forward_length", MAX_FFN)?,
             vocab: self.vocab(hidden)?,
-            context: self.dimension("llama.context_length", MAX_CONTEXT)?,
+            context: self.dimension("context_length", MAX_CONTEXT)?,
             rms_eps: self.epsilon()?,
-            rope: self.rope(self.head_dim(hidden, heads)?)?,
-            tied_head: self.tensor("output.weight").is_none(),
-            rope_factors: self.tensor("rope_freqs.weight").is_some(),
-        };
-        self.check_graph(layers)?;
-        Ok(config)
+            tied_head: self.gguf.tensor("output.weight").is_none(),
+            rope_factors: self.gguf.tensor("rope_freqs.weight").is_some(),
+            features: self.features(&rope, (layers, hidden, heads, head_dim))?,
+            rope,
+        })
     }
 
-    fn dimension(&self, key: &str, max: u32) -> Result<u32, GgufError> {
-        match self.u32(key)? {
+    fn features(
+        &self,
+        rope: &RopeConfig,
+        (layers, hidden, heads, head_dim): (u32, u32, u32, u32),
+    ) -> Result<Features, GgufError> {
+        let window = |every, rope| -> Result<Option<Window>, GgufError> {
+            let size = self.opt_u32("attention.sliding_window")?.filter(|&n| n > 0);
+            Ok(size.map(|size| Window { size, every, offset: 1, rope }))
+        };
+        let llama = Features::default();
+        let gemma = Features {
+            post_norms: true,
+            activation: Activation::GeluTanh,
+            embedding_scale: (hidden as f32).sqrt(),
+            ..llama
+        };
+        Ok(match self.family {
+            Family::Llama | Family::Mistral => llama,
+            Family::Qwen2 => Features { qkv_bias: true, ..llama },
+            Family::Qwen3 => Features { qk_norm: true, ..llama },
+            Family::Gemma2 => {
+                // Of its three sizes, the one with 46 layers scales by the width of all heads.
+                let scaled = if layers == 46 { hidden / heads } else { head_dim };
+                Features {
+                    attention_scale: Some(1.0 / (scaled as f32).sqrt()),
+                    attention_softcap: self.opt_f32("attn_logit_softcapping")?.unwrap_or(50.0),
+                    logit_softcap: self.opt_f32("final_logit_softcapping")?.unwrap_or(30.0),
+                    window: window(GEMMA_2_EVERY, None)?,
+                    ..gemma
+                }
+            }
+            Family::Gemma3 => {
+                let scaled = if layers == 62 { hidden / heads } else { head_dim };
+                let base = self.opt_f32("rope.local.freq_base")?.unwrap_or(LOCAL_BASE);
+                let local = RopeConfig { base, scaling: RopeScaling::Linear(1.0), ..*rope };
+                Features {
+                    qk_norm: true,
+                    attention_scale: Some(1.0 / (scaled as f32).sqrt()),
+                    logit_softcap: self.opt_f32("final_logit_softcapping")?.unwrap_or(0.0),
+                    window: window(GEMMA_3_EVERY, Some(local))?,
+                    ..gemma
+                }
+            }
+            Family::Phi3 => Features { window: window(0, None)?, ..llama },
+        })
+    }
+
+    fn dimension(&self, what: &str, max: u32) -> Result<u32, GgufError> {
+        match self.gguf.u32(&self.key(what))? {
             n if (1..=max).contains(&n) => Ok(n),
-            n => Err(bad(key, format!("{n} is implausible (1 to {max})"))),
+            n => Err(self.bad(what, format!("{n} is implausible (1 to {max})"))),
         }
     }
 
     fn head_dim(&self, hidden: u32, heads: u32) -> Result<u32, GgufError> {
-        const KEY: &str = "llama.attention.key_length";
-        const VALUE: &str = "llama.attention.value_length";
-        let dim = if self.metadata.get(KEY).is_some() {
+        const KEY: &str = "attention.key_length";
+        const VALUE: &str = "attention.value_length";
+        let dim = if self.gguf.metadata.get(&self.key(KEY)).is_some() {
             self.dimension(KEY, MAX_HEAD_DIM)?
         } else if hidden.is_multiple_of(heads) {
             hidden / heads
         } else {
-            return Err(bad(
-                "llama.attention.head_count",
+            return Err(self.bad(
+                "attention.head_count",
                 format!("{hidden} elements do not divide into {heads} heads"),
             ));
         };
         if dim > MAX_HEAD_DIM {
-            return Err(bad(KEY, format!("heads of {dim} elements (at most {MAX_HEAD_DIM})")));
+            return Err(self.bad(KEY, format!("heads of {dim} elements (at most {MAX_HEAD_DIM})")));
         }
         match self.opt_u32(VALUE)? {
-            Some(v) if v != dim => Err(bad(
+            Some(v) if v != dim => Err(self.bad(
                 VALUE,
                 format!("values of {v} elements with keys of {dim} are not supported"),
             )),
@@ -114,20 +205,19 @@ impl Gguf {
     fn vocab(&self, hidden: u32) -> Result<u32, GgufError> {
         let name = embedding_name();
         let wrong = |problem: String| GgufError::Tensor { tensor: name.to_owned(), problem };
-        let embedding =
-            self.tensor(name).ok_or_else(|| wrong("the model has no such tensor".to_owned()))?;
+        let embedding = (self.gguf.tensor(name))
+            .ok_or_else(|| wrong("the model has no such tensor".to_owned()))?;
         let &[inner, vocab] = embedding.dims.as_slice() else {
             return Err(wrong(format!("shape {:?} is no matrix", embedding.dims)));
         };
         if inner != u64::from(hidden) {
-            return Err(wrong(format!(
-                "rows of {inner} elements, but llama.embedding_length is {hidden}"
-            )));
+            let key = self.key("embedding_length");
+            return Err(wrong(format!("rows of {inner} elements, but {key} is {hidden}")));
         }
         if vocab > MAX_VOCAB {
             return Err(wrong(format!("a vocabulary of {vocab} is implausible")));
         }
-        if let Some(tokens) = self.opt_strings("tokenizer.ggml.tokens")?
+        if let Some(tokens) = self.gguf.opt_strings("tokenizer.ggml.tokens")?
             && tokens.len() as u64 != vocab
         {
             return Err(wrong(format!("{vocab} rows, but {} tokens are listed", tokens.len())));
@@ -136,38 +226,42 @@ impl Gguf {
     }
 
     fn epsilon(&self) -> Result<f32, GgufError> {
-        const KEY: &str = "llama.attention.layer_norm_rms_epsilon";
-        match self.f32(KEY)? {
+        const KEY: &str = "attention.layer_norm_rms_epsilon";
+        match self.gguf.f32(&self.key(KEY))? {
             e if e > 0.0 && e < 1.0 => Ok(e),
-            e => Err(bad(KEY, format!("{e} is implausible (between 0 and 1)"))),
+            e => Err(self.bad(KEY, format!("{e} is implausible (between 0 and 1)"))),
         }
     }
 
     fn rope(&self, head_dim: u32) -> Result<RopeConfig, GgufError> {
-        const BASE: &str = "llama.rope.freq_base";
-        const DIM: &str = "llama.rope.dimension_count";
-        let base = self.opt_f32(BASE)?.unwrap_or(10_000.0);
+        const BASE: &str = "rope.freq_base";
+        const DIM: &str = "rope.dimension_count";
+        let base = self.gguf.opt_f32(&self.key(BASE))?.unwrap_or(10_000.0);
         if !(base.is_finite() && base > 1.0) {
-            return Err(bad(BASE, format!("{base} is implausible (above 1)")));
+            return Err(self.bad(BASE, format!("{base} is implausible (above 1)")));
         }
         let dim = self.opt_u32(DIM)?.unwrap_or(head_dim);
         if dim == 0 || !dim.is_multiple_of(2) || dim > head_dim {
-            return Err(bad(DIM, format!("{dim} must be even and at most {head_dim}")));
+            return Err(self.bad(DIM, format!("{dim} must be even and at most {head_dim}")));
         }
-        let linear_scale = self.rope_scale()?;
-        Ok(RopeConfig { base, dim, style: RopeStyle::Interleaved, linear_scale })
+        // The converter of `llama` files has reordered their rows.
+        let style = match self.family {
+            Family::Llama | Family::Mistral => RopeStyle::Interleaved,
+            _ => RopeStyle::Halves,
+        };
+        Ok(RopeConfig { base, dim, style, scaling: RopeScaling::Linear(self.rope_scale()?) })
     }
 
     /// A factor without a type is linear; zero says nothing.
     fn rope_scale(&self) -> Result<f32, GgufError> {
-        const TYPE: &str = "llama.rope.scaling.type";
-        const FACTOR: &str = "llama.rope.scaling.factor";
-        const OLD: &str = "llama.rope.scale_linear";
-        match self.opt_str(TYPE)? {
+        const TYPE: &str = "rope.scaling.type";
+        const FACTOR: &str = "rope.scaling.factor";
+        const OLD: &str = "rope.scale_linear";
+        match self.gguf.opt_str(&self.key(TYPE))? {
             None | Some("linear") => {}
             Some("none") => return Ok(1.0),
             Some(other) => {
-                return Err(bad(
+                return Err(self.bad(
                     TYPE,
                     format!(
                         "RoPE scaling '{other}' is not supported (supported: none, linear, and Llama 3's, which files state as the tensor rope_freqs.weight)"
@@ -175,45 +269,14 @@ impl Gguf {
                 ));
             }
         }
-        let (key, factor) = match self.opt_f32(FACTOR)? {
+        let (what, factor) = match self.gguf.opt_f32(&self.key(FACTOR))? {
             Some(factor) => (FACTOR, factor),
-            None => (OLD, self.opt_f32(OLD)?.unwrap_or(1.0)),
+            None => (OLD, self.gguf.opt_f32(&self.key(OLD))?.unwrap_or(1.0)),
         };
         match factor {
             0.0 => Ok(1.0),
             f if f.is_finite() && f > 0.0 => Ok(f),
-            f => Err(bad(key, format!("{f} is no scale"))),
+            f => Err(self.bad(what, format!("{f} is no scale"))),
         }
     }
-
-    /// Every tensor must have a place in the graph: ignoring one would give wrong answers.
-    fn check_graph(&self, layers: u32) -> Result<(), GgufError> {
-        for t in &self.tensors {
-            let known = match t.name.strip_prefix("blk.").and_then(|r| r.split_once('.')) {
-                Some((n, rest)) => {
-                    n.parse::<u32>().is_ok_and(|n| n < layers) && LAYER_TENSORS.contains(&rest)
-                }
-                None => matches!(
-                    t.name.as_str(),
-                    "token_embd.weight"
-                        | "output_norm.weight"
-                        | "output.weight"
-                        | "rope_freqs.weight"
-                ),
-            };
-            if !known {
-                return Err(GgufError::Tensor {
-                    tensor: super::clip(&t.name),
-                    problem: format!(
-                        "it has no place in the llama graph of {layers} layers as Millrace defines it"
-                    ),
-                });
-            }
-        }
-        Ok(())
-    }
-}
-
-fn bad(key: &str, problem: impl Into<String>) -> GgufError {
-    GgufError::BadValue { key: key.to_owned(), problem: problem.into() }
 }

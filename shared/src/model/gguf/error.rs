@@ -102,6 +102,6 @@ pub enum GgufError {
         /// In the file.
         found: String,
         /// All known ones.
-        known: &'static str,
+        known: String,
     },
 }

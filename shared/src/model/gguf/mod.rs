@@ -290,7 +290,7 @@ fn read_tensors<R: Read>(r: &mut Reader<R>, count: u64) -> Result<Vec<TensorEntr
         if !names.insert(name.clone()) {
             return Err(bad("the name appears twice".to_owned()));
         }
-        tensors.push(TensorEntry { name, dtype, dims, offset, bytes, hash: [0; 32] });
+        tensors.push(TensorEntry { name, dtype, dims, file: 0, offset, bytes, hash: [0; 32] });
     }
     Ok(tensors)
 }

@@ -126,7 +126,15 @@ impl Gguf {
             let after =
                 end.checked_add(bytes).and_then(|e| e.checked_next_multiple_of(DEFAULT_ALIGNMENT));
             let after = after.ok_or_else(|| bad("the file would be too long".to_owned()))?;
-            entries.push(TensorEntry { name, dtype, dims, offset: end, bytes, hash: [0; 32] });
+            entries.push(TensorEntry {
+                name,
+                dtype,
+                dims,
+                file: 0,
+                offset: end,
+                bytes,
+                hash: [0; 32],
+            });
             end = after;
         }
         let mut file =

@@ -13,7 +13,7 @@
 use std::ops::Range;
 
 use super::dispatch;
-use super::elementwise::exp;
+use super::elementwise::{cap_lanes, exp};
 use super::part::{self, Part, locate};
 use super::products::{Scale, scores, values};
 use super::quads::{FACTOR_BYTES, Quads};
@@ -55,6 +55,10 @@ pub(crate) struct Attend<'a> {
     pub(crate) first: usize,
     pub(crate) count: usize,
     pub(crate) scale: f32,
+    /// Scores are `c * tanh(x / c)`; 0 for none.
+    pub(crate) softcap: f32,
+    /// Positions that each sees, its own included.
+    pub(crate) window: usize,
     /// [`scratch_len`] floats.
     pub(crate) scratch: *mut f32,
 }
@@ -148,10 +152,14 @@ unsafe fn attend_generic<V: Quads>(a: &Attend<'_>) {
         let len = record_len(a.dim);
         prepare::<V>(a, &s);
         let end = a.first + a.count;
-        for p in 0..parts(end) {
-            // Queries of earlier positions see nothing of this part.
+        for p in a.unseen(a.first) / PART..parts(end) {
+            // Queries of earlier positions see nothing of this part, those of much later ones nothing
+            // any more; it is the first for those whose windows begin in it.
             let skipped = (p * PART).saturating_sub(a.first) * a.group;
-            one_part::<V>(a, &s, p, skipped..a.count * a.group, p > 0, s.totals);
+            let old = a.begun_before(p * PART).max(skipped);
+            let seen = a.begun_before((p + 1) * PART).max(old);
+            one_part::<V>(a, &s, p, skipped..old, true, s.totals);
+            one_part::<V>(a, &s, p, old..seen, false, s.totals);
         }
         for i in 0..a.count * a.group {
             let to = a.out.add(i / a.group * a.out_stride + i % a.group * a.dim);
@@ -240,6 +248,22 @@ unsafe fn prepare<V: Quads>(a: &Attend<'_>, s: &Scratch) {
 }
 
 impl Attend<'_> {
+    /// Positions that the one at `position` no longer sees.
+    #[inline(always)]
+    fn unseen(&self, position: usize) -> usize {
+        (position + 1).saturating_sub(self.window)
+    }
+
+    /// Queries whose windows begin before position `end`.
+    #[inline(always)]
+    fn begun_before(&self, end: usize) -> usize {
+        if end == 0 {
+            return 0;
+        }
+        let last = end.saturating_add(self.window - 1);
+        last.saturating_sub(self.first).min(self.count) * self.group
+    }
+
     /// Factors of query `i`.
     #[inline(always)]
     unsafe fn integer_query(&self, s: &Scratch, i: usize) -> *mut u8 {
@@ -265,6 +289,9 @@ unsafe fn one_part<V: Quads>(
     add: bool,
     records: *mut f32,
 ) {
+    if queries.is_empty() {
+        return;
+    }
     let start = part * PART;
     let n = PART.min(a.first + a.count - start);
     // SAFETY: the part's positions have blocks; a record for every query.
@@ -294,6 +321,12 @@ impl Call<'_> {
     #[inline(always)]
     fn seen(&self, i: usize) -> usize {
         PART.min(self.a.first + i / self.a.group + 1 - self.start)
+    }
+
+    /// Positions at its beginning that query `i` no longer sees.
+    #[inline(always)]
+    fn unseen(&self, i: usize) -> usize {
+        self.a.unseen(self.a.first + i / self.a.group).saturating_sub(self.start)
     }
 }
 
@@ -350,10 +383,19 @@ unsafe fn lump<V: Quads, E: Stored<V>, const N: usize>(c: &Call<'_>, i: usize) {
         all_scores::<V, E, N>(c, i, most, rows);
         let mut scales = [Scale { factor: 1.0, excess: 0 }; N];
         for q in 0..N {
-            let n = c.seen(i + q);
+            let (hidden, n) = (c.unseen(i + q), c.seen(i + q));
+            if c.a.softcap > 0.0 {
+                cap_lanes::<V>(rows[q], n.next_multiple_of(16), c.a.softcap);
+            }
+            for j in 0..hidden {
+                *rows[q].add(j) = f32::NEG_INFINITY;
+            }
             let mut scaled = Scaled::<V>::new(c.part, n, (q, N));
             let (top, sum) = softmax::<V, E>(rows[q], n, dim, &mut scaled);
             (*records[q].add(dim), *records[q].add(dim + 1)) = (top, sum);
+            for j in 0..hidden {
+                *rows[q].add(j) = 0.0;
+            }
             if E::INTEGER {
                 scales[q] = integers::<V>(&scaled, rows[q], most, ints[q]);
             }

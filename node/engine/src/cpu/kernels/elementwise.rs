@@ -3,8 +3,11 @@
 //! Written once over [`Lanes`]. Widths are multiples of 32 (`model::weights` checks), so no kernel
 //! has a tail; only the rotation works element by element.
 
+use millrace_shared::model::Activation;
+
 use super::dispatch;
 use super::lanes::Lanes;
+use crate::Isa;
 
 /// Where the int8 form of one row goes; one entry per block of 32.
 #[derive(Clone, Copy, Debug)]
@@ -95,11 +98,46 @@ dispatch! {
 }
 
 #[inline(always)]
-unsafe fn silu_mul_generic<V: Lanes>(
+unsafe fn rms_norm_add_generic<V: Lanes>(
+    x: *const f32,
+    gain: *const f32,
+    y: *mut f32,
+    n: usize,
+    eps: f32,
+    add: bool,
+) {
+    // SAFETY: `n` elements at `x`, `gain` and `y`.
+    unsafe {
+        let mut squares = V::splat(0.0);
+        for i in (0..n).step_by(16) {
+            let x = V::load(x.add(i));
+            squares = x.fma(x, squares);
+        }
+        let mean = squares.sum() / n as f32 + eps;
+        // As in `rms_norm`.
+        let scale = V::splat(1.0 / mean.sqrt() + mean * 0.0);
+        for i in (0..n).step_by(16) {
+            let one = V::load(x.add(i)).mul(scale).mul(V::load(gain.add(i)));
+            let one = if add { V::load(y.add(i)).add(one) } else { one };
+            one.store(y.add(i));
+        }
+    }
+}
+
+dispatch! {
+    /// `rms_norm` without the int8 form, of a multiple of 16 elements, stored or added; `x` may be `y`.
+    pub(crate) fn rms_norm_add = rms_norm_add_generic(
+        x: *const f32, gain: *const f32, y: *mut f32, n: usize, eps: f32, add: bool,
+    );
+}
+
+#[inline(always)]
+unsafe fn gated_generic<V: Lanes>(
     gate: *const f32,
     up: *const f32,
     y: *mut f32,
     n: usize,
+    activation: Activation,
     quant: QuantOut,
 ) {
     // SAFETY: `n` elements at `gate`, `up` and `y`; `quant` for `n / 32` blocks.
@@ -107,18 +145,76 @@ unsafe fn silu_mul_generic<V: Lanes>(
         let (zero, one) = (V::splat(0.0), V::splat(1.0));
         for i in (0..n).step_by(16) {
             let g = V::load(gate.add(i));
-            let silu = g.div(one.add(exp(zero.sub(g))));
-            silu.mul(V::load(up.add(i))).store(y.add(i));
+            let turned = match activation {
+                Activation::Silu => zero.sub(g),
+                // `tanh(u)` is `2 / (1 + exp(-2 u)) - 1`, so that half of `1 + tanh` is a sigmoid.
+                Activation::GeluTanh => {
+                    let cube = g.mul(g).mul(g);
+                    let u = cube.fma(V::splat(0.044_715), g);
+                    u.mul(V::splat(-2.0 * 0.797_884_6))
+                }
+            };
+            let active = g.div(one.add(exp(turned)));
+            active.mul(V::load(up.add(i))).store(y.add(i));
         }
         quantise_blocks::<V>(y, n, quant);
     }
 }
 
 dispatch! {
-    /// `y = (gate / (1 + exp(-gate))) * up`; and the int8 form of `y`.
-    pub(crate) fn silu_mul = silu_mul_generic(
-        gate: *const f32, up: *const f32, y: *mut f32, n: usize, quant: QuantOut,
+    /// `y = activation(gate) * up`, SiLU being `g / (1 + exp(-g))` and GELU
+    /// `g / (1 + exp(-2 sqrt(2 / pi) (g + 0.044715 g^3)))`; and the int8 form of `y`.
+    pub(crate) fn gated = gated_generic(
+        gate: *const f32,
+        up: *const f32,
+        y: *mut f32,
+        n: usize,
+        activation: Activation,
+        quant: QuantOut,
     );
+}
+
+/// `c * tanh(x / c)` of each lane, as `c - 2 c / (1 + exp(2 x / c))`.
+#[inline(always)]
+unsafe fn capped<V: Lanes>(x: V, cap: f32) -> V {
+    // SAFETY: register arithmetic; the caller has the instruction set.
+    unsafe {
+        let one = V::splat(1.0).add(exp(x.mul(V::splat(2.0 / cap))));
+        V::splat(cap).sub(V::splat(2.0 * cap).div(one))
+    }
+}
+
+/// [`soft_cap`] of a multiple of 16 elements.
+#[inline(always)]
+pub(super) unsafe fn cap_lanes<V: Lanes>(x: *mut f32, n: usize, cap: f32) {
+    for i in (0..n).step_by(16) {
+        // SAFETY: `n` elements.
+        unsafe { capped(V::load(x.add(i)), cap).store(x.add(i)) };
+    }
+}
+
+#[inline(always)]
+unsafe fn soft_cap_generic<V: Lanes>(x: &mut [f32], cap: f32) {
+    let whole = x.len() / 16 * 16;
+    // SAFETY: as many elements; the rest by way of a full vector.
+    unsafe {
+        cap_lanes::<V>(x.as_mut_ptr(), whole, cap);
+        let rest = &mut x[whole..];
+        let mut last = [0.0; 16];
+        last[..rest.len()].copy_from_slice(rest);
+        cap_lanes::<V>(last.as_mut_ptr(), 16, cap);
+        rest.copy_from_slice(&last[..rest.len()]);
+    }
+}
+
+dispatch! {
+    fn soft_cap_of = soft_cap_generic(x: &mut [f32], cap: f32);
+}
+
+/// `x = c * tanh(x / c)` of every element, the cap `c` being above 0.
+pub(crate) fn soft_cap(isa: Isa, x: &mut [f32], cap: f32) {
+    // SAFETY: a slice, and this machine's instructions.
+    unsafe { soft_cap_of(isa, x, cap) };
 }
 
 #[inline(always)]

@@ -8,6 +8,8 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use millrace_shared::model::Activation;
+
 use super::best::{self, Best};
 use super::elementwise as ew;
 use super::format::{Format, Kind, with_format};
@@ -91,8 +93,15 @@ pub(crate) fn matmul(
     });
 }
 
-/// `out = silu(gate x) * (up x)`, and its int8 form.
-pub(crate) fn gated(pool: &mut Pool, isa: Isa, parts: &[Packed], x: &Tensor, out: &mut Tensor) {
+/// `out = activation(gate x) * (up x)`, and its int8 form.
+pub(crate) fn gated(
+    pool: &mut Pool,
+    isa: Isa,
+    parts: &[Packed],
+    x: &Tensor,
+    activation: Activation,
+    out: &mut Tensor,
+) {
     let [gate, up] = parts else { unreachable!("invariant: a gate and what goes through it") };
     let (rows, columns) = (out.width, x.rows);
     assert!(gate.rows == rows && up.rows == rows && rows.is_multiple_of(BLOCK));
@@ -132,7 +141,7 @@ pub(crate) fn gated(pool: &mut Pool, isa: Isa, parts: &[Packed], x: &Tensor, out
                 let gate = sums.add(c * 2 * n);
                 let y = data.slice(column * rows + first * BLOCK, n).as_mut_ptr();
                 let quant = quant.blocks(column, some.clone());
-                ew::silu_mul(isa, gate, gate.add(n), y, n, quant);
+                ew::gated(isa, gate, gate.add(n), y, n, activation, quant);
             }
         }
     });

@@ -32,6 +32,19 @@ fn split_items(threads: usize, kv_heads: usize, max_positions: usize) -> usize {
     if threads == 1 { 0 } else { (SPLIT * threads).max(kv_heads) * parts(max_positions) }
 }
 
+/// What a layer's attention does.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rule {
+    /// Of scores.
+    pub(crate) scale: f32,
+    /// Scores are `c * tanh(x / c)`; 0 for none.
+    pub(crate) softcap: f32,
+    /// Positions that are seen, the own one included.
+    pub(crate) window: usize,
+    /// Which of the angles' tables.
+    pub(crate) rope: usize,
+}
+
 /// Part of a batch.
 #[derive(Clone, Copy)]
 struct Item {
@@ -40,8 +53,8 @@ struct Item {
     start: usize,
     count: usize,
     kv_head: usize,
-    /// Which part of how many, if the item is not all of them.
-    part: Option<(usize, usize)>,
+    /// Which part, and which of how many that are seen, if the item is not all of them.
+    part: Option<(usize, usize, usize)>,
 }
 
 /// How a batch is cut into items.
@@ -50,6 +63,7 @@ struct Cut<'a> {
     spans: &'a [Span],
     per_call: usize,
     kv_heads: usize,
+    window: usize,
     split: bool,
 }
 
@@ -57,8 +71,14 @@ impl Cut<'_> {
     /// Runs and parts of one span.
     fn pieces(&self, span: &Span) -> (usize, usize) {
         let runs = span.count.div_ceil(self.per_call);
-        let parts = parts(span.position as usize + span.count);
-        (runs, if self.split && span.count == 1 { parts } else { 1 })
+        let end = span.position as usize + span.count;
+        let split = self.split && span.count == 1;
+        (runs, if split { parts(end) - self.first_part(end) } else { 1 })
+    }
+
+    /// The first part that the position before `end` sees.
+    fn first_part(&self, end: usize) -> usize {
+        end.saturating_sub(self.window) / attention::PART
     }
 
     fn items(&self) -> usize {
@@ -87,7 +107,10 @@ impl Cut<'_> {
                 start,
                 count: self.per_call.min(s.count - start),
                 kv_head: index / parts % self.kv_heads,
-                part: (parts > 1).then_some((index % parts, parts)),
+                part: (parts > 1).then(|| {
+                    let first = self.first_part(s.position as usize + s.count);
+                    (first + index % parts, index % parts, parts)
+                }),
             };
         }
         unreachable!("invariant: items are counted")
@@ -100,8 +123,7 @@ impl Compute {
     pub(crate) fn attention(
         &mut self,
         qkv: &Tensor,
-        kv: &Kv,
-        layer: usize,
+        (kv, layer, rule): (&Kv, usize, &Rule),
         heads: usize,
         spans: &[Span],
         tables: &BlockTables,
@@ -123,6 +145,7 @@ impl Compute {
             kv,
             layer_at: kv.layer_at(layer),
             group,
+            rule,
             spans,
             tables,
             data,
@@ -130,7 +153,7 @@ impl Compute {
             scratch: Shared::new(scratch),
         };
         let per_call = attention::positions_per_call(group);
-        let mut cut = Cut { spans, per_call, kv_heads: s.heads, split: false };
+        let mut cut = Cut { spans, per_call, kv_heads: s.heads, window: rule.window, split: false };
         let (items, threads) = (cut.items(), self.pool.threads());
         cut.split = threads > 1 && items <= (SPLIT * threads).max(s.heads);
         let each = group * record_len(s.dim);
@@ -162,7 +185,7 @@ impl Compute {
                         attention::attend(isa, &call);
                         quantise(&item);
                     }
-                    Some((part, _)) => {
+                    Some((part, ..)) => {
                         let record = records.slice(index * each, each);
                         attention::attend_part(isa, &call, part, record.as_mut_ptr());
                     }
@@ -171,7 +194,7 @@ impl Compute {
         });
         for index in if cut.split { 0..items } else { 0..0 } {
             let item = cut.item(index);
-            let Some((0, parts)) = item.part else { continue };
+            let Some((_, 0, parts)) = item.part else { continue };
             let call = batch.call(0, &item);
             // SAFETY: `group` records of each part, one part after the other; no thread runs.
             unsafe {
@@ -199,6 +222,7 @@ struct Batch<'a> {
     kv: &'a Kv,
     layer_at: usize,
     group: usize,
+    rule: &'a Rule,
     spans: &'a [Span],
     tables: &'a BlockTables,
     data: Shared<'a, f32>,
@@ -231,7 +255,9 @@ impl Batch<'_> {
             dim: s.dim,
             first: span.position as usize + item.start,
             count: item.count,
-            scale: 1.0 / (s.dim as f32).sqrt(),
+            scale: self.rule.scale,
+            softcap: self.rule.softcap,
+            window: self.rule.window,
             // SAFETY: each member has its own part.
             scratch: unsafe { self.scratch.slice(member * scratch_len, scratch_len) }.as_mut_ptr(),
         }

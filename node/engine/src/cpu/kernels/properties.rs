@@ -38,6 +38,8 @@ struct Case {
     values: Vec<f32>,
     /// `count x kv_heads x group x dim`.
     queries: Vec<f32>,
+    window: usize,
+    softcap: f32,
 }
 
 impl Case {
@@ -68,6 +70,8 @@ impl Case {
             keys: random.floats(elements, 2.0),
             values: random.floats(elements, 2.0),
             queries: random.floats(count * kv_heads * group * dim, 3.0),
+            window: if random.below(3) > 0 { usize::MAX } else { 1 + random.below(first + count) },
+            softcap: if random.below(3) > 0 { 0.0 } else { 4.0 },
         }
     }
 
@@ -125,6 +129,8 @@ impl Case {
             first,
             count: self.first + self.count - first,
             scale: 1.0 / (self.dim as f32).sqrt(),
+            softcap: self.softcap,
+            window: self.window,
             scratch: scratch.as_mut_ptr(),
         }
     }
@@ -148,6 +154,7 @@ impl Case {
     fn attend_parts(&self, isa: Isa, cache: &[Vec<u8>; 2]) -> Vec<f32> {
         let last = self.first + self.count - 1;
         let (heads, len) = (self.kv_heads * self.group, record_len(self.dim));
+        let first = (last + 1).saturating_sub(self.window) / PART;
         let mut out = vec![7.5f32; heads * self.dim];
         let mut scratch = vec![f32::NAN; scratch_len(self.group, self.dim)];
         for kv_head in 0..self.kv_heads {
@@ -155,13 +162,13 @@ impl Case {
             let call = self.call(cache, (kv_head, last), &mut out, &mut scratch);
             // SAFETY: as above; a record for every query and part.
             unsafe {
-                for part in (0..parts(last + 1)).rev() {
+                for part in (first..parts(last + 1)).rev() {
                     attend_part(isa, &call, part, records[part * self.group * len..].as_mut_ptr());
                 }
                 for i in 0..self.group {
-                    let from = records[i * len..].as_mut_ptr();
+                    let from = records[(first * self.group + i) * len..].as_mut_ptr();
                     let to = call.out.add(i * self.dim);
-                    join(isa, from, self.group * len, parts(last + 1), to, self.dim);
+                    join(isa, from, self.group * len, parts(last + 1) - first, to, self.dim);
                 }
             }
         }
@@ -191,15 +198,18 @@ impl Case {
             let score = |p: usize| {
                 let key = &keys[at(p)..][..self.dim];
                 let dot: f64 = query.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum();
-                dot / (self.dim as f64).sqrt()
+                let plain = dot / (self.dim as f64).sqrt();
+                let cap = f64::from(self.softcap);
+                if cap > 0.0 { cap * (plain / cap).tanh() } else { plain }
             };
-            let scores: Vec<f64> = (0..=position).map(score).collect();
+            let first = (position + 1).saturating_sub(self.window);
+            let scores: Vec<f64> = (first..=position).map(score).collect();
             let top = scores.iter().copied().fold(f64::MIN, f64::max);
             let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
             let sum: f64 = weights.iter().sum();
             let mut row = vec![0.0; self.dim];
             for (p, weight) in weights.iter().enumerate() {
-                let value = &values[at(p)..][..self.dim];
+                let value = &values[at(first + p)..][..self.dim];
                 row.iter_mut().zip(value).for_each(|(o, v)| *o += weight / sum * v);
             }
             out.extend(row);

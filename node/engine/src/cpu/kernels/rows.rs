@@ -99,6 +99,43 @@ impl Compute {
         });
     }
 
+    /// `out += x / rms(x) * gain`.
+    pub(crate) fn rms_norm_add(&mut self, x: &Tensor, gain: &[f32], eps: f32, out: &mut Tensor) {
+        let (isa, width) = (self.isa, x.width);
+        assert!(gain.len() == width && out.width == width && out.rows == x.rows);
+        let data = Shared::new(&mut out.data);
+        self.each_row(x.rows, |i| {
+            // SAFETY: rows of `width` elements, each with one thread.
+            unsafe {
+                let y = data.slice(i * width, width).as_mut_ptr();
+                ew::rms_norm_add(isa, x.row(i).as_ptr(), gain.as_ptr(), y, width, eps, true);
+            }
+        });
+    }
+
+    /// `x / rms(x) * gain` of each of `count` heads from element `first` on.
+    pub(crate) fn norm_heads(
+        &mut self,
+        x: &mut Tensor,
+        first: usize,
+        count: usize,
+        gain: &[f32],
+        eps: f32,
+    ) {
+        let (isa, width, dim) = (self.isa, x.width, gain.len());
+        assert!(first + count * dim <= width && dim.is_multiple_of(16), "invariant: whole heads");
+        let data = Shared::new(&mut x.data);
+        self.each_row(x.rows, |i| {
+            // SAFETY: each row with one thread.
+            let heads = unsafe { data.slice(i * width + first, count * dim) };
+            for head in heads.chunks_exact_mut(dim) {
+                let at = head.as_mut_ptr();
+                // SAFETY: `dim` elements, read before they are written.
+                unsafe { ew::rms_norm_add(isa, at, gain.as_ptr(), at, dim, eps, false) };
+            }
+        });
+    }
+
     /// The first row that is not finite.
     pub(crate) fn first_not_finite(&self, x: &Tensor) -> Option<usize> {
         // SAFETY: rows of `width` elements, a multiple of 32.

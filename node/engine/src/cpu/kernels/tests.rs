@@ -1,7 +1,7 @@
 //! Every kernel in every instruction set against the plain one, bit by bit, and against f64 within
 //! tolerance.
 
-use millrace_shared::model::TensorType;
+use millrace_shared::model::{Activation, TensorType};
 
 use super::elementwise::{self as ew, QuantOut};
 use super::matmul::{Output, gated, matmul};
@@ -243,7 +243,7 @@ fn row_kernels_are_the_same_bits_and_right() {
     let mut random = Random(9);
     let x: Vec<f32> = (0..n).map(|_| random.float() * 30.0).collect();
     let g: Vec<f32> = (0..n).map(|_| random.float()).collect();
-    let run = |isa, silu: bool| {
+    let run = |isa, gate: Option<Activation>| {
         let mut t = Tensor::new(&mut Arena::new("a test"), 1, n, true).unwrap();
         let quant = QuantOut {
             q: t.quant.q.as_mut_ptr(),
@@ -254,27 +254,73 @@ fn row_kernels_are_the_same_bits_and_right() {
         let y = t.data.as_mut_ptr();
         // SAFETY: `n` elements everywhere.
         unsafe {
-            if silu {
-                ew::silu_mul(isa, x.as_ptr(), g.as_ptr(), y, n, quant);
-            } else {
-                ew::rms_norm(isa, x.as_ptr(), g.as_ptr(), y, n, 1e-5, quant);
+            match gate {
+                Some(activation) => {
+                    ew::gated(isa, x.as_ptr(), g.as_ptr(), y, n, activation, quant);
+                }
+                None => ew::rms_norm(isa, x.as_ptr(), g.as_ptr(), y, n, 1e-5, quant),
             }
         }
         (bits(&t.data), t.quant.q.to_vec(), bits(&t.quant.scaled_sum))
     };
-    for silu in [false, true] {
-        let reference = run(Isa::Scalar, silu);
+    for gate in [None, Some(Activation::Silu), Some(Activation::GeluTanh)] {
+        let reference = run(Isa::Scalar, gate);
         for isa in isas() {
-            assert_eq!(run(isa, silu), reference, "{isa}");
+            assert_eq!(run(isa, gate), reference, "{isa}");
         }
         let square: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
         let rms = (square / n as f64 + 1e-5).sqrt();
         for (i, &got) in reference.0.iter().enumerate() {
             let (x, g) = (f64::from(x[i]), f64::from(g[i]));
-            let exact = if silu { x / (1.0 + (-x).exp()) * g } else { x / rms * g };
+            let exact = match gate {
+                None => x / rms * g,
+                Some(Activation::Silu) => x / (1.0 + (-x).exp()) * g,
+                Some(Activation::GeluTanh) => {
+                    let root = (2.0 / std::f64::consts::PI).sqrt();
+                    0.5 * x * (1.0 + (root * (x + 0.044_715 * x.powi(3))).tanh()) * g
+                }
+            };
             let got = f64::from(f32::from_bits(got));
-            assert!((got - exact).abs() <= 2e-6 * exact.abs() + 1e-12, "{got} {exact}");
+            // The tail of GELU is a difference in the exponent.
+            let slack = if gate == Some(Activation::GeluTanh) { 2e-5 } else { 2e-6 };
+            assert!((got - exact).abs() <= slack * exact.abs() + 1e-12, "{got} {exact}");
         }
+    }
+}
+
+#[test]
+fn soft_caps_and_plain_norms_are_the_same_bits_and_right() {
+    let mut random = Random(10);
+    let x: Vec<f32> = (0..83).map(|_| random.float() * 90.0).collect();
+    let gain: Vec<f32> = (0..80).map(|_| random.float()).collect();
+    let run = |isa| {
+        let mut capped = x.clone();
+        ew::soft_cap(isa, &mut capped, 30.0);
+        let (mut norm, mut sum) = (x[..80].to_vec(), gain.clone());
+        let at = norm.as_mut_ptr();
+        // SAFETY: 80 elements everywhere.
+        unsafe {
+            ew::rms_norm_add(isa, x.as_ptr(), gain.as_ptr(), sum.as_mut_ptr(), 80, 1e-5, true);
+            ew::rms_norm_add(isa, at, gain.as_ptr(), at, 80, 1e-5, false);
+        }
+        (capped, norm, sum)
+    };
+    let (capped, norm, sum) = run(Isa::Scalar);
+    for isa in isas() {
+        let other = run(isa);
+        assert_eq!(bits(&other.0), bits(&capped), "{isa}");
+        assert_eq!(bits(&other.1), bits(&norm), "{isa}");
+        assert_eq!(bits(&other.2), bits(&sum), "{isa}");
+    }
+    for (got, &x) in capped.iter().zip(&x) {
+        let exact = 30.0 * (f64::from(x) / 30.0).tanh();
+        assert!((f64::from(*got) - exact).abs() < 1e-5, "{got} {exact}");
+    }
+    let rms = (x[..80].iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / 80.0 + 1e-5).sqrt();
+    for i in 0..80 {
+        let exact = f64::from(x[i]) / rms * f64::from(gain[i]);
+        assert!((f64::from(norm[i]) - exact).abs() < 1e-5);
+        assert!((f64::from(sum[i]) - exact - f64::from(gain[i])).abs() < 1e-5);
     }
 }
 
@@ -312,13 +358,15 @@ fn gated_is_the_same_bits_as_its_parts() {
                 let (gate, up) = row.split_at(rows);
                 // SAFETY: 96 elements everywhere.
                 unsafe {
-                    ew::silu_mul(isa, gate.as_ptr(), up.as_ptr(), y.as_mut_ptr(), rows, quant);
+                    let y = y.as_mut_ptr();
+                    let act = Activation::Silu;
+                    ew::gated(isa, gate.as_ptr(), up.as_ptr(), y, rows, act, quant);
                 }
             }
             apart.rows = columns;
             quantise(isa, &mut apart);
             let mut out = Tensor::new(&mut arena, columns, rows, true).unwrap();
-            gated(&mut pool, isa, &parts, &x, &mut out);
+            gated(&mut pool, isa, &parts, &x, Activation::Silu, &mut out);
             assert_eq!(out.rows, columns);
             for t in [&apart, &out] {
                 assert!(t.data.iter().all(|x| x.is_finite()), "{dtype:?} {isa}");

@@ -24,6 +24,7 @@ fn source(name: &str, dims: &[u64], hash: u8) -> Source {
         name: name.to_owned(),
         dtype: TensorType::Q4_1,
         dims: dims.to_vec(),
+        file: 0,
         offset: 0,
         bytes: 0,
         hash: [hash; 32],
@@ -122,12 +123,12 @@ fn keys_tell_everything_apart() {
         key(&pair(&a, &wide), 8),
         key(&pair(&a, &other), 8),
         key(&[Part::Matrices(vec![&a]), Part::Matrices(vec![&b])], 8),
-        key(&[Part::Vector(&a), Part::Matrices(vec![&b])], 8),
+        key(&[Part::Vector(&a, 0.0), Part::Matrices(vec![&b])], 8),
     ];
     for (i, other) in others.iter().enumerate() {
         assert!(other.is_some_and(|key| key != base), "{i}");
     }
     let unknown = source("u", &[64, 32], 0);
     assert_eq!(key(&pair(&a, &unknown), 8), None, "unknown content is not kept");
-    assert_eq!(key(&[Part::Vector(&a)], 8), None);
+    assert_eq!(key(&[Part::Vector(&a, 0.0)], 8), None);
 }

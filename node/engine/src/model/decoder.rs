@@ -1,4 +1,5 @@
-//! The decoder of the Llama family, over any backend.
+//! The decoder, over any backend: one graph for all families, whose differences are in the model's
+//! configuration.
 //!
 //! One stage: optionally the embedding, a range of layers, optionally the head. Reads top to bottom.
 //! The residual stream is rounded to the activation dtype at every layer boundary, whether the
@@ -7,7 +8,7 @@
 
 use std::ops::Range;
 
-use millrace_shared::model::Dtype;
+use millrace_shared::model::{Dtype, ModelConfig};
 use millrace_shared::sampling::MAX_CANDIDATES;
 use millrace_shared::wire::data::StepMeta;
 
@@ -23,11 +24,17 @@ struct Layer<B: Backend> {
     attn_norm: B::Vector,
     /// `q | k | v`.
     qkv: B::Weight,
+    /// Of `q`, `k` and `v`.
+    biases: Option<[B::Vector; 3]>,
+    /// Of query and key heads.
+    head_norms: Option<[B::Vector; 2]>,
     attn_output: B::Weight,
+    attn_post_norm: Option<B::Vector>,
     ffn_norm: B::Vector,
     /// `gate | up`.
     gate_up: B::Weight,
     down: B::Weight,
+    ffn_post_norm: Option<B::Vector>,
 }
 
 /// The embedding, the head, or both in one matrix.
@@ -51,6 +58,8 @@ struct Scratch<B: Backend> {
     attended: B::Tensor,
     /// `n x ffn`.
     act: B::Tensor,
+    /// What a part of a layer gives, before it is normalised and added: `n x hidden`.
+    branch: Option<B::Tensor>,
     /// `16 x vocab`.
     logits: B::Tensor,
     /// The largest logits of 64 positions, where that is all they are wanted for.
@@ -60,22 +69,20 @@ struct Scratch<B: Backend> {
 }
 
 /// A loaded stage.
-pub struct Llama<B: Backend> {
+pub struct Decoder<B: Backend> {
     layers: Vec<Layer<B>>,
     kv: B::Kv,
     ends: Ends<B>,
     final_norm: Option<B::Vector>,
     scratch: Scratch<B>,
     range: Range<u32>,
-    hidden: usize,
-    vocab: u32,
-    eps: f32,
+    config: ModelConfig,
     dtype: Dtype,
 }
 
-impl<B: Backend> std::fmt::Debug for Llama<B> {
+impl<B: Backend> std::fmt::Debug for Decoder<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Llama").field("layers", &self.range).finish_non_exhaustive()
+        f.debug_struct("Decoder").field("layers", &self.range).finish_non_exhaustive()
     }
 }
 
@@ -86,11 +93,11 @@ fn pieces<'a>(spec: &StageSpec, sources: &Sources<'a>) -> Result<Vec<Piece<'a>>,
         pieces.push(vec![Part::Matrices(vec![sources.embedding()?])]);
     }
     for layer in spec.layers.clone() {
-        pieces.push(sources.layer(layer)?.piece());
+        pieces.push(sources.layer(layer)?);
     }
     if spec.head {
         let (norm, head) = sources.head()?;
-        pieces.push(vec![Part::Vector(norm)]);
+        pieces.push(vec![norm]);
         if !(spec.embed && spec.config.tied_head) {
             pieces.push(vec![Part::Matrices(vec![head])]);
         }
@@ -117,7 +124,24 @@ impl<B: Backend> Parts<B> {
     }
 }
 
-impl<B: Backend> Llama<B> {
+/// `x += w input`, what is added being normalised first where there is a gain.
+fn add_product<B: Backend>(
+    b: &mut B,
+    input: &B::Tensor,
+    w: &B::Weight,
+    (gain, eps): (&Option<B::Vector>, f32),
+    (branch, x): (&mut Option<B::Tensor>, &mut B::Tensor),
+) {
+    match (gain, branch) {
+        (Some(gain), Some(branch)) => {
+            b.linear(input, w, branch);
+            b.rms_norm_add(branch, gain, eps, x);
+        }
+        _ => b.linear_add(input, w, x),
+    }
+}
+
+impl<B: Backend> Decoder<B> {
     /// Loads the stage; `progress` gets the bytes of weights done so far.
     ///
     /// # Errors
@@ -132,18 +156,24 @@ impl<B: Backend> Llama<B> {
         let n = spec.settings.max_batch_tokens as usize;
         let pieces = pieces(spec, sources)?;
         let factors = if spec.layers.is_empty() { None } else { sources.rope_factors()? };
-        let kv = backend.kv(spec.layers.len(), config, &spec.settings, factors)?;
+        let kv = backend.kv(spec.layers.clone(), config, &spec.settings, factors)?;
         let scratch = Self::scratch(backend, spec, n)?;
         backend.touch()?;
         let mut parts = Parts::<B>(backend.weights(&pieces, progress)?.into_iter());
         let embedding = spec.embed.then(|| parts.matrices());
+        let f = &config.features;
+        // In the order of `Sources::layer`.
         let layer = |_| Layer {
             attn_norm: parts.vector(),
             qkv: parts.matrices(),
+            biases: f.qkv_bias.then(|| std::array::from_fn(|_| parts.vector())),
+            head_norms: f.qk_norm.then(|| std::array::from_fn(|_| parts.vector())),
             attn_output: parts.matrices(),
+            attn_post_norm: f.post_norms.then(|| parts.vector()),
             ffn_norm: parts.vector(),
             gate_up: parts.matrices(),
             down: parts.matrices(),
+            ffn_post_norm: f.post_norms.then(|| parts.vector()),
         };
         let layers = spec.layers.clone().map(layer).collect();
         let final_norm = spec.head.then(|| parts.vector());
@@ -161,9 +191,7 @@ impl<B: Backend> Llama<B> {
             final_norm,
             scratch,
             range: spec.layers.clone(),
-            hidden: config.hidden as usize,
-            vocab: config.vocab,
-            eps: config.rms_eps,
+            config: config.clone(),
             dtype: spec.settings.activation_dtype,
         })
     }
@@ -180,6 +208,10 @@ impl<B: Backend> Llama<B> {
             qkv: backend.tensor(inner, (heads + 2 * kv_heads) * dim, false)?,
             attended: backend.tensor(inner, heads * dim, true)?,
             act: backend.tensor(inner, ffn, true)?,
+            branch: match c.features.post_norms {
+                true => Some(backend.tensor(inner, hidden, false)?),
+                false => None,
+            },
             logits: backend.tensor(head_rows, c.vocab as usize, false)?,
             best: backend.best(if spec.head { TOP_ROWS.min(n) } else { 0 })?,
             candidates: Vec::with_capacity(2 * MAX_CANDIDATES),
@@ -228,10 +260,21 @@ impl<B: Backend> Llama<B> {
     /// One transformer layer on the residual stream; with `prune` only the wanted positions go on
     /// after their keys and values are stored.
     fn layer(&mut self, b: &mut B, index: usize, batch: &Batch, tables: &BlockTables, prune: bool) {
-        let (layer, s) = (&self.layers[index], &mut self.scratch);
+        let (layer, s, c) = (&self.layers[index], &mut self.scratch, &self.config);
+        let (heads, kv_heads, dim) = (c.heads as usize, c.kv_heads as usize, c.head_dim as usize);
+        let keys = heads * dim;
         // Attention: normalise, project, rotate, remember.
-        b.rms_norm(&s.x, &layer.attn_norm, self.eps, &mut s.normed);
+        b.rms_norm(&s.x, &layer.attn_norm, c.rms_eps, &mut s.normed);
         b.linear(&s.normed, &layer.qkv, &mut s.qkv);
+        if let Some([q, k, v]) = &layer.biases {
+            for (first, bias) in [(0, q), (keys, k), (keys + kv_heads * dim, v)] {
+                b.add_bias(&mut s.qkv, first, bias);
+            }
+        }
+        if let Some([q, k]) = &layer.head_norms {
+            b.norm_heads(&mut s.qkv, 0, heads, q, c.rms_eps);
+            b.norm_heads(&mut s.qkv, keys, kv_heads, k, c.rms_eps);
+        }
         b.write_kv(&mut s.qkv, &mut self.kv, index, &batch.spans, tables);
         let spans = if prune {
             b.gather_rows(&batch.keep, &mut s.qkv);
@@ -245,11 +288,13 @@ impl<B: Backend> Llama<B> {
         };
         // Attend, project back.
         b.attention(&s.qkv, &self.kv, index, spans, tables, &mut s.attended);
-        b.linear_add(&s.attended, &layer.attn_output, &mut s.x);
+        let to = (&mut s.branch, &mut s.x);
+        add_product(b, &s.attended, &layer.attn_output, (&layer.attn_post_norm, c.rms_eps), to);
         // Feed forward: normalise, project through the gate, project back.
-        b.rms_norm(&s.x, &layer.ffn_norm, self.eps, &mut s.normed);
-        b.gated(&s.normed, &layer.gate_up, &mut s.act);
-        b.linear_add(&s.act, &layer.down, &mut s.x);
+        b.rms_norm(&s.x, &layer.ffn_norm, c.rms_eps, &mut s.normed);
+        b.gated(&s.normed, &layer.gate_up, c.features.activation, &mut s.act);
+        let to = (&mut s.branch, &mut s.x);
+        add_product(b, &s.act, &layer.down, (&layer.ffn_post_norm, c.rms_eps), to);
     }
 
     /// Final norm, and logits a few rows at a time: never kept where rows want the largest alone.
@@ -260,14 +305,16 @@ impl<B: Backend> Llama<B> {
             return;
         };
         let s = &mut self.scratch;
-        b.rms_norm(&s.x, norm, self.eps, &mut s.normed);
-        let vocab = self.vocab as usize;
+        b.rms_norm(&s.x, norm, self.config.rms_eps, &mut s.normed);
+        let (vocab, softcap) = (self.config.vocab as usize, self.config.features.logit_softcap);
         let mut rest = &batch.outputs[..];
         while !rest.is_empty() {
             let first = batch.outputs.len() - rest.len();
             let mut k = [0; TOP_ROWS];
             let mut tops = 0;
-            for (k, out) in k.iter_mut().zip(rest) {
+            // A soft cap may make unlike logits alike: then all are needed.
+            let few = if softcap > 0.0 { &[] } else { rest };
+            for (k, out) in k.iter_mut().zip(few) {
                 let HeadWant::Top(n) = output.want(out.row) else { break };
                 *k = n;
                 tops += 1;
@@ -275,7 +322,7 @@ impl<B: Backend> Llama<B> {
             let full = rest.len().min(HEAD_ROWS);
             let (now, later) = rest.split_at(tops.max(full));
             if tops < full {
-                let logits = b.logits(&s.normed, first..first + full, head, &mut s.logits);
+                let logits = b.logits(&s.normed, first..first + full, head, softcap, &mut s.logits);
                 for (out, logits) in now.iter().zip(logits.chunks_mut(vocab)) {
                     output.full(out.row, out.position, logits, &mut s.candidates);
                 }
@@ -296,7 +343,12 @@ impl<B: Backend> Llama<B> {
             (
                 StageInput::Tokens(tokens),
                 Ends::Embed(table) | Ends::Tied(table) | Ends::Both(table, _),
-            ) => b.embed(table, tokens, &mut self.scratch.x),
+            ) => {
+                b.embed(table, tokens, &mut self.scratch.x);
+                if self.config.features.embedding_scale != 1.0 {
+                    b.scale(&mut self.scratch.x, self.config.features.embedding_scale);
+                }
+            }
             (StageInput::Hidden(rows), _) => b.upload(rows, &mut self.scratch.x),
             (StageInput::Tokens(_), _) => {}
         }
@@ -338,11 +390,11 @@ impl<B: Backend> Llama<B> {
             StageInput::Tokens(t) if t.len() != n => {
                 return invalid(format!("{} token ids for {n} positions", t.len()));
             }
-            StageInput::Hidden(x) if x.len() != n * self.hidden => {
+            StageInput::Hidden(x) if x.len() != n * self.config.hidden as usize => {
                 return invalid(format!("{} activations for {n} positions", x.len()));
             }
             StageInput::Tokens(t) => {
-                if let Some(id) = t.iter().find(|&&id| id >= self.vocab) {
+                if let Some(id) = t.iter().find(|&&id| id >= self.config.vocab) {
                     return invalid(format!("token id {id} outside the vocabulary"));
                 }
             }
@@ -355,7 +407,7 @@ impl<B: Backend> Llama<B> {
             StageOutput::Logits(_) | StageOutput::Head { .. } if self.final_norm.is_none() => {
                 invalid("logits asked of a stage without the head".to_owned())
             }
-            StageOutput::Hidden(out) if out.len() != n * self.hidden => {
+            StageOutput::Hidden(out) if out.len() != n * self.config.hidden as usize => {
                 invalid(format!("room for {} activations for {n} positions", out.len()))
             }
             _ => Ok(()),
