@@ -217,7 +217,8 @@ fn listed(types: &[Value], layers: u32) -> Result<Option<(u32, u32)>, String> {
         // The one there is says nothing of a next.
         &[only] if only + 1 == layers => Ok(Some((layers, 1))),
         &[first, ..] => {
-            let every = global.get(1).map_or(layers.max(first + 1), |second| second - first);
+            let every =
+                global.get(1).map_or_else(|| layers.max(first + 1), |second| second - first);
             let offset = every - first % every;
             let pattern = |i: u32| !(i + offset).is_multiple_of(every);
             if (0..layers).all(|i| pattern(i) == local[i as usize]) {

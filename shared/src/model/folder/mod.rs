@@ -256,7 +256,8 @@ pub(super) fn folder_of(path: &Path) -> Option<PathBuf> {
         return path.join(CONFIG).is_file().then(|| path.to_owned());
     }
     let name = path.file_name()?.to_str()?;
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent =
+        path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     let belongs = name == CONFIG || name == INDEX || name.ends_with(".safetensors");
     (belongs && fs::metadata(parent.join(CONFIG)).is_ok()).then(|| parent.to_owned())
 }
