@@ -64,7 +64,7 @@ impl Context {
             max_num_seqs: sequences,
             max_model_len: per_sequence * BLOCK,
         };
-        let kv = backend.kv(LAYERS, &config(), &settings, None).expect("memory");
+        let kv = backend.kv(0..LAYERS as u32, &config(), &settings, None).expect("memory");
         backend.touch().expect("memory");
         let mut tables = BlockTables::new(&settings);
         let update = |i: u32| TableUpdate {

@@ -4,7 +4,7 @@ use criterion::Criterion;
 use millrace_engine::cpu::CpuBackend;
 use millrace_engine::cpu::limits::uncached_bytes;
 use millrace_engine::model::{Backend, LoadedPart, Part, Source};
-use millrace_shared::model::TensorType;
+use millrace_shared::model::{Activation, TensorType};
 
 use crate::{Bench, Tensor, Work, entry, new_backend, tensor, vector};
 
@@ -95,9 +95,9 @@ impl Product {
         let weight = &self.weights[self.next];
         match what {
             What::Linear => self.backend.linear(&self.x, weight, &mut self.out),
-            What::Gated => self.backend.gated(&self.x, weight, &mut self.act),
+            What::Gated => self.backend.gated(&self.x, weight, Activation::Silu, &mut self.act),
             What::Head { columns } => {
-                let logits = self.backend.logits(&self.x, 0..columns, weight, &mut self.out);
+                let logits = self.backend.logits(&self.x, 0..columns, weight, 0.0, &mut self.out);
                 std::hint::black_box(logits.first());
             }
         }

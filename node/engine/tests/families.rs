@@ -303,7 +303,8 @@ fn gguf(case: &Case, files: &ModelFiles, folder: &Path) -> PathBuf {
             && let Some((part, whole)) = parts.iter().find(|(part, _)| name.contains(part))
         {
             name = name.replace(part, whole);
-            let (all_dims, all) = fused.remove(&name).unwrap_or((vec![dims[0], 0], Vec::new()));
+            let (all_dims, all) =
+                fused.remove(&name).unwrap_or_else(|| (vec![dims[0], 0], Vec::new()));
             dims[1] += all_dims[1];
             data = [all, data].concat();
             fused.insert(name, (dims, data));

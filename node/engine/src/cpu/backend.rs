@@ -211,7 +211,7 @@ impl Backend for CpuBackend {
         let rule = |layer| {
             let window = config.window(layer);
             Rule {
-                scale: f.attention_scale.unwrap_or(1.0 / (dim as f32).sqrt()),
+                scale: f.attention_scale.unwrap_or_else(|| 1.0 / (dim as f32).sqrt()),
                 softcap: f.attention_softcap,
                 window: window.map_or(usize::MAX, |w| w.size as usize),
                 rope: usize::from(window.is_some_and(|w| w.rope.is_some())),

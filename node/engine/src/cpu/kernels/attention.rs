@@ -13,13 +13,14 @@
 use std::ops::Range;
 
 use super::dispatch;
-use super::elementwise::{cap_lanes, exp};
+use super::elementwise::{exp, soft_cap};
 use super::part::{self, Part, locate};
 use super::products::{Scale, scores, values};
 use super::quads::{FACTOR_BYTES, Quads};
 use super::softmax::{Scaled, factors, int_scales, integers, softmax};
 use super::store::absmax;
 use super::stored::{F16, F32, Int8, KvType, Stored};
+use crate::Isa;
 
 /// Positions of a part.
 pub(crate) const PART: usize = 512;
@@ -57,6 +58,8 @@ pub(crate) struct Attend<'a> {
     pub(crate) scale: f32,
     /// Scores are `c * tanh(x / c)`; 0 for none.
     pub(crate) softcap: f32,
+    /// For what is called, not inlined.
+    pub(crate) isa: Isa,
     /// Positions that each sees, its own included.
     pub(crate) window: usize,
     /// [`scratch_len`] floats.
@@ -158,8 +161,7 @@ unsafe fn attend_generic<V: Quads>(a: &Attend<'_>) {
             let skipped = (p * PART).saturating_sub(a.first) * a.group;
             let old = a.begun_before(p * PART).max(skipped);
             let seen = a.begun_before((p + 1) * PART).max(old);
-            one_part::<V>(a, &s, p, skipped..old, true, s.totals);
-            one_part::<V>(a, &s, p, old..seen, false, s.totals);
+            one_part::<V>(a, &s, p, [skipped, old, seen], s.totals);
         }
         for i in 0..a.count * a.group {
             let to = a.out.add(i / a.group * a.out_stride + i % a.group * a.dim);
@@ -174,7 +176,7 @@ unsafe fn attend_part_generic<V: Quads>(a: &Attend<'_>, part: usize, records: *m
     unsafe {
         let s = Scratch::new(a);
         prepare::<V>(a, &s);
-        one_part::<V>(a, &s, part, 0..a.count * a.group, false, records);
+        one_part::<V>(a, &s, part, [0, 0, a.count * a.group], records);
     }
 }
 
@@ -279,29 +281,26 @@ unsafe fn query(a: &Attend<'_>, i: usize) -> *const f32 {
     unsafe { a.q.add(i / a.group * a.q_stride + i % a.group * a.dim) }
 }
 
-/// One part for some queries, into their records or merged into them.
+/// One part for some queries: merged into the records of those from the first number to the second, as
+/// the records of those from there to the third.
 #[inline(always)]
 unsafe fn one_part<V: Quads>(
     a: &Attend<'_>,
     s: &Scratch,
     part: usize,
-    queries: Range<usize>,
-    add: bool,
+    [begin, old, end]: [usize; 3],
     records: *mut f32,
 ) {
-    if queries.is_empty() {
-        return;
-    }
     let start = part * PART;
     let n = PART.min(a.first + a.count - start);
     // SAFETY: the part's positions have blocks; a record for every query.
     unsafe {
-        let located = locate::<V>(a, start, n, queries.len(), s.part);
-        let call = Call { a, s, part: &located, start, add, records };
+        let located = locate::<V>(a, start, n, end - begin, s.part);
+        let call = Call { a, s, part: &located, start, old, records };
         match (a.kind, located.widened) {
-            (KvType::F32, _) | (_, true) => lumps::<V, F32>(&call, queries),
-            (KvType::F16, _) => lumps::<V, F16>(&call, queries),
-            (KvType::Int8, _) => lumps::<V, Int8>(&call, queries),
+            (KvType::F32, _) | (_, true) => lumps::<V, F32>(&call, begin..end),
+            (KvType::F16, _) => lumps::<V, F16>(&call, begin..end),
+            (KvType::Int8, _) => lumps::<V, Int8>(&call, begin..end),
         }
     }
 }
@@ -312,7 +311,8 @@ struct Call<'a> {
     s: &'a Scratch,
     part: &'a Part,
     start: usize,
-    add: bool,
+    /// Queries before it have records that this part's are merged into.
+    old: usize,
     records: *mut f32,
 }
 
@@ -335,7 +335,8 @@ impl Call<'_> {
 unsafe fn lumps<V: Quads, E: Stored<V>>(c: &Call<'_>, queries: Range<usize>) {
     let mut i = queries.start;
     while i < queries.end {
-        let left = queries.end - i;
+        let end = if i < c.old { c.old } else { queries.end };
+        let left = end - i;
         // SAFETY: existing queries.
         unsafe {
             let n = if V::WIDE {
@@ -378,23 +379,19 @@ unsafe fn lump<V: Quads, E: Stored<V>, const N: usize>(c: &Call<'_>, i: usize) {
         let rows: [*mut f32; N] = std::array::from_fn(|q| s.scores.add(q * PART));
         let ints: [*mut u8; N] =
             std::array::from_fn(|q| s.integers.cast::<u8>().add(q * PART / 4 * FACTOR_BYTES));
-        let to = if c.add { s.now } else { c.records.add(i * len) };
+        let add = i < c.old;
+        let to = if add { s.now } else { c.records.add(i * len) };
         let records: [*mut f32; N] = std::array::from_fn(|q| to.add(q * len));
         all_scores::<V, E, N>(c, i, most, rows);
         let mut scales = [Scale { factor: 1.0, excess: 0 }; N];
         for q in 0..N {
             let (hidden, n) = (c.unseen(i + q), c.seen(i + q));
-            if c.a.softcap > 0.0 {
-                cap_lanes::<V>(rows[q], n.next_multiple_of(16), c.a.softcap);
-            }
-            for j in 0..hidden {
-                *rows[q].add(j) = f32::NEG_INFINITY;
-            }
+            restrict(c.a, rows[q], n, hidden);
             let mut scaled = Scaled::<V>::new(c.part, n, (q, N));
             let (top, sum) = softmax::<V, E>(rows[q], n, dim, &mut scaled);
             (*records[q].add(dim), *records[q].add(dim + 1)) = (top, sum);
-            for j in 0..hidden {
-                *rows[q].add(j) = 0.0;
+            if hidden > 0 {
+                forget(rows[q], hidden);
             }
             if E::INTEGER {
                 scales[q] = integers::<V>(&scaled, rows[q], most, ints[q]);
@@ -413,12 +410,31 @@ unsafe fn lump<V: Quads, E: Stored<V>, const N: usize>(c: &Call<'_>, i: usize) {
                 }
             }
         }
-        if c.add {
+        if add {
             for q in 0..N {
                 merge::<V>(c.records.add((i + q) * len), records[q], dim);
             }
         }
     }
+}
+
+/// Caps `n` scores, and hides the first `hidden` ones. Few models have either, and a kernel of each shape
+/// has this: so it is not inlined.
+#[inline(never)]
+unsafe fn restrict(a: &Attend<'_>, scores: *mut f32, n: usize, hidden: usize) {
+    // SAFETY: the caller gives so many scores.
+    let scores = unsafe { std::slice::from_raw_parts_mut(scores, n) };
+    if a.softcap > 0.0 {
+        soft_cap(a.isa, scores, a.softcap);
+    }
+    scores[..hidden].fill(f32::NEG_INFINITY);
+}
+
+/// Makes probabilities of hidden positions, which are next to nothing, nothing.
+#[inline(never)]
+unsafe fn forget(probabilities: *mut f32, hidden: usize) {
+    // SAFETY: the caller gives so many.
+    unsafe { std::slice::from_raw_parts_mut(probabilities, hidden) }.fill(0.0);
 }
 
 /// Scores with the first `n` positions, and with some after them.

@@ -186,7 +186,7 @@ unsafe fn capped<V: Lanes>(x: V, cap: f32) -> V {
 
 /// [`soft_cap`] of a multiple of 16 elements.
 #[inline(always)]
-pub(super) unsafe fn cap_lanes<V: Lanes>(x: *mut f32, n: usize, cap: f32) {
+unsafe fn cap_lanes<V: Lanes>(x: *mut f32, n: usize, cap: f32) {
     for i in (0..n).step_by(16) {
         // SAFETY: `n` elements.
         unsafe { capped(V::load(x.add(i)), cap).store(x.add(i)) };

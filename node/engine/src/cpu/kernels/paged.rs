@@ -7,6 +7,7 @@
 use super::attention::{self, Attend, parts, record_len};
 use super::elementwise as ew;
 use super::rows::{Compute, QuantRows};
+use crate::Isa;
 use crate::cpu::buffer::{Buf, Shared};
 use crate::cpu::kv::Kv;
 use crate::cpu::tensor::Tensor;
@@ -146,6 +147,7 @@ impl Compute {
             layer_at: kv.layer_at(layer),
             group,
             rule,
+            isa,
             spans,
             tables,
             data,
@@ -223,6 +225,7 @@ struct Batch<'a> {
     layer_at: usize,
     group: usize,
     rule: &'a Rule,
+    isa: Isa,
     spans: &'a [Span],
     tables: &'a BlockTables,
     data: Shared<'a, f32>,
@@ -257,6 +260,7 @@ impl Batch<'_> {
             count: item.count,
             scale: self.rule.scale,
             softcap: self.rule.softcap,
+            isa: self.isa,
             window: self.rule.window,
             // SAFETY: each member has its own part.
             scratch: unsafe { self.scratch.slice(member * scratch_len, scratch_len) }.as_mut_ptr(),

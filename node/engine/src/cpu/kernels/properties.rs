@@ -105,6 +105,7 @@ impl Case {
     /// The kernel's arguments for one KV head and the positions from `first`.
     fn call<'a>(
         &'a self,
+        isa: Isa,
         [keys, values]: &'a [Vec<u8>; 2],
         (kv_head, first): (usize, usize),
         out: &mut [f32],
@@ -130,6 +131,7 @@ impl Case {
             count: self.first + self.count - first,
             scale: 1.0 / (self.dim as f32).sqrt(),
             softcap: self.softcap,
+            isa,
             window: self.window,
             scratch: scratch.as_mut_ptr(),
         }
@@ -142,7 +144,7 @@ impl Case {
         let mut out = vec![7.5f32; (self.first + self.count - first) * stride];
         let mut scratch = vec![f32::NAN; scratch_len(self.group, self.dim)];
         for kv_head in 0..self.kv_heads {
-            let call = self.call(cache, (kv_head, first), &mut out, &mut scratch);
+            let call = self.call(isa, cache, (kv_head, first), &mut out, &mut scratch);
             // SAFETY: all positions are stored; sizes as `Attend` says.
             unsafe { attend(isa, &call) };
         }
@@ -159,7 +161,7 @@ impl Case {
         let mut scratch = vec![f32::NAN; scratch_len(self.group, self.dim)];
         for kv_head in 0..self.kv_heads {
             let mut records = vec![f32::NAN; parts(last + 1) * self.group * len];
-            let call = self.call(cache, (kv_head, last), &mut out, &mut scratch);
+            let call = self.call(isa, cache, (kv_head, last), &mut out, &mut scratch);
             // SAFETY: as above; a record for every query and part.
             unsafe {
                 for part in (first..parts(last + 1)).rev() {
