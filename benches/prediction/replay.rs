@@ -64,7 +64,7 @@ pub(crate) fn run() -> f64 {
             micro_batches: None,
         };
         let name = format!("{} {name}", speeds.len());
-        let planned = best(&problem, &wish).unwrap();
+        let planned = best(&problem, &wish, &[]).unwrap();
         let equal = Choice::of(&problem, &wish, equal(bench.layers(), speeds.len()));
         cases.push((
             Case { name, speeds: speeds.clone(), choice: planned },

@@ -371,7 +371,9 @@ fn wrong_pins_are_named() {
 fn many_nodes_are_planned_around_pins() {
     let times: Vec<f64> = (0..40).map(|i| 1.0 + f64::from(i) * 0.173).collect();
     let mut case = plain(126, 4.0, &times);
-    (pin(&mut case, 7, 0, 6), pin(&mut case, 11, 30, 33), pin(&mut case, 30, 125, 126));
+    pin(&mut case, 7, 0, 6);
+    pin(&mut case, 11, 30, 33);
+    pin(&mut case, 30, 125, 126);
     for objective in [Objective::Throughput, Objective::Latency] {
         let found = solve(&case.problem(), objective, None).unwrap();
         assert!(pins_hold(&case, &found.stages) && fits(&case, &found.stages));
