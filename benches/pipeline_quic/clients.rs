@@ -9,7 +9,7 @@ use harness::ask;
 use harness::mocked::Mocked;
 use millrace_net::client::Client;
 use millrace_net::cpu_time::process_seconds;
-use millrace_shared::wire::rpc::{GenerateEvent, Prompt};
+use millrace_shared::wire::rpc::{GenerateEvent, Prompt, StageStatus};
 
 /// Connections that the streams share.
 const CONNECTIONS: usize = 4;
@@ -31,20 +31,14 @@ struct Moment {
     at: Instant,
     tokens: u64,
     cpu_seconds: f64,
-    steps: u64,
-    busy: Vec<f64>,
+    /// By the clocks of the heartbeats that carried them.
+    stages: Vec<StageStatus>,
 }
 
 impl Moment {
     async fn now(client: &Client, tokens: u64) -> Self {
         let status = client.status().await.expect("a status");
-        Self {
-            at: Instant::now(),
-            tokens,
-            cpu_seconds: process_seconds(),
-            steps: status.stages.first().map_or(0, |s| s.steps),
-            busy: status.stages.iter().map(|s| s.busy_seconds).collect(),
-        }
+        Self { at: Instant::now(), tokens, cpu_seconds: process_seconds(), stages: status.stages }
     }
 }
 
@@ -85,7 +79,6 @@ pub(crate) fn run(
         let looking = async {
             tokio::time::sleep(warm).await;
             let before = Moment::now(&clients[0], tokens.get()).await;
-            // The heartbeats that carry the stages' counters come four times a second.
             tokio::time::sleep(measure).await;
             let after = Moment::now(&clients[0], tokens.get()).await;
             seen(&before, &after)
@@ -102,11 +95,16 @@ fn seen(before: &Moment, after: &Moment) -> Seen {
     let wall = (after.at - before.at).as_secs_f64();
     let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
     let tokens = (after.tokens - before.tokens) as f64;
-    let busy = after.busy.iter().zip(&before.busy).map(|(a, b)| (a - b) / wall);
+    let tokens_per_second = tokens / wall;
+    let per_second = |value: fn(&StageStatus) -> f64| {
+        let stages = after.stages.iter().zip(&before.stages);
+        stages.map(move |(a, b)| (value(a) - value(b)) / (a.wall_seconds - b.wall_seconds))
+    };
+    let steps = per_second(|s| s.steps as f64).next().unwrap_or(f64::NAN);
     Seen {
-        tokens_per_second: tokens / wall,
-        rows: tokens / (after.steps - before.steps).max(1) as f64,
-        busiest: busy.fold(0.0, f64::max),
+        tokens_per_second,
+        rows: tokens_per_second / steps,
+        busiest: per_second(|s| s.busy_seconds).fold(0.0, f64::max),
         processors: (after.cpu_seconds - before.cpu_seconds) / wall / cores,
     }
 }

@@ -185,7 +185,6 @@ impl Stage {
             frame,
             // On the engine's thread: hands over and returns.
             done: Box::new(move |result| {
-                drop(ticket);
                 match result {
                     Ok(frame) => {
                         if out.try_send(frame).is_err() {
@@ -194,6 +193,8 @@ impl Stage {
                     }
                     Err(e) => report(&losses, Err(e)),
                 }
+                // The next stage waits for the frame, nobody for the credit: that leaves later.
+                drop(ticket);
             }),
         };
         self.engine.try_submit(job).map_err(|e| e.to_string())
