@@ -226,9 +226,42 @@ fn classes_differ_and_none_starves() {
     assert!(high < 0.8 * normal && normal < 0.9 * low, "{high} {normal} {low}");
 }
 
+/// Four chats come just after two long prompts of the same client: when each began to answer.
+fn behind_documents(short_turns: bool) -> (f64, f64) {
+    let pipeline = PipelineModel { stages: vec![processor(0.5); 2], link: ms(0.2), jitter: 0.0 };
+    let config = config(2);
+    let policy = Policy { short_turns, ..config.policy };
+    let mut sim = Simulation::new(SchedulerConfig { policy, ..config }, pipeline);
+    for n in 0..2 {
+        sim.submit(sequence(n, Duration::ZERO, 2000, 4));
+    }
+    for n in 2..6 {
+        sim.submit(sequence(n, ms(10.0), 64, 32));
+    }
+    sim.run(FOREVER, |_, _| None);
+    assert_empty(&sim);
+    let last = |ids: std::ops::Range<u64>| {
+        let begun = ids.map(|id| sim.records()[&SequenceId(id)].first_token().expect("it began"));
+        begun.max().unwrap_or_default().as_secs_f64()
+    };
+    (last(2..6), last(0..2))
+}
+
+#[test]
+fn chats_do_not_wait_for_documents_and_documents_are_not_starved() {
+    let (chat, document) = behind_documents(true);
+    let (waiting_chat, undisturbed) = behind_documents(false);
+    assert!(chat < 0.5 * waiting_chat, "{chat} {waiting_chat}");
+    assert!(document < 1.3 * undisturbed, "{document} {undisturbed}");
+}
+
 fn deadlines(requests: &[(u16, u16, u16)], enforce: bool) -> Simulation {
     let pipeline = PipelineModel { stages: vec![processor(0.5); 2], link: ms(0.2), jitter: 0.0 };
-    let mut sim = Simulation::new(SchedulerConfig { max_num_seqs: 16, ..config(2) }, pipeline);
+    // In the order of arrival: where short ones take turns, who is gone may have helped others.
+    let config = config(2);
+    let policy = Policy { short_turns: false, ..config.policy };
+    let config = SchedulerConfig { max_num_seqs: 16, policy, ..config };
+    let mut sim = Simulation::new(config, pipeline);
     // Something to measure by.
     for n in 0..4 {
         sim.submit(sequence(n, Duration::ZERO, 100, 20));

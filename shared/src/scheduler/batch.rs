@@ -76,7 +76,8 @@ impl Scheduler {
         }
         let decoding = self.decoding();
         if decoding == 0 {
-            let chunk = Load::default().with_prompt(0, self.config.prefill_chunk, 0);
+            // With the head's row: a prompt that is as long as a chunk is one chunk.
+            let chunk = Load::default().with_prompt(0, self.config.prefill_chunk, 1);
             let floor = self.config.prefill_chunk.div_ceil(2);
             let seconds = Some(self.cost.bottleneck(&chunk));
             return Pace { slots, seconds, floor, stretch: f64::INFINITY };
@@ -142,6 +143,8 @@ impl Scheduler {
         let id = self.in_flight.next_id();
         if !draft.is_empty() {
             self.turn = self.turn.wrapping_add(1);
+            self.prompt_turn =
+                self.prompt_turn.wrapping_add(u32::from(draft.load.prefill_tokens > 0));
             self.reserve.on_micro_batch();
             let short = self.ready.is_empty();
             self.carry = if short { 0.0 } else { (draft.cohort - draft.taken).clamp(-1.0, 1.0) };

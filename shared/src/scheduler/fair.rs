@@ -3,8 +3,9 @@
 //! A *flow* is a client in a priority class. Each carries a virtual counter of the service it got:
 //! prompt positions count once, generated tokens twice, both divided by the weight of the class
 //! (virtual token counters, Sheng et al., OSDI 2024; start-time fair queueing, Goyal et al., 1997).
-//! The flow that got least is next, and within a flow the sequence that came first. A flow that
-//! begins to ask starts at the counter of the flow in service, so that it can neither save up turns
+//! The flow that got least is next, and within a flow by turns the sequence that came first and the
+//! one with the shortest prompt: a chat does not wait for somebody's whole document, and the
+//! document gets at least half of what its flow gets. A flow that begins to ask starts at the counter of the flow in service, so that it can neither save up turns
 //! nor be punished for the past. Sequences that lost their blocks come before all others.
 //!
 //! Not here: blocks and budgets. Invariants: a waiting sequence stands in exactly one place; flows
@@ -33,6 +34,10 @@ impl FlowKey {
 const PER_GENERATED: u64 = 2;
 /// Flows without sequences that are remembered because they are ahead of the others.
 const MAX_IDLE: usize = 4096;
+
+/// The shortest is looked for among so many of a flow: bounds the time of a look, and a prompt that
+/// came long before is not passed by all that came since.
+const LOOK: usize = 64;
 
 /// A sequence that waits.
 #[derive(Clone, Copy, Debug)]
@@ -217,13 +222,15 @@ impl FairQueue {
         self.flows.get(&key).map_or(0, |f| f.served)
     }
 
-    /// Who is next.
-    pub(super) fn head(&self) -> Option<Head> {
+    /// Who is next: of the flow whose turn it is the one that came first, or the shortest of its
+    /// first [`LOOK`] where short ones have their turn.
+    pub(super) fn head(&self, short: bool) -> Option<Head> {
         if let Some((&order, &id)) = self.preempted.first_key_value() {
             return Some(Head::Preempted { order, id });
         }
         let &(_, flow) = self.backlog.first()?;
-        let (&arrival, &Waiting { id, .. }) = self.flows.get(&flow)?.waiting.first_key_value()?;
+        let first = self.flows.get(&flow)?.waiting.iter().take(if short { LOOK } else { 1 });
+        let (&arrival, &Waiting { id, .. }) = first.min_by_key(|(_, w)| w.tokens)?;
         Some(Head::Fresh { flow, arrival, id })
     }
 
@@ -255,7 +262,7 @@ mod tests {
     fn serve(queue: &mut FairQueue, turns: usize, cost: u32) -> BTreeMap<u64, usize> {
         let mut got = BTreeMap::new();
         for _ in 0..turns {
-            let Some(Head::Fresh { flow, arrival, .. }) = queue.head() else { break };
+            let Some(Head::Fresh { flow, arrival, .. }) = queue.head(false) else { break };
             queue.serve(flow);
             assert!(queue.take(flow, arrival));
             queue.charge(flow, cost, 0);

@@ -80,6 +80,8 @@ pub struct Scheduler {
     next_order: u64,
     /// Micro-batches with rows that were built; alternates where there is room for one token.
     turn: u32,
+    /// Those of them with prompts: short prompts have every other one.
+    prompt_turn: u32,
     /// What the last cohort of decodes took less than its share, in rows.
     carry: f64,
     /// Tokens of running sequences past their prompt.
@@ -120,6 +122,7 @@ impl Scheduler {
             next_arrival: 0,
             next_order: 0,
             turn: 0,
+            prompt_turn: 0,
             carry: 0.0,
             decode_context: 0,
             closing: 0,

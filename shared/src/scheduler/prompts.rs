@@ -14,6 +14,9 @@ use crate::wire::data::Want;
 /// decodes find blocks instead of preempting.
 const SCARCE: u32 = 4;
 
+/// Service that a flow got, and what is left of a prompt where that counts.
+type Rank = (u64, u32);
+
 /// What became of an attempt to add a chunk.
 #[derive(Debug, PartialEq, Eq)]
 enum Chunk {
@@ -29,8 +32,11 @@ enum Chunk {
 impl Scheduler {
     /// Chunks of prompts, in fair turns, while time, tokens and blocks last. Prompts under way may
     /// take free blocks; only the most senior running sequence may take blocks from others, so that
-    /// prompts do not evict each other. A newcomer that does not fit keeps later ones out.
+    /// prompts do not evict each other. A newcomer that does not fit keeps later ones out. Of one
+    /// flow's prompts the one that came first and the one with least to go begin a micro-batch by
+    /// turns.
     pub(super) fn add_prompts(&mut self, pace: Pace, draft: &mut Draft) {
+        let short = self.config.policy.short_turns && self.prompt_turn % 2 == 1;
         let most = self.spread();
         let mut tried = BTreeSet::new();
         let mut open = true;
@@ -40,12 +46,12 @@ impl Scheduler {
             if budget == 0 {
                 break;
             }
-            let under_way = self.next_under_way(&tried);
+            let under_way = self.next_under_way(&tried, short);
             let admits =
                 open && !draft.preempted && self.running.len() < self.config.max_num_seqs as usize;
-            let head = if admits { self.queue.head() } else { None };
+            let head = if admits { self.queue.head(short) } else { None };
             let newcomer = head.filter(|&head| {
-                under_way.is_none_or(|(served, ..)| self.head_served(head) < served)
+                under_way.is_none_or(|(rank, ..)| self.rank(head.id(), short) < rank)
             });
             let (id, budget) = if let Some(head) = newcomer {
                 if !self.may_admit(head.id()) {
@@ -72,18 +78,26 @@ impl Scheduler {
         !self.queue.is_empty() || under_way().any(|s| s.remaining() > 0)
     }
 
-    /// The running prompt that got least service: the service, its seniority, its id.
-    fn next_under_way(&self, tried: &BTreeSet<SequenceId>) -> Option<(u64, u64, SequenceId)> {
+    /// The running prompt whose turn it is: its rank, its seniority, its id.
+    fn next_under_way(
+        &self,
+        tried: &BTreeSet<SequenceId>,
+        short: bool,
+    ) -> Option<(Rank, u64, SequenceId)> {
         let under_way = self.prefilling.values().filter(|id| !tried.contains(id));
         under_way
             .filter_map(|id| self.sequences.get(id))
             .filter(|s| s.remaining() > 0)
-            .map(|s| (self.queue.served(s.flow), s.order, s.id))
+            .map(|s| (self.rank(s.id, short), s.order, s.id))
             .min()
     }
 
-    fn head_served(&self, head: Head) -> u64 {
-        self.sequences.get(&head.id()).map_or(0, |s| self.queue.served(s.flow))
+    /// Lower goes first: the service that the flow got; where short prompts have their turn, what
+    /// is left of this one.
+    fn rank(&self, id: SequenceId, short: bool) -> Rank {
+        self.sequences
+            .get(&id)
+            .map_or((0, 0), |s| (self.queue.served(s.flow), if short { s.remaining() } else { 0 }))
     }
 
     /// Prompt tokens that still fit into the micro-batch.

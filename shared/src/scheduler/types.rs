@@ -50,6 +50,9 @@ pub struct Policy {
     pub prefix_cache: bool,
     /// Whether decodes carry drafts where the pipeline has time for them.
     pub speculate: bool,
+    /// Whether of one client's prompts the shortest goes first every other time; else always the
+    /// one that came first.
+    pub short_turns: bool,
 }
 
 impl Policy {
@@ -62,6 +65,7 @@ impl Policy {
         timed_chunks: true,
         prefix_cache: true,
         speculate: true,
+        short_turns: true,
     };
 }
 
