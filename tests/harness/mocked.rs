@@ -8,13 +8,15 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use millrace_coordinator::actors::cluster::Readiness;
 use millrace_coordinator::cli::{LimitArgs, deployment};
 use millrace_coordinator::{Config as CoordinatorConfig, start};
 use millrace_engine::mock::{MockConfig, expected_tokens};
+use millrace_net::ClusterCa;
 use millrace_net::client::ClientConfig;
 use millrace_node::Config as NodeConfig;
 use millrace_node::enrol::Issued;
@@ -22,7 +24,7 @@ use millrace_shared::id::NodeId;
 use millrace_shared::model::gguf::{Gguf, GgufWriter};
 use millrace_shared::model::{ModelConfig, TensorType};
 use millrace_shared::options::{EngineKind, EngineOptions, MicroBatches, Replan};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::relay::{Relay, Way};
 use crate::{DEADLINE, http, wait_for};
@@ -131,57 +133,29 @@ impl Mocked {
         std::fs::write(&file, model_file(shape)).expect("the model is written");
         let config =
             Gguf::open(&file).and_then(|f| f.config()).expect("the model that was written");
-        let (told, telling) = mpsc::channel();
-        let settings = coordinator_config(shape, dir.path(), file);
-        let coordinator = Member::spawn(move |stopping| async move {
-            let running = Box::pin(start(settings)).await.expect("a coordinator");
-            let http = running.http.expect("it has an HTTP address");
-            let about = (running.client().clone(), running.cluster, http);
-            told.send((about, running.dir.ca.clone(), running.readiness.clone())).expect("heard");
-            let _ = stopping.await;
-            running.stop().await;
-        });
-        let ((client, members, http), ca, readiness) =
-            telling.recv_timeout(DEADLINE).expect("a coordinator");
+        let (coordinator, head) = start_coordinator(coordinator_config(shape, dir.path(), file));
         let (mut relays, mut nodes) = (Vec::new(), Vec::new());
-        // With and without links the same way in, so that only the links differ.
-        let mut linked = |target: Option<SocketAddr>, seed: u64| -> Option<SocketAddr> {
-            let way = shape.link?;
-            let relay = Relay::start(way, way, seed);
-            target.inspect(|&t| relay.set_target(t));
-            relays.push(relay);
-            relays.last().map(Relay::addr)
-        };
-        let mut fronts = Vec::new();
         for (index, mock) in shape.nodes.iter().enumerate() {
             let seed = 2 * index as u64;
-            let towards = linked(Some(members), seed).unwrap_or(members);
-            let front = linked(None, seed + 1);
-            let identity = ca.issue_node(NodeId(uuid::Uuid::now_v7())).expect("papers");
-            let papers = Issued { identity, coordinator: towards.to_string() };
-            let settings = node_config(dir.path(), index, shape.nodes.len(), front);
+            let link = |seed| shape.link.map(|way| Relay::start(way, way, seed));
+            let (towards, front) = (link(seed), link(seed + 1));
+            towards.iter().for_each(|relay| relay.set_target(head.members));
+            let identity = head.ca.issue_node(NodeId(uuid::Uuid::now_v7())).expect("papers");
+            let coordinator = towards.as_ref().map_or(head.members, Relay::addr).to_string();
+            let advertised = front.as_ref().map(Relay::addr);
+            let settings = node_config(dir.path(), index, shape.nodes.len(), advertised);
             let mock = MockConfig { layer_rows: rows, ..mock.clone() };
-            let (told, telling) = mpsc::channel();
-            nodes.push(Member::spawn(move |stopping| async move {
-                let membership = papers.membership().expect("a node's papers");
-                let running = millrace_node::start_with(settings, membership, mock).await;
-                let running = running.expect("a node");
-                told.send(running.listen).expect("heard");
-                let _ = stopping.await;
-                running.stop().await;
-            }));
-            fronts.push((front, telling.recv_timeout(DEADLINE).expect("a node")));
-        }
-        for (front, listen) in fronts {
-            let relay = relays.iter().find(|r| Some(r.addr()) == front);
-            relay.inspect(|r| r.set_target(listen));
+            let (node, listen) = start_node(settings, Issued { identity, coordinator }, mock);
+            front.iter().for_each(|relay| relay.set_target(listen));
+            relays.extend(towards.into_iter().chain(front));
+            nodes.push(node);
         }
         wait_for("pipeline", || {
-            let state = readiness.borrow();
+            let state = head.readiness.borrow();
             assert!(state.failed.is_none(), "no pipeline: {state:?}");
             state.ready.then_some(())
         });
-        let coordinator = Some(coordinator);
+        let (coordinator, Head { client, http, .. }) = (Some(coordinator), head);
         Self { nodes, coordinator, relays, client, http, config, _dir: dir }
     }
 
@@ -217,6 +191,47 @@ impl Drop for Mocked {
         drop(self.coordinator.take());
         self.nodes.iter_mut().for_each(Member::tell);
     }
+}
+
+/// What a coordinator that runs says of itself.
+struct Head {
+    client: ClientConfig,
+    members: SocketAddr,
+    http: SocketAddr,
+    ca: Arc<ClusterCa>,
+    readiness: watch::Receiver<Readiness>,
+}
+
+fn start_coordinator(settings: CoordinatorConfig) -> (Member, Head) {
+    let (told, telling) = mpsc::channel();
+    let member = Member::spawn(move |stopping| async move {
+        let running = Box::pin(start(settings)).await.expect("a coordinator");
+        let head = Head {
+            client: running.client().clone(),
+            members: running.cluster,
+            http: running.http.expect("it has an HTTP address"),
+            ca: Arc::clone(&running.dir.ca),
+            readiness: running.readiness.clone(),
+        };
+        told.send(head).expect("heard");
+        let _ = stopping.await;
+        running.stop().await;
+    });
+    (member, telling.recv_timeout(DEADLINE).expect("a coordinator"))
+}
+
+/// A node, and where it listens.
+fn start_node(settings: NodeConfig, papers: Issued, mock: MockConfig) -> (Member, SocketAddr) {
+    let (told, telling) = mpsc::channel();
+    let member = Member::spawn(move |stopping| async move {
+        let membership = papers.membership().expect("a node's papers");
+        let running = millrace_node::start_with(settings, membership, mock).await;
+        let running = running.expect("a node");
+        told.send(running.listen).expect("heard");
+        let _ = stopping.await;
+        running.stop().await;
+    });
+    (member, telling.recv_timeout(DEADLINE).expect("a node"))
 }
 
 /// A model of zeros, with a vocabulary of printable characters.
