@@ -13,7 +13,7 @@ use millrace_coordinator::{Config, Running};
 use millrace_net::client::Client;
 use millrace_net::cpu_time::process_seconds;
 use millrace_shared::model::Dtype;
-use millrace_shared::model::gguf::Gguf;
+use millrace_shared::model::ModelFiles;
 use millrace_shared::options::EngineOptions;
 use millrace_shared::partition::{Choice, Goal, LayerRange, Problem, StageCut, Wish};
 use millrace_shared::sampling::SamplingParams;
@@ -193,8 +193,8 @@ fn config(folder: &Path, streams: u32) -> Config {
 
 /// What the plan that serves promises, by the members' own measurements.
 fn forecast(text: &str, status: &ClusterStatus, streams: u32) -> Choice {
-    let gguf = Gguf::open(harness::model()).unwrap();
-    let parts = parts(&gguf);
+    let files = ModelFiles::open(harness::model()).unwrap();
+    let parts = parts(&files);
     let described = describe(&parse(text).unwrap(), &parts).unwrap();
     let model = parts.costs(65_536, Dtype::F16, 256);
     let (nodes, network) = (&described.nodes[..], &described.network);

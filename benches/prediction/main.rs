@@ -67,9 +67,8 @@ fn nodes(profile: &StageProfile, speeds: &[f64]) -> (Vec<NodeCosts>, Network) {
 }
 
 /// What the planner needs of the model, for so many streams.
-fn parts(gguf: &millrace_shared::model::gguf::Gguf) -> ModelParts<'_> {
-    let config = Box::leak(Box::new(gguf.config().unwrap()));
-    ModelParts { config, tensors: &gguf.tensors }
+fn parts(files: &millrace_shared::model::ModelFiles) -> ModelParts<'_> {
+    ModelParts { config: &files.config, tensors: &files.tensors }
 }
 
 fn main() {

@@ -49,8 +49,8 @@ impl Case {
 /// The largest error.
 pub(crate) fn run() -> f64 {
     let mut bench = Bench::new();
-    let gguf = bench.gguf.clone();
-    let parts = parts(&gguf);
+    let files = bench.files.clone();
+    let parts = parts(&files);
     let profile = bench.profile(&parts.profile_spec(1));
     let model = parts.costs(65_536, Dtype::F16, 256);
     let mut cases = Vec::new();

@@ -1,7 +1,6 @@
 //! Stages of the real model, measured alone on one core.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::time::Instant;
 
 use millrace_coordinator::models::{NoProgress, cache_dir, hash_manifest};
@@ -10,8 +9,7 @@ use millrace_engine::{
     Engine as _, HeadWant, Isa, StageInput, StageOutput, StageSpec, TensorSource,
 };
 use millrace_shared::id::SequenceId;
-use millrace_shared::model::gguf::Gguf;
-use millrace_shared::model::{Dtype, ModelConfig};
+use millrace_shared::model::{Dtype, ModelFiles};
 use millrace_shared::wire::control::{EngineSettings, PROFILE_CONTEXT, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
 
@@ -32,27 +30,23 @@ pub(crate) struct Part {
 
 /// Measures stages, and knows what it has measured.
 pub(crate) struct Bench {
-    pub(crate) gguf: Gguf,
-    config: ModelConfig,
+    pub(crate) files: ModelFiles,
     wanted: BTreeMap<Part, BTreeSet<u32>>,
-    path: PathBuf,
     known: BTreeMap<(Part, u32), f64>,
 }
 
 impl Bench {
     pub(crate) fn new() -> Self {
-        let path = harness::model().to_owned();
-        let mut gguf = Gguf::open(&path).unwrap();
-        let config = gguf.config().unwrap();
+        let mut files = ModelFiles::open(harness::model()).unwrap();
         // Hashes, by which packed weights are found.
         let cache = cache_dir().ok();
-        gguf.tensors =
-            hash_manifest(&path, "model", cache.as_deref(), &mut NoProgress).unwrap().tensors;
-        Self { gguf, config, wanted: BTreeMap::new(), path, known: BTreeMap::new() }
+        let manifest = hash_manifest(&files, "model", cache.as_deref(), &mut NoProgress);
+        files.tensors = manifest.unwrap().tensors;
+        Self { files, wanted: BTreeMap::new(), known: BTreeMap::new() }
     }
 
     pub(crate) fn layers(&self) -> u32 {
-        self.config.layers
+        self.files.config.layers
     }
 
     /// What a node with one thread says of itself, the best of some.
@@ -95,7 +89,7 @@ impl Bench {
     fn load(&self, part: Part, rows: u32) -> Stage {
         let blocks = (PROFILE_CONTEXT + 2 * STEPS).div_ceil(BLOCK);
         let spec = StageSpec {
-            config: self.config.clone(),
+            config: self.files.config.clone(),
             layers: part.first..part.end,
             embed: part.first == 0,
             head: part.last,
@@ -115,18 +109,18 @@ impl Bench {
         };
         let source = |entry: &millrace_shared::model::TensorEntry| TensorSource {
             entry: entry.clone(),
-            path: self.path.clone(),
+            path: harness::model().to_owned(),
             offset: entry.offset,
         };
         let mut engine = CpuEngine::new();
-        let sources: Vec<TensorSource> = self.gguf.tensors.iter().map(source).collect();
+        let sources: Vec<TensorSource> = self.files.tensors.iter().map(source).collect();
         engine.load(&spec, &sources, &mut |_| {}).unwrap();
         let table = |i: u32| TableUpdate {
             sequence: SequenceId(u64::from(i)),
             first: 0,
             blocks: (i * blocks..(i + 1) * blocks).collect(),
         };
-        let width = self.config.hidden as usize;
+        let width = self.files.config.hidden as usize;
         Stage {
             engine,
             part,

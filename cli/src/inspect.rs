@@ -2,11 +2,12 @@
 //! and also shows files that no engine here can compute with, saying why.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use anyhow::Context;
 use clap::Args;
 use millrace_shared::model::gguf::{Array, Gguf, Value};
-use millrace_shared::model::{TensorEntry, TensorType};
+use millrace_shared::model::{Dtype, ModelFiles, TensorEntry, TensorType};
 
 use crate::table::Align::{Left, Right};
 use crate::table::{Table, bytes};
@@ -20,13 +21,16 @@ const MAX_ARRAY_ITEMS: usize = 6;
 /// Flags of `inspect`.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Path of a GGUF file or catalogue name
+    /// Path of a GGUF file or of a model's folder, or catalogue name
     #[arg(value_name = "MODEL")]
     model: String,
 }
 
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
     let path = input::model(&args.model)?;
+    if path.is_dir() {
+        return folder(&path);
+    }
     let gguf = Gguf::open(&path).with_context(|| path.display().to_string())?;
     output::write(format_args!(
         "{}\nGGUF version {}, {}, {} keys, {} tensors\n\n",
@@ -37,10 +41,32 @@ pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
         gguf.tensors.len()
     ))?;
     output::write(format_args!("{}\n", metadata_table(&gguf)))?;
-    output::write(format_args!("{}\n", tensor_table(&gguf.tensors)))?;
-    output::write(format_args!("{}\n", layer_table(&gguf.tensors)))?;
-    output::write(format_args!("{}\n", type_table(&gguf.tensors)))?;
-    output::write(verdict(&gguf))
+    tables(&gguf.tensors)?;
+    let files = ModelFiles::of_gguf(gguf, &path).map_err(|e| e.to_string());
+    output::write(verdict(files.as_ref()))
+}
+
+fn tables(tensors: &[TensorEntry]) -> anyhow::Result<()> {
+    output::write(format_args!("{}\n", tensor_table(tensors)))?;
+    output::write(format_args!("{}\n", layer_table(tensors)))?;
+    output::write(format_args!("{}\n", type_table(tensors)))
+}
+
+/// A folder of safetensors files; the names of tensors are GGUF's, as everywhere here.
+fn folder(path: &Path) -> anyhow::Result<()> {
+    let files = match ModelFiles::open(path) {
+        Ok(files) => files,
+        Err(e) => return output::write(verdict(Err(&e.to_string()))),
+    };
+    output::write(format_args!(
+        "{}\n{} safetensors file(s), {} of weights, {} tensors\n\n",
+        path.display(),
+        files.paths.len(),
+        bytes(files.weight_bytes()),
+        files.tensors.len()
+    ))?;
+    tables(&files.tensors)?;
+    output::write(verdict(Ok(&files)))
 }
 
 fn metadata_table(gguf: &Gguf) -> Table {
@@ -128,18 +154,40 @@ fn type_table(tensors: &[TensorEntry]) -> Table {
     table
 }
 
-/// Whether Millrace can serve the file.
-fn verdict(gguf: &Gguf) -> String {
-    let problem = match (gguf.config(), gguf.check_supported_types()) {
-        (Ok(c), Ok(())) => {
-            return format!(
-                "Can be served: {} layers of width {}, {} heads over {} key-value heads of {}, feed-forward {}, vocabulary {}, context {}.\n",
-                c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, c.context
-            );
-        }
-        (Err(e), _) | (_, Err(e)) => e,
+/// Whether Millrace can serve the model, and what a stage of it takes.
+fn verdict(files: Result<&ModelFiles, &String>) -> String {
+    let checked = files
+        .map_err(String::clone)
+        .and_then(|f| f.check_supported_types().map(|()| f).map_err(|e| e.to_string()));
+    let files = match checked {
+        Ok(files) => files,
+        Err(problem) => return format!("Cannot be served: {problem}\n"),
     };
-    format!("Cannot be served: {problem}\n")
+    let c = &files.config;
+    let layers: u64 =
+        files.tensors.iter().filter(|t| layer_of(&t.name).is_some()).map(|t| t.bytes).sum();
+    let kv = |dtype| u64::from(c.layers) * c.kv_bytes_per_position(dtype);
+    let window = match &c.features.window {
+        Some(window) => format!(", window {}", window.size),
+        None => String::new(),
+    };
+    format!(
+        "Can be served, on the CPU engine: family {}, {} layers of width {}, {} heads over {} key-value heads of {}, feed-forward {}, vocabulary {}, context {}{window}.\nMemory: {} a layer, {} for what is in no layer; KV cache of one stream at {} tokens: {} in f16, {} in int8.\n",
+        c.family.as_str(),
+        c.layers,
+        c.hidden,
+        c.heads,
+        c.kv_heads,
+        c.head_dim,
+        c.ffn,
+        c.vocab,
+        c.context,
+        bytes(layers / u64::from(c.layers)),
+        bytes(files.weight_bytes() - layers),
+        c.context,
+        bytes(kv(Dtype::F16) * u64::from(c.context)),
+        bytes(kv(Dtype::Int8) * u64::from(c.context)),
+    )
 }
 
 /// At most [`MAX_STRING_CHARS`], control characters escaped: files are not to drive the terminal.

@@ -14,8 +14,7 @@ use millrace_coordinator::plan::kinds;
 use millrace_coordinator::plan::pins::bind;
 use millrace_coordinator::plan::report::{PlanReport, Question};
 use millrace_shared::cluster_file::ClusterFile;
-use millrace_shared::model::gguf::Gguf;
-use millrace_shared::model::{Dtype, ModelConfig};
+use millrace_shared::model::{Dtype, ModelConfig, ModelFiles};
 use millrace_shared::options::{DEFAULT_PREFILL_CHUNK, Pin, kv_dtype};
 use millrace_shared::partition::{Goal, PartitionError, Problem, Promise, Wish};
 
@@ -123,10 +122,9 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         std::fs::write(path, to_text(&file))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    let gguf = header(&args.model)?;
-    let config = gguf.config().with_context(|| args.model.clone())?;
-    gguf.check_supported_types().with_context(|| args.model.clone())?;
-    let parts = ModelParts { config: &config, tensors: &gguf.tensors };
+    let files = header(&args.model)?;
+    files.check_supported_types().with_context(|| args.model.clone())?;
+    let parts = ModelParts { config: &files.config, tensors: &files.tensors };
     let mut described = describe(&file, &parts).map_err(usage)?;
     pin(&args.pin, &mut described).map_err(usage)?;
     let report = plan(&args, &parts, &described)?;
@@ -148,7 +146,7 @@ async fn cluster(args: &PlanArgs) -> anyhow::Result<ClusterFile> {
     }
 }
 
-fn header(model: &str) -> anyhow::Result<Gguf> {
+fn header(model: &str) -> anyhow::Result<ModelFiles> {
     let mut progress = models::ConsoleProgress::new();
     models::header(model, &mut progress).map_err(|e| match e {
         ModelError::Unknown(_) | ModelError::NoCache | ModelError::Setting { .. } => {

@@ -7,7 +7,7 @@ use millrace_coordinator::cli::served_name;
 use millrace_coordinator::config::DEFAULT_MAX_NUM_SEQS;
 use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::plan::DEFAULT_KV_TOKENS;
-use millrace_shared::model::gguf::Gguf;
+use millrace_shared::model::ModelFiles;
 use millrace_shared::options::EngineOptions;
 use millrace_shared::wire::rpc::{ClusterStatus, StageStatus};
 
@@ -70,7 +70,7 @@ pub(crate) fn private_cluster(
 /// is less. A command that sends one request at a time starts sooner with a smaller cache.
 pub(crate) fn kv_cache_for(options: &EmbeddedOptions, requests: u32) -> Option<u32> {
     // What is wrong with a file is for the coordinator to say.
-    let context = Gguf::open(&options.model).ok()?.config().ok()?.context;
+    let context = ModelFiles::open(&options.model).ok()?.config.context;
     context
         .next_multiple_of(64)
         .checked_mul(requests)

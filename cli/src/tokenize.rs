@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use millrace_coordinator::text::Tokenizer;
-use millrace_shared::model::gguf::Gguf;
+use millrace_coordinator::text::TextModel;
+use millrace_shared::model::ModelFiles;
 use serde_json::json;
 
 use crate::output::{self, TextOrJson};
@@ -14,7 +14,7 @@ use crate::{input, table};
 /// Flags of `tokenize`.
 #[derive(Debug, Args)]
 pub(crate) struct TokenizeArgs {
-    /// Path of a GGUF file or catalogue name
+    /// Path of a GGUF file or of a model's folder, or catalogue name
     #[arg(long, short, value_name = "MODEL")]
     model: String,
     /// UTF-8 text to tokenise; - reads stdin. Special tokens are parsed, none are added
@@ -27,8 +27,9 @@ pub(crate) struct TokenizeArgs {
 
 pub(crate) fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
     let path = input::model(&args.model)?;
-    let gguf = Gguf::open(&path).with_context(|| path.display().to_string())?;
-    let tokenizer = Tokenizer::from_gguf(&gguf).with_context(|| path.display().to_string())?;
+    let files = ModelFiles::open(&path)?;
+    let text = TextModel::of(&files.description).with_context(|| path.display().to_string())?;
+    let tokenizer = text.tokenizer;
     let ids = tokenizer.encode(&input::text(&args.file)?, true)?;
     match args.output {
         TextOrJson::Json => output::json(&json!({ "ids": ids })),

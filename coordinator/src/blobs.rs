@@ -1,18 +1,18 @@
 //! Weights by content: the tensors of the served model, by BLAKE3 hash, in ranges.
 //!
-//! Serves members only (the stream comes over mutual TLS), from the model file, at the blob plane's
+//! Serves members only (the stream comes over mutual TLS), from the model's files, at the blob plane's
 //! low priority. Reads run off the actors' thread.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use millrace_net::{MessageReceiver, MessageSender, NetError, RecvStream, SendStream};
-use millrace_shared::model::ModelManifest;
+use millrace_shared::model::{ModelManifest, TensorEntry};
 use millrace_shared::wire::MAX_BLOB_RANGE_BYTES;
 use millrace_shared::wire::control::{BlobRequest, BlobResponse};
 
@@ -24,19 +24,21 @@ const BLOB_DEADLINE: Duration = Duration::from_secs(40);
 /// The blobs of a model.
 #[derive(Debug)]
 pub struct Blobs {
-    file: Arc<File>,
-    /// Hash to offset and length.
-    tensors: HashMap<[u8; 32], (u64, u64)>,
+    files: Vec<Arc<File>>,
+    /// Hash to file, offset and length.
+    tensors: HashMap<[u8; 32], (usize, u64, u64)>,
 }
 
 impl Blobs {
-    /// Serves the tensors of `manifest` from its file.
+    /// Serves the tensors of `manifest` from its files.
     ///
     /// # Errors
-    /// If the file cannot be opened.
-    pub fn open(path: &Path, manifest: &ModelManifest) -> std::io::Result<Self> {
-        let tensors = manifest.tensors.iter().map(|t| (t.hash, (t.offset, t.bytes))).collect();
-        Ok(Self { file: Arc::new(File::open(path)?), tensors })
+    /// If a file cannot be opened.
+    pub fn open(paths: &[PathBuf], manifest: &ModelManifest) -> std::io::Result<Self> {
+        let place = |t: &TensorEntry| (t.hash, (usize::from(t.file), t.offset, t.bytes));
+        let files = paths.iter().map(|path| File::open(path).map(Arc::new));
+        let tensors = manifest.tensors.iter().map(place).collect();
+        Ok(Self { files: files.collect::<Result<_, _>>()?, tensors })
     }
 
     /// Answers the one request of a stream.
@@ -64,7 +66,7 @@ impl Blobs {
 
     async fn read(&self, request: BlobRequest) -> Result<Bytes, String> {
         let hash = || blake3::Hash::from_bytes(request.hash).to_hex();
-        let &(start, size) =
+        let &(file, start, size) =
             self.tensors.get(&request.hash).ok_or_else(|| format!("no blob {} here", hash()))?;
         let fits = request.offset.checked_add(request.len).is_some_and(|end| end <= size);
         if !fits || request.len > MAX_BLOB_RANGE_BYTES {
@@ -73,7 +75,7 @@ impl Blobs {
                 request.len, request.offset
             ));
         }
-        let file = Arc::clone(&self.file);
+        let file = Arc::clone(&self.files[file]);
         let read = tokio::task::spawn_blocking(move || {
             let mut bytes = vec![0; request.len as usize];
             file.read_exact_at(&mut bytes, start + request.offset).map(|()| Bytes::from(bytes))

@@ -19,7 +19,7 @@ use crate::actors::batcher::{Cancel, GetCounters, Submit, SubmitScore};
 use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
 use crate::service::{Caller, EventStream, Service};
-use crate::text::{ChatTemplate, Tokenizer};
+use crate::text::TextModel;
 
 /// Bytes of text from which tokenising takes a millisecond and more.
 const LONG_TEXT: usize = 4096;
@@ -44,10 +44,8 @@ pub struct Serving {
 /// The text side of the served model.
 #[derive(Debug)]
 pub struct Prompts {
-    /// The model's tokenizer.
-    pub tokenizer: Arc<Tokenizer>,
-    /// The model's chat template, where it has one.
-    pub template: Result<ChatTemplate, String>,
+    /// Tokenizer and chat template.
+    pub text: TextModel,
     /// What `/v1/models` says.
     pub card: ModelCard,
 }
@@ -99,8 +97,11 @@ impl Prompts {
             }
             Prompt::Text(text) => Ok(Prepared::Text("prompt", text.clone())),
             Prompt::Chat(messages) => {
-                let template =
-                    self.template.as_ref().map_err(|e| Status::invalid("messages", e.clone()))?;
+                let template = self
+                    .text
+                    .template
+                    .as_ref()
+                    .map_err(|e| Status::invalid("messages", e.clone()))?;
                 let text = template
                     .render(messages, true)
                     .map_err(|e| Status::invalid("messages", e.to_string()))?;
@@ -155,6 +156,7 @@ impl Prompts {
         match self.prepare(prompt)? {
             Prepared::Ids(ids) => Ok(ids),
             Prepared::Text(param, text) => self
+                .text
                 .tokenizer
                 .encode_prompt(&text)
                 .map_err(|e| Status::invalid(param, e.to_string())),
@@ -224,11 +226,11 @@ impl Service for Serving {
 
     fn detokenize(&self, ids: &[u32]) -> Result<String, Status> {
         self.prompts.check_ids("tokens", ids)?;
-        Ok(self.prompts.tokenizer.decode(ids, false))
+        Ok(self.prompts.text.tokenizer.decode(ids, false))
     }
 
     fn token_bytes(&self, id: u32) -> Vec<u8> {
-        self.prompts.tokenizer.token_bytes(id).to_vec()
+        self.prompts.text.tokenizer.token_bytes(id).to_vec()
     }
 
     fn models(&self) -> Vec<ModelCard> {

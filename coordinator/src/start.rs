@@ -9,7 +9,7 @@ use anyhow::{Context as _, anyhow};
 use millrace_net::client::ClientConfig;
 use millrace_net::join::JoinDesk;
 use millrace_net::{Alpn, Endpoint, timing, tls};
-use millrace_shared::model::gguf::Gguf;
+use millrace_shared::model::ModelFiles;
 use millrace_shared::wire::rpc::ModelCard;
 use tokio::sync::watch;
 
@@ -21,12 +21,12 @@ use crate::api::http::{HttpConfig, HttpServerHandle};
 use crate::blobs::Blobs;
 use crate::config::{Config, host_port};
 use crate::metrics::Metrics;
-use crate::models::{ConsoleProgress, NoProgress, Progress, cache_dir, manifest_of};
+use crate::models::{ConsoleProgress, NoProgress, Progress, cache_dir, hash_manifest};
 use crate::plan::{Deployment, check_stages};
 use crate::service::{Counted, Service};
 use crate::serving::{Prompts, Serving};
 use crate::state::{ClusterDir, unix_now};
-use crate::text::{ChatTemplate, Tokenizer};
+use crate::text::TextModel;
 
 /// A running coordinator.
 #[derive(Debug)]
@@ -88,21 +88,20 @@ impl Running {
 /// # Errors
 /// If the model cannot be served, the folder cannot be used, or a port is taken.
 pub async fn start(config: Config) -> anyhow::Result<Running> {
-    let gguf = Gguf::open(&config.model)
+    let files = ModelFiles::open(&config.model)
         .with_context(|| format!("cannot serve {}", config.model.display()))?;
-    let model_config = gguf.config().context("cannot serve this model")?;
-    gguf.check_supported_types().context("cannot serve this model")?;
+    let model_config = files.config.clone();
+    files.check_supported_types().context("cannot serve this model")?;
     check_stages(&model_config, &config.deployment, config.stages).map_err(|e| anyhow!(e))?;
-    let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf).context("cannot serve this model")?);
-    let template = ChatTemplate::from_gguf(&gguf).map_err(|e| e.to_string());
+    let text = TextModel::of(&files.description).context("cannot serve this model")?;
+    text.tokenizer.check_rows(model_config.vocab).context("cannot serve this model")?;
     let mut console = ConsoleProgress::new();
     let progress: &mut dyn Progress =
         if config.show_progress { &mut console } else { &mut NoProgress };
     let cache = cache_dir().ok();
-    let what = (config.model.as_path(), config.served_name.as_str());
-    let manifest = manifest_of(gguf, model_config.clone(), what, cache.as_deref(), progress)?;
+    let manifest = hash_manifest(&files, &config.served_name, cache.as_deref(), progress)?;
     let manifest = Arc::new(manifest);
-    let blobs = Arc::new(Blobs::open(&config.model, &manifest)?);
+    let blobs = Arc::new(Blobs::open(&files.paths, &manifest)?);
 
     let host = config.advertised_host();
     let (quic, http) = (host_port(&host, config.quic.port()), http_url(config.http));
@@ -116,7 +115,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let metrics = Arc::new(Metrics::new(&config.served_name));
     let (readiness, watching) = watch::channel(Readiness::default());
     let batcher = Batcher::new(
-        Arc::clone(&tokenizer),
+        Arc::clone(&text.tokenizer),
         Arc::clone(&metrics),
         config.deployment.recovery_timeout,
     )
@@ -138,7 +137,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let serving = Serving {
         batcher,
         cluster: actor.clone(),
-        prompts: Arc::new(Prompts { tokenizer, template, card }),
+        prompts: Arc::new(Prompts { text, card }),
         keys: millrace_net::keys::ApiKeyStore::open(&dir.path)?,
         draws: AtomicU64::new(0),
     };

@@ -12,8 +12,8 @@ use millrace_coordinator::models::{
     CatalogueEntry, HubSource, ModelError, NoProgress, Progress, PypiSource, Settings, Source,
     hash_manifest, resolve, resolve_with,
 };
-use millrace_shared::model::TensorType;
 use millrace_shared::model::gguf::GgufWriter;
+use millrace_shared::model::{ModelFiles, TensorType};
 use sha2::{Digest, Sha256};
 
 const MEMBER: &str = "tiny_package/tiny.gguf";
@@ -283,13 +283,14 @@ fn manifests_of_files() {
     let path = folder.path().join("tiny.gguf");
     fs::write(&path, &bytes).unwrap();
     let mut recorder = Recorder::default();
-    let manifest = hash_manifest(&path, "tiny", None, &mut recorder).unwrap();
+    let manifest =
+        hash_manifest(&ModelFiles::open(&path).unwrap(), "tiny", None, &mut recorder).unwrap();
     assert!(recorder.ended && recorder.last == manifest.weight_bytes());
     assert!(manifest.is_consistent());
     let tensor = manifest.tensor("token_embd.weight").unwrap();
     let data = &bytes[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize];
     assert_eq!(tensor.hash, *blake3::hash(data).as_bytes());
     fs::write(&path, &bytes[..bytes.len() - 200]).unwrap();
-    let message = hash_manifest(&path, "tiny", None, &mut recorder).unwrap_err().to_string();
+    let message = ModelFiles::open(&path).unwrap_err().to_string();
     assert!(message.contains("tiny.gguf") && message.contains("outside the file"), "{message}");
 }

@@ -68,7 +68,7 @@ pub struct RunArgs {
     /// Host, or host and port, that neighbours dial [default: the address towards the coordinator]
     #[arg(long, value_name = "HOST[:PORT]", help_heading = "Cluster")]
     advertise: Option<String>,
-    /// Model file to take weights from, instead of fetching them
+    /// Model file or folder to take weights from, instead of fetching them
     #[arg(long, value_name = "PATH", help_heading = "Resources")]
     weights: Option<PathBuf>,
     /// Most memory to use, for example 8GiB [default: what is available]

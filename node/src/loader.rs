@@ -11,8 +11,7 @@ use std::time::Instant;
 use millrace_engine::TensorSource;
 use millrace_engine::cache::KnownHashes;
 use millrace_net::{Connection, MessageReceiver, MessageSender, NetError};
-use millrace_shared::model::TensorEntry;
-use millrace_shared::model::gguf::Gguf;
+use millrace_shared::model::{ModelFiles, TensorEntry};
 use millrace_shared::wire::control::{BlobRequest, BlobResponse, LoadReport};
 use millrace_shared::wire::{MAX_BLOB_RANGE_BYTES, Plane};
 
@@ -101,16 +100,15 @@ impl Loader {
         let (weights, tensors) = (self.weights.clone(), tensors.to_vec());
         let (folder, cache) = (self.folder.clone(), self.cache.clone());
         let found = tokio::task::spawn_blocking(move || {
-            let file =
-                weights.map(|path| open_weights(&path).map(|gguf| (path, gguf))).transpose()?;
+            let own = weights.map(|path| open_weights(&path)).transpose()?;
             let known = |of: &Path| KnownHashes::open(Some(&folder), of);
-            let mut file = file.map(|(path, gguf)| (known(&path), path, gguf));
+            let mut hashes: Vec<KnownHashes> =
+                own.iter().flat_map(|own| &own.paths).map(|path| known(path)).collect();
             let mut fetched = known(&cache);
             let mut counts = LoadReport::default();
             let mut sources = Vec::with_capacity(tensors.len());
             for entry in &tensors {
-                let from_file =
-                    file.as_mut().and_then(|(known, path, gguf)| in_file(known, path, gguf, entry));
+                let from_file = own.as_ref().and_then(|own| in_file(&mut hashes, own, entry));
                 let source = from_file.inspect(|_| counts.from_file += entry.bytes).or_else(|| {
                     let path = cache.join(hex(&entry.hash));
                     let source = TensorSource { entry: entry.clone(), path, offset: 0 };
@@ -120,7 +118,7 @@ impl Loader {
                 });
                 sources.push(source);
             }
-            file.into_iter().for_each(|(known, ..)| known.save());
+            hashes.into_iter().for_each(KnownHashes::save);
             fetched.save();
             Ok((sources, counts))
         });
@@ -233,27 +231,27 @@ impl Writer {
     }
 }
 
-fn open_weights(path: &Path) -> Result<Gguf, FetchError> {
-    Gguf::open(path)
+fn open_weights(path: &Path) -> Result<ModelFiles, FetchError> {
+    ModelFiles::open(path)
         .map_err(|e| FetchError::Weights { path: path.to_owned(), message: e.to_string() })
 }
 
-/// The tensor in the node's own file, if it is there and has the hash.
+/// The tensor in the node's own files, if it is there and has the hash.
 fn in_file(
-    known: &mut KnownHashes,
-    path: &Path,
-    gguf: &Gguf,
+    known: &mut [KnownHashes],
+    files: &ModelFiles,
     entry: &TensorEntry,
 ) -> Option<TensorSource> {
-    let own = gguf.tensor(&entry.name)?;
+    let own = files.tensor(&entry.name)?;
     if own.dtype != entry.dtype || own.dims != entry.dims {
         return None;
     }
-    let source = TensorSource { entry: entry.clone(), path: path.to_owned(), offset: own.offset };
-    if verified(&source, known) {
+    let path = files.path_of(own).to_owned();
+    let source = TensorSource { entry: entry.clone(), path, offset: own.offset };
+    if verified(&source, &mut known[usize::from(own.file)]) {
         return Some(source);
     }
-    tracing::warn!(tensor = %entry.name, path = %path.display(), "the file's tensor differs from the model's, not used");
+    tracing::warn!(tensor = %entry.name, path = %source.path.display(), "the file's tensor differs from the model's, not used");
     None
 }
 

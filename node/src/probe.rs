@@ -14,9 +14,9 @@ use millrace_engine::Engine as _;
 use millrace_engine::cpu::{CpuEngine, packed_bytes};
 use millrace_shared::cluster_file::{ClusterFile, Limits, Measured, NodeEntry, shape_key};
 use millrace_shared::dirs;
-use millrace_shared::model::gguf::Gguf;
 use millrace_shared::model::{
-    Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, TensorType, head_name,
+    Family, Features, ModelConfig, ModelFiles, RopeConfig, RopeScaling, RopeStyle, TensorType,
+    head_name,
 };
 use millrace_shared::wire::control::{PROFILE_ROWS, ProfileSpec, StageProfile};
 
@@ -96,17 +96,16 @@ fn spec(model: Option<&Path>) -> anyhow::Result<ProfileSpec> {
         let (layer_type, head_type) = (TensorType::Q4_0, TensorType::Q8_0);
         return Ok(ProfileSpec { config: usual(), layer_type, head_type, sharing: 1 });
     };
-    let gguf = Gguf::open(path)?;
-    let config = gguf.config().with_context(|| path.display().to_string())?;
-    gguf.check_supported_types().with_context(|| path.display().to_string())?;
+    let files = ModelFiles::open(path)?;
+    files.check_supported_types().with_context(|| path.display().to_string())?;
     let dtype = |name: &str| {
-        let tensor = gguf.tensor(name).ok_or_else(|| anyhow!("{}: no {name}", path.display()));
+        let tensor = files.tensor(name).ok_or_else(|| anyhow!("{}: no {name}", path.display()));
         tensor.map(|t| t.dtype)
     };
     Ok(ProfileSpec {
         layer_type: dtype("blk.0.ffn_down.weight")?,
-        head_type: dtype(head_name(&config))?,
-        config,
+        head_type: dtype(head_name(&files.config))?,
+        config: files.config.clone(),
         sharing: 1,
     })
 }

@@ -1,9 +1,12 @@
 //! GGUF directories: what a sound file gives, and what each kind of damage is called.
 #![allow(clippy::unwrap_used)]
 
+use std::path::Path;
+
 use millrace_shared::model::gguf::{Array, Gguf, GgufError, GgufWriter, Value};
 use millrace_shared::model::{
-    Dtype, ModelManifest, RopeScaling, RopeStyle, TensorType, numerics_id, stage_tensors,
+    Dtype, ModelFiles, ModelManifest, RopeScaling, RopeStyle, TensorType, numerics_id,
+    stage_tensors,
 };
 
 /// A sound model of one layer: 64 wide, 2 heads, vocabulary of 32.
@@ -91,7 +94,8 @@ fn a_sound_file() {
         (RopeStyle::Interleaved, RopeScaling::Linear(1.0))
     );
     assert!(config.tied_head && config.rope_factors);
-    gguf.check_supported_types().unwrap();
+    let files = ModelFiles::of_gguf(gguf.clone(), Path::new("sound.gguf")).unwrap();
+    files.check_supported_types().unwrap();
     let stage = millrace_shared::model::StageTensors { layers: 0..1, embed: false, head: false };
     assert_eq!(stage_tensors(&config, &gguf.tensors, &stage).len(), 10);
 }
@@ -218,9 +222,12 @@ fn overlapping_and_equal_tensors() {
 
 #[test]
 fn types_without_kernels_are_listed_but_named() {
-    let gguf = parse(&one_tensor(&[256], 10, 0, 256)).unwrap();
-    let message = gguf.check_supported_types().unwrap_err().to_string();
-    assert!(message.contains("'w'") && message.contains("Q2_K"), "{message}");
+    let mut gguf = parse(&writer().to_bytes()).unwrap();
+    let entry = gguf.tensors.iter_mut().find(|t| t.name == "blk.0.ffn_up.weight").unwrap();
+    entry.dtype = TensorType::Q2_K;
+    let files = ModelFiles::of_gguf(gguf, Path::new("q2.gguf")).unwrap();
+    let message = files.check_supported_types().unwrap_err().to_string();
+    assert!(message.contains("'blk.0.ffn_up.weight'") && message.contains("Q2_K"), "{message}");
 }
 
 #[test]
@@ -337,7 +344,7 @@ fn opening_names_the_file() {
 fn manifests_hash_what_computes() {
     let gguf = parse(&writer().to_bytes()).unwrap();
     let config = gguf.config().unwrap();
-    let make = |tensors| ModelManifest::new("m".to_owned(), config.clone(), tensors, gguf.file_len);
+    let make = |tensors| ModelManifest::new("m".to_owned(), config.clone(), tensors);
     let base = make(gguf.tensors.clone());
     assert!(base.is_consistent());
     let mut moved = gguf.tensors.clone();

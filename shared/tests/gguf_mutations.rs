@@ -4,6 +4,9 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
+use std::path::Path;
+
+use millrace_shared::model::ModelFiles;
 use millrace_shared::model::TensorType;
 use millrace_shared::model::gguf::{Gguf, GgufWriter};
 use proptest::prelude::*;
@@ -59,7 +62,8 @@ fn parse(bytes: &[u8]) {
     LARGEST.with(|l| l.set(0));
     if let Ok(gguf) = Gguf::read(bytes, bytes.len() as u64) {
         let _ = gguf.config();
-        let _ = gguf.check_supported_types();
+        let files = ModelFiles::of_gguf(gguf.clone(), Path::new("mutated.gguf"));
+        let _ = files.map(|files| files.check_supported_types());
         for t in &gguf.tensors {
             assert!(t.offset >= gguf.data_offset && t.offset + t.bytes <= gguf.file_len);
         }

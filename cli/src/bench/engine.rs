@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use millrace_coordinator::models::ModelOptions;
-use millrace_coordinator::text::Tokenizer;
+use millrace_coordinator::text::TextModel;
 use millrace_engine::Isa;
 use millrace_shared::model::Dtype;
 use millrace_shared::options::{DEFAULT_PREFILL_CHUNK, activation_dtype, kv_dtype};
@@ -119,9 +119,10 @@ pub(crate) fn run(args: &EngineArgs) -> anyhow::Result<()> {
     let threads = validate(args)?;
     let model = Model::open(&args.model, args.model_options)?;
     let text = text_to_score(args, &model)?;
-    let windows: Vec<&[u32]> = text.chunks(WINDOW.min(model.config.context) as usize).collect();
+    let windows: Vec<&[u32]> =
+        text.chunks(WINDOW.min(model.files.config.context) as usize).collect();
     let scored = windows.first().map_or(0, |w| w.len() as u32);
-    let size = RigSize::for_runs(args, model.config.context, scored)?;
+    let size = RigSize::for_runs(args, model.files.config.context, scored)?;
     let isa = Isa::detect().map_err(anyhow::Error::msg)?;
     let mut report = Report {
         model: args.model.clone(),
@@ -147,8 +148,9 @@ pub(crate) fn run(args: &EngineArgs) -> anyhow::Result<()> {
             (report.mean_nll, report.scored_tokens) = score(&mut rig, &windows)?;
         }
         let limits = Limits::measure(isa, threads)?;
-        let tensors = &model.gguf.tensors;
-        let work = Work::new(&model.config, tensors, report.weight_bytes, args.kv_cache_dtype);
+        let tensors = &model.files.tensors;
+        let work =
+            Work::new(&model.files.config, tensors, report.weight_bytes, args.kv_cache_dtype);
         let mut bench = Bench { args, rig, threads, limits, work, results: &mut report.results };
         for &depth in &args.depth {
             bench.measure(depth)?;
@@ -162,7 +164,7 @@ pub(crate) fn run(args: &EngineArgs) -> anyhow::Result<()> {
 fn text_to_score(args: &EngineArgs, model: &Model) -> anyhow::Result<Vec<u32>> {
     let Some(file) = &args.nll else { return Ok(Vec::new()) };
     let text = input::text_or_sample(file.as_deref())?;
-    let tokens = Tokenizer::from_gguf(&model.gguf)?.encode(&text, true)?;
+    let tokens = TextModel::of(&model.files.description)?.tokenizer.encode(&text, true)?;
     if tokens.len() < 2 {
         return Err(usage("--nll: the text has fewer than two tokens: there is nothing to score"));
     }

@@ -8,7 +8,6 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Context;
 use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::models::{NoProgress, cache_dir, hash_manifest};
 use millrace_engine::cpu::CpuEngine;
@@ -17,8 +16,7 @@ use millrace_engine::{
     TensorSource,
 };
 use millrace_shared::id::SequenceId;
-use millrace_shared::model::ModelConfig;
-use millrace_shared::model::gguf::Gguf;
+use millrace_shared::model::ModelFiles;
 use millrace_shared::wire::control::EngineSettings;
 use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
 
@@ -31,32 +29,29 @@ use crate::input;
 /// Positions per block.
 const BLOCK: u32 = 64;
 
-/// A model file and its dimensions.
+/// A model and where its packed weights are kept.
 pub(super) struct Model {
-    pub(super) gguf: Gguf,
-    pub(super) config: ModelConfig,
-    path: PathBuf,
+    pub(super) files: ModelFiles,
     cache: Option<PathBuf>,
 }
 
 impl Model {
     pub(super) fn open(name: &str, options: ModelOptions) -> anyhow::Result<Self> {
         let path = input::model_as(name, options)?;
-        let mut gguf = Gguf::open(&path).with_context(|| path.display().to_string())?;
-        let config = gguf.config().with_context(|| path.display().to_string())?;
+        let mut files = ModelFiles::open(&path)?;
         let cache = cache_dir().ok();
         // Hashes, by which packed weights are found.
-        gguf.tensors = hash_manifest(&path, name, cache.as_deref(), &mut NoProgress)?.tensors;
-        Ok(Self { gguf, config, path, cache })
+        files.tensors = hash_manifest(&files, name, cache.as_deref(), &mut NoProgress)?.tensors;
+        Ok(Self { files, cache })
     }
 
     fn sources(&self) -> Vec<TensorSource> {
         let source = |entry: &millrace_shared::model::TensorEntry| TensorSource {
             entry: entry.clone(),
-            path: self.path.clone(),
+            path: self.files.path_of(entry).to_owned(),
             offset: entry.offset,
         };
-        self.gguf.tensors.iter().map(source).collect()
+        self.files.tensors.iter().map(source).collect()
     }
 }
 
@@ -137,8 +132,8 @@ impl Rig {
         profile: bool,
     ) -> anyhow::Result<Self> {
         let spec = StageSpec {
-            config: model.config.clone(),
-            layers: 0..model.config.layers,
+            config: model.files.config.clone(),
+            layers: 0..model.files.config.layers,
             embed: true,
             head: true,
             settings: size.settings.clone(),
@@ -165,7 +160,7 @@ impl Rig {
             engine,
             size: size.clone(),
             loaded,
-            vocab: model.config.vocab,
+            vocab: model.files.config.vocab,
             sequences: 0,
             pending: StepMeta::default(),
             next_block: 0,

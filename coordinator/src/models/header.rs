@@ -7,6 +7,7 @@
 use std::io::{BufReader, Read as _};
 use std::time::Duration;
 
+use millrace_shared::model::ModelFiles;
 use millrace_shared::model::gguf::Gguf;
 
 use super::catalogue::{CATALOGUE, CatalogueEntry, find};
@@ -24,21 +25,21 @@ const DEADLINE: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// As [`resolve()`], and if it is no sound model file.
-pub fn header(model: &str, progress: &mut dyn Progress) -> Result<Gguf, ModelError> {
+pub fn header(model: &str, progress: &mut dyn Progress) -> Result<ModelFiles, ModelError> {
     if let Some(path) = existing(model)? {
-        return Ok(Gguf::open(path)?);
+        return Ok(ModelFiles::open(&path)?);
     }
     let settings = Settings::from_env()?;
     let entry = find(CATALOGUE, model).map_err(ModelError::Unknown)?;
     let path = target_of(entry, &settings);
     if is_complete(&path, entry) {
-        return Ok(Gguf::open(path)?);
+        return Ok(ModelFiles::open(&path)?);
     }
     match from_hub(entry, &settings) {
-        Ok(gguf) => Ok(gguf),
+        Ok(gguf) => Ok(ModelFiles::of_gguf(gguf, &path)?),
         Err(problem) => {
             tracing::debug!(model, %problem, "the header alone cannot be had");
-            Ok(Gguf::open(resolve(model, progress)?)?)
+            Ok(ModelFiles::open(&resolve(model, progress)?)?)
         }
     }
 }

@@ -14,7 +14,7 @@ mod resolve;
 pub use catalogue::{CATALOGUE, CatalogueEntry, HubSource, PypiSource};
 pub use fetch::Source;
 pub use header::header;
-pub use manifest::{hash_manifest, manifest_of};
+pub use manifest::hash_manifest;
 pub use progress::{ConsoleProgress, NoProgress, Progress};
 pub use quantized::{ModelOptions, quantized, resolve_as};
 pub use resolve::{Settings, cache_dir, resolve, resolve_with};
@@ -22,6 +22,7 @@ pub use resolve::{Settings, cache_dir, resolve, resolve_with};
 use std::path::PathBuf;
 
 use millrace_engine::quantize::QuantizeError;
+use millrace_shared::model::ModelFileError;
 use millrace_shared::model::gguf::GgufError;
 
 /// Why there is no model.
@@ -62,6 +63,19 @@ pub enum ModelError {
     /// The file is no usable model.
     #[error(transparent)]
     File(#[from] GgufError),
+    /// What is there is no usable model.
+    #[error(transparent)]
+    Files(#[from] ModelFileError),
+    /// `--quantize` was given for what cannot be copied quantised.
+    #[error(
+        "--quantize {to}: {path} is a folder of safetensors files; that works for GGUF files alone"
+    )]
+    NotQuantisable {
+        /// The folder.
+        path: PathBuf,
+        /// The wanted type.
+        to: String,
+    },
     /// `--quantize` was given for a model without float matrices.
     #[error(
         "--quantize {to}: {path} has no F32, F16 or BF16 matrices to quantise, they are {types}; leave --quantize out, or quantise again with 'millrace quantize --allow-requantize'"

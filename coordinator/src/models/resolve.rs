@@ -64,7 +64,7 @@ pub fn cache_dir() -> Result<PathBuf, ModelError> {
     dirs::cache(&|name| std::env::var_os(name)).ok_or(ModelError::NoCache)
 }
 
-/// The file of a model: a path as it is, or a name of the [`CATALOGUE`] from the cache, fetched if
+/// The file of a model (or its folder): a path as it is, or a name of the [`CATALOGUE`] from the cache, fetched if
 /// it is not there. Blocks.
 ///
 /// # Errors
@@ -117,9 +117,13 @@ pub(super) fn target_of(entry: &CatalogueEntry, settings: &Settings) -> PathBuf 
 pub(super) fn existing(model: &str) -> Result<Option<PathBuf>, ModelError> {
     let path = Path::new(model);
     match fs::metadata(path) {
-        Ok(meta) if meta.is_file() => Ok(Some(path.to_owned())),
+        Ok(meta) if meta.is_file() || path.join("config.json").is_file() => {
+            Ok(Some(path.to_owned()))
+        }
         Ok(_) if model.contains(std::path::is_separator) || model == "." || model == ".." => {
-            Err(ModelError::Unknown(format!("'{model}' is no file; name a .gguf file")))
+            Err(ModelError::Unknown(format!(
+                "'{model}' is no file, and no folder with a config.json; name a .gguf file, or the folder of a model"
+            )))
         }
         _ => Ok(None),
     }

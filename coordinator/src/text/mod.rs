@@ -31,6 +31,7 @@ pub use tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use millrace_shared::model::Description;
 use millrace_shared::model::gguf::{Gguf, GgufError};
 
 /// The text side of a model.
@@ -43,6 +44,17 @@ pub struct TextModel {
 }
 
 impl TextModel {
+    /// Of a model's files.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_gguf`] and [`Tokenizer::from_folder`].
+    pub fn of(description: &Description) -> Result<Self, TextError> {
+        match description {
+            Description::Gguf(gguf) => Self::from_gguf(gguf),
+            Description::Folder(folder) => Self::from_folder(folder),
+        }
+    }
+
     /// Of a GGUF file.
     ///
     /// # Errors

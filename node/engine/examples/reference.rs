@@ -11,8 +11,7 @@ use std::time::Instant;
 use millrace_engine::cpu::CpuEngine;
 use millrace_engine::{Engine, Isa, StageInput, StageOutput, StageSpec, TensorSource};
 use millrace_shared::id::SequenceId;
-use millrace_shared::model::Dtype;
-use millrace_shared::model::gguf::Gguf;
+use millrace_shared::model::{Dtype, ModelFiles, TensorEntry};
 use millrace_shared::wire::control::EngineSettings;
 use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
 
@@ -26,13 +25,14 @@ struct Model {
 
 impl Model {
     fn load(path: &Path, threads: usize, isa: Isa) -> Self {
-        let gguf = Gguf::open(path).unwrap();
-        let config = gguf.config().unwrap();
-        let sources: Vec<TensorSource> = gguf
-            .tensors
-            .iter()
-            .map(|t| TensorSource { entry: t.clone(), path: path.to_owned(), offset: t.offset })
-            .collect();
+        let files = ModelFiles::open(path).unwrap();
+        let config = files.config.clone();
+        let source = |t: &TensorEntry| TensorSource {
+            entry: t.clone(),
+            path: files.path_of(t).to_owned(),
+            offset: t.offset,
+        };
+        let sources: Vec<TensorSource> = files.tensors.iter().map(source).collect();
         let spec = StageSpec {
             layers: 0..config.layers,
             embed: true,

@@ -18,20 +18,13 @@ pub struct ModelManifest {
     pub tensors: Vec<TensorEntry>,
     /// [`content_hash`] of config and tensors.
     pub content_hash: [u8; 32],
-    /// Length of the file that it was made from.
-    pub file_len: u64,
 }
 
 impl ModelManifest {
     /// A manifest of hashed tensors.
-    pub fn new(
-        name: String,
-        config: ModelConfig,
-        tensors: Vec<TensorEntry>,
-        file_len: u64,
-    ) -> Self {
+    pub fn new(name: String, config: ModelConfig, tensors: Vec<TensorEntry>) -> Self {
         let content_hash = content_hash(&config, &tensors);
-        Self { name, config, tensors, content_hash, file_len }
+        Self { name, config, tensors, content_hash }
     }
 
     /// Whether the hash fits the rest (a manifest that came from a peer).

@@ -191,7 +191,8 @@ mod tests {
         let mut ways = Ways::default();
         assert!(ways.begin(way, s(0)) && ways.begin(back, s(0)));
         // A rate that nobody asked for is not taken.
-        (ways.end(way, seen(5e6), s(0)), ways.end(back, seen(5e6), s(0)));
+        ways.end(way, seen(5e6), s(0));
+        ways.end(back, seen(5e6), s(0));
         assert!(ways.is_measuring() && ways.measured() == 0);
         assert_eq!((ways.next_to_measure(s(1)), ways.next_to_measure(s(1))), (Some(way), None));
         ways.end(way, seen(1e300), s(1));

@@ -108,24 +108,6 @@ impl Gguf {
         self.tensors.iter().find(|t| t.name == name)
     }
 
-    /// Checks that the engine has a kernel for each tensor's type.
-    ///
-    /// # Errors
-    /// Names the first tensor with another type.
-    pub fn check_supported_types(&self) -> Result<(), GgufError> {
-        match self.tensors.iter().find(|t| !t.dtype.is_supported()) {
-            None => Ok(()),
-            Some(t) => Err(GgufError::Tensor {
-                tensor: t.name.clone(),
-                problem: format!(
-                    "type {} is not supported: {}",
-                    t.dtype.as_str(),
-                    TensorType::advice()
-                ),
-            }),
-        }
-    }
-
     fn wrong_type(key: &str, found: &Value, expected: &'static str) -> GgufError {
         GgufError::WrongType { key: key.to_owned(), found: found.type_name(), expected }
     }
