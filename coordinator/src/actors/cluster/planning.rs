@@ -16,12 +16,17 @@ use crate::plan::{Plan, PlanNode, pins, plan};
 /// Among so many nodes every way is tried before the first plan.
 const TRY_ALL: usize = 8;
 
+/// A plan waits for no bandwidth longer than this: on slow or bad ways bursts take seconds each.
+const MEASURING: Duration = Duration::from_secs(3);
+
 /// A plan whose ways are being tried.
 pub(super) struct Draft {
     nodes: Vec<(NodeId, StageProfile)>,
     plan: Plan,
     /// Ways whose bandwidth it reckons with.
     measured: usize,
+    /// When it was drafted.
+    at: Duration,
 }
 
 impl Cluster {
@@ -71,7 +76,7 @@ impl Cluster {
         match self.cut(epoch, &nodes, now) {
             Ok(plan) => {
                 let measured = self.ways.measured();
-                self.draft = Some(Draft { nodes, plan, measured });
+                self.draft = Some(Draft { nodes, plan, measured, at: now });
                 self.check_ways(now);
             }
             Err(message) => {
@@ -106,13 +111,15 @@ impl Cluster {
                 None => waiting.push(way),
             }
         }
-        let known = waiting.is_empty() && !self.ways.is_measuring();
+        let late = now.saturating_sub(draft.at) >= MEASURING;
+        let known = waiting.is_empty() && (late || !self.ways.is_measuring());
         let Some(draft) = self.draft.take_if(|_| closed || known) else {
             return waiting.into_iter().for_each(|way| self.try_way(way, now));
         };
         let epoch = draft.plan.epoch;
         // Where not all ways were tried, others would look better for being unknown.
-        let better_known = draft.measured != self.ways.measured() && draft.nodes.len() <= TRY_ALL;
+        let more = draft.measured != self.ways.measured();
+        let better_known = more && !late && draft.nodes.len() <= TRY_ALL;
         if closed || better_known {
             return self.make_plan(epoch, draft.nodes, now);
         }
