@@ -257,10 +257,7 @@ fn chats_do_not_wait_for_documents_and_documents_are_not_starved() {
 
 fn deadlines(requests: &[(u16, u16, u16)], enforce: bool) -> Simulation {
     let pipeline = PipelineModel { stages: vec![processor(0.5); 2], link: ms(0.2), jitter: 0.0 };
-    // In the order of arrival: where short ones take turns, who is gone may have helped others.
-    let config = config(2);
-    let policy = Policy { short_turns: false, ..config.policy };
-    let config = SchedulerConfig { max_num_seqs: 16, policy, ..config };
+    let config = SchedulerConfig { max_num_seqs: 16, ..config(2) };
     let mut sim = Simulation::new(config, pipeline);
     // Something to measure by.
     for n in 0..4 {
@@ -269,7 +266,8 @@ fn deadlines(requests: &[(u16, u16, u16)], enforce: bool) -> Simulation {
     for (n, &(at, prompt, patience)) in requests.iter().enumerate() {
         let at = ms(1000.0 + f64::from(at % 500));
         let new = sequence(100 + n as u64, at, 1 + u32::from(prompt) % 800, 5);
-        let deadline = enforce.then(|| at + ms(f64::from(patience % 4000)));
+        // All have one: in the same order, whether they are patient or not.
+        let deadline = Some(at + if enforce { ms(f64::from(patience % 4000)) } else { FOREVER });
         sim.submit(NewSequence { client: n as u64 % 3, deadline, ..new });
     }
     sim.run(FOREVER, |_, _| None);

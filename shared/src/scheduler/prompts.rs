@@ -34,9 +34,9 @@ impl Scheduler {
     /// take free blocks; only the most senior running sequence may take blocks from others, so that
     /// prompts do not evict each other. A newcomer that does not fit keeps later ones out. Of one
     /// flow's prompts the one that came first and the one with least to go begin a micro-batch by
-    /// turns.
+    /// turns, where nobody has a deadline.
     pub(super) fn add_prompts(&mut self, pace: Pace, draft: &mut Draft) {
-        let short = self.config.policy.short_turns && self.prompt_turn % 2 == 1;
+        let short = self.prompt_turn % 2 == 1 && self.short_turns();
         let most = self.spread();
         let mut tried = BTreeSet::new();
         let mut open = true;

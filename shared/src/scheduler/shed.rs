@@ -17,36 +17,6 @@ use crate::id::SequenceId;
 /// Predictions are off by a few per cent; this much less is believed.
 const HOPE: f64 = 0.9;
 
-/// Prompts of a flow by length; by default they go in the order of arrival.
-#[derive(Default)]
-struct Turns(Option<Lengths>);
-
-struct Lengths {
-    lengths: Vec<u32>,
-    /// Sums of the first lengths.
-    sums: Vec<u64>,
-}
-
-impl Turns {
-    fn of(mut lengths: Vec<u32>) -> Self {
-        lengths.sort_unstable();
-        let mut sum = 0;
-        let mut add = |&tokens: &u32| {
-            sum += u64::from(tokens);
-            sum
-        };
-        let sums = lengths.iter().map(&mut add).collect();
-        Self(Some(Lengths { lengths, sums }))
-    }
-
-    /// Tokens of those that are shorter than one of `tokens`; no bound where that is no rule.
-    fn before(&self, tokens: u32) -> u64 {
-        let Some(Lengths { lengths, sums }) = &self.0 else { return u64::MAX };
-        let shorter = lengths.partition_point(|&l| l < tokens);
-        shorter.checked_sub(1).and_then(|last| sums.get(last)).copied().unwrap_or(0)
-    }
-}
-
 impl Scheduler {
     /// Rejects waiting sequences whose deadline cannot be met any more. To be called now and then,
     /// at least as often as deadlines should be noticed; `Shed` outcomes only.
@@ -69,7 +39,7 @@ impl Scheduler {
         let backlog = self.flow_backlog();
         let tokens = new.prompt.len() as u32;
         let own = backlog.iter().find(|(key, _)| *key == flow).map_or(0, |(_, tokens)| *tokens);
-        let own = own.min(self.short_turns(flow).before(tokens)) + u64::from(tokens);
+        let own = own + u64::from(tokens);
         let wait = self.predicted(&backlog, flow, own, speed);
         if new.submitted + wait <= deadline {
             return Ok(());
@@ -84,13 +54,11 @@ impl Scheduler {
         let backlog = self.flow_backlog();
         for (flow, waiting) in self.queue.backlog() {
             let mut ahead = 0;
-            let turns = self.short_turns(flow);
             for (id, tokens) in waiting {
                 ahead += u64::from(tokens);
                 let deadline = self.sequences.get(&id).and_then(|s| s.deadline);
                 let Some(deadline) = deadline else { continue };
-                let own = ahead.min(turns.before(tokens).saturating_add(u64::from(tokens)));
-                let wait = self.predicted(&backlog, flow, own, speed);
+                let wait = self.predicted(&backlog, flow, ahead, speed);
                 if now + wait > deadline {
                     // It takes nobody's time any more.
                     ahead -= u64::from(tokens);
@@ -101,13 +69,10 @@ impl Scheduler {
         found
     }
 
-    /// What is in the way of a flow's prompts if short ones always had their turn.
-    fn short_turns(&self, flow: FlowKey) -> Turns {
-        if !self.config.policy.short_turns {
-            return Turns::default();
-        }
-        let own = self.queue.backlog().find(|(key, _)| *key == flow);
-        Turns::of(own.map_or_else(Vec::new, |(_, waiting)| waiting.map(|(_, n)| n).collect()))
+    /// Whether short prompts have their turns now: never while somebody has a deadline, as what is
+    /// promised follows from the order of arrival.
+    pub(super) fn short_turns(&self) -> bool {
+        self.config.policy.short_turns && !self.sequences.values().any(|s| s.deadline.is_some())
     }
 
     /// Waiting prompt tokens of each flow.
