@@ -11,7 +11,6 @@ use millrace_coordinator::cli::{LimitArgs, create_token, deployment};
 use millrace_coordinator::plan::cluster::{describe, parse};
 use millrace_coordinator::{Config, Running};
 use millrace_net::client::Client;
-use millrace_net::cpu_time::process_seconds;
 use millrace_shared::model::Dtype;
 use millrace_shared::model::ModelFiles;
 use millrace_shared::options::EngineOptions;
@@ -112,9 +111,10 @@ async fn cluster(streams: u32) -> Outcome {
         micro_batches: f.micro_batches,
         rows: f.rows,
         predicted: f.tokens_per_second,
-        // The two cores are the stages' in the plan; coordinator, clients and the nodes' own network
-        // threads took this share of them here.
+        // The two cores are the stages' in the plan; coordinator, clients, the nodes' own network
+        // threads and whatever else runs here took this share of them.
         measured: seen.tokens_per_second / (1.0 - seen.others),
+        stages: Vec::new(),
     };
     println!(
         "{}   {:.1} as they came, {:.0} % of the cores being taken by all but the stages; stages busy {}",
@@ -133,7 +133,20 @@ async fn cluster(streams: u32) -> Outcome {
 struct Moment {
     at: Instant,
     status: ClusterStatus,
-    own_seconds: f64,
+    cores_seconds: f64,
+}
+
+/// Seconds for which the stages' cores did anything, for anybody: `/proc/stat` counts in hundredths.
+fn cores_seconds() -> f64 {
+    let text = std::fs::read_to_string("/proc/stat").unwrap();
+    let core = |i: u16| {
+        let name = format!("cpu{i} ");
+        let line = text.lines().find_map(|l| l.strip_prefix(&name)).unwrap();
+        let ticks: Vec<f64> = line.split_whitespace().map(|t| t.parse().unwrap()).collect();
+        // User, nice, system; not idle nor waiting; interrupts and what other guests took.
+        ticks[..3].iter().chain(&ticks[5..8]).sum::<f64>() / 100.0
+    };
+    (0..STAGES).map(core).sum()
 }
 
 /// What was seen while every stream decoded.
@@ -153,17 +166,17 @@ fn seen(times: &[Vec<Instant>], moments: &[Moment]) -> Seen {
     let then = within.next().unwrap();
     let now = within.next_back().unwrap();
     let wall = (now.at - then.at).as_secs_f64();
-    let mut others = (now.own_seconds - then.own_seconds) / wall;
+    let mut others = (now.cores_seconds - then.cores_seconds) / wall;
     let mut busy = Vec::new();
     for (now, then) in now.status.stages.iter().zip(&then.status.stages) {
         let wall = (now.wall_seconds - then.wall_seconds).max(1e-9);
         let steps = now.busy_seconds - then.busy_seconds;
-        others += (now.process_seconds - then.process_seconds - steps) / wall;
+        others -= steps / wall;
         busy.push(format!("{:.0} %", steps / wall * 100.0));
     }
     Seen {
         tokens_per_second: tokens as f64 / (until - from).as_secs_f64(),
-        others: others / f64::from(STAGES),
+        others: (others / f64::from(STAGES)).clamp(0.0, 0.9),
         busy: busy.join(", "),
     }
 }
@@ -239,7 +252,7 @@ async fn decode(running: &Running, streams: u32) -> Seen {
             times = &mut answers => break times,
             () = tokio::time::sleep(Duration::from_millis(300)) => {
                 let status = watch.status().await.unwrap();
-                moments.push(Moment { at: Instant::now(), status, own_seconds: process_seconds() });
+                moments.push(Moment { at: Instant::now(), status, cores_seconds: cores_seconds() });
             }
         }
     };

@@ -107,6 +107,10 @@ fn outcome(bench: &Bench, case: &Case) -> Outcome {
             ..StageCost::default()
         }
     };
+    let measured =
+        |(part, stage): (Part, &StageCut)| bench.seconds(part, all) / case.speeds[stage.node] * 1e3;
+    let stages = case.parts().into_iter().zip(&case.choice.stages).map(measured);
+    let stages = f.stage_seconds.iter().zip(stages).map(|(p, m)| [p * 1e3, m]).collect();
     let costs: Vec<StageCost> =
         case.parts().into_iter().zip(&case.choice.stages).map(cost).collect();
     Outcome {
@@ -116,6 +120,7 @@ fn outcome(bench: &Bench, case: &Case) -> Outcome {
         rows: f.rows,
         predicted: f.tokens_per_second,
         measured: replayed(costs, f.streams, f.micro_batches, f.period_seconds),
+        stages,
     }
 }
 
