@@ -2,7 +2,7 @@
 //!
 //! First a little, so that a slow way is not held up for long, then, where that was quick, a mebibyte.
 //! The peer counts and says so; what the answer takes beside the round trip is the burst's. Longer
-//! round trips than [`FAR`] say more about windows than about bandwidth and are not measured.
+//! round trips than 20 ms say more about windows than about bandwidth and are not measured.
 
 use std::time::{Duration, Instant};
 
