@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 use millrace_coordinator::text::TextModel;
-use millrace_shared::model::ModelFiles;
+use millrace_shared::model::Description;
 use serde_json::json;
 
 use crate::output::{self, TextOrJson};
@@ -27,8 +27,8 @@ pub(crate) struct TokenizeArgs {
 
 pub(crate) fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
     let path = input::model(&args.model)?;
-    let files = ModelFiles::open(&path)?;
-    let text = TextModel::of(&files.description).with_context(|| path.display().to_string())?;
+    let text =
+        TextModel::of(&Description::open(&path)?).with_context(|| path.display().to_string())?;
     let tokenizer = text.tokenizer;
     let ids = tokenizer.encode(&input::text(&args.file)?, true)?;
     match args.output {

@@ -1,5 +1,6 @@
 //! A whole cluster inside the test's process, on a thread of its own.
 
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
@@ -51,11 +52,20 @@ impl Local {
     /// # Panics
     /// If it does not.
     pub fn start(shape: Shape) -> Self {
+        Self::serve(model(), shape)
+    }
+
+    /// Starts a cluster with this model and waits until it serves.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn serve(model: &Path, shape: Shape) -> Self {
+        let options = options(model, shape);
         let (started, starting) = mpsc::channel();
         let (stop, stopping) = oneshot::channel();
         let thread = std::thread::spawn(move || {
             actix_rt::System::new().block_on(async {
-                let cluster = Box::pin(EmbeddedCluster::start(options(shape), |_| {})).await;
+                let cluster = Box::pin(EmbeddedCluster::start(options, |_| {})).await;
                 match cluster {
                     Err(e) => {
                         let _ = started.send(Err(e));
@@ -90,9 +100,9 @@ impl Drop for Local {
     }
 }
 
-fn options(shape: Shape) -> EmbeddedOptions {
+fn options(model: &Path, shape: Shape) -> EmbeddedOptions {
     EmbeddedOptions {
-        model: model().to_owned(),
+        model: model.to_owned(),
         model_name: "model".to_owned(),
         stages: shape.stages,
         engine: EngineOptions {

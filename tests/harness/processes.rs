@@ -145,9 +145,14 @@ pub struct Coordinator {
 impl Coordinator {
     /// Starts one on free ports and waits until nodes may join.
     pub fn start(root: &Path, stages: u32, extra: &[&str]) -> Self {
+        Self::serve(model_arg(), root, stages, extra)
+    }
+
+    /// As [`Coordinator::start`], for another model.
+    pub fn serve(model: &str, root: &Path, stages: u32, extra: &[&str]) -> Self {
         let dir = root.join("coordinator");
         let mut serve = command("millrace-coordinator", root);
-        serve.arg("serve").arg("--dir").arg(&dir).args(["--model", model_arg()]);
+        serve.arg("serve").arg("--dir").arg(&dir).args(["--model", model]);
         serve.args(["--stages", &stages.to_string(), "--port", "0"]);
         serve.args(["--quic", "127.0.0.1:0", "--cluster", "127.0.0.1:0"]);
         serve.args(["--served-model-name", "model", "--max-model-len", "2048"]).args(extra);

@@ -30,6 +30,19 @@ pub enum Description {
     Folder(PathBuf),
 }
 
+impl Description {
+    /// Of the model at a path, whose tensors do not matter.
+    ///
+    /// # Errors
+    /// If a GGUF file is not sound.
+    pub fn open(path: &Path) -> Result<Self, ModelFileError> {
+        Ok(match folder::folder_of(path) {
+            Some(folder) => Self::Folder(folder),
+            None => Self::Gguf(Box::new(Gguf::open(path)?)),
+        })
+    }
+}
+
 /// The directory of a model.
 #[derive(Clone, Debug)]
 pub struct ModelFiles {
