@@ -81,7 +81,8 @@ pub(crate) fn model_as(name: &str, options: ModelOptions) -> anyhow::Result<Path
         ModelError::Unknown(_)
         | ModelError::NoCache
         | ModelError::Setting { .. }
-        | ModelError::NothingToQuantize { .. } => usage(e.to_string()),
+        | ModelError::NothingToQuantize { .. }
+        | ModelError::NotQuantisable { .. } => usage(e.to_string()),
         other => other.into(),
     })
 }

@@ -64,6 +64,10 @@ pub fn quantized(
     cache: &Path,
     progress: &mut dyn Progress,
 ) -> Result<PathBuf, ModelError> {
+    if source.is_dir() {
+        let (path, to) = (source.to_owned(), to.as_str().to_ascii_lowercase());
+        return Err(ModelError::NotQuantisable { path, to });
+    }
     let options = Options { requantise: Requantise::Leave, ..Options::new(to) };
     let plan = quantize::plan(&Gguf::open(source)?, &options)?;
     if plan.changed() == 0 {
