@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Context;
 use clap::Args;
 use millrace_shared::model::gguf::{Array, Gguf, Value};
-use millrace_shared::model::{Dtype, ModelFiles, TensorEntry, TensorType};
+use millrace_shared::model::{Description, Dtype, ModelFiles, TensorEntry, TensorType};
 
 use crate::table::Align::{Left, Right};
 use crate::table::{Table, bytes};
@@ -28,10 +28,10 @@ pub(crate) struct InspectArgs {
 
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
     let path = input::model(&args.model)?;
-    if path.is_dir() {
-        return folder(&path);
-    }
-    let gguf = Gguf::open(&path).with_context(|| path.display().to_string())?;
+    let gguf = match Description::open(&path).with_context(|| path.display().to_string())? {
+        Description::Gguf(gguf) => *gguf,
+        Description::Folder(path) => return folder(&path),
+    };
     output::write(format_args!(
         "{}\nGGUF version {}, {}, {} keys, {} tensors\n\n",
         path.display(),

@@ -396,7 +396,10 @@ fn links(network: &Network, choice: &Choice, stages: &[&PlanNode]) -> flow::Link
     let rtt = |from: &StageCut, to: &StageCut| {
         network.get(from.node, to.node).map_or(LAN.rtt_seconds, |link| link.rtt_seconds)
     };
-    let end = |node: Option<&&PlanNode>| flow::or(node.and_then(|n| n.round_trip), LAN.rtt_seconds);
+    let end = |node: Option<&&PlanNode>| {
+        let measured = node.and_then(|n| n.round_trip);
+        measured.map_or(LAN.rtt_seconds, |rtt| rtt.as_secs_f64())
+    };
     flow::Links {
         between: choice.stages.windows(2).map(|pair| rtt(&pair[0], &pair[1])).collect(),
         ends: [end(stages.first()), end(stages.last())],

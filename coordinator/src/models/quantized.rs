@@ -13,8 +13,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use millrace_engine::cache::{KnownHashes, mark_used, prune};
 use millrace_engine::quantize::{self, Options, Plan, REVISION, Requantise};
-use millrace_shared::model::TensorType;
-use millrace_shared::model::gguf::Gguf;
+use millrace_shared::model::{Description, TensorType};
 
 use super::resolve::{lock, sweep};
 use super::{ModelError, Progress, cache_dir, resolve};
@@ -64,12 +63,12 @@ pub fn quantized(
     cache: &Path,
     progress: &mut dyn Progress,
 ) -> Result<PathBuf, ModelError> {
-    if source.is_dir() {
+    let Description::Gguf(gguf) = Description::open(source)? else {
         let (path, to) = (source.to_owned(), to.as_str().to_ascii_lowercase());
         return Err(ModelError::NotQuantisable { path, to });
-    }
+    };
     let options = Options { requantise: Requantise::Leave, ..Options::new(to) };
-    let plan = quantize::plan(&Gguf::open(source)?, &options)?;
+    let plan = quantize::plan(&gguf, &options)?;
     if plan.changed() == 0 {
         return Err(nothing_to_do(source, &plan, to));
     }

@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use millrace_shared::dirs;
+use millrace_shared::model::model_folder;
 use millrace_shared::names::env;
 
 use super::catalogue::{CATALOGUE, CatalogueEntry, find};
@@ -117,9 +118,7 @@ pub(super) fn target_of(entry: &CatalogueEntry, settings: &Settings) -> PathBuf 
 pub(super) fn existing(model: &str) -> Result<Option<PathBuf>, ModelError> {
     let path = Path::new(model);
     match fs::metadata(path) {
-        Ok(meta) if meta.is_file() || path.join("config.json").is_file() => {
-            Ok(Some(path.to_owned()))
-        }
+        Ok(meta) if meta.is_file() || model_folder(path).is_some() => Ok(Some(path.to_owned())),
         Ok(_) if model.contains(std::path::is_separator) || model == "." || model == ".." => {
             Err(ModelError::Unknown(format!(
                 "'{model}' is no file, and no folder with a config.json; name a .gguf file, or the folder of a model"

@@ -6,8 +6,6 @@
 //! holds one frame that is computed, one that is next, and those on the way there and of the credits
 //! on their way back: `2 + round trip / t`; one more for a frame that only carries releases.
 
-use std::time::Duration;
-
 use millrace_shared::scheduler::cost::{Load, StageCost};
 
 /// Room for links and steps that are not as they were when the plan was made.
@@ -48,11 +46,6 @@ pub(super) fn credits(in_flight: u32, stages: &[StageCost], links: &Links) -> u3
     let on_the_way = |(rtt, step): (&f64, f64)| (rtt / step).ceil() as u32;
     let most = links.between.iter().zip(steps(stages).skip(1)).map(on_the_way).max().unwrap_or(0);
     most.saturating_add(3).min(in_flight.saturating_add(1))
-}
-
-/// A round trip as plans know it; `usual` where it was never measured.
-pub(super) fn or(measured: Option<Duration>, usual: f64) -> f64 {
-    measured.map_or(usual, |d| d.as_secs_f64())
 }
 
 #[cfg(test)]

@@ -159,6 +159,27 @@ impl Default for Features {
     }
 }
 
+impl Features {
+    /// What all models of a family do, whatever their files say; `hidden` is their width.
+    pub(super) fn of(family: Family, hidden: u32) -> Self {
+        let gemma = matches!(family, Family::Gemma2 | Family::Gemma3);
+        let llama = Self {
+            qkv_bias: family == Family::Qwen2,
+            qk_norm: matches!(family, Family::Qwen3 | Family::Gemma3),
+            ..Self::default()
+        };
+        if !gemma {
+            return llama;
+        }
+        Self {
+            post_norms: true,
+            activation: Activation::GeluTanh,
+            embedding_scale: (hidden as f32).sqrt(),
+            ..llama
+        }
+    }
+}
+
 /// Dimensions of a decoder-only transformer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {

@@ -36,7 +36,7 @@ impl Description {
     /// # Errors
     /// If a GGUF file is not sound.
     pub fn open(path: &Path) -> Result<Self, ModelFileError> {
-        Ok(match folder::folder_of(path) {
+        Ok(match folder::model_folder(path) {
             Some(folder) => Self::Folder(folder),
             None => Self::Gguf(Box::new(Gguf::open(path)?)),
         })
@@ -63,7 +63,7 @@ impl ModelFiles {
     /// # Errors
     /// If it is no sound model of a known family.
     pub fn open(path: &Path) -> Result<Self, ModelFileError> {
-        if let Some(folder) = folder::folder_of(path) {
+        if let Some(folder) = folder::model_folder(path) {
             let (config, tensors, paths) = folder::open(&folder)?;
             let description = Description::Folder(folder);
             return Ok(Self { config, tensors, paths, description });

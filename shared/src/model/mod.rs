@@ -5,6 +5,7 @@ mod files;
 mod folder;
 pub mod gguf;
 mod layers;
+mod limits;
 pub mod manifest;
 mod split;
 mod types;
@@ -13,7 +14,7 @@ pub use config::{
     Activation, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, Window,
 };
 pub use files::{Description, ModelFileError, ModelFiles};
-pub use folder::FolderError;
+pub use folder::{FolderError, model_folder};
 pub use layers::{StageTensors, embedding_name, head_name, stage_tensors};
 pub use manifest::{ModelManifest, numerics_id};
 pub use types::{Dtype, TensorEntry, TensorType};

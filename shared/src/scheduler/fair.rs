@@ -5,8 +5,9 @@
 //! (virtual token counters, Sheng et al., OSDI 2024; start-time fair queueing, Goyal et al., 1997).
 //! The flow that got least is next, and within a flow by turns the sequence that came first and the
 //! one with the shortest prompt: a chat does not wait for somebody's whole document, and the
-//! document gets at least half of what its flow gets. A flow that begins to ask starts at the counter of the flow in service, so that it can neither save up turns
-//! nor be punished for the past. Sequences that lost their blocks come before all others.
+//! document gets at least half of what its flow gets. A flow that begins to ask starts at the counter
+//! of the flow in service, so that it can neither save up turns nor be punished for the past.
+//! Sequences that lost their blocks come before all others.
 //!
 //! Not here: blocks and budgets. Invariants: a waiting sequence stands in exactly one place; flows
 //! in memory are bounded by sequences and [`MAX_IDLE`].

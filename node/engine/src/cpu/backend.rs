@@ -34,8 +34,8 @@ pub struct Vector(pub(super) Frozen<f32>);
 #[derive(Debug)]
 pub struct CpuKv {
     store: Kv,
-    /// Of layers that see everything, and of local ones.
-    ropes: [Rope; 2],
+    /// Of layers that see everything, and of local ones where they differ.
+    ropes: Vec<Rope>,
     /// What each layer sees.
     rules: Vec<Rule>,
     heads: usize,
@@ -199,11 +199,10 @@ impl Backend for CpuBackend {
         let factors = factors.map(read_vector).transpose()?;
         let positions = if layers.is_empty() { 0 } else { settings.max_model_len as usize };
         let scratch = &mut self.scratch;
-        let global = Rope::new(scratch, &config.rope, dim, positions, factors.as_deref())?;
-        let local = layers.clone().find_map(|i| config.window(i)?.rope);
-        let positions_here = if local.is_some() { positions } else { 0 };
-        let local = local.unwrap_or(config.rope);
-        let ropes = [global, Rope::new(scratch, &local, dim, positions_here, None)?];
+        let mut ropes = vec![Rope::new(scratch, &config.rope, dim, positions, factors.as_deref())?];
+        if let Some(local) = layers.clone().find_map(|i| config.window(i)?.rope) {
+            ropes.push(Rope::new(scratch, &local, dim, positions, None)?);
+        }
         let (threads, group) = (self.compute.pool.threads(), heads / shape.heads);
         let len = paged::scratch_len(threads, shape.heads, group, dim, positions);
         self.attention = Some(scratch.take(len)?);

@@ -192,9 +192,11 @@ fn scratch_bytes(spec: &StageSpec) -> u64 {
     let c = &spec.config;
     let [hidden, heads, kv_heads, dim, ffn, vocab] =
         [c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab].map(u64::from);
-    let plain = hidden + (heads + 2 * kv_heads) * dim;
     let branch = if c.features.post_norms { hidden } else { 0 };
-    let quantised = hidden + heads * dim + ffn + branch;
+    let plain = hidden + branch + (heads + 2 * kv_heads) * dim;
+    let quantised = hidden + heads * dim + ffn;
+    let local_angles = spec.layers.clone().any(|i| c.window(i).is_some_and(|w| w.rope.is_some()));
+    let angles = u64::from(c.rope.dim) * 4 * (1 + u64::from(local_angles));
     let group = (c.heads / c.kv_heads.max(1)) as usize;
     let positions = spec.settings.max_model_len as usize;
     let attention = paged::scratch_len(
@@ -207,7 +209,7 @@ fn scratch_bytes(spec: &StageSpec) -> u64 {
     [
         u64::from(spec.settings.max_batch_tokens).saturating_mul(plain * 4 + quantised * 6),
         attention.saturating_mul(4),
-        u64::from(spec.settings.max_model_len).saturating_mul(u64::from(c.rope.dim) * 8),
+        u64::from(spec.settings.max_model_len).saturating_mul(angles),
         if spec.head { vocab * 64 + spec.threads as u64 * BEST_BYTES } else { 0 },
         BlockTables::bytes(&spec.settings),
         Batch::bytes(&spec.settings),

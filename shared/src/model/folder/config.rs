@@ -4,18 +4,12 @@
 
 use serde_json::Value;
 
+use crate::model::limits::{
+    MAX_CONTEXT, MAX_FFN, MAX_HEAD_DIM, MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_VOCAB,
+};
 use crate::model::{
     Activation, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, Window,
 };
-
-/// Largest plausible values; they bound what a file can make the engine allocate.
-const MAX_LAYERS: u32 = 1024;
-const MAX_HIDDEN: u32 = 1 << 17;
-const MAX_HEADS: u32 = 1024;
-const MAX_HEAD_DIM: u32 = 1024;
-const MAX_FFN: u32 = 1 << 20;
-const MAX_VOCAB: u32 = 1 << 22;
-const MAX_CONTEXT: u32 = 1 << 24;
 
 /// Keys of an object, with messages that name them.
 struct Keys<'a>(&'a Value);
@@ -142,20 +136,18 @@ fn features(
     };
     let window = window(keys, family, rope, layers)?;
     let scaled = keys.opt_f32("query_pre_attn_scalar")?.unwrap_or(head_dim as f32);
+    let usual = Features::of(family, hidden);
     let plain = Features {
-        qkv_bias: family == Family::Qwen2 || keys.bool("attention_bias")?,
-        qk_norm: matches!(family, Family::Qwen3 | Family::Gemma3),
+        qkv_bias: usual.qkv_bias || keys.bool("attention_bias")?,
         activation,
         window,
-        ..Features::default()
+        ..usual
     };
     if !gemma {
         return Ok(plain);
     }
     Ok(Features {
-        post_norms: true,
         gain_plus_one: true,
-        embedding_scale: (hidden as f32).sqrt(),
         attention_scale: Some(1.0 / scaled.sqrt()),
         attention_softcap: keys.opt_f32("attn_logit_softcapping")?.unwrap_or(0.0),
         logit_softcap: keys.opt_f32("final_logit_softcapping")?.unwrap_or(0.0),

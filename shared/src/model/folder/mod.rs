@@ -250,8 +250,8 @@ fn directory(path: &Path) -> Result<Vec<(String, TensorEntry)>, FolderError> {
     Ok(entries)
 }
 
-/// Whether a path is a folder that holds such a model, or the `config.json` or a weights file of one.
-pub(super) fn folder_of(path: &Path) -> Option<PathBuf> {
+/// The folder of such a model, where the path is one, or the `config.json` or a weights file in one.
+pub fn model_folder(path: &Path) -> Option<PathBuf> {
     if path.is_dir() {
         return path.join(CONFIG).is_file().then(|| path.to_owned());
     }

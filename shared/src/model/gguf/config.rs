@@ -1,19 +1,12 @@
 //! From metadata to the dimensions of a model, refusing what the engine would compute wrongly.
 
 use super::{Gguf, GgufError};
-use crate::model::{
-    Activation, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, Window,
-    embedding_name,
+use crate::model::limits::{
+    MAX_CONTEXT, MAX_FFN, MAX_HEAD_DIM, MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_VOCAB,
 };
-
-/// Largest values that are still plausible; they bound what a file can make the engine allocate.
-const MAX_LAYERS: u32 = 1024;
-const MAX_HIDDEN: u32 = 1 << 17;
-const MAX_HEADS: u32 = 1024;
-const MAX_HEAD_DIM: u32 = 1024;
-const MAX_FFN: u32 = 1 << 20;
-const MAX_VOCAB: u64 = 1 << 22;
-const MAX_CONTEXT: u32 = 1 << 24;
+use crate::model::{
+    Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, Window, embedding_name,
+};
 
 /// Where the base of local layers' angles is not stated (llama.cpp has it as a constant).
 const LOCAL_BASE: f32 = 10_000.0;
@@ -132,17 +125,9 @@ impl Keys<'_> {
             let size = self.opt_u32("attention.sliding_window")?.filter(|&n| n > 0);
             Ok(size.map(|size| Window { size, every, offset: 1, rope }))
         };
-        let llama = Features::default();
-        let gemma = Features {
-            post_norms: true,
-            activation: Activation::GeluTanh,
-            embedding_scale: (hidden as f32).sqrt(),
-            ..llama
-        };
+        let usual = Features::of(self.family, hidden);
         Ok(match self.family {
-            Family::Llama | Family::Mistral => llama,
-            Family::Qwen2 => Features { qkv_bias: true, ..llama },
-            Family::Qwen3 => Features { qk_norm: true, ..llama },
+            Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => usual,
             Family::Gemma2 => {
                 // Of its three sizes, the one with 46 layers scales by the width of all heads.
                 let scaled = if layers == 46 { hidden / heads } else { head_dim };
@@ -151,7 +136,7 @@ impl Keys<'_> {
                     attention_softcap: self.opt_f32("attn_logit_softcapping")?.unwrap_or(50.0),
                     logit_softcap: self.opt_f32("final_logit_softcapping")?.unwrap_or(30.0),
                     window: window(GEMMA_2_EVERY, None)?,
-                    ..gemma
+                    ..usual
                 }
             }
             Family::Gemma3 => {
@@ -159,14 +144,13 @@ impl Keys<'_> {
                 let base = self.opt_f32("rope.local.freq_base")?.unwrap_or(LOCAL_BASE);
                 let local = RopeConfig { base, scaling: RopeScaling::Linear(1.0), ..*rope };
                 Features {
-                    qk_norm: true,
                     attention_scale: Some(1.0 / (scaled as f32).sqrt()),
                     logit_softcap: self.opt_f32("final_logit_softcapping")?.unwrap_or(0.0),
                     window: window(GEMMA_3_EVERY, Some(local))?,
-                    ..gemma
+                    ..usual
                 }
             }
-            Family::Phi3 => Features { window: window(0, None)?, ..llama },
+            Family::Phi3 => Features { window: window(0, None)?, ..usual },
         })
     }
 
@@ -214,7 +198,7 @@ impl Keys<'_> {
             let key = self.key("embedding_length");
             return Err(wrong(format!("rows of {inner} elements, but {key} is {hidden}")));
         }
-        if vocab > MAX_VOCAB {
+        if vocab > u64::from(MAX_VOCAB) {
             return Err(wrong(format!("a vocabulary of {vocab} is implausible")));
         }
         if let Some(tokens) = self.gguf.opt_strings("tokenizer.ggml.tokens")?

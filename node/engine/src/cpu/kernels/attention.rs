@@ -13,10 +13,12 @@
 use std::ops::Range;
 
 use super::dispatch;
-use super::elementwise::{exp, soft_cap};
+use super::elementwise::soft_cap;
 use super::part::{self, Part, locate};
 use super::products::{Scale, scores, values};
 use super::quads::{FACTOR_BYTES, Quads};
+pub(crate) use super::records::record_len;
+use super::records::{finish, merge};
 use super::softmax::{Scaled, factors, int_scales, integers, softmax};
 use super::store::absmax;
 use super::stored::{F16, F32, Int8, KvType, Stored};
@@ -78,11 +80,6 @@ pub(crate) fn scratch_len(group: usize, dim: usize) -> usize {
         + LUMP * (PART + PART / 2 + record_len(dim))
         + queries * (record_len(dim) + dim / 2)
         + (2 * queries).next_multiple_of(16)
-}
-
-/// Floats of a [`merge`] record: sums of values, then maximum, sum of probabilities, room.
-pub(crate) fn record_len(dim: usize) -> usize {
-    dim + 16
 }
 
 /// Parts of a sequence of so many positions.
@@ -194,39 +191,6 @@ unsafe fn join_generic<V: Quads>(
             merge::<V>(records, records.add(part * stride), dim);
         }
         finish::<V>(records, out, dim);
-    }
-}
-
-/// Adds a record to those of the parts before it.
-#[inline(always)]
-unsafe fn merge<V: Quads>(total: *mut f32, next: *const f32, dim: usize) {
-    // SAFETY: two records.
-    unsafe {
-        let (old, new) = (*total.add(dim), *next.add(dim));
-        let top = if new > old { new } else { old };
-        let mut shrink = [0f32; 16];
-        (shrink[0], shrink[1]) = (old - top, new - top);
-        exp(V::load(shrink.as_ptr())).store(shrink.as_mut_ptr());
-        let (a, b) = (V::splat(shrink[0]), V::splat(shrink[1]));
-        *total.add(dim) = top;
-        let sum = total.add(dim + 1);
-        *sum = (*sum).mul_add(shrink[0], *next.add(dim + 1) * shrink[1]);
-        for d in (0..dim).step_by(16) {
-            let old = V::load(total.add(d)).mul(a);
-            V::load(next.add(d)).fma(b, old).store(total.add(d));
-        }
-    }
-}
-
-/// Normalises.
-#[inline(always)]
-unsafe fn finish<V: Quads>(record: *const f32, out: *mut f32, dim: usize) {
-    // SAFETY: a record and `dim` outputs.
-    unsafe {
-        let inverse = V::splat(1.0 / *record.add(dim + 1));
-        for d in (0..dim).step_by(16) {
-            V::load(record.add(d)).mul(inverse).store(out.add(d));
-        }
     }
 }
 

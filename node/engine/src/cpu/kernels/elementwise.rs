@@ -74,17 +74,7 @@ unsafe fn rms_norm_generic<V: Lanes>(
 ) {
     // SAFETY: `n` elements at `x`, `gain` and `y`; `quant` for `n / 32` blocks.
     unsafe {
-        let mut squares = V::splat(0.0);
-        for i in (0..n).step_by(16) {
-            let x = V::load(x.add(i));
-            squares = x.fma(x, squares);
-        }
-        let mean = squares.sum() / n as f32 + eps;
-        // The product is zero, but NaN where the squares overflowed: that must not pass as 1 / inf.
-        let scale = V::splat(1.0 / mean.sqrt() + mean * 0.0);
-        for i in (0..n).step_by(16) {
-            V::load(x.add(i)).mul(scale).mul(V::load(gain.add(i))).store(y.add(i));
-        }
+        rms_norm_add_generic::<V>(x, gain, y, n, eps, false);
         quantise_blocks::<V>(y, n, quant);
     }
 }
@@ -114,7 +104,7 @@ unsafe fn rms_norm_add_generic<V: Lanes>(
             squares = x.fma(x, squares);
         }
         let mean = squares.sum() / n as f32 + eps;
-        // As in `rms_norm`.
+        // The product is zero, but NaN where the squares overflowed: that must not pass as 1 / inf.
         let scale = V::splat(1.0 / mean.sqrt() + mean * 0.0);
         for i in (0..n).step_by(16) {
             let one = V::load(x.add(i)).mul(scale).mul(V::load(gain.add(i)));

@@ -25,6 +25,7 @@ mod products;
 #[cfg(test)]
 mod properties;
 mod quads;
+mod records;
 pub(crate) mod rows;
 mod scalar;
 mod softmax;
