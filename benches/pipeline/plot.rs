@@ -32,7 +32,8 @@ fn page(width: u32, height: u32, body: &str) -> String {
 
 /// Efficiency over the number of stages.
 pub(crate) fn lines(title: &str, stages: &[u32], series: &[Series]) -> String {
-    let x = |i: usize| 60.0 + 90.0 * i as f64;
+    let step = 360.0 / stages.len().saturating_sub(1).max(1) as f64;
+    let x = |i: usize| 60.0 + step * i as f64;
     let y = |v: f64| 340.0 - 300.0 * ((v - 0.4) / 0.6).clamp(0.0, 1.0);
     let mut out = String::new();
     text(&mut out, (240.0, 20.0), "middle", title);
