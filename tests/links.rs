@@ -1,4 +1,5 @@
-//! A cluster over links that delay and lose datagrams gives the tokens that it would give without.
+//! A cluster over links that delay and lose datagrams gives the tokens that it would give without;
+//! one whose stages take their time leaves out what was cancelled.
 
 use std::time::Duration;
 
@@ -6,7 +7,7 @@ use futures::future::join_all;
 use harness::mocked::{Mocked, Shape};
 use harness::relay::Way;
 use harness::{alone, ask, block_on};
-use millrace_shared::wire::rpc::Prompt;
+use millrace_shared::wire::rpc::{ClusterStatus, Prompt};
 
 #[test]
 fn every_token_is_right_over_links_that_delay_and_lose() {
@@ -44,4 +45,33 @@ fn every_token_is_right_over_links_that_delay_and_lose() {
     let lost: u64 = cluster.relays().iter().map(|r| r.carried().lost).sum();
     let passed: u64 = cluster.relays().iter().map(|r| r.carried().passed).sum();
     assert!(lost > 0 && passed > 1000, "the links were used: {passed} passed, {lost} lost");
+}
+
+/// A long prompt is cancelled on its way: the stages do not compute what is under way.
+#[test]
+fn what_is_cancelled_is_not_computed() {
+    let _alone = alone();
+    let layer = Duration::from_millis(25);
+    let shape = Shape {
+        max_batch_tokens: Some(8),
+        kv_cache_tokens: Some(1024),
+        ..Shape::of_layers([layer; 3], 12)
+    };
+    let cluster = Mocked::start(&shape);
+    block_on(async {
+        let client = ask::connect(cluster.client()).await;
+        // Each of 100 chunks takes each of 3 stages 0.1 s.
+        let prompt = (0..800).map(|i| i % cluster.vocab()).collect();
+        let mut stream =
+            ask::begin(&client, Prompt::Tokens(prompt), ask::greedy(4)).await.expect("accepted");
+        stream.next().await.expect("an event").expect("it has started");
+        ask::until(&client, "computing", |s| s.stages.iter().all(|s| s.steps > 0)).await;
+        drop(stream);
+        ask::idle(&client).await;
+        let left_out = |s: &ClusterStatus| s.stages.iter().any(|s| s.rows_left_out > 0);
+        ask::until(&client, "without what was cancelled", left_out).await;
+        let short: Vec<u32> = vec![5, 3, 9];
+        let answer = ask::generate(&client, Prompt::Tokens(short.clone()), ask::greedy(3)).await;
+        assert_eq!(answer.expect("an answer").tokens, cluster.expected(&short, 3));
+    });
 }

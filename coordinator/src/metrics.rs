@@ -118,6 +118,9 @@ pub struct Metrics {
     stage_step: Family<PlaceLabels, SecondsCounter>,
     stage_predicted: Family<PlaceLabels, SecondsCounter>,
     stage_wait: Family<PlaceLabels, SecondsCounter>,
+    rows_left_out: Family<StageLabels, Counter>,
+    edge_credits: Family<StageLabels, Gauge<i64, AtomicI64>>,
+    edge_round_trip: Family<StageLabels, RatioGauge>,
     in_flight: Gauge<i64, AtomicI64>,
     window: Gauge<i64, AtomicI64>,
     links: RatioGauge,
@@ -213,6 +216,24 @@ impl Metrics {
                 r,
                 metric::STAGE_WAIT,
                 "Seconds that micro-batches waited at a stage",
+                Family::default(),
+            ),
+            rows_left_out: add(
+                r,
+                metric::STAGE_ROWS_LEFT_OUT,
+                "Rows that a stage left out because nobody wanted them any more",
+                Family::default(),
+            ),
+            edge_credits: add(
+                r,
+                metric::EDGE_CREDITS,
+                "Frames that the edge out of a stage may hold",
+                Family::default(),
+            ),
+            edge_round_trip: add(
+                r,
+                metric::EDGE_ROUND_TRIP,
+                "Round trip from a stage to the next one, as last tried",
                 Family::default(),
             ),
             in_flight: add(
@@ -342,6 +363,9 @@ impl Metrics {
         // Stages of an earlier plan must not linger; a stage's own counter starts with it.
         self.stage_busy.clear();
         self.stage_busy_ratio.clear();
+        self.rows_left_out.clear();
+        self.edge_credits.clear();
+        self.edge_round_trip.clear();
         for (index, stage) in status.stages.iter().enumerate() {
             let labels = StageLabels { stage: index.to_string(), node: stage.node_name.clone() };
             let seconds = stage.busy_seconds.max(0.0);
@@ -349,6 +373,11 @@ impl Metrics {
             let all = stage.wall_seconds * f64::from(stage.threads.max(1));
             let share = if all > 0.0 { seconds / all } else { 0.0 };
             self.stage_busy_ratio.get_or_create(&labels).set(share);
+            self.rows_left_out.get_or_create(&labels).inc_by(stage.rows_left_out);
+            self.edge_credits.get_or_create(&labels).set(stage.credits.into());
+            if let Some(seconds) = stage.round_trip {
+                self.edge_round_trip.get_or_create(&labels).set(seconds);
+            }
         }
     }
 

@@ -50,6 +50,9 @@ pub mod metric {
     pub const STAGE_BUSY_RATIO: &str = "millrace_stage_busy_ratio";
     pub const STAGE_STEP: &str = "millrace_stage_step_seconds";
     pub const STAGE_STEP_PREDICTED: &str = "millrace_stage_step_predicted_seconds";
+    pub const STAGE_ROWS_LEFT_OUT: &str = "millrace_stage_rows_left_out";
+    pub const EDGE_CREDITS: &str = "millrace_edge_credits";
+    pub const EDGE_ROUND_TRIP: &str = "millrace_edge_round_trip_seconds";
     pub const STAGE_WAIT: &str = "millrace_stage_wait_seconds";
     pub const MICRO_BATCHES_IN_FLIGHT: &str = "millrace_micro_batches_in_flight";
     pub const MICRO_BATCHES_WINDOW: &str = "millrace_micro_batches_window";

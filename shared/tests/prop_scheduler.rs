@@ -3,7 +3,8 @@
 //! The fake stage executes steps in issue order on a real paged memory whose slots remember who
 //! wrote them. Each row reads its whole history back through its block table: a table that does not
 //! cover a row, a block that two live sequences share, or a chunk that was skipped shows at once.
-//! Tokens are a hash of that history, so that they prove what was computed.
+//! Tokens are a hash of that history, so that they prove what was computed. Of the rows that the
+//! scheduler calls void, every other one stays unanswered, as if stages had left it out.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -194,6 +195,8 @@ struct World {
     last_step: u64,
     finished: u32,
     failed: u32,
+    /// A stage has lost a row that it had no reason to leave out.
+    missing: bool,
     now: Duration,
 }
 
@@ -209,6 +212,7 @@ impl World {
             last_step: 0,
             finished: 0,
             failed: 0,
+            missing: false,
             now: Duration::ZERO,
         }
     }
@@ -273,6 +277,7 @@ impl World {
         }
         assert!(stats.running <= self.config.max_num_seqs && stats.blocks_used <= stats.blocks);
         self.check_budget(&step);
+        self.missing |= fate == Fate::RowMissing;
         let reply = self.stage.execute(&step, fate);
         self.wire.push_back(reply);
         true
@@ -286,8 +291,22 @@ impl World {
         assert!(prompt_positions <= self.config.prefill_chunk);
     }
 
+    /// Stages hear what is void, and leave some of it out.
+    fn leave_out(&mut self) {
+        for void in self.scheduler.poll_void() {
+            let dead =
+                |row: &RowResult| row.sequence == void.sequence && row.sequence_epoch <= void.epoch;
+            for reply in &mut self.wire {
+                if let Reply::Results(_, rows) = reply {
+                    rows.retain(|row| !dead(row) || (row.position + row.count) % 2 == 0);
+                }
+            }
+        }
+    }
+
     fn deliver(&mut self) -> bool {
         self.now += Duration::from_millis(1);
+        self.leave_out();
         let outcomes = match self.wire.pop_front() {
             None => return false,
             Some(Reply::Failed(id)) => self.scheduler.handle_step_failed(id, "boom"),
@@ -335,7 +354,8 @@ impl World {
                 }
             }
             Outcome::Shed { .. } => unreachable!("no deadlines here"),
-            Outcome::Failed { sequence, .. } => {
+            Outcome::Failed { sequence, message } => {
+                assert!(self.missing || !message.contains("no result"), "it was called void");
                 assert!(self.clients.remove(&sequence).is_some());
                 assert!(self.scheduler.tokens(sequence).is_none());
                 self.failed += 1;

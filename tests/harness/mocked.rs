@@ -46,6 +46,8 @@ pub struct Shape {
     pub max_batch_tokens: Option<u32>,
     /// Sequences at once.
     pub max_num_seqs: u32,
+    /// Positions in the KV cache; `None` for 128 per sequence.
+    pub kv_cache_tokens: Option<u32>,
 }
 
 impl Shape {
@@ -66,6 +68,7 @@ impl Shape {
             micro_batches: MicroBatches::Auto,
             max_batch_tokens: None,
             max_num_seqs: 64,
+            kv_cache_tokens: None,
         }
     }
 }
@@ -293,7 +296,7 @@ fn coordinator_config(shape: &Shape, dir: &Path, model: PathBuf) -> CoordinatorC
     let limits = LimitArgs {
         max_batch_tokens: shape.max_batch_tokens,
         max_num_seqs: shape.max_num_seqs,
-        kv_cache_tokens: Some(shape.max_num_seqs.max(16) * 128),
+        kv_cache_tokens: shape.kv_cache_tokens.or(Some(shape.max_num_seqs.max(16) * 128)),
         replan: Replan::Off,
         ..LimitArgs::default()
     };

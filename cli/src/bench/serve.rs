@@ -369,6 +369,9 @@ mod tests {
             process_seconds: busy + 1.0,
             steps,
             threads: 1,
+            rows_left_out: 0,
+            credits: 4,
+            round_trip: None,
         };
         ClusterStatus { epoch, stages: vec![stage], ..ClusterStatus::default() }
     }

@@ -19,6 +19,9 @@ fn stage(name: &str, busy_seconds: f64) -> StageStatus {
         process_seconds: 0.0,
         steps: 1,
         threads: 1,
+        rows_left_out: 3,
+        credits: 4,
+        round_trip: Some(0.5),
     }
 }
 

@@ -11,13 +11,14 @@
 mod check;
 mod payload;
 mod sequences;
+mod void;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use millrace_shared::id::{Epoch, PipelineId, StageIndex};
 use millrace_shared::model::Dtype;
-use millrace_shared::wire::control::{ProfileSpec, StageProfile};
+use millrace_shared::wire::control::{ProfileSpec, StageProfile, VoidRows};
 use millrace_shared::wire::data::{
     FrameError, FrameHeader, FrameKind, OpenMeta, ResultMeta, RowOutcome, StageTime, StepMeta,
 };
@@ -30,6 +31,7 @@ use crate::seam::{
     Engine, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError, TensorSource,
 };
 use sequences::Sequences;
+use void::Void;
 
 /// Which stage of which pipeline this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +104,7 @@ struct Loaded {
     sequences: Sequences,
     /// What the step's rows want of the head.
     wants: Vec<HeadWant>,
+    void: Void,
 }
 
 /// An engine with a stage in it.
@@ -159,8 +162,8 @@ impl StageRunner {
         self.input = vec![0.0; if spec.embed { 0 } else { width }];
         self.output = vec![0.0; if spec.head { 0 } else { width }];
         let sequences = Sequences::new(spec);
-        let wants = Vec::new();
-        self.loaded = Some(Loaded { spec: spec.clone(), place, sequences, wants });
+        let (wants, void) = (Vec::new(), Void::default());
+        self.loaded = Some(Loaded { spec: spec.clone(), place, sequences, wants, void });
         Ok(done)
     }
 
@@ -183,6 +186,19 @@ impl StageRunner {
         loaded.sequences.open(opens)
     }
 
+    /// Rows of an epoch that nobody wants any more: frames that come lose them. Of another epoch
+    /// than the stage's they mean nothing.
+    pub fn void(&mut self, epoch: Epoch, rows: &[VoidRows]) {
+        if let Some(loaded) = self.loaded.as_mut().filter(|l| l.place.epoch == epoch) {
+            rows.iter().for_each(|&rows| loaded.void.note(rows));
+        }
+    }
+
+    /// Rows of the stage that were left out so far.
+    pub fn rows_left_out(&self) -> u64 {
+        self.loaded.as_ref().map_or(0, |l| l.void.left_out)
+    }
+
     /// [`Self::run_after`] without having waited.
     ///
     /// # Errors
@@ -203,11 +219,21 @@ impl StageRunner {
         loaded.check_place(header.pipeline, header.epoch)?;
         let meta = check::step(&loaded.spec, frame)?;
         self.steps += 1;
-        if loaded.spec.head {
-            for &sequence in &meta.released {
+        for &sequence in &meta.released {
+            loaded.void.forget(sequence);
+            if loaded.spec.head {
                 loaded.sequences.release(sequence);
             }
         }
+        let smaller = match meta.failed {
+            None => loaded.void.leave_out(frame, &meta)?,
+            Some(_) => None,
+        };
+        let (smaller, meta) = match smaller {
+            Some((frame, meta)) => (Some(frame), meta),
+            None => (None, meta),
+        };
+        let frame = smaller.as_ref().unwrap_or(frame);
         if meta.failed.is_some() || meta.rows.is_empty() {
             return self.pass_on(&header, meta);
         }

@@ -11,14 +11,15 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use millrace_shared::id::Epoch;
-use millrace_shared::wire::control::{ProfileSpec, StageProfile};
+use millrace_shared::wire::MAX_VOID_ROWS;
+use millrace_shared::wire::control::{ProfileSpec, StageProfile, VoidRows};
 use millrace_shared::wire::data::{OpenMeta, StageTime};
 use millrace_shared::wire::frame::Frame;
 
@@ -115,14 +116,18 @@ struct Counters {
     steps: AtomicU64,
     queued_steps: AtomicUsize,
     queued_others: AtomicUsize,
+    left_out: AtomicU64,
     stop: AtomicBool,
+    /// Rows that nobody wants any more; not in the queue, for they overtake the steps in it.
+    void: Mutex<Vec<(Epoch, VoidRows)>>,
+    has_void: AtomicBool,
 }
 
 /// Owns the engine's thread. Share it by `Arc`; the last owner ends the thread.
 pub struct EngineHandle {
     jobs: Option<SyncSender<Queued>>,
     thread: Option<JoinHandle<()>>,
-    ended: std::sync::Mutex<Receiver<()>>,
+    ended: Mutex<Receiver<()>>,
     counters: Arc<Counters>,
     capacity: usize,
 }
@@ -154,7 +159,7 @@ impl EngineHandle {
             let _end = end;
             work(factory, &queue, &shared);
         })?;
-        let ended = std::sync::Mutex::new(ended);
+        let ended = Mutex::new(ended);
         Ok(Self { jobs: Some(jobs), thread: Some(thread), ended, counters, capacity })
     }
 
@@ -176,6 +181,20 @@ impl EngineHandle {
                 TrySendError::Disconnected((_, job)) => SubmitError::Closed(job),
             }
         })
+    }
+
+    /// Rows of an epoch that nobody wants any more: steps that have not begun leave them out. What
+    /// is too much to remember is computed in vain.
+    pub fn void(&self, epoch: Epoch, rows: &[VoidRows]) {
+        let mut void = self.counters.void.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = MAX_VOID_ROWS.saturating_sub(void.len());
+        void.extend(rows.iter().take(room).map(|&rows| (epoch, rows)));
+        self.counters.has_void.store(true, Ordering::Release);
+    }
+
+    /// Rows that steps left out; cumulative over the life of a stage.
+    pub fn rows_left_out(&self) -> u64 {
+        self.counters.left_out.load(Ordering::Relaxed)
     }
 
     /// CPU time of the engine's threads inside steps; cumulative.
@@ -204,7 +223,7 @@ impl Drop for EngineHandle {
         if thread.thread().id() == std::thread::current().id() {
             return; // Dropped by a callback.
         }
-        let ended = self.ended.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
         match ended.recv_timeout(JOIN_TIMEOUT) {
             Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
                 tracing::warn!("the engine thread is still at work; not waiting for it");
@@ -215,6 +234,13 @@ impl Drop for EngineHandle {
 }
 
 impl Counters {
+    fn take_void(&self) -> Vec<(Epoch, VoidRows)> {
+        if !self.has_void.swap(false, Ordering::AcqRel) {
+            return Vec::new();
+        }
+        std::mem::take(&mut self.void.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     fn slot(&self, job: &Job, capacity: usize) -> (&AtomicUsize, usize) {
         match job {
             Job::Step { .. } => (&self.queued_steps, capacity),
@@ -290,12 +316,16 @@ fn run(runner: &mut StageRunner, job: Job, arrival: Arrival, counters: &Counters
             answer(done, result.unwrap_or_else(|panic| Err(StageError::Panic(panic))));
         }
         Job::Step { frame, done } => {
+            for (epoch, rows) in counters.take_void() {
+                runner.void(epoch, &[rows]);
+            }
             let before = arrival.time(&frame);
             let result = guarded(|| runner.run_after(&frame, before));
             drop(frame);
             let busy = u64::try_from(runner.busy().as_nanos()).unwrap_or(u64::MAX);
             counters.busy_nanos.store(busy, Ordering::Relaxed);
             counters.steps.store(runner.steps(), Ordering::Relaxed);
+            counters.left_out.store(runner.rows_left_out(), Ordering::Relaxed);
             answer(done, result.unwrap_or_else(|panic| Err(StageError::Panic(panic))));
         }
         Job::Profile { spec, threads, done } => {

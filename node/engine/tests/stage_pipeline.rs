@@ -9,6 +9,7 @@ use millrace_engine::mock::{Fault, MockConfig, expected_tokens};
 use millrace_shared::id::{Epoch, SequenceId};
 use millrace_shared::model::Dtype;
 use millrace_shared::sampling::SamplingParams;
+use millrace_shared::wire::control::VoidRows;
 use millrace_shared::wire::data::{OpenMeta, ResultMeta, RowOutcome, StepMeta, Want};
 
 const PROMPT: [u32; 11] = [5, 250, 3, 3, 77, 128, 299, 0, 41, 5, 9];
@@ -300,4 +301,55 @@ fn sampling_is_the_same_wherever_it_is_resumed() {
     assert_eq!(resumed, whole);
     let distinct: std::collections::BTreeSet<_> = whole[PROMPT.len()..].iter().collect();
     assert!(distinct.len() > 3, "it really sampled: {whole:?}");
+}
+
+/// A cancelled sequence loses its rows wherever they are; who shares a frame with it notices
+/// nothing, and what comes of it later, under a newer epoch of its own, is computed.
+#[test]
+fn void_rows_are_left_out_and_nobody_else_notices() {
+    let cancelled = VoidRows { sequence: SequenceId(0), epoch: 0 };
+    let with = |rows: &[(u64, &[u32], Want)]| {
+        let mut meta = StepMeta::default();
+        for &(sequence, tokens, want) in rows {
+            meta.rows.push(row(sequence, 0, tokens.len() as u32, want));
+            meta.tables.extend(blocks(sequence, 0, tokens.len()));
+        }
+        (meta, rows.iter().flat_map(|(_, tokens, _)| *tokens).copied().collect::<Vec<u32>>())
+    };
+    for dtype in [Dtype::F32, Dtype::F16] {
+        for at in 0..3 {
+            let mut pipeline = Pipeline::new(3, dtype, Vec::new());
+            pipeline.open(0, &PROMPT, SamplingParams::greedy());
+            pipeline.open(1, &PROMPT[3..8], SamplingParams::greedy());
+            pipeline.open(2, &PROMPT[..2], SamplingParams::greedy());
+            pipeline.stages[at].void(Epoch(2), &[cancelled]);
+            assert_eq!(pipeline.stages[at].rows_left_out(), 0, "another epoch's");
+            pipeline.stages[at].void(Epoch(1), &[cancelled]);
+            // In the middle, with drafts before and after it.
+            let (mut meta, tokens) = with(&[
+                (1, &PROMPT[3..8], Want::Sample),
+                (0, &PROMPT[..3], Want::Verify),
+                (2, &PROMPT[..2], Want::Sample),
+            ]);
+            meta.drafts = PROMPT[1..3].to_vec();
+            let results = pipeline.step(&meta, &tokens);
+            assert_eq!(results.rows.len(), 2, "stage {at}");
+            assert_eq!(pipeline.stages[at].rows_left_out(), 1);
+            let expected = |prompt: &[u32]| expected_tokens(&config(), prompt, 1)[0];
+            assert_eq!(token(&results, 0), expected(&PROMPT[3..8]));
+            assert_eq!(token(&results, 1), expected(&PROMPT[..2]));
+            // Nothing left: the frame goes its way all the same.
+            let (meta, tokens) = with(&[(0, &PROMPT[..4], Want::None)]);
+            assert!(pipeline.step(&meta, &tokens).rows.is_empty());
+            // Computed anew, under a newer epoch.
+            let (mut meta, tokens) = with(&[(0, &PROMPT, Want::Sample)]);
+            meta.rows[0].sequence_epoch = 1;
+            let results = pipeline.step(&meta, &tokens);
+            assert_eq!(token(&results, 0), expected(&PROMPT));
+            // Released, it is forgotten.
+            let released = StepMeta { released: vec![SequenceId(0)], ..StepMeta::default() };
+            pipeline.step(&released, &[]);
+            assert_eq!(pipeline.stages[at].rows_left_out(), 2);
+        }
+    }
 }

@@ -11,10 +11,10 @@ use millrace_engine::mock::{Fault, MockConfig, expected_tokens, factory};
 use millrace_engine::stage::StageError;
 use millrace_engine::thread::{CONTROL_SLOTS, EngineHandle, Job, LoadJob, SubmitError};
 use millrace_engine::{LoadError, LoadedStage};
-use millrace_shared::id::Epoch;
+use millrace_shared::id::{Epoch, SequenceId};
 use millrace_shared::model::{Dtype, TensorType};
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::control::ProfileSpec;
+use millrace_shared::wire::control::{ProfileSpec, VoidRows};
 use millrace_shared::wire::data::{OpenMeta, ResultMeta, RowOutcome, Want};
 use millrace_shared::wire::frame::Frame;
 
@@ -116,6 +116,32 @@ fn a_full_queue_gives_the_job_back_and_lets_control_in() {
         assert!(taken <= CONTROL_SLOTS + 1, "control jobs are bounded, too");
     }
     drop(block);
+}
+
+/// What is void overtakes the steps that wait.
+#[test]
+fn void_rows_overtake_the_queue() {
+    let handle = loaded(4, MockConfig::default());
+    let (begun, first) = channel();
+    let (block, blocked) = sync_channel::<()>(0);
+    let done = Box::new(move |result: Stepped| {
+        drop(begun.send(result));
+        blocked.recv().unwrap_or_default();
+    });
+    handle.try_submit(Job::Step { frame: prompt_step(), done }).expect("room");
+    let computed = first.recv_timeout(WAIT).expect("answers");
+    assert!(matches!(outcome(computed), RowOutcome::Token { .. }));
+    let (job, second) = step_job();
+    handle.try_submit(job).expect("room");
+    handle.void(Epoch(1), &[VoidRows { sequence: SequenceId(0), epoch: 0 }]);
+    drop(block);
+    let frame = second.recv_timeout(WAIT).expect("answers").expect("a good frame");
+    assert!(frame.meta::<ResultMeta>().expect("results").rows.is_empty());
+    let deadline = Instant::now() + WAIT;
+    while handle.rows_left_out() != 1 {
+        assert!(Instant::now() < deadline, "counted");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]

@@ -45,6 +45,8 @@ pub use types::{
 
 use crate::id::{MicroBatchId, SequenceId};
 use crate::kv::KvBlockManager;
+use crate::wire::MAX_VOID_ROWS;
+use crate::wire::control::VoidRows;
 use cost::{CostModel, StageCost};
 use draft::{Drafter, NgramDrafter};
 use fair::FairQueue;
@@ -76,6 +78,8 @@ pub struct Scheduler {
     in_flight: InFlight,
     /// Ended sequences that stages still have tables of.
     released: Vec<SequenceId>,
+    /// Rows in flight that nobody wants any more.
+    void: Vec<VoidRows>,
     next_arrival: u64,
     next_order: u64,
     /// Micro-batches with rows that were built; alternates where there is room for one token.
@@ -119,6 +123,7 @@ impl Scheduler {
             ready: VecDeque::new(),
             in_flight: InFlight::default(),
             released: Vec::new(),
+            void: Vec::new(),
             next_arrival: 0,
             next_order: 0,
             turn: 0,
@@ -202,6 +207,7 @@ impl Scheduler {
         self.cost = CostModel::default();
         self.in_flight.clear();
         self.released.clear();
+        self.void.clear();
         self.ready.clear();
         self.running.clear();
         self.prefilling.clear();
@@ -237,6 +243,12 @@ impl Scheduler {
             return None;
         }
         self.build_step(pace, now)
+    }
+
+    /// Rows in flight that became void since the last call: their sequence was cancelled, ended or
+    /// preempted. Stages may leave them out; a result that is missing then means nothing.
+    pub fn poll_void(&mut self) -> Vec<VoidRows> {
+        std::mem::take(&mut self.void)
     }
 
     /// Prompt and generated tokens of a sequence, and how many of them are the prompt.
@@ -324,6 +336,9 @@ impl Scheduler {
     }
 
     fn stop_running(&mut self, seq: &Sequence) {
+        if seq.rows_in_flight > 0 && self.void.len() < MAX_VOID_ROWS {
+            self.void.push(VoidRows { sequence: seq.id, epoch: seq.epoch });
+        }
         self.prefixes.take_back(seq);
         self.running.remove(&seq.order);
         self.prefilling.remove(&seq.order);

@@ -88,6 +88,11 @@ impl InFlight {
         self.batches.get(&id).map(|b| (b.issued, b.load))
     }
 
+    /// Its rows.
+    pub(super) fn rows(&self, id: MicroBatchId) -> &[IssuedRow] {
+        self.batches.get(&id).map_or(&[], |b| &b.rows)
+    }
+
     pub(super) fn oldest(&self) -> Option<(MicroBatchId, Duration)> {
         self.batches.first_key_value().map(|(&id, b)| (id, b.issued))
     }

@@ -24,12 +24,16 @@ impl Scheduler {
         let Some((issued, load)) = self.in_flight.load(id).filter(|_| !times.is_empty()) else {
             return;
         };
+        // Of rows that are void nobody knows which stages computed them.
+        if !self.in_flight.rows(id).iter().all(|row| self.is_live(row)) {
+            return;
+        }
         self.window.observe(times, now.saturating_sub(issued));
         self.cost.observe(&load, times.iter().map(|t| t.step().as_secs_f64()));
     }
 
     /// The last stage answered a micro-batch. Rows of sequences that ended or were preempted since
-    /// are dropped and counted; rows that were issued but not answered fail their sequence.
+    /// are dropped and counted, answered or not; others that were not answered fail their sequence.
     pub fn handle_result(
         &mut self,
         id: MicroBatchId,
@@ -42,10 +46,12 @@ impl Scheduler {
             return outcomes;
         };
         self.round_trip = now.saturating_sub(issued);
-        let mut results = results.iter();
+        let mut rest = results;
         for row in rows {
-            // In the order of the rows; what does not match is not ours.
-            let result = results.by_ref().find(|r| row.is_answered_by(r));
+            // In the order of the rows; what does not match is not ours, and rows may be left out.
+            let at = rest.iter().position(|r| row.is_answered_by(r));
+            let result = at.map(|at| &rest[at]);
+            rest = &rest[at.map_or(0, |at| at + 1)..];
             if !self.is_live(&row) {
                 self.stale_dropped += 1;
                 continue;

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{Epoch, NodeId, PipelineId, StageIndex};
+use crate::id::{Epoch, NodeId, PipelineId, SequenceId, StageIndex};
 use crate::model::{Dtype, ModelConfig, TensorEntry};
 
 /// What a node says.
@@ -110,6 +110,8 @@ pub struct Heartbeat {
     pub steps: u64,
     /// Stale frames dropped.
     pub stale_dropped: u64,
+    /// Rows left out because nobody wanted them any more.
+    pub rows_left_out: u64,
     /// Echo of the coordinator's last ping, for the round trip.
     pub echo: u64,
 }
@@ -167,10 +169,28 @@ pub enum CoordinatorMessage {
         /// Every assignment up to this epoch.
         epoch: Epoch,
     },
+    /// Rows that are under way and that nobody wants any more.
+    Void {
+        /// Pipeline.
+        pipeline: PipelineId,
+        /// Epoch of the rows.
+        epoch: Epoch,
+        /// Which, at most [`super::MAX_VOID_ROWS`].
+        rows: Vec<VoidRows>,
+    },
     /// For the round trip: comes back in the next heartbeat.
     Ping(u64),
     /// The cluster is shutting down.
     Shutdown,
+}
+
+/// Every row of a sequence up to an epoch of its own: it was cancelled, or will be computed anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VoidRows {
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// Rows of this epoch of the sequence, and of older ones.
+    pub epoch: u32,
 }
 
 /// What to measure.

@@ -14,14 +14,14 @@ pub mod rpc;
 pub mod stamp;
 
 /// ALPN between cluster members; mutual TLS.
-pub const ALPN_CLUSTER: &[u8] = b"millrace-cluster/3";
+pub const ALPN_CLUSTER: &[u8] = b"millrace-cluster/4";
 /// ALPN of clients; server-authenticated TLS and an API key.
-pub const ALPN_CLIENT: &[u8] = b"millrace-client/4";
+pub const ALPN_CLIENT: &[u8] = b"millrace-client/5";
 /// ALPN of joining nodes.
 pub const ALPN_JOIN: &[u8] = b"millrace-join/1";
 
 /// The version of everything in [`control`] and [`data`]; a node of another one is refused.
-pub const WIRE_VERSION: u16 = 3;
+pub const WIRE_VERSION: u16 = 4;
 
 /// Longest control message.
 pub const MAX_CONTROL_BYTES: usize = 16 << 20;
@@ -37,6 +37,8 @@ pub const MAX_JOIN_BYTES: usize = 16 << 10;
 pub const MAX_FRAME_META_BYTES: usize = 16 << 20;
 /// Longest payload of a stage frame.
 pub const MAX_FRAME_PAYLOAD_BYTES: usize = 256 << 20;
+/// Most entries of a [`control::CoordinatorMessage::Void`], and most that a stage remembers.
+pub const MAX_VOID_ROWS: usize = 4096;
 /// Longest range one blob request may ask for.
 pub const MAX_BLOB_RANGE_BYTES: u64 = 4 << 20;
 

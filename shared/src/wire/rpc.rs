@@ -289,6 +289,13 @@ pub struct StageStatus {
     pub steps: u64,
     /// Threads of the engine.
     pub threads: u32,
+    /// Rows left out since the stage began, because nobody wanted them any more.
+    pub rows_left_out: u64,
+    /// Frames that the edge to the next stage, or to the coordinator, may hold.
+    pub credits: u32,
+    /// Round trip to the next stage in seconds, as last tried; `None` where it was not, and for the
+    /// last stage.
+    pub round_trip: Option<f64>,
 }
 
 /// The state of the cluster.

@@ -18,7 +18,7 @@ use millrace_shared::wire::frame::Frame;
 use tokio::sync::mpsc;
 
 use super::{Active, Batcher, RETRY_PIPELINE_MS};
-use crate::actors::cluster::{EdgeFailed, Switched, Uneven};
+use crate::actors::cluster::{EdgeFailed, RowsVoid, Switched, Uneven};
 
 /// A pipeline is ready; where another epoch serves, it goes on from there.
 #[derive(Debug, Message)]
@@ -42,6 +42,8 @@ pub struct PipelineUp {
     pub switched: Recipient<Switched>,
     /// Whom to tell when its stages have been uneven for a while.
     pub uneven: Recipient<Uneven>,
+    /// Whom to tell which rows nobody wants any more.
+    pub void: Recipient<RowsVoid>,
 }
 
 impl Handler<PipelineUp> for Batcher {
@@ -113,6 +115,7 @@ impl Batcher {
             opens: next.opens,
             failures: next.failures,
             uneven: next.uneven,
+            void: next.void,
             balance: Balance::default(),
             broken: false,
         });

@@ -30,7 +30,7 @@ use millrace_shared::wire::rpc::TokenLogprobs;
 use millrace_shared::wire::stamp::Stamp;
 use tokio::sync::mpsc;
 
-use super::cluster::{EdgeFailed, Uneven};
+use super::cluster::{EdgeFailed, RowsVoid, Uneven};
 use crate::metrics::{Metrics, Shed};
 use crate::request::{Request, Verdict, Work};
 use crate::service::Caller;
@@ -60,6 +60,8 @@ struct Active {
     failures: Recipient<EdgeFailed>,
     /// Hears when the stages are uneven.
     uneven: Recipient<Uneven>,
+    /// Tells the stages.
+    void: Recipient<RowsVoid>,
     balance: Balance,
     /// An edge is lost: nothing more is sent, and `PipelineDown` is on its way.
     broken: bool,
@@ -129,9 +131,11 @@ impl Batcher {
         Status::unavailable(format!("no pipeline is ready: {}", self.detail), RETRY_PIPELINE_MS)
     }
 
-    /// Sends every micro-batch the scheduler has ready.
+    /// Tells the stages which rows nobody wants any more, and sends every micro-batch the scheduler
+    /// has ready.
     fn pump(&mut self) {
         let now = self.now();
+        self.tell_void();
         self.begin_next(now);
         while self.next.is_none() && self.active.as_ref().is_some_and(|a| !a.broken) {
             let Some(scheduler) = &mut self.scheduler else { return };
@@ -147,6 +151,14 @@ impl Batcher {
                     self.apply(outcomes, now);
                 }
             }
+        }
+    }
+
+    /// Where nobody hears it, rows are computed in vain.
+    fn tell_void(&mut self) {
+        let rows = self.scheduler.as_mut().map(Scheduler::poll_void).unwrap_or_default();
+        if let Some(active) = self.active.as_ref().filter(|_| !rows.is_empty()) {
+            let _ = active.void.try_send(RowsVoid { epoch: active.epoch, rows });
         }
     }
 

@@ -5,7 +5,7 @@ use millrace_net::{Connection, RecvStream, SendStream};
 use millrace_shared::id::{Epoch, NodeId};
 use millrace_shared::membership::{HEARTBEAT, Session};
 use millrace_shared::wire::control::{
-    CoordinatorMessage, Heartbeat, Hello, LoadReport, NodeMessage,
+    CoordinatorMessage, Heartbeat, Hello, LoadReport, NodeMessage, VoidRows,
 };
 use millrace_shared::wire::rpc::ClusterStatus;
 use millrace_shared::wire::{Edge, Plane};
@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use super::{Cluster, Member, PIPELINE};
 use crate::actors::batcher::PipelineDown;
 use crate::actors::edges;
+use crate::plan::Plan;
 
 /// A node introduces itself; the answer is its session, or why it is refused.
 #[derive(Debug, Message)]
@@ -211,6 +212,27 @@ impl Handler<Switched> for Cluster {
         }
         tracing::info!("switched to a new cut, epoch {}\n{}", m.epoch, self.plan_table());
         self.advance(ctx);
+    }
+}
+
+/// Rows under way that nobody wants any more.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct RowsVoid {
+    /// Of this epoch.
+    pub epoch: Epoch,
+    /// Which.
+    pub rows: Vec<VoidRows>,
+}
+
+impl Handler<RowsVoid> for Cluster {
+    type Result = ();
+
+    fn handle(&mut self, RowsVoid { epoch, rows }: RowsVoid, _: &mut Context<Self>) {
+        let pipeline = PIPELINE;
+        for node in self.plan_of(epoch).map(Plan::nodes).unwrap_or_default() {
+            self.say(node, CoordinatorMessage::Void { pipeline, epoch, rows: rows.clone() });
+        }
     }
 }
 

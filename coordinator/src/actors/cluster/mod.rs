@@ -5,7 +5,7 @@
 //! are open and the results edge has come in. The next epoch is made ready beside the one that
 //! serves: stages, then edges, then the batcher goes over and says `Switched`. Inbox: `NodeHello`,
 //! `FromNode`, `NodeGone`, `EdgeOffered`, `OwnEdgeOpen`, `EdgeFailed`, `Switched`, `Uneven`,
-//! `GetStatus`, `Admin`. Held by member tasks, the batcher and the service.
+//! `RowsVoid`, `GetStatus`, `Admin`. Held by member tasks, the batcher and the service.
 
 mod admin;
 mod inbox;
@@ -38,8 +38,8 @@ use crate::plan::{Deployment, Plan, profile_spec};
 pub use admin::Admin;
 use admin::Doctor;
 pub use inbox::{
-    EdgeFailed, EdgeOffered, FromNode, GetStatus, NodeGone, NodeHello, OwnEdgeOpen, Shutdown,
-    Switched,
+    EdgeFailed, EdgeOffered, FromNode, GetStatus, NodeGone, NodeHello, OwnEdgeOpen, RowsVoid,
+    Shutdown, Switched,
 };
 use planning::Draft;
 pub use recut::Uneven;

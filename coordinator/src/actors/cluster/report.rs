@@ -1,6 +1,7 @@
 //! The cluster as people and clients see it.
 
 use millrace_shared::id::NodeId;
+use millrace_shared::wire::Edge;
 use millrace_shared::wire::control::Assignment;
 use millrace_shared::wire::rpc::StageStatus;
 
@@ -11,7 +12,7 @@ use crate::plan::profile_spec;
 impl Cluster {
     pub(super) fn stage_statuses(&self) -> Vec<StageStatus> {
         let Some(plan) = &self.plan else { return Vec::new() };
-        let last = plan.assignments.len().saturating_sub(1);
+        let (last, now) = (plan.assignments.len().saturating_sub(1), self.now());
         let status = |(i, (node_id, a)): (usize, &(NodeId, Assignment))| {
             let member = self.members.get(node_id);
             let beat = member.map(|m| m.heartbeat).unwrap_or_default();
@@ -28,6 +29,14 @@ impl Cluster {
                 process_seconds: beat.process_seconds,
                 steps: beat.steps,
                 threads: member.map_or(0, |m| m.report.threads),
+                rows_left_out: beat.rows_left_out,
+                credits: a.credits_of(match a.next {
+                    Some(_) => Edge::Activations,
+                    None => Edge::Results,
+                }),
+                round_trip: a.next.as_ref().and_then(|next| {
+                    self.ways.outcome((*node_id, next.node_id), now)?.as_ref().ok().copied()
+                }),
             }
         };
         plan.assignments.iter().enumerate().map(status).collect()

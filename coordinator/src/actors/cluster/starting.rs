@@ -73,6 +73,7 @@ impl Cluster {
                 failures: ctx.address().recipient(),
                 switched: ctx.address().recipient(),
                 uneven: ctx.address().recipient(),
+                void: ctx.address().recipient(),
             }),
         });
         self.stood = stood;

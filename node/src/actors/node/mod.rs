@@ -211,6 +211,11 @@ impl Node {
             CoordinatorMessage::Release { pipeline, epoch } => {
                 self.drop_if(|a| a.assignment.pipeline == pipeline && a.assignment.epoch <= epoch);
             }
+            CoordinatorMessage::Void { pipeline, epoch, rows } => {
+                if let Some(active) = self.slot(|a| a.is(pipeline, epoch)) {
+                    active.engine.void(epoch, &rows);
+                }
+            }
             CoordinatorMessage::TryEdge { peer, burst } => self.try_edge(peer, burst),
             CoordinatorMessage::Ping(n) => self.echo = n,
             CoordinatorMessage::Shutdown => {
@@ -231,6 +236,7 @@ impl Node {
             beat.busy_seconds = active.engine.busy().as_secs_f64();
             beat.wall_seconds = active.since.elapsed().as_secs_f64();
             beat.steps = active.engine.steps();
+            beat.rows_left_out = active.engine.rows_left_out();
         }
         self.say(NodeMessage::Heartbeat(beat));
     }
