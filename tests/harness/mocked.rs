@@ -296,7 +296,9 @@ fn coordinator_config(shape: &Shape, dir: &Path, model: PathBuf) -> CoordinatorC
     let limits = LimitArgs {
         max_batch_tokens: shape.max_batch_tokens,
         max_num_seqs: shape.max_num_seqs,
-        kv_cache_tokens: shape.kv_cache_tokens.or(Some(shape.max_num_seqs.max(16) * 128)),
+        kv_cache_tokens: Some(
+            shape.kv_cache_tokens.unwrap_or_else(|| shape.max_num_seqs.max(16) * 128),
+        ),
         replan: Replan::Off,
         ..LimitArgs::default()
     };
