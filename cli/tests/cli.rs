@@ -67,7 +67,7 @@ fn tiny_model(dir: &Path) -> PathBuf {
     };
     tensor("token_embd.weight", TensorType::F32, &[32, vocab]);
     tensor("blk.0.attn_q.weight", TensorType::Q8_0, &[32, 32]);
-    tensor("blk.1.attn_q.weight", TensorType::Q5_1, &[32, 32]);
+    tensor("blk.1.attn_q.weight", TensorType::Q8_1, &[32, 32]);
     let path = dir.join("tiny.gguf");
     std::fs::write(&path, writer.to_bytes()).expect("the model is written");
     path
@@ -184,7 +184,7 @@ fn inspect_shows_a_file_that_cannot_be_served() {
         "tiny \\u{1b}[31m",
         "95 in all",
         "blk.1.attn_q.weight",
-        "Q5_1",
+        "Q8_1",
         "unsupported",
         "32 x 32",
         "Cannot be served",

@@ -224,10 +224,10 @@ fn overlapping_and_equal_tensors() {
 fn types_without_kernels_are_listed_but_named() {
     let mut gguf = parse(&writer().to_bytes()).unwrap();
     let entry = gguf.tensors.iter_mut().find(|t| t.name == "blk.0.ffn_up.weight").unwrap();
-    entry.dtype = TensorType::Q2_K;
+    entry.dtype = TensorType::IQ2_XS;
     let files = ModelFiles::of_gguf(gguf, Path::new("q2.gguf")).unwrap();
     let message = files.check_supported_types().unwrap_err().to_string();
-    assert!(message.contains("'blk.0.ffn_up.weight'") && message.contains("Q2_K"), "{message}");
+    assert!(message.contains("'blk.0.ffn_up.weight'") && message.contains("IQ2_XS"), "{message}");
 }
 
 #[test]

@@ -104,7 +104,7 @@ impl ModelFiles {
     /// # Errors
     /// Names the first tensor with another type.
     pub fn check_supported_types(&self) -> Result<(), GgufError> {
-        match self.tensors.iter().find(|t| !t.dtype.is_supported()) {
+        match self.tensors.iter().find(|t| !t.dtype.is_supported() && !t.is_part()) {
             None => Ok(()),
             Some(t) => Err(GgufError::Tensor {
                 tensor: t.name.clone(),

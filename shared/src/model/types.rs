@@ -64,8 +64,8 @@ impl std::str::FromStr for Dtype {
 
 macro_rules! tensor_types {
     ($($name:ident = $id:literal, $text:literal, $block:literal, $bytes:literal;)*) => {
-        /// Storage types of GGUF tensors, by ggml's numbers. All known ones are named, so that an
-        /// error can name what it does not support.
+        /// Storage types of GGUF tensors, by ggml's numbers, and, from 1000 on, of quantised matrices
+        /// in folders. All known ones are named, so that an error can name what it does not support.
         #[allow(non_camel_case_types, missing_docs)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
         #[repr(u32)]
@@ -77,7 +77,8 @@ macro_rules! tensor_types {
 
             /// From ggml's number.
             pub fn from_ggml(n: u32) -> Option<Self> {
-                match n { $($id => Some(Self::$name),)* _ => None }
+                let found = match n { $($id => Some(Self::$name),)* _ => None };
+                found.filter(|t| t.is_ggml())
             }
             /// As ggml spells it.
             pub fn as_str(self) -> &'static str {
@@ -130,7 +131,18 @@ tensor_types! {
     MXFP4 = 39, "MXFP4", 32, 17;
     NVFP4 = 40, "NVFP4", 64, 36;
     Q1_0 = 41, "Q1_0", 128, 18;
+    GPTQ_4 = 1000, "GPTQ-4", 32, 16;
+    GPTQ_4_V2 = 1001, "GPTQ-4-v2", 32, 16;
+    GPTQ_4_ACT = 1002, "GPTQ-4-act", 8, 4;
+    GPTQ_4_V2_ACT = 1003, "GPTQ-4-v2-act", 8, 4;
+    AWQ_4 = 1004, "AWQ-4", 32, 16;
+    F8_E4M3 = 1005, "F8_E4M3", 1, 1;
+    F8_E4M3_B128 = 1006, "F8_E4M3-128x128", 1, 1;
+    INT4 = 1007, "INT4", 32, 24;
 }
+
+/// What else belongs to a quantised matrix `NAME.weight` of a folder: `NAME.scales` and so on.
+const PARTS: [&str; 3] = ["scales", "qzeros", "g_idx"];
 
 impl TensorType {
     /// Bytes of `elements` elements; `None` where they do not fill whole blocks or overflow.
@@ -141,20 +153,60 @@ impl TensorType {
         (elements / self.block_elements()).checked_mul(self.block_bytes())
     }
 
+    /// Whether GGUF files have it.
+    pub fn is_ggml(self) -> bool {
+        (self as u32) < 1000
+    }
+
+    /// What makes a matrix of this type out of its own bytes: names of further tensors, and whether
+    /// there is no matrix without. Empty for types whose rows lie one after the other as they are.
+    pub fn parts(self) -> &'static [(&'static str, bool)] {
+        const GPTQ: [(&str, bool); 3] = [("scales", true), ("qzeros", true), ("g_idx", false)];
+        const ACT: [(&str, bool); 3] = [("scales", true), ("qzeros", true), ("g_idx", true)];
+        match self {
+            Self::GPTQ_4 | Self::GPTQ_4_V2 => &GPTQ,
+            Self::GPTQ_4_ACT | Self::GPTQ_4_V2_ACT => &ACT,
+            Self::AWQ_4 => &GPTQ[..2],
+            Self::F8_E4M3 | Self::F8_E4M3_B128 => &GPTQ[..1],
+            _ => &[],
+        }
+    }
+
+    /// The type in which a matrix of several tensors is read, row by row; others are as they are.
+    ///
+    /// INT4 is blocks of 32: f32 scale, f32 minimum, nibbles as in Q4_1. It holds `scale * (q - zero)`
+    /// exactly for groups of whole blocks. What F16 holds is rounded once, by 2^-11 of the value at
+    /// most (below 2^-14 by 2^-25): groups that are scattered over the inputs, and eight-bit floats.
+    pub fn read_as(self) -> Self {
+        match self {
+            Self::GPTQ_4 | Self::GPTQ_4_V2 | Self::AWQ_4 => Self::INT4,
+            Self::GPTQ_4_ACT | Self::GPTQ_4_V2_ACT | Self::F8_E4M3 | Self::F8_E4M3_B128 => {
+                Self::F16
+            }
+            other => other,
+        }
+    }
+
     /// The type as which the CPU engine computes with it: itself, or one that holds every value of
     /// it exactly. `None` where there is none.
     pub fn computed_as(self) -> Option<Self> {
-        Some(match self {
+        Some(match self.read_as() {
             Self::F32
             | Self::F16
             | Self::BF16
             | Self::Q4_0
             | Self::Q4_1
+            | Self::Q5_0
+            | Self::Q5_1
             | Self::Q8_0
+            | Self::Q2_K
             | Self::Q4_K
-            | Self::Q6_K => self,
-            // `d * q` with an integer `q` of five bits, or of a table of i8.
-            Self::Q5_0 | Self::IQ4_NL => Self::Q8_0,
+            | Self::Q5_K
+            | Self::Q6_K
+            | Self::IQ4_NL
+            | Self::IQ4_XS
+            | Self::MXFP4
+            | Self::INT4 => self.read_as(),
             // `d * (scale - 32) * q` for each 16 elements.
             Self::Q3_K => Self::Q6_K,
             // `d * q` with a `q` of -1, 0 or 1.
@@ -171,7 +223,7 @@ impl TensorType {
     /// What to do about a tensor of a type that the CPU engine does not compute with: the end of a
     /// message.
     pub fn advice() -> String {
-        let known = Self::ALL.iter().filter(|t| t.is_supported());
+        let known = Self::ALL.iter().filter(|t| t.is_ggml() && t.is_supported());
         let names: Vec<&str> = known.map(|t| t.as_str()).collect();
         format!(
             "matrices can be {}, vectors F32; `millrace quantize` reads the same types, and makes \
@@ -206,6 +258,11 @@ impl TensorEntry {
     pub fn elements(&self) -> u64 {
         self.dims.iter().product()
     }
+
+    /// Whether it is a part of a quantised matrix, see [`TensorType::parts`].
+    pub fn is_part(&self) -> bool {
+        self.name.rsplit_once('.').is_some_and(|(_, kind)| PARTS.contains(&kind))
+    }
 }
 
 #[cfg(test)]
@@ -215,7 +272,9 @@ mod tests {
     #[test]
     fn types_are_computed_as_types_with_kernels() {
         for &dtype in TensorType::ALL {
-            assert_eq!(TensorType::from_ggml(dtype as u32), Some(dtype));
+            let ggml = Some(dtype).filter(|d| d.is_ggml());
+            assert_eq!(TensorType::from_ggml(dtype as u32), ggml);
+            assert!(dtype.parts().is_empty() || (ggml.is_none() && dtype.read_as() != dtype));
             if let Some(other) = dtype.computed_as() {
                 assert_eq!(other.computed_as(), Some(other), "{}", dtype.as_str());
                 let whole = dtype.block_elements().is_multiple_of(other.block_elements());
@@ -227,7 +286,7 @@ mod tests {
     #[test]
     fn advice_names_what_is_computed() {
         let advice = TensorType::advice();
-        for (name, there) in [("Q5_0,", true), ("Q3_K,", true), ("IQ4_NL,", true), ("Q5_1", false)]
+        for (name, there) in [("Q5_1,", true), ("Q3_K,", true), ("MXFP4,", true), ("IQ2_XS", false)]
         {
             assert_eq!(advice.contains(name), there, "{name} in: {advice}");
         }

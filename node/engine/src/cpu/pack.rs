@@ -5,6 +5,7 @@
 //! their values exactly (`converted`); types of which none does are not packed at all. Also unpacks
 //! single rows, for the embedding.
 
+mod blocks;
 mod converted;
 #[cfg(test)]
 mod golden;
@@ -72,11 +73,18 @@ pub(crate) fn kind_of(dtype: TensorType) -> Option<Packing> {
         TensorType::Q4_0 => Kind::Q4_0,
         TensorType::Q4_1 => Kind::Q4_1,
         TensorType::Q8_0 => Kind::Q8_0,
-        TensorType::Q4_K => Kind::Q4K,
+        TensorType::Q4_K | TensorType::INT4 => Kind::Q4K,
+        TensorType::Q5_0 => Kind::Q5_0,
+        TensorType::Q5_1 => Kind::Q5_1,
+        TensorType::Q5_K => Kind::Q5K,
+        TensorType::Q2_K => Kind::Q2K,
         TensorType::Q6_K => Kind::Q6K,
+        TensorType::IQ4_NL => Kind::Iq4Nl,
+        TensorType::IQ4_XS => Kind::Iq4Xs,
+        TensorType::MXFP4 => Kind::Mxfp4,
         _ => return None,
     };
-    Some(Packing { from: dtype, kind })
+    Some(Packing { from: dtype.read_as(), kind })
 }
 
 /// Bytes of a matrix of `rows x cols` in memory, on the instruction set with the largest groups of
@@ -151,16 +159,6 @@ fn q4k_scales(s: &[u8], j: usize) -> (u8, u8) {
     }
 }
 
-/// Where element `j` of a block lies among the quants of lane `lane`: byte, and whether high.
-fn quant_at<F: Format>(r: usize, lane: usize, j: usize) -> (usize, bool) {
-    let (quad, byte) = (j / 4, j % 4);
-    if F::NIBBLES {
-        ((quad % 4) * r * 4 + lane * 4 + byte, quad >= 4)
-    } else {
-        (quad * r * 4 + lane * 4 + byte, false)
-    }
-}
-
 /// Reads lane `lane` of a packed block back: dequantised values.
 fn unpack_block<F: Format>(data: &[u8], r: usize, lane: usize, out: &mut [f32]) {
     let value = |at: usize| {
@@ -174,13 +172,14 @@ fn unpack_block<F: Format>(data: &[u8], r: usize, lane: usize, out: &mut [f32]) 
     let scale = value(0);
     let quants = &data[F::quants_at(r)..];
     for (j, out) in out.iter_mut().enumerate() {
-        let (at, high) = quant_at::<F>(r, lane, j);
-        let q = if F::NIBBLES { (quants[at] >> if high { 4 } else { 0 }) & 15 } else { quants[at] };
-        let q = (i32::from(q) - F::BIAS) as f32;
-        *out = if F::MIN {
+        let q = (i32::from(F::quant(|i| quants[i], r, lane, j)) - F::BIAS) as f32;
+        let sub = |at: usize| f32::from(data[at + (j / 16) * r + lane] as i8);
+        *out = if F::MIN && F::HALVES {
+            (scale * sub(F::sub_at(r))).mul_add(q, value(F::min_at(r)) * sub(F::sub_min_at(r)))
+        } else if F::MIN {
             scale.mul_add(q, value(F::min_at(r)))
         } else if F::HALVES {
-            (scale * f32::from(data[F::sub_at(r) + (j / 16) * r + lane] as i8)) * q
+            (scale * sub(F::sub_at(r))) * q
         } else {
             scale * q
         };
@@ -196,7 +195,9 @@ fn unpack_row<F: Format>(group: &[u8], r: usize, lane: usize, out: &mut [f32]) {
 /// A row in the file's layout as numbers, exactly as [`Packed::unpack`] gives them; `out` has the
 /// row's elements. `false` where the engine does not know the type.
 pub(crate) fn dequantise_row(dtype: TensorType, row: &[u8], out: &mut [f32]) -> bool {
-    let Some(Packing { kind, .. }) = kind_of(dtype) else { return false };
+    let Some(Packing { from, kind }) = kind_of(dtype).filter(|p| p.from == dtype) else {
+        return false;
+    };
     let halves = row.chunks_exact(2).map(|b| u16_at(b, 0));
     match kind {
         Kind::F32 => {
@@ -210,7 +211,7 @@ pub(crate) fn dequantise_row(dtype: TensorType, row: &[u8], out: &mut [f32]) -> 
         Kind::Bf16 => {
             out.iter_mut().zip(halves).for_each(|(o, b)| *o = half::bf16::from_bits(b).to_f32());
         }
-        _ => with_stored!(dtype, dequantise_blocks(row, out), {}),
+        _ => with_stored!(from, dequantise_blocks(row, out), {}),
     }
     true
 }

@@ -46,7 +46,37 @@ unsafe fn quad(x: *const i8, i: usize) -> __m256i {
     unsafe { _mm256_set1_epi32(x.add(i * 4).cast::<i32>().read_unaligned()) }
 }
 
-/// Dot products of one block for `N` columns, bias not yet subtracted; two halves where asked for.
+/// Quad `v` of eight rows as unsigned bytes, bias included; vectors are `stride` bytes apart.
+#[inline(always)]
+pub(super) unsafe fn quad_of<F: Format>(w: *const u8, v: usize, stride: usize) -> __m256i {
+    // SAFETY: `w` holds the quants of a block.
+    unsafe {
+        let load = |v: usize| _mm256_loadu_si256(w.add(v * stride).cast());
+        let right = |x, bits: usize| _mm256_srl_epi16(x, _mm_cvtsi32_si128(bits as i32));
+        let low = _mm256_set1_epi8(15);
+        let nibble = || _mm256_and_si256(right(load(v % 4), v / 4 * 4), low);
+        match (F::BITS, F::TABLE) {
+            (2, _) => _mm256_and_si256(right(load(v % 2), v / 2 * 2), _mm256_set1_epi8(3)),
+            (4, None) => nibble(),
+            (4, Some(table)) => {
+                let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+                _mm256_shuffle_epi8(table, nibble())
+            }
+            (5, _) => {
+                let high = load(4);
+                let high = match v {
+                    0..4 => _mm256_sll_epi16(high, _mm_cvtsi32_si128(4 - v as i32)),
+                    _ => right(high, v - 4),
+                };
+                _mm256_or_si256(nibble(), _mm256_and_si256(high, _mm256_set1_epi8(16)))
+            }
+            _ => load(v),
+        }
+    }
+}
+
+/// Dot products of one block for `N` columns, bias not yet subtracted (but one of 128); two halves
+/// where asked for.
 #[inline(always)]
 unsafe fn dots<F: Format, const N: usize>(
     w: *const u8,
@@ -58,7 +88,19 @@ unsafe fn dots<F: Format, const N: usize>(
         let ones = _mm256_set1_epi16(1);
         let zero = _mm256_setzero_si256();
         let mut dot = [[zero; 2]; N];
-        if F::NIBBLES {
+        if F::BIAS == 128 {
+            // Signed weights: magnitudes times activations that take the weights' signs. At most
+            // 2 x 128 x 127 = 32512: fits i16.
+            for v in 0..8 {
+                let a = _mm256_xor_si256(quad_of::<F>(w, v, 32), _mm256_set1_epi8(-128));
+                let magnitude = _mm256_abs_epi8(a);
+                for c in 0..N {
+                    let x = _mm256_sign_epi8(quad(x.add(c * stride), v), a);
+                    let s = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, x), ones);
+                    dot[c][0] = _mm256_add_epi32(dot[c][0], s);
+                }
+            }
+        } else if F::BITS == 4 {
             // At most 8 x 2 x 15 x 127 = 30480: fits i16.
             let low = _mm256_set1_epi8(15);
             let mut sum = [zero; N];
@@ -76,30 +118,22 @@ unsafe fn dots<F: Format, const N: usize>(
             for c in 0..N {
                 dot[c][0] = _mm256_madd_epi16(sum[c], ones);
             }
-        } else if F::HALVES {
-            // At most 2 x 2 x 63 x 127 = 32004: fits i16.
-            for v in 0..4 {
-                let a = _mm256_loadu_si256(w.add(v * 64).cast());
-                let b = _mm256_loadu_si256(w.add(v * 64 + 32).cast());
-                for c in 0..N {
-                    let x = x.add(c * stride);
-                    let p = _mm256_maddubs_epi16(a, quad(x, v * 2));
-                    let q = _mm256_maddubs_epi16(b, quad(x, v * 2 + 1));
-                    let s = _mm256_madd_epi16(_mm256_add_epi16(p, q), ones);
-                    dot[c][v / 2] = _mm256_add_epi32(dot[c][v / 2], s);
-                }
-            }
         } else {
-            // Signed weights: magnitudes times activations that take the weights' signs. At most
-            // 2 x 128 x 127 = 32512: fits i16.
-            for v in 0..8 {
-                let stored = _mm256_loadu_si256(w.add(v * 32).cast());
-                let a = _mm256_xor_si256(stored, _mm256_set1_epi8(-128));
-                let magnitude = _mm256_abs_epi8(a);
+            // At most 2 x 2 x 63 x 127 = 32004 or 4 x 2 x 31 x 127 = 31496: fits i16.
+            let run = if F::BITS == 8 { 2 } else { 4 };
+            for first in (0..8).step_by(run) {
+                let mut sum = [zero; N];
+                for v in first..first + run {
+                    let a = quad_of::<F>(w, v, 32);
+                    for c in 0..N {
+                        let p = _mm256_maddubs_epi16(a, quad(x.add(c * stride), v));
+                        sum[c] = _mm256_add_epi16(sum[c], p);
+                    }
+                }
+                let half = if F::HALVES { first / 4 } else { 0 };
                 for c in 0..N {
-                    let x = _mm256_sign_epi8(quad(x.add(c * stride), v), a);
-                    let s = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, x), ones);
-                    dot[c][0] = _mm256_add_epi32(dot[c][0], s);
+                    let s = _mm256_madd_epi16(sum[c], ones);
+                    dot[c][half] = _mm256_add_epi32(dot[c][half], s);
                 }
             }
         }
@@ -119,17 +153,15 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
             for c in 0..N {
                 let i = c * t.blocks + b;
                 let sums = *t.sums.add(i);
+                let sub = |at: usize| _mm256_cvtepi8_epi32(_mm_loadl_epi64(w.add(at).cast()));
                 let dot = if F::HALVES {
-                    let sub = |h: usize| {
-                        let p = w.add(F::sub_at(ROWS) + h * ROWS);
-                        _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))
-                    };
                     let half = |h: usize| {
                         let bias = _mm256_set1_epi32(F::BIAS * sums[h]);
-                        _mm256_mullo_epi32(_mm256_sub_epi32(dot[c][h], bias), sub(h))
+                        let sub = sub(F::sub_at(ROWS) + h * ROWS);
+                        _mm256_mullo_epi32(_mm256_sub_epi32(dot[c][h], bias), sub)
                     };
                     _mm256_add_epi32(half(0), half(1))
-                } else if F::BIAS != 0 && F::NIBBLES {
+                } else if F::BIAS != 0 && F::BIAS != 128 {
                     let bias = _mm256_set1_epi32(F::BIAS * (sums[0] + sums[1]));
                     _mm256_sub_epi32(dot[c][0], bias)
                 } else {
@@ -137,7 +169,15 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
                 };
                 let scaled = _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot));
                 acc[c] = _mm256_fmadd_ps(scaled, _mm256_set1_ps(*t.scale.add(i)), acc[c]);
-                if F::MIN {
+                if F::MIN && F::HALVES {
+                    let part = |h: usize| {
+                        let sub = sub(F::sub_min_at(ROWS) + h * ROWS);
+                        _mm256_mullo_epi32(_mm256_set1_epi32(sums[h]), sub)
+                    };
+                    let part = _mm256_cvtepi32_ps(_mm256_add_epi32(part(0), part(1)));
+                    let min = _mm256_mul_ps(scale::<F>(w.add(F::min_at(ROWS))), part);
+                    acc[c] = _mm256_fmadd_ps(min, _mm256_set1_ps(*t.scale.add(i)), acc[c]);
+                } else if F::MIN {
                     let m = scale::<F>(w.add(F::min_at(ROWS)));
                     acc[c] = _mm256_fmadd_ps(m, _mm256_set1_ps(*t.scaled_sum.add(i)), acc[c]);
                 }

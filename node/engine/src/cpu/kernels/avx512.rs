@@ -52,17 +52,27 @@ unsafe fn quads<F: Format>(w: *const u8) -> [__m512i; 8] {
     // SAFETY: `w` holds the quants of a block.
     unsafe {
         let mut quads = [_mm512_setzero_si512(); 8];
-        if F::NIBBLES {
+        let load = |v: usize| _mm512_loadu_si512(w.add(v * 64).cast());
+        let right = |x, bits: usize| _mm512_srl_epi16(x, _mm_cvtsi32_si128(bits as i32));
+        for (v, quad) in quads.iter_mut().enumerate() {
             let low = _mm512_set1_epi8(15);
-            for v in 0..4 {
-                let packed = _mm512_loadu_si512(w.add(v * 64).cast());
-                quads[v] = _mm512_and_si512(packed, low);
-                quads[v + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(packed), low);
-            }
-        } else {
-            for (v, quad) in quads.iter_mut().enumerate() {
-                *quad = _mm512_loadu_si512(w.add(v * 64).cast());
-            }
+            let nibble = || _mm512_and_si512(right(load(v % 4), v / 4 * 4), low);
+            *quad = match (F::BITS, F::TABLE) {
+                (2, _) => _mm512_and_si512(right(load(v % 2), v / 2 * 2), _mm512_set1_epi8(3)),
+                (4, None) => nibble(),
+                (4, Some(table)) => {
+                    let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+                    _mm512_shuffle_epi8(table, nibble())
+                }
+                (5, _) => {
+                    let high = match v {
+                        0..4 => _mm512_sll_epi16(load(4), _mm_cvtsi32_si128(4 - v as i32)),
+                        _ => right(load(4), v - 4),
+                    };
+                    _mm512_or_si512(nibble(), _mm512_and_si512(high, _mm512_set1_epi8(16)))
+                }
+                _ => load(v),
+            };
         }
         quads
     }
@@ -116,7 +126,16 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
                 };
                 let scaled = _mm512_mul_ps(d, _mm512_cvtepi32_ps(dot));
                 acc[c] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(*t.scale.add(i)), acc[c]);
-                if F::MIN {
+                if F::MIN && F::HALVES {
+                    let part = |h: usize| {
+                        let p = w.add(F::sub_min_at(ROWS) + h * ROWS);
+                        let sub = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
+                        _mm512_mullo_epi32(_mm512_set1_epi32((*t.sums.add(i))[h]), sub)
+                    };
+                    let part = _mm512_cvtepi32_ps(_mm512_add_epi32(part(0), part(1)));
+                    let min = _mm512_mul_ps(scale::<F>(w.add(F::min_at(ROWS))), part);
+                    acc[c] = _mm512_fmadd_ps(min, _mm512_set1_ps(*t.scale.add(i)), acc[c]);
+                } else if F::MIN {
                     let m = scale::<F>(w.add(F::min_at(ROWS)));
                     acc[c] = _mm512_fmadd_ps(m, _mm512_set1_ps(*t.scaled_sum.add(i)), acc[c]);
                 }
@@ -165,21 +184,11 @@ unsafe fn column<F: Format>(t: &Tile) {
                 }
             };
             let quants = w.add(F::quants_at(ROWS));
-            let low = _mm256_set1_epi8(15);
             let mut dots = [[start(0), start(1)]; 2];
             for v in 0..8 {
                 let xs = _mm256_set1_epi32(x.add(v * 4).cast::<i32>().read_unaligned());
                 for h in 0..2 {
-                    let q = if F::NIBBLES {
-                        let packed = _mm256_loadu_si256(quants.add((v % 4) * 64 + h * 32).cast());
-                        if v < 4 {
-                            _mm256_and_si256(packed, low)
-                        } else {
-                            _mm256_and_si256(_mm256_srli_epi16::<4>(packed), low)
-                        }
-                    } else {
-                        _mm256_loadu_si256(quants.add(v * 64 + h * 32).cast())
-                    };
+                    let q = super::avx2::quad_of::<F>(quants.add(h * 32), v, 64);
                     dots[h][v / 4] = _mm256_dpbusd_epi32(dots[h][v / 4], q, xs);
                 }
             }
@@ -199,7 +208,17 @@ unsafe fn column<F: Format>(t: &Tile) {
                 let d = half_scale::<F>(w.add(h * 8 * F::SCALE_BYTES));
                 let scaled = _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot));
                 acc[h] = _mm256_fmadd_ps(scaled, _mm256_set1_ps(*t.scale.add(b)), acc[h]);
-                if F::MIN {
+                if F::MIN && F::HALVES {
+                    let part = |s: usize| {
+                        let p = w.add(F::sub_min_at(ROWS) + s * ROWS + h * 8);
+                        let sub = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
+                        _mm256_mullo_epi32(_mm256_set1_epi32(sums[s]), sub)
+                    };
+                    let part = _mm256_cvtepi32_ps(_mm256_add_epi32(part(0), part(1)));
+                    let m = half_scale::<F>(w.add(F::min_at(ROWS) + h * 8 * F::SCALE_BYTES));
+                    let min = _mm256_mul_ps(m, part);
+                    acc[h] = _mm256_fmadd_ps(min, _mm256_set1_ps(*t.scale.add(b)), acc[h]);
+                } else if F::MIN {
                     let m = half_scale::<F>(w.add(F::min_at(ROWS) + h * 8 * F::SCALE_BYTES));
                     acc[h] = _mm256_fmadd_ps(m, _mm256_set1_ps(*t.scaled_sum.add(b)), acc[h]);
                 }

@@ -67,13 +67,7 @@ unsafe fn block<F: Format>(
         for (lane, acc) in acc.iter_mut().enumerate().take(r) {
             let mut dot = [0i32; 2];
             for j in 0..32usize {
-                let quad = j / 4;
-                let q = if F::NIBBLES {
-                    let byte = *quants.add((quad % 4) * r * 4 + lane * 4 + j % 4);
-                    if quad < 4 { byte & 15 } else { byte >> 4 }
-                } else {
-                    *quants.add(quad * r * 4 + lane * 4 + j % 4)
-                };
+                let q = F::quant(|i| *quants.add(i), r, lane, j);
                 dot[j / 16] += i32::from(q) * i32::from(*x.add(j));
             }
             let half = |h: usize| dot[h] - F::BIAS * sums[h];
@@ -84,7 +78,13 @@ unsafe fn block<F: Format>(
                 half(0) + half(1)
             };
             *acc = (scale_of(0, lane) * dot as f32).mul_add(scale, *acc);
-            if F::MIN {
+            if F::MIN && F::HALVES {
+                let sub = |h: usize| {
+                    i32::from(*w.add(F::sub_min_at(r) + h * r + lane).cast::<i8>()) * sums[h]
+                };
+                let min = scale_of(F::min_at(r), lane) * (sub(0) + sub(1)) as f32;
+                *acc = min.mul_add(scale, *acc);
+            } else if F::MIN {
                 *acc = scale_of(F::min_at(r), lane).mul_add(scaled_sum, *acc);
             }
         }

@@ -31,7 +31,7 @@ pub(super) fn isas() -> Vec<Isa> {
     [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().filter(|&i| i <= Isa::best()).collect()
 }
 
-pub(super) const TYPES: [TensorType; 13] = [
+pub(super) const TYPES: [TensorType; 18] = [
     TensorType::Q4_0,
     TensorType::Q4_1,
     TensorType::Q4_K,
@@ -45,17 +45,23 @@ pub(super) const TYPES: [TensorType; 13] = [
     TensorType::IQ4_NL,
     TensorType::TQ1_0,
     TensorType::TQ2_0,
+    TensorType::Q5_1,
+    TensorType::Q5_K,
+    TensorType::Q2_K,
+    TensorType::IQ4_XS,
+    TensorType::MXFP4,
 ];
 
 /// Where the f16 scales of a block lie in a file.
 fn scales(dtype: TensorType) -> &'static [usize] {
     match dtype {
-        TensorType::Q4_1 | TensorType::Q4_K => &[0, 2],
+        TensorType::Q4_1 | TensorType::Q5_1 | TensorType::Q4_K | TensorType::Q5_K => &[0, 2],
+        TensorType::Q2_K => &[80, 82],
         TensorType::Q6_K => &[208],
         TensorType::Q3_K => &[108],
         TensorType::TQ1_0 => &[52],
         TensorType::TQ2_0 => &[64],
-        TensorType::F32 => &[],
+        TensorType::F32 | TensorType::MXFP4 => &[],
         _ => &[0],
     }
 }
@@ -71,6 +77,7 @@ pub(super) fn matrix(dtype: TensorType, rows: usize, cols: usize, random: &mut R
             TensorType::BF16 => {
                 block.copy_from_slice(&half::bf16::from_f32(value).to_bits().to_le_bytes());
             }
+            TensorType::MXFP4 => block[0] = 118 + (random.next() & 3) as u8,
             _ => {
                 for &at in scales(dtype) {
                     let bits = half::f16::from_f32(value).to_bits().to_le_bytes();

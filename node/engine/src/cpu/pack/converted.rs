@@ -1,19 +1,12 @@
 //! Types of model files that are packed as another type, which holds each of their values exactly.
 //!
 //! The f16 scale stays as it is and the integers behind it stay the same integers, only stored with
-//! another bias. A type belongs here only where that is so for every file: Q5_1, Q5_K and Q2_K need
-//! minima beside more than four bits or beside scales for 16 elements, IQ4_XS an i8 table beside
-//! scales of its own, Q8_K and MXFP4 scales beyond f16, and no packed layout has those.
+//! another bias. A type belongs here only where that is so for every file: Q8_K has scales beyond
+//! f16, the IQ2 and IQ3 types have tables of vectors, and no packed layout has those.
 
 use super::rows::{Stored, Words, nibbles, word, words};
 use super::u16_at;
 use crate::cpu::kernels::format;
-
-/// `d * (q - 16)`, 5 bits: four low ones as in Q4_0, the high ones in a word of their own.
-pub(super) struct Q5_0;
-
-/// `d * VALUES[q]`, 4 bits.
-pub(super) struct Iq4Nl;
 
 /// `d * (scale - 32) * (q - 4)`, a scale of 6 bits for each 16 elements. Two low bits of a quant lie
 /// together, its high bit apart.
@@ -24,42 +17,6 @@ pub(super) struct Tq1_0;
 
 /// `d * (q - 1)`, 2 bits.
 pub(super) struct Tq2_0;
-
-/// The values of IQ4_NL.
-const VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
-
-impl Stored for Q5_0 {
-    type Packed = format::Q8_0;
-    const FILE_BYTES: usize = 22;
-
-    #[inline(always)]
-    fn read(block: &[u8], _: usize) -> Words {
-        let (high, low) = (word(block, 2), words(&block[6..22]));
-        let quants = std::array::from_fn(|i| {
-            let low = (low[i % 4] >> (i / 4 * 4)) & 0x0f0f_0f0f;
-            // Four bits, one to each byte: shifted by 0, 7, 14 and 21.
-            let high = (((high >> (i * 4)) & 15).wrapping_mul(0x0020_4081)) & 0x0101_0101;
-            // From a bias of 16 to one of 128: no byte overflows.
-            (low | (high << 4)) + 0x7070_7070
-        });
-        Words { scale: u16_at(block, 0).into(), min: 0, sub: [1; 2], quants }
-    }
-}
-
-impl Stored for Iq4Nl {
-    type Packed = format::Q8_0;
-    const FILE_BYTES: usize = 18;
-
-    #[inline(always)]
-    fn read(block: &[u8], _: usize) -> Words {
-        let packed = |q: u8| VALUES[usize::from(q & 15)] as u8 ^ 0x80;
-        let quants = std::array::from_fn(|i| {
-            let pairs = &block[2 + i % 4 * 4..][..4];
-            u32::from_le_bytes(std::array::from_fn(|j| packed(pairs[j] >> (i / 4 * 4))))
-        });
-        Words { scale: u16_at(block, 0).into(), min: 0, sub: [1; 2], quants }
-    }
-}
 
 /// Scale `j` of a Q3_K block, 0..=15: four low bits in the first eight bytes, two high ones in the
 /// last four.
@@ -84,7 +41,21 @@ impl Stored for Q3K {
             (low | (high << 2)) + 0x1c1c_1c1c
         });
         let sub = [0, 1].map(|half| q3k_scale(&block[96..108], part * 2 + half));
-        Words { scale: u16_at(block, 108).into(), min: 0, sub, quants }
+        Words { scale: u16_at(block, 108).into(), sub, quants, ..Words::ONE }
+    }
+}
+
+/// `scale * (q - zero)` of GPTQ and AWQ, as the reader gives it: f32 scale, f32 minimum, nibbles.
+pub(super) struct Int4;
+
+impl Stored for Int4 {
+    type Packed = format::Q4K;
+    const FILE_BYTES: usize = 24;
+
+    #[inline(always)]
+    fn read(block: &[u8], _: usize) -> Words {
+        let quants = nibbles(words(&block[8..24]));
+        Words { scale: word(block, 0), min: word(block, 4), quants, ..Words::ONE }
     }
 }
 
@@ -117,7 +88,7 @@ impl Stored for Tq1_0 {
     #[inline(always)]
     fn read(block: &[u8], part: usize) -> Words {
         let quants = digits(|e| tq1_digit(block, part * 32 + e));
-        Words { scale: u16_at(block, 52).into(), min: 0, sub: [1; 2], quants }
+        Words { scale: u16_at(block, 52).into(), quants, ..Words::ONE }
     }
 }
 
@@ -129,6 +100,6 @@ impl Stored for Tq2_0 {
     #[inline(always)]
     fn read(block: &[u8], part: usize) -> Words {
         let quants = digits(|e| (block[part / 4 * 32 + e] >> (part % 4 * 2)) & 3);
-        Words { scale: u16_at(block, 64).into(), min: 0, sub: [1; 2], quants }
+        Words { scale: u16_at(block, 64).into(), quants, ..Words::ONE }
     }
 }

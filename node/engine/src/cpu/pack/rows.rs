@@ -6,13 +6,14 @@
 use super::{f16_at, q4k_scales, u16_at};
 use crate::cpu::kernels::format::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0};
 
-/// Thirty-two weights on their way: `scale * sub * (q - bias) + min`.
+/// Thirty-two weights on their way: `scale * sub * (q - bias) + min * sub_min`.
 pub(super) struct Words {
     /// Bits of the scale and of the minimum, as they are packed.
     pub(super) scale: u32,
     pub(super) min: u32,
     pub(super) sub: [i8; 2],
-    /// Quants as they are packed, four bytes each; nibbles have the first four words.
+    pub(super) sub_min: [i8; 2],
+    /// Quants as they are packed, a word of every vector; what has fewer bits has fewer words.
     pub(super) quants: [u32; 8],
 }
 
@@ -37,12 +38,18 @@ macro_rules! with_stored {
         match $dtype {
             TensorType::Q4_0 => $f::<format::Q4_0>($($arg),*),
             TensorType::Q4_1 => $f::<format::Q4_1>($($arg),*),
-            TensorType::Q5_0 => $f::<converted::Q5_0>($($arg),*),
+            TensorType::Q5_0 => $f::<format::Q5_0>($($arg),*),
+            TensorType::Q5_1 => $f::<format::Q5_1>($($arg),*),
+            TensorType::Q5_K => $f::<format::Q5K>($($arg),*),
+            TensorType::Q2_K => $f::<format::Q2K>($($arg),*),
             TensorType::Q8_0 => $f::<format::Q8_0>($($arg),*),
             TensorType::Q3_K => $f::<converted::Q3K>($($arg),*),
             TensorType::Q4_K => $f::<format::Q4K>($($arg),*),
             TensorType::Q6_K => $f::<format::Q6K>($($arg),*),
-            TensorType::IQ4_NL => $f::<converted::Iq4Nl>($($arg),*),
+            TensorType::IQ4_NL => $f::<format::Iq4Nl>($($arg),*),
+            TensorType::IQ4_XS => $f::<format::Iq4Xs>($($arg),*),
+            TensorType::MXFP4 => $f::<format::Mxfp4>($($arg),*),
+            TensorType::INT4 => $f::<converted::Int4>($($arg),*),
             TensorType::TQ1_0 => $f::<converted::Tq1_0>($($arg),*),
             TensorType::TQ2_0 => $f::<converted::Tq2_0>($($arg),*),
             _ => $else,
@@ -52,6 +59,10 @@ macro_rules! with_stored {
 pub(super) use with_stored;
 
 impl Words {
+    /// What most formats have nothing else for.
+    pub(super) const ONE: Self =
+        Self { scale: 0, min: 0, sub: [1; 2], sub_min: [0; 2], quants: [0; 8] };
+
     /// The 32 values, of weights packed as `F`.
     pub(super) fn dequantise<F: Format>(&self, out: &mut [f32]) {
         let value = |bits: u32| match F::WIDE_SCALE {
@@ -60,16 +71,14 @@ impl Words {
         };
         let (scale, min) = (value(self.scale), value(self.min));
         for (j, out) in out.iter_mut().enumerate() {
-            let at = if F::NIBBLES { j % 16 } else { j };
-            let byte = self.quants[at / 4].to_le_bytes()[at % 4];
-            let q = match (F::NIBBLES, j < 16) {
-                (true, true) => byte & 15,
-                (true, false) => byte >> 4,
-                (false, _) => byte,
-            };
+            // One lane alone.
+            let q = F::quant(|i| self.quants[i / 4].to_le_bytes()[i % 4], 1, 0, j);
             let q = (i32::from(q) - F::BIAS) as f32;
-            *out = if F::MIN {
-                // The product is exact, so this has the one rounding of a fused multiply-add.
+            // Products are exact, so this has the one rounding of a fused multiply-add.
+            *out = if F::MIN && F::HALVES {
+                let [sub, sub_min] = [self.sub, self.sub_min].map(|s| f32::from(s[j / 16]));
+                (scale * sub) * q + min * sub_min
+            } else if F::MIN {
                 scale * q + min
             } else if F::HALVES {
                 (scale * f32::from(self.sub[j / 16])) * q
@@ -89,6 +98,23 @@ pub(super) fn words(bytes: &[u8]) -> [u32; 4] {
     std::array::from_fn(|i| word(bytes, i * 4))
 }
 
+/// Quants of a byte each as words of vectors.
+pub(super) fn vectors<F: Format>(q: [u32; 8]) -> [u32; 8] {
+    const LOW: u32 = 0x0f0f_0f0f;
+    let mut out = [0; 8];
+    match F::BITS {
+        2 => (0..8).for_each(|v| out[v % 2] |= q[v] << (v / 2 * 2)),
+        4 | 5 => {
+            (0..4).for_each(|v| out[v] = (q[v] & LOW) | ((q[v + 4] & LOW) << 4));
+            if F::BITS == 5 {
+                out[4] = (0..8).fold(0, |high, v| high | ((q[v] >> 4) & 0x0101_0101) << v);
+            }
+        }
+        _ => out = q,
+    }
+    out
+}
+
 /// Four words of nibble pairs, and nothing where the others would be.
 pub(super) fn nibbles(low: [u32; 4]) -> [u32; 8] {
     [low[0], low[1], low[2], low[3], 0, 0, 0, 0]
@@ -101,7 +127,7 @@ impl Stored for Q4_0 {
     #[inline(always)]
     fn read(block: &[u8], _: usize) -> Words {
         let scale = u16_at(block, 0).into();
-        Words { scale, min: 0, sub: [1; 2], quants: nibbles(words(&block[2..18])) }
+        Words { scale, quants: nibbles(words(&block[2..18])), ..Words::ONE }
     }
 }
 
@@ -112,7 +138,7 @@ impl Stored for Q4_1 {
     #[inline(always)]
     fn read(block: &[u8], _: usize) -> Words {
         let (scale, min) = (u16_at(block, 0).into(), u16_at(block, 2).into());
-        Words { scale, min, sub: [1; 2], quants: nibbles(words(&block[4..20])) }
+        Words { scale, min, quants: nibbles(words(&block[4..20])), ..Words::ONE }
     }
 }
 
@@ -123,7 +149,7 @@ impl Stored for Q8_0 {
     #[inline(always)]
     fn read(block: &[u8], _: usize) -> Words {
         let quants = std::array::from_fn(|i| word(block, 2 + i * 4) ^ 0x8080_8080);
-        Words { scale: u16_at(block, 0).into(), min: 0, sub: [1; 2], quants }
+        Words { scale: u16_at(block, 0).into(), quants, ..Words::ONE }
     }
 }
 
@@ -146,7 +172,7 @@ impl Stored for Q4K {
             _ => ((first[i] >> 4) & LOW) | (second[i] & !LOW),
         };
         let quants = nibbles(std::array::from_fn(pair));
-        Words { scale: scale.to_bits(), min: min.to_bits(), sub: [1; 2], quants }
+        Words { scale: scale.to_bits(), min: min.to_bits(), quants, ..Words::ONE }
     }
 }
 
@@ -165,7 +191,7 @@ impl Stored for Q6K {
             low | (((word(high, i * 4) >> (quarter * 2)) & 0x0303_0303) << 4)
         });
         let sub = [block[192 + part * 2] as i8, block[193 + part * 2] as i8];
-        Words { scale: u16_at(block, 208).into(), min: 0, sub, quants }
+        Words { scale: u16_at(block, 208).into(), sub, quants, ..Words::ONE }
     }
 }
 
@@ -182,6 +208,10 @@ fn write<F: Format>(out: &mut [u8], r: usize, lane: usize, words: &Words) {
     if F::HALVES {
         head[F::sub_at(r) + lane] = words.sub[0] as u8;
         head[F::sub_at(r) + r + lane] = words.sub[1] as u8;
+        if F::MIN {
+            head[F::sub_min_at(r) + lane] = words.sub_min[0] as u8;
+            head[F::sub_min_at(r) + r + lane] = words.sub_min[1] as u8;
+        }
     }
     for (quad, word) in quants.chunks_exact_mut(r * 4).zip(words.quants) {
         quad[lane * 4..][..4].copy_from_slice(&word.to_le_bytes());
