@@ -26,6 +26,8 @@ pub(crate) const NODE: &str = "--node";
 const STAGES: u16 = 2;
 /// Streams of the runs, each a cluster that was planned for so many.
 const STREAMS: [u32; 2] = [16, 32];
+/// Longer than the coordinator watches before it brings measurements up to date.
+const WARM: Duration = Duration::from_secs(45);
 /// Half the context that plans are made for, and as much again: the mean is what they reckon with.
 const PROMPT: usize = 128;
 const ANSWER: u32 = 256;
@@ -93,11 +95,13 @@ async fn cluster(streams: u32) -> Outcome {
         (0..STAGES.into()).map(|core| start_node(folder.path(), &token, core)).collect();
     tokio::time::timeout(Duration::from_secs(120), running.ready()).await.unwrap().unwrap();
     let client = Client::connect(running.client()).await.unwrap();
-    let AdminReply::Description(text) = client.admin(AdminRequest::Describe).await.unwrap() else {
-        panic!("no description");
-    };
-    let status = client.status().await.unwrap();
-    let choice = forecast(&text, &status, streams);
+    // Until the members' own measurements have been brought up to date by what is seen.
+    let begun = Instant::now();
+    let fresh = forecast(&described(&client).await, &client.status().await.unwrap(), streams);
+    while begun.elapsed() < WARM {
+        decode(&running, streams).await;
+    }
+    let choice = forecast(&described(&client).await, &client.status().await.unwrap(), streams);
     let mut seen = decode(&running, streams).await;
     let again = decode(&running, streams).await;
     // What else runs on the machine only makes it slower.
@@ -111,15 +115,14 @@ async fn cluster(streams: u32) -> Outcome {
         micro_batches: f.micro_batches,
         rows: f.rows,
         predicted: f.tokens_per_second,
-        // The two cores are the stages' in the plan; coordinator, clients, the nodes' own network
-        // threads and whatever else runs here took this share of them.
-        measured: seen.tokens_per_second / (1.0 - seen.others),
-        stages: Vec::new(),
+        measured: seen.tokens_per_second,
+        stages: f.stage_seconds.iter().zip(&seen.steps).map(|(p, m)| [p * 1e3, m * 1e3]).collect(),
     };
     println!(
-        "{}   {:.1} as they came, {:.0} % of the cores being taken by all but the stages; stages busy {}",
+        "{}   {:.1} as measured alone; {:.1} rows a step; {:.0} % of the cores taken by all but the stages; stages busy {}",
         outcome.line(None),
-        seen.tokens_per_second,
+        fresh.forecast.tokens_per_second,
+        seen.rows,
         seen.others * 100.0,
         seen.busy
     );
@@ -127,6 +130,13 @@ async fn cluster(streams: u32) -> Outcome {
     drop(nodes);
     running.stop().await;
     outcome
+}
+
+async fn described(client: &Client) -> String {
+    match client.admin(AdminRequest::Describe).await.unwrap() {
+        AdminReply::Description(text) => text,
+        other => panic!("no description: {other:?}"),
+    }
 }
 
 /// Counters at a moment.
@@ -156,6 +166,10 @@ struct Seen {
     others: f64,
     /// Of each stage, for people.
     busy: String,
+    /// Processor time of a step of each stage, seconds.
+    steps: Vec<f64>,
+    /// Tokens of a step.
+    rows: f64,
 }
 
 fn seen(times: &[Vec<Instant>], moments: &[Moment]) -> Seen {
@@ -167,17 +181,22 @@ fn seen(times: &[Vec<Instant>], moments: &[Moment]) -> Seen {
     let now = within.next_back().unwrap();
     let wall = (now.at - then.at).as_secs_f64();
     let mut others = (now.cores_seconds - then.cores_seconds) / wall;
-    let mut busy = Vec::new();
+    let (mut busy, mut each) = (Vec::new(), Vec::new());
     for (now, then) in now.status.stages.iter().zip(&then.status.stages) {
         let wall = (now.wall_seconds - then.wall_seconds).max(1e-9);
         let steps = now.busy_seconds - then.busy_seconds;
         others -= steps / wall;
+        each.push(steps / (now.steps - then.steps).max(1) as f64);
         busy.push(format!("{:.0} %", steps / wall * 100.0));
     }
+    let steps = now.status.stages[0].steps - then.status.stages[0].steps;
+    let tokens_per_second = tokens as f64 / (until - from).as_secs_f64();
     Seen {
-        tokens_per_second: tokens as f64 / (until - from).as_secs_f64(),
+        tokens_per_second,
+        rows: tokens_per_second * wall / steps.max(1) as f64,
         others: (others / f64::from(STAGES)).clamp(0.0, 0.9),
         busy: busy.join(", "),
+        steps: each,
     }
 }
 

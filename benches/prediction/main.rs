@@ -2,7 +2,8 @@
 //!
 //! `cargo bench --bench prediction` (the model: `$MILLRACE_TEST_MODEL`, else from the cache). First
 //! live: a coordinator, two node processes with a core each and as many clients as the plan is for,
-//! all of them decoding. Then 3 to 6 stages, which have no cores here: every stage of the plan is
+//! all of them decoding, until the coordinator has brought the nodes' measurements up to date by what
+//! it sees (they share a machine, and were measured alone); then predicted and measured. Then 3 to 6 stages, which have no cores here: every stage of the plan is
 //! measured alone on one core, with the real weights and the rows that the plan gives it, and the
 //! times are replayed in virtual time around the real scheduler. The equal split is judged in the
 //! same way. Nodes that are twice as fast as others are made by scaling times. `live` or `replay`

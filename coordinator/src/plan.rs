@@ -379,8 +379,17 @@ fn beside_prompts(node: &NodeCosts) -> NodeCosts {
 /// by, with the mix of prompts and answers for which [`best`] makes them.
 pub fn compared_seconds(profile: &StageProfile, layers: u32, head: bool) -> f64 {
     let costs = beside_prompts(&node_costs("", profile, 0));
-    let head = if head { costs.head.at(COMPARED_ANSWERS) } else { 0.0 };
-    f64::from(layers) * costs.layer.at(COMPARED_ANSWERS) + head
+    stage_seconds(&costs, layers, head, COMPARED_ANSWERS)
+}
+
+/// Seconds of a stage for a micro-batch of so many answers.
+pub fn decode_seconds(profile: &StageProfile, layers: u32, head: bool, rows: f64) -> f64 {
+    stage_seconds(&node_costs("", profile, 0), layers, head, rows)
+}
+
+fn stage_seconds(costs: &NodeCosts, layers: u32, head: bool, rows: f64) -> f64 {
+    let head = if head { costs.head.at(rows) } else { 0.0 };
+    f64::from(layers) * costs.layer.at(rows) + head
 }
 
 /// The operator's own cut, over the first nodes that can have it.

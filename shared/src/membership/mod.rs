@@ -9,6 +9,7 @@
 
 mod balance;
 mod lease;
+mod pace;
 mod pipeline;
 
 pub use balance::{Balance, PATIENCE, UNEVEN};
@@ -16,6 +17,7 @@ pub use lease::{
     Event, HEARTBEAT, LEASE, LostReason, MemberState, Membership, MembershipConfig, SUSPECT_AFTER,
     Session,
 };
+pub use pace::{Pace, Paces};
 pub use pipeline::{
     Action, FLAP_MEMORY, FLAPS, LOAD_TIMEOUT, PROFILE_TIMEOUT, PipelineConfig, PipelinePhase,
     PipelineState, RETRY_NODE, RETRY_PIPELINE,

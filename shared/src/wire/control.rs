@@ -169,6 +169,12 @@ pub enum CoordinatorMessage {
         /// Every assignment up to this epoch.
         epoch: Epoch,
     },
+    /// What the node's layers and head take while it serves, instead of what it measured alone: to
+    /// be kept for its next start.
+    Paced {
+        /// Of the model that it was last asked to measure.
+        profile: StageProfile,
+    },
     /// Rows that are under way and that nobody wants any more.
     Void {
         /// Pipeline.

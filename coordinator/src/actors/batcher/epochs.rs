@@ -10,15 +10,15 @@ use std::time::Duration;
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{Epoch, PipelineId};
-use millrace_shared::membership::Balance;
+use millrace_shared::membership::{Balance, Paces};
 use millrace_shared::scheduler::cost::StageCost;
 use millrace_shared::scheduler::{Scheduler, SchedulerConfig};
-use millrace_shared::wire::data::StageTime;
+use millrace_shared::wire::data::{ResultMeta, RowOutcome, RowResult, StageTime};
 use millrace_shared::wire::frame::Frame;
 use tokio::sync::mpsc;
 
 use super::{Active, Batcher, RETRY_PIPELINE_MS};
-use crate::actors::cluster::{EdgeFailed, RowsVoid, Switched, Uneven};
+use crate::actors::cluster::{Cluster, Paced, Switched, Uneven};
 
 /// A pipeline is ready; where another epoch serves, it goes on from there.
 #[derive(Debug, Message)]
@@ -36,14 +36,8 @@ pub struct PipelineUp {
     pub steps: mpsc::Sender<Frame>,
     /// To the last stage.
     pub opens: mpsc::Sender<Frame>,
-    /// Whom to tell when the epoch cannot go on.
-    pub failures: Recipient<EdgeFailed>,
-    /// Whom to tell when it has begun.
-    pub switched: Recipient<Switched>,
-    /// Whom to tell when its stages have been uneven for a while.
-    pub uneven: Recipient<Uneven>,
-    /// Whom to tell which rows nobody wants any more.
-    pub void: Recipient<RowsVoid>,
+    /// Whom to tell how it goes.
+    pub cluster: Addr<Cluster>,
 }
 
 impl Handler<PipelineUp> for Batcher {
@@ -107,26 +101,35 @@ impl Batcher {
             self.metrics.on_failed(ErrorCode::ResourceExhausted);
             request.fail(Status::exhausted(why.to_string(), RETRY_PIPELINE_MS));
         }
-        let _ = next.switched.try_send(Switched { epoch: next.epoch });
+        let _ = next.cluster.try_send(Switched { epoch: next.epoch });
         self.active = Some(Active {
             pipeline: next.pipeline,
             epoch: next.epoch,
             steps: next.steps,
             opens: next.opens,
-            failures: next.failures,
-            uneven: next.uneven,
-            void: next.void,
+            cluster: next.cluster,
             balance: Balance::default(),
+            paces: Paces::default(),
             broken: false,
         });
     }
 
     /// Notes what a micro-batch took in each stage.
-    pub(super) fn watch_balance(&mut self, times: &[StageTime], now: Duration) {
+    pub(super) fn watch(&mut self, results: &ResultMeta, now: Duration) {
         let Some(active) = &mut self.active else { return };
-        let steps: Vec<Duration> = times.iter().map(StageTime::step).collect();
+        let (epoch, rows) = (active.epoch, results.rows.len() as u32);
+        let steps: Vec<Duration> = results.times.iter().map(StageTime::step).collect();
         if let Some(seconds) = active.balance.handle_times(&steps, now) {
-            let _ = active.uneven.try_send(Uneven { epoch: active.epoch, seconds });
+            let _ = active.cluster.try_send(Uneven { epoch, seconds });
+        }
+        let answer =
+            |row: &RowResult| row.count == 1 && matches!(row.outcome, RowOutcome::Token { .. });
+        if rows > 0
+            && !steps.is_empty()
+            && results.rows.iter().all(answer)
+            && let Some(pace) = active.paces.handle_times(rows, &steps, now)
+        {
+            let _ = active.cluster.try_send(Paced { epoch, pace });
         }
     }
 

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{Epoch, MicroBatchId, PipelineId, RequestId, SequenceId};
-use millrace_shared::membership::Balance;
+use millrace_shared::membership::{Balance, Paces};
 use millrace_shared::model::Dtype;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::scheduler::{
@@ -30,7 +30,7 @@ use millrace_shared::wire::rpc::TokenLogprobs;
 use millrace_shared::wire::stamp::Stamp;
 use tokio::sync::mpsc;
 
-use super::cluster::{EdgeFailed, RowsVoid, Uneven};
+use super::cluster::{Cluster, EdgeFailed, RowsVoid};
 use crate::metrics::{Metrics, Shed};
 use crate::request::{Request, Verdict, Work};
 use crate::service::Caller;
@@ -56,13 +56,10 @@ struct Active {
     steps: mpsc::Sender<Frame>,
     /// To the last stage.
     opens: mpsc::Sender<Frame>,
-    /// Ends the epoch.
-    failures: Recipient<EdgeFailed>,
-    /// Hears when the stages are uneven.
-    uneven: Recipient<Uneven>,
-    /// Tells the stages.
-    void: Recipient<RowsVoid>,
+    /// Ends the epoch, tells the stages, and hears how they do.
+    cluster: Addr<Cluster>,
     balance: Balance,
+    paces: Paces,
     /// An edge is lost: nothing more is sent, and `PipelineDown` is on its way.
     broken: bool,
 }
@@ -158,7 +155,7 @@ impl Batcher {
     fn tell_void(&mut self) {
         let rows = self.scheduler.as_mut().map(Scheduler::poll_void).unwrap_or_default();
         if let Some(active) = self.active.as_ref().filter(|_| !rows.is_empty()) {
-            let _ = active.void.try_send(RowsVoid { epoch: active.epoch, rows });
+            let _ = active.cluster.try_send(RowsVoid { epoch: active.epoch, rows });
         }
     }
 
@@ -166,7 +163,7 @@ impl Batcher {
         let Some(active) = self.active.as_mut() else { return };
         active.broken = true;
         let message = "an edge of the coordinator is lost".to_owned();
-        let _ = active.failures.try_send(EdgeFailed { epoch: active.epoch, message });
+        let _ = active.cluster.try_send(EdgeFailed { epoch: active.epoch, message });
     }
 
     fn issue(&mut self, step: &Step, now: Duration) -> Result<(), IssueError> {
@@ -323,7 +320,7 @@ impl Batcher {
             && now.saturating_sub(issued) > STALL
         {
             let message = format!("micro-batch {id} did not come back within {STALL:?}");
-            let _ = active.failures.try_send(EdgeFailed { epoch: active.epoch, message });
+            let _ = active.cluster.try_send(EdgeFailed { epoch: active.epoch, message });
         }
     }
 

@@ -5,10 +5,11 @@
 //! are open and the results edge has come in. The next epoch is made ready beside the one that
 //! serves: stages, then edges, then the batcher goes over and says `Switched`. Inbox: `NodeHello`,
 //! `FromNode`, `NodeGone`, `EdgeOffered`, `OwnEdgeOpen`, `EdgeFailed`, `Switched`, `Uneven`,
-//! `RowsVoid`, `GetStatus`, `Admin`. Held by member tasks, the batcher and the service.
+//! `Paced`, `RowsVoid`, `GetStatus`, `Admin`. Held by member tasks, the batcher and the service.
 
 mod admin;
 mod inbox;
+mod pace;
 mod planning;
 mod recut;
 mod report;
@@ -41,6 +42,7 @@ pub use inbox::{
     EdgeFailed, EdgeOffered, FromNode, GetStatus, NodeGone, NodeHello, OwnEdgeOpen, RowsVoid,
     Shutdown, Switched,
 };
+pub use pace::Paced;
 use planning::Draft;
 pub use recut::Uneven;
 use starting::Starting;
@@ -98,7 +100,7 @@ pub struct Cluster {
     starting: Option<Starting>,
     ways: Ways,
     doctors: Vec<Doctor>,
-    /// How much longer than measured alone a node takes, relative to the others.
+    /// How many times as long as measured alone a node takes while it serves.
     pace: BTreeMap<NodeId, f64>,
     /// When a node joined an epoch that serves.
     joined: Option<Duration>,

@@ -35,7 +35,7 @@ impl Cluster {
         let known = |(id, profile): &(NodeId, StageProfile)| {
             let member = self.members.get(id)?;
             let (hello, round_trip) = (member.hello.clone(), Some(member.connection.rtt()));
-            let profile = profile.slower(self.pace.get(id).copied().unwrap_or(1.0));
+            let profile = profile.slower(self.pace_of(*id));
             Some(PlanNode { id: *id, hello, profile, round_trip })
         };
         nodes.iter().filter_map(known).collect()

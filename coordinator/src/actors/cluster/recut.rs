@@ -105,17 +105,15 @@ impl Cluster {
     /// Stages with their predicted times, at the pace at which the nodes work.
     fn cut_stages(&self, plan: &Plan) -> Vec<CutStage> {
         let stage = |(id, a): &(NodeId, Assignment)| {
-            let profile = self.pipeline.as_ref().and_then(|p| p.measured(*id));
-            let pace = self.pace.get(id).copied().unwrap_or(1.0);
+            let profile = self.refreshed(*id);
             let head = a.next.is_none();
             CutStage {
                 node: self.name_of(*id),
                 first_layer: a.first_layer,
                 end_layer: a.end_layer,
                 head,
-                seconds: profile.map_or(0.0, |p| {
-                    compared_seconds(&p.slower(pace), a.end_layer - a.first_layer, head)
-                }),
+                seconds: profile
+                    .map_or(0.0, |p| compared_seconds(&p, a.end_layer - a.first_layer, head)),
             }
         };
         plan.assignments.iter().map(stage).collect()

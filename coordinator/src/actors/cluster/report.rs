@@ -48,7 +48,7 @@ impl Cluster {
             Some(LiveNode {
                 id: *id,
                 hello: &m.hello,
-                profile: self.pipeline.as_ref()?.measured(*id)?,
+                profile: self.refreshed(*id)?,
                 rtt: m.connection.rtt(),
             })
         });

@@ -70,10 +70,7 @@ impl Cluster {
                 costs: plan.costs.clone(),
                 steps,
                 opens,
-                failures: ctx.address().recipient(),
-                switched: ctx.address().recipient(),
-                uneven: ctx.address().recipient(),
-                void: ctx.address().recipient(),
+                cluster: ctx.address(),
             }),
         });
         self.stood = stood;

@@ -133,6 +133,8 @@ pub struct Node {
     /// What takes the place of `active` when that is released.
     next: Option<Active>,
     stale: Arc<AtomicU64>,
+    /// Where the last measurement is kept.
+    known: Option<KnownProfile>,
     echo: u64,
     heartbeat: Option<SpawnHandle>,
     leaving: bool,
@@ -154,6 +156,7 @@ impl Node {
             active: None,
             next: None,
             stale: Arc::new(AtomicU64::new(0)),
+            known: None,
             echo: 0,
             heartbeat: None,
             leaving: false,
@@ -211,6 +214,11 @@ impl Node {
             CoordinatorMessage::Release { pipeline, epoch } => {
                 self.drop_if(|a| a.assignment.pipeline == pipeline && a.assignment.epoch <= epoch);
             }
+            CoordinatorMessage::Paced { profile } => {
+                if let Some(known) = &self.known {
+                    known.put(&profile);
+                }
+            }
             CoordinatorMessage::Void { pipeline, epoch, rows } => {
                 if let Some(active) = self.slot(|a| a.is(pipeline, epoch)) {
                     active.engine.void(epoch, &rows);
@@ -241,13 +249,14 @@ impl Node {
         self.say(NodeMessage::Heartbeat(beat));
     }
 
-    fn profile(&self, mut spec: ProfileSpec) {
+    fn profile(&mut self, mut spec: ProfileSpec) {
         let Some(link) = &self.link else { return };
         let threads = self.parts.threads_among(spec.sharing);
         // Nodes of this process take turns.
         spec.sharing = self.parts.processes_among(spec.sharing) as u32;
         let known =
             KnownProfile::new(&self.parts.config.cache, &spec, threads, &self.parts.machine);
+        self.known = Some(known.clone());
         if let Some(profile) = known.get() {
             return self.say(NodeMessage::Profiled { profile });
         }
