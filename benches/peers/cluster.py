@@ -29,7 +29,7 @@ import urllib.error
 import urllib.request
 
 PATIENCE = 120
-PROMPT, ANSWER, LONG, STREAMS = 128, 64, 512, 16
+PROMPT, ANSWER, LONG, SHORT, STREAMS = 128, 64, 512, 4, 16
 
 
 def wait(what, look):
@@ -141,8 +141,10 @@ RPC, ONE = "RPC, two one-core servers", "one process, two threads, best file"
 
 
 def peers(args):
-    """Answers of 16 streams, and 16 prompts of LONG tokens, where one token each follows."""
-    found, long = {}, {}
+    """16 streams: prompts and answers, answers alone, and prompts of LONG tokens, where one token
+    each follows."""
+    found, answers, long = {}, {}, {}
+    alone = {"prompt": SHORT, "answer": PROMPT + ANSWER}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         env = {**os.environ, "LD_LIBRARY_PATH": str(args.llama)}
         ports = [50152, 50153]
@@ -153,6 +155,7 @@ def peers(args):
         time.sleep(1)
         rpc = ",".join(f"127.0.0.1:{p}" for p in ports)
         found[RPC] = batched(args, STREAMS, model=args.model, threads=1, rpc=rpc)
+        answers[RPC] = batched(args, STREAMS, model=args.model, threads=1, rpc=rpc, **alone)
         for ubatch in (128, 512):
             long[f"{RPC}, -ub {ubatch}"] = batched(
                 args, STREAMS, model=args.model, threads=1, rpc=rpc, ubatch=ubatch, prompt=LONG,
@@ -160,8 +163,9 @@ def peers(args):
             )  # fmt: skip
     best = args.q4_0 or args.model
     found[ONE] = batched(args, STREAMS, model=best, threads=2)
+    answers[ONE] = batched(args, STREAMS, model=best, threads=2, **alone)
     long[ONE] = batched(args, STREAMS, model=best, threads=2, prompt=LONG, answer=1)
-    return found, long
+    return found, answers, long
 
 
 def everything(result):
@@ -179,7 +183,7 @@ def ours(args):
     with cluster(args, 2) as running:
         two = levels(args, running, [1, STREAMS, 2 * STREAMS])
         answers = bench(
-            args, running, "--concurrency", STREAMS, "--prompt-tokens", 4, "--max-tokens",
+            args, running, "--concurrency", STREAMS, "--prompt-tokens", SHORT, "--max-tokens",
             PROMPT + ANSWER, "--requests", 2,
         )["results"][0]  # fmt: skip
         # Answers of one token end with their prompt: a round of prompts and nothing else.
@@ -234,12 +238,13 @@ def table(report):
 def compare(report):
     """Ratios to each peer."""
     two, answers, prompts = (report[k] for k in ("two stages", "answers", "prompts"))
+    alone = report["llama.cpp, answers alone"]
     answers, prompts = answers["decode_tokens_per_s"], prompts["prefill_tokens_per_s"]
     for name, r in report["llama.cpp"].items():
         print(
             f"against llama.cpp, {name}, {STREAMS} streams: prompts and answers "
             f"{everything(two[STREAMS]) / r['all']:.2f}x; answers alone {answers:.1f} tok/s "
-            f"against {r['decode']:.1f}: {answers / r['decode']:.2f}x"
+            f"against {alone[name]['decode']:.1f}: {answers / alone[name]['decode']:.2f}x"
         )
     for name, r in report["long prompts"].items():
         print(
@@ -293,7 +298,8 @@ def main():
         names = ("one stage", "two stages", "answers", "prompts")
         report = dict(zip(names, ours(args)))
         if args.llama:
-            report["llama.cpp"], report["long prompts"] = peers(args)
+            found = peers(args)
+            report["llama.cpp"], report["llama.cpp, answers alone"], report["long prompts"] = found
         table(report)
         if args.llama:
             compare(report)

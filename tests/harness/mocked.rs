@@ -46,6 +46,8 @@ pub struct Shape {
     pub max_batch_tokens: Option<u32>,
     /// Sequences at once.
     pub max_num_seqs: u32,
+    /// What happens when the stages turn out uneven.
+    pub replan: Replan,
     /// Positions in the KV cache; `None` for 128 per sequence.
     pub kv_cache_tokens: Option<u32>,
 }
@@ -68,6 +70,7 @@ impl Shape {
             micro_batches: MicroBatches::Auto,
             max_batch_tokens: None,
             max_num_seqs: 64,
+            replan: Replan::Off,
             kv_cache_tokens: None,
         }
     }
@@ -299,7 +302,7 @@ fn coordinator_config(shape: &Shape, dir: &Path, model: PathBuf) -> CoordinatorC
         kv_cache_tokens: Some(
             shape.kv_cache_tokens.unwrap_or_else(|| shape.max_num_seqs.max(16) * 128),
         ),
-        replan: Replan::Off,
+        replan: shape.replan,
         ..LimitArgs::default()
     };
     CoordinatorConfig {
