@@ -2,8 +2,10 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use millrace_coordinator::models::{self, ModelError, ModelOptions};
+use millrace_shared::model::ModelFiles;
 use serde::Deserialize;
 
 use crate::error::usage;
@@ -77,14 +79,47 @@ pub(crate) fn model(name: &str) -> anyhow::Result<PathBuf> {
 /// As [`model`], and if it cannot be prepared so.
 pub(crate) fn model_as(name: &str, options: ModelOptions) -> anyhow::Result<PathBuf> {
     let mut progress = models::ConsoleProgress::new();
-    models::resolve_as(name, options, &mut progress).map_err(|e| match e {
+    models::resolve_as(name, options, &mut progress).map_err(failed)
+}
+
+/// [`model`], as its source has it now.
+///
+/// # Errors
+/// As [`model`].
+pub(crate) fn pull(name: &str) -> anyhow::Result<PathBuf> {
+    models::pull(name, &mut models::ConsoleProgress::new()).map_err(failed)
+}
+
+/// The directory of a model; of one that is not on this machine only that is fetched.
+///
+/// # Errors
+/// As [`model`].
+pub(crate) fn header(name: &str) -> anyhow::Result<ModelFiles> {
+    models::header(name, &mut models::ConsoleProgress::new()).map_err(failed)
+}
+
+/// What no other try can mend exits as wrong usage.
+pub(crate) fn failed(error: ModelError) -> anyhow::Error {
+    match error {
         ModelError::Unknown(_)
         | ModelError::NoCache
         | ModelError::Setting { .. }
         | ModelError::NothingToQuantize { .. }
-        | ModelError::NotQuantisable { .. } => usage(e.to_string()),
+        | ModelError::NotQuantisable { .. } => usage(error.to_string()),
         other => other.into(),
-    })
+    }
+}
+
+/// How long ago something was, roughly.
+pub(crate) fn ago(age: Duration) -> String {
+    match age.as_secs() {
+        0..60 => "now".to_owned(),
+        s @ 60..3600 => format!("{} min ago", s / 60),
+        s @ 3600..86_400 => format!("{} h ago", s / 3600),
+        s => {
+            format!("{} days ago", s / 86_400).replacen("1 days", "1 day", usize::from(s < 172_800))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -95,6 +130,15 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), content).unwrap();
         file
+    }
+
+    #[test]
+    fn times_ago() {
+        let hours = |n| ago(Duration::from_hours(n));
+        assert_eq!(ago(Duration::from_secs(59)), "now");
+        assert_eq!(ago(Duration::from_secs(150)), "2 min ago");
+        assert_eq!((hours(5), hours(30)), ("5 h ago".into(), "1 day ago".into()));
+        assert_eq!((hours(48), hours(504)), ("2 days ago".into(), "21 days ago".into()));
     }
 
     #[test]

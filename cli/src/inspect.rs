@@ -1,14 +1,19 @@
-//! `millrace inspect`: what a model file holds. Reads the directory of the file, never the weights,
-//! and also shows files that no engine here can compute with, saying why.
+//! `millrace inspect`: what a model holds, whether it runs, on what, and the memory that takes. Reads
+//! directories, never weights; of a model that is not on this machine only these are fetched. Also
+//! shows files that no engine here can compute with, saying why.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Context;
 use clap::Args;
+use millrace_coordinator::models;
 use millrace_shared::model::gguf::{Array, Gguf, Value};
-use millrace_shared::model::{Description, Dtype, ModelFiles, TensorEntry, TensorType};
+use millrace_shared::model::{Description, ModelFiles, TensorEntry};
 
+use crate::error::usage;
+use crate::inspect_report::{Load, Report, Subject};
+use crate::output::TableOrJson;
 use crate::table::Align::{Left, Right};
 use crate::table::{Table, bytes};
 use crate::{input, output};
@@ -21,52 +26,109 @@ const MAX_ARRAY_ITEMS: usize = 6;
 /// Flags of `inspect`.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Path of a GGUF file or of a model's folder, or catalogue name
+    /// Path of a GGUF file or of a model's folder, catalogue name, or org/name[:file] of the hub; of
+    /// what is not on this machine only the directory is fetched
     #[arg(value_name = "MODEL")]
     model: String,
+    /// Tokens of a stream, for the memory [default: the model's context, at most 4096]
+    #[arg(long, short = 'c', value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
+    /// Streams at once, for the memory
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    concurrency: u32,
+    /// Only what it is, whether it runs and the memory, without lists of keys and tensors
+    #[arg(long, short)]
+    brief: bool,
+    /// Tables for people, or one JSON object
+    #[arg(long, short, default_value = "table")]
+    output: TableOrJson,
 }
 
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
-    let path = input::model(&args.model)?;
-    let gguf = match Description::open(&path).with_context(|| path.display().to_string())? {
-        Description::Gguf(gguf) => *gguf,
-        Description::Folder(path) => return folder(&path),
-    };
-    output::write(format_args!(
-        "{}\nGGUF version {}, {}, {} keys, {} tensors\n\n",
-        path.display(),
-        gguf.version,
-        bytes(gguf.file_len),
-        gguf.metadata.len(),
-        gguf.tensors.len()
-    ))?;
-    output::write(format_args!("{}\n", metadata_table(&gguf)))?;
-    tables(&gguf.tensors)?;
-    let files = ModelFiles::of_gguf(gguf, &path).map_err(|e| e.to_string());
-    output::write(verdict(files.as_ref()))
+    match models::on_this_machine(&args.model).map_err(input::failed)? {
+        Some(path) => here(args, &path),
+        None => {
+            let files = input::header(&args.model)?;
+            let (description, tensors) = (Some(&files.description), &files.tensors[..]);
+            show_all(
+                args,
+                &Subject {
+                    model: &args.model,
+                    path: None,
+                    description,
+                    tensors,
+                    files: Ok(&files),
+                },
+            )
+        }
+    }
 }
 
-fn tables(tensors: &[TensorEntry]) -> anyhow::Result<()> {
-    output::write(format_args!("{}\n", tensor_table(tensors)))?;
-    output::write(format_args!("{}\n", layer_table(tensors)))?;
-    output::write(format_args!("{}\n", type_table(tensors)))
+/// A model on this machine, which may be unusable.
+fn here(args: &InspectArgs, path: &Path) -> anyhow::Result<()> {
+    let description = Description::open(path).with_context(|| path.display().to_string())?;
+    let files = ModelFiles::open(path).map_err(|e| e.to_string());
+    let tensors = match &description {
+        Description::Gguf(gguf) => &gguf.tensors[..],
+        Description::Folder(_) => &[],
+    };
+    show_all(
+        args,
+        &Subject {
+            model: &args.model,
+            path: Some(path.display().to_string()),
+            description: Some(&description),
+            tensors,
+            files: files.as_ref().map_err(String::clone),
+        },
+    )
 }
 
-/// A folder of safetensors files; the names of tensors are GGUF's, as everywhere here.
-fn folder(path: &Path) -> anyhow::Result<()> {
-    let files = match ModelFiles::open(path) {
-        Ok(files) => files,
-        Err(e) => return output::write(verdict(Err(&e.to_string()))),
-    };
-    output::write(format_args!(
-        "{}\n{} safetensors file(s), {} of weights, {} tensors\n\n",
-        path.display(),
-        files.paths.len(),
-        bytes(files.weight_bytes()),
-        files.tensors.len()
-    ))?;
-    tables(&files.tensors)?;
-    output::write(verdict(Ok(&files)))
+fn show_all(args: &InspectArgs, subject: &Subject<'_>) -> anyhow::Result<()> {
+    if let (Some(context), Ok(files)) = (args.context, &subject.files)
+        && context > files.config.context
+    {
+        return Err(usage(format!(
+            "--context {context}: the model was made for at most {} tokens",
+            files.config.context
+        )));
+    }
+    let load = Load { context: args.context, concurrency: args.concurrency };
+    let report = Report::new(subject, load);
+    if args.output == TableOrJson::Json {
+        return output::json(&report);
+    }
+    let name = subject.path.as_deref().unwrap_or(subject.model);
+    match subject.description {
+        Some(Description::Gguf(gguf)) => output::write(format_args!(
+            "{name}\nGGUF version {}, {}, {} keys, {} tensors\n\n",
+            gguf.version,
+            bytes(gguf.file_len),
+            gguf.metadata.len(),
+            gguf.tensors.len()
+        ))?,
+        _ => {
+            let (count, weights, tensors) = subject
+                .files
+                .as_ref()
+                .map_or((0, 0, 0), |f| (f.paths.len(), f.weight_bytes(), f.tensors.len()));
+            output::write(format_args!(
+                "{name}\n{count} safetensors file(s), {} of weights, {tensors} tensors\n\n",
+                bytes(weights)
+            ))?;
+        }
+    }
+    if !args.brief {
+        if let Some(Description::Gguf(gguf)) = subject.description {
+            output::write(format_args!("{}\n", metadata_table(gguf)))?;
+        }
+        let own = || subject.files.as_ref().map_or(subject.tensors, |f| &f.tensors);
+        let listed = if subject.tensors.is_empty() { own() } else { subject.tensors };
+        output::write(format_args!("{}\n", tensor_table(listed)))?;
+        output::write(format_args!("{}\n", layer_table(listed)))?;
+    }
+    output::write(format_args!("{}\n", report.type_table()))?;
+    output::write(report.summary())
 }
 
 fn metadata_table(gguf: &Gguf) -> Table {
@@ -119,75 +181,6 @@ fn layer_table(tensors: &[TensorEntry]) -> Table {
 
 fn layer_of(name: &str) -> Option<u32> {
     name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
-}
-
-fn type_table(tensors: &[TensorEntry]) -> Table {
-    let mut types: BTreeMap<&str, (Option<TensorType>, usize, u64, u64)> = BTreeMap::new();
-    for t in tensors {
-        let entry = types.entry(t.dtype.as_str()).or_default();
-        entry.0 = t.dtype.computed_as();
-        entry.1 += 1;
-        entry.2 += t.elements();
-        entry.3 += t.bytes;
-    }
-    let mut table = Table::new(&[
-        ("type", Left),
-        ("tensors", Right),
-        ("elements", Right),
-        ("bytes", Right),
-        ("engine", Left),
-    ]);
-    for (name, (computed, count, elements, bytes)) in &types {
-        let engine = match computed.map(TensorType::as_str) {
-            Some(own) if own == *name => "cpu".to_owned(),
-            Some(other) => format!("cpu, as {other}"),
-            None => "unsupported".to_owned(),
-        };
-        table.row([
-            (*name).to_owned(),
-            count.to_string(),
-            elements.to_string(),
-            bytes.to_string(),
-            engine,
-        ]);
-    }
-    table
-}
-
-/// Whether Millrace can serve the model, and what a stage of it takes.
-fn verdict(files: Result<&ModelFiles, &String>) -> String {
-    let checked = files
-        .map_err(String::clone)
-        .and_then(|f| f.check_supported_types().map(|()| f).map_err(|e| e.to_string()));
-    let files = match checked {
-        Ok(files) => files,
-        Err(problem) => return format!("Cannot be served: {problem}\n"),
-    };
-    let c = &files.config;
-    let layers: u64 =
-        files.tensors.iter().filter(|t| layer_of(&t.name).is_some()).map(|t| t.bytes).sum();
-    let kv = |dtype| u64::from(c.layers) * c.kv_bytes_per_position(dtype);
-    let window = match &c.features.window {
-        Some(window) => format!(", window {}", window.size),
-        None => String::new(),
-    };
-    format!(
-        "Can be served, on the CPU engine: family {}, {} layers of width {}, {} heads over {} key-value heads of {}, feed-forward {}, vocabulary {}, context {}{window}.\nMemory: {} a layer, {} for what is in no layer; KV cache of one stream at {} tokens: {} in f16, {} in int8.\n",
-        c.family.as_str(),
-        c.layers,
-        c.hidden,
-        c.heads,
-        c.kv_heads,
-        c.head_dim,
-        c.ffn,
-        c.vocab,
-        c.context,
-        bytes(layers / u64::from(c.layers)),
-        bytes(files.weight_bytes() - layers),
-        c.context,
-        bytes(kv(Dtype::F16) * u64::from(c.context)),
-        bytes(kv(Dtype::Int8) * u64::from(c.context)),
-    )
 }
 
 /// At most [`MAX_STRING_CHARS`], control characters escaped: files are not to drive the terminal.

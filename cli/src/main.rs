@@ -9,11 +9,14 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod cache;
 mod error;
 mod eval;
 mod generate;
 mod input;
 mod inspect;
+mod inspect_report;
+mod kept;
 mod nodes;
 mod output;
 mod plan;
@@ -42,9 +45,11 @@ Examples:
   millrace plan --model M.gguf --nodes 3xh100-80g     which machines a model needs
   millrace nodes cordon gpu-2                         move the layers off a node, requests go on
   millrace inspect ./model.gguf                       what a model file holds
+  millrace pull Qwen/Qwen3-0.6B-GGUF                  fetch a model of the Hugging Face hub
   millrace quantize ./f16.gguf ./q8.gguf --type q8_0  a smaller copy of a model file
 
-MODEL is the path of a GGUF file or a catalogue name such as smollm2:135m. Commands that talk to a
+MODEL is the path of a GGUF file or of a model's folder, a catalogue name such as smollm2:135m
+('millrace list' shows all), or org/name[@revision][:file] of the Hugging Face hub. Commands that talk to a
 running cluster find it by --cluster FILE, $MILLRACE_CLUSTER, or client.toml in $MILLRACE_DIR.
 Exit status: 0 clean, 1 failure, 2 wrong usage or configuration, 130 interrupted.";
 
@@ -69,8 +74,15 @@ enum Command {
     /// Judge a model: likelihood of a text, or logits
     #[command(subcommand)]
     Eval(eval::EvalCommand),
-    /// Fetch a model of the catalogue and print its path
+    /// Fetch a model of the catalogue or of the Hugging Face hub and print its path
     Pull(pull::PullArgs),
+    /// List the models on this machine, and those of the catalogue
+    List(kept::ListArgs),
+    /// Remove a fetched model
+    Rm(kept::RmArgs),
+    /// What the cache folder holds, and removing what is not needed
+    #[command(subcommand)]
+    Cache(cache::CacheCommand),
     /// Show the metadata, tensors and layers of a model file
     Inspect(inspect::InspectArgs),
     /// Plan a cluster for a model: who holds what, how fast, what would help
@@ -105,6 +117,9 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Eval(command) => eval::run(command).await,
         Command::Pull(args) => pull::run(&args),
+        Command::List(args) => kept::list(&args),
+        Command::Rm(args) => kept::remove(&args),
+        Command::Cache(command) => cache::run(&command),
         Command::Inspect(args) => inspect::run(&args),
         Command::Plan(args) => plan::run(*args).await,
         Command::Quantize(args) => quantize::run(*args).await,

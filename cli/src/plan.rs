@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use millrace_coordinator::models::{self, ModelError};
 use millrace_coordinator::plan::best;
 use millrace_coordinator::plan::cluster::{Described, describe, parse, read, to_text};
 use millrace_coordinator::plan::costs::ModelParts;
@@ -14,11 +13,12 @@ use millrace_coordinator::plan::kinds;
 use millrace_coordinator::plan::pins::bind;
 use millrace_coordinator::plan::report::{PlanReport, Question};
 use millrace_shared::cluster_file::ClusterFile;
-use millrace_shared::model::{Dtype, ModelConfig, ModelFiles};
+use millrace_shared::model::{Dtype, ModelConfig};
 use millrace_shared::options::{DEFAULT_PREFILL_CHUNK, Pin, kv_dtype};
 use millrace_shared::partition::{Goal, PartitionError, Problem, Promise, Wish};
 
 use crate::error::usage;
+use crate::input;
 use crate::output::{self, TableOrJson};
 use crate::target;
 
@@ -46,7 +46,8 @@ const USUAL_CONTEXT: u32 = 4096;
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct PlanArgs {
-    /// Path of a GGUF file or catalogue name; only its header is read
+    /// Path of a GGUF file or of a model's folder, catalogue name, or org/name[:file] of the hub; only
+    /// its header is read
     #[arg(long, short, value_name = "MODEL")]
     model: String,
     /// The cluster's description, or 'live' for the running cluster
@@ -122,7 +123,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         std::fs::write(path, to_text(&file))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    let files = header(&args.model)?;
+    let files = input::header(&args.model)?;
     files.check_supported_types().with_context(|| args.model.clone())?;
     let parts = ModelParts { config: &files.config, tensors: &files.tensors };
     let mut described = describe(&file, &parts).map_err(usage)?;
@@ -144,16 +145,6 @@ async fn cluster(args: &PlanArgs) -> anyhow::Result<ClusterFile> {
         (None, Some(path)) => read(path.as_ref()).map_err(|e| usage(format!("--cluster: {e}"))),
         (None, None) => Err(usage("give --cluster FILE, --cluster live or --nodes KINDS")),
     }
-}
-
-fn header(model: &str) -> anyhow::Result<ModelFiles> {
-    let mut progress = models::ConsoleProgress::new();
-    models::header(model, &mut progress).map_err(|e| match e {
-        ModelError::Unknown(_) | ModelError::NoCache | ModelError::Setting { .. } => {
-            usage(e.to_string())
-        }
-        other => other.into(),
-    })
 }
 
 /// Pins nodes; here, where all nodes are known, each name must be one of theirs.

@@ -7,7 +7,8 @@ use std::io::{BufRead, IsTerminal, Write};
 
 use clap::Args;
 use millrace_coordinator::models::ModelOptions;
-use millrace_shared::options::EngineOptions;
+use millrace_engine::cache::set_limit;
+use millrace_shared::options::{CacheOptions, EngineOptions};
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::rpc::{
     ChatMessage, FinishReason, GenerateEvent, GenerateRequest, Prompt,
@@ -24,7 +25,7 @@ use crate::target::Session;
 /// Flags of `run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// Path of a GGUF file or catalogue name, for example smollm2:135m
+    /// GGUF file, folder of a model, catalogue name such as smollm2:135m, or org/name[:file] of the hub
     #[arg(value_name = "MODEL")]
     model: String,
     /// What to ask; without it, a chat begins
@@ -47,10 +48,13 @@ pub(crate) struct RunArgs {
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
+    cache: CacheOptions,
+    #[command(flatten)]
     engine: EngineOptions,
 }
 
 pub(crate) async fn run(args: RunArgs) -> anyhow::Result<()> {
+    args.cache.cache_limit.into_iter().for_each(set_limit);
     let stages = serving::stages(args.stages, &args.engine, serving::DEFAULT_STAGES)?;
     let mut options =
         serving::private_cluster(&args.model, args.model_options, stages, &args.engine)?;

@@ -23,7 +23,8 @@ use crate::{output, serving};
 /// A model to start here, or a running cluster.
 #[derive(Debug, Args)]
 pub(crate) struct TargetArgs {
-    /// Start a cluster in this process with this model: a path of a GGUF file or catalogue name
+    /// Start a cluster in this process with this model: a GGUF file, a model's
+    /// folder, a catalogue name, or org/name[:file] of the hub
     #[arg(
         long,
         short,

@@ -12,7 +12,8 @@ use millrace_coordinator::config::{DEFAULT_HTTP_PORT, DEFAULT_MAX_NUM_SEQS, DEFA
 use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::paste::paste_lines;
 use millrace_coordinator::state::CLIENT_FILE;
-use millrace_shared::options::EngineOptions;
+use millrace_engine::cache::set_limit;
+use millrace_shared::options::{CacheOptions, EngineOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::error::{Interrupted, usage};
@@ -22,7 +23,7 @@ use crate::{output, serving};
 /// Flags of `up`.
 #[derive(Debug, Args)]
 pub(crate) struct UpArgs {
-    /// Path of a GGUF file or catalogue name, for example smollm2:135m
+    /// GGUF file, folder of a model, catalogue name such as smollm2:135m, or org/name[:file] of the hub
     #[arg(long, short, value_name = "MODEL")]
     model: String,
     /// Name of the model in requests [default: its catalogue name, or that of the file]
@@ -44,6 +45,8 @@ pub(crate) struct UpArgs {
     model_options: ModelOptions,
     #[command(flatten)]
     network: NetworkArgs,
+    #[command(flatten)]
+    cache: CacheOptions,
     #[command(flatten)]
     engine: EngineOptions,
 }
@@ -69,6 +72,7 @@ struct NetworkArgs {
 }
 
 pub(crate) async fn run(args: UpArgs) -> anyhow::Result<()> {
+    args.cache.cache_limit.into_iter().for_each(set_limit);
     let dir = args.network.dir.resolve()?;
     let options = options(&args, dir.clone())?;
     let name = options.model_name.clone();

@@ -6,16 +6,17 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use clap::{Args, Parser, Subcommand};
+use millrace_engine::cache::set_limit;
 use millrace_net::telemetry::LogFormat;
 use millrace_shared::dirs;
 use millrace_shared::names::env;
-use millrace_shared::options::{EngineOptions, Pin, Replan};
+use millrace_shared::options::{CacheOptions, EngineOptions, Pin, Replan};
 
 use crate::config::{
     Config, DEFAULT_CLUSTER_PORT, DEFAULT_HTTP_PORT, DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_WAITING,
     DEFAULT_QUIC_PORT, DEFAULT_RECOVERY_SECONDS, host_port, own_address,
 };
-use crate::models::{ConsoleProgress, ModelOptions, resolve_as};
+use crate::models::{ConsoleProgress, HubName, ModelOptions, resolve_as};
 use crate::plan::Deployment;
 use crate::state::{ClusterDir, unix_now};
 
@@ -94,7 +95,7 @@ pub struct InitArgs {
 pub struct ServeArgs {
     #[command(flatten)]
     dir: DirArg,
-    /// Model: the path of a GGUF file or a catalogue name
+    /// Model: a GGUF file, a model's folder, a catalogue name, or org/name[:file] of the hub
     #[arg(long, short, value_name = "MODEL")]
     model: String,
     /// Name that clients use [default: the model's name]
@@ -129,6 +130,8 @@ pub struct ServeArgs {
     model_options: ModelOptions,
     #[command(flatten)]
     limits: LimitArgs,
+    #[command(flatten)]
+    cache: CacheOptions,
     #[command(flatten)]
     engine: EngineOptions,
 }
@@ -216,6 +219,7 @@ impl ServeArgs {
             (stages, _) => stages,
         };
         let dir = self.dir.resolve()?;
+        self.cache.cache_limit.into_iter().for_each(set_limit);
         let model = resolve_as(&self.model, self.model_options, &mut ConsoleProgress::new())?;
         Ok(Config {
             dir,
@@ -236,16 +240,17 @@ impl ServeArgs {
     }
 }
 
-/// The name that clients use: as given, else the catalogue name, else the file's stem.
+/// The name that clients use: as given, else the name of the file without its ending or of the
+/// folder, else that of the hub's repository, else the catalogue's.
 pub fn served_name(model: &str, given: Option<&str>) -> String {
-    let stem = || {
-        let path = std::path::Path::new(model);
-        match path.extension() {
-            Some(_) => path.file_stem().map(|s| s.to_string_lossy().into_owned()),
-            None => None,
-        }
-    };
-    given.map(str::to_owned).or_else(stem).unwrap_or_else(|| model.to_owned())
+    let path = std::path::Path::new(model);
+    let text = |s: &std::ffi::OsStr| s.to_string_lossy().into_owned();
+    let is_weights = |e: &std::ffi::OsStr| e == "gguf" || e == "safetensors";
+    let stem = || path.file_stem().filter(|_| path.extension().is_some_and(is_weights)).map(text);
+    let folder = || path.file_name().filter(|_| path.exists()).map(text);
+    let repo = || HubName::parse(model).map(|name| name.repo);
+    let name = given.map(str::to_owned).or_else(stem).or_else(folder).or_else(repo);
+    name.unwrap_or_else(|| model.to_owned())
 }
 
 /// Commands about join tokens.

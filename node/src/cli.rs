@@ -5,12 +5,13 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, anyhow};
 use clap::{Args, Parser, Subcommand};
+use millrace_engine::cache::set_limit;
 use millrace_net::join::JoinToken;
 use millrace_net::telemetry::LogFormat;
 use millrace_shared::dirs;
 use millrace_shared::model::Dtype;
 use millrace_shared::names::env;
-use millrace_shared::options::{EngineOptions, MicroBatches};
+use millrace_shared::options::{CacheOptions, EngineOptions, MicroBatches, byte_size};
 
 use crate::config::{Config, DEFAULT_PORT};
 use crate::hardware::Hardware;
@@ -72,29 +73,16 @@ pub struct RunArgs {
     #[arg(long, value_name = "PATH", help_heading = "Resources")]
     weights: Option<PathBuf>,
     /// Most memory to use, for example 8GiB [default: what is available]
-    #[arg(long, value_name = "BYTES", value_parser = bytes, help_heading = "Resources")]
+    #[arg(long, value_name = "BYTES", value_parser = byte_size, help_heading = "Resources")]
     memory: Option<u64>,
+    #[command(flatten)]
+    cache: CacheOptions,
     #[command(flatten)]
     engine: EngineOptions,
 }
 
-fn bytes(s: &str) -> Result<u64, String> {
-    let wrong = || format!("'{s}' is not a size such as 8GiB, 512MiB or 1000000");
-    let unit_at = s.find(|c: char| !c.is_ascii_digit()).unwrap_or(s.len());
-    let n: u64 = s[..unit_at].parse().map_err(|_| wrong())?;
-    let scale = match s[unit_at..].trim() {
-        "" | "B" => 1,
-        "KiB" | "K" => 1 << 10,
-        "MiB" | "M" => 1 << 20,
-        "GiB" | "G" => 1 << 30,
-        "TiB" | "T" => 1_u64 << 40,
-        _ => return Err(wrong()),
-    };
-    n.checked_mul(scale).filter(|&b| b > 0).ok_or_else(wrong)
-}
-
 impl RunArgs {
-    /// Validates.
+    /// Validates, and sets what the cache may hold.
     ///
     /// # Errors
     /// If the token is malformed, or no folder can be found.
@@ -109,6 +97,7 @@ impl RunArgs {
         let cache = dirs::cache(&lookup)
             .ok_or_else(|| anyhow!("set MILLRACE_CACHE to a folder: $HOME is not set"))?;
         let token = self.token.map(|t| t.parse::<JoinToken>().context("--token")).transpose()?;
+        self.cache.cache_limit.into_iter().for_each(set_limit);
         self.engine.warn_foreign();
         let given = |dtype: Dtype, default: Dtype| (dtype != default).then_some(dtype);
         let defaults = EngineOptions::default();
@@ -157,19 +146,5 @@ impl WarnForeign for EngineOptions {
                 tracing::warn!("{flag} is the coordinator's to decide: it has no effect on a node");
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes() {
-        assert_eq!(bytes("8GiB"), Ok(8 << 30));
-        assert_eq!(bytes("1000"), Ok(1000));
-        assert!(bytes("many").is_err());
-        assert!(bytes("0").is_err());
-        assert!(bytes("99999999999999TiB").is_err());
     }
 }

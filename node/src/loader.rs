@@ -6,10 +6,11 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use millrace_engine::TensorSource;
-use millrace_engine::cache::KnownHashes;
+use millrace_engine::cache::{Cache, InUse, KnownHashes};
 use millrace_net::{Connection, MessageReceiver, MessageSender, NetError};
 use millrace_shared::model::{ModelFiles, TensorEntry};
 use millrace_shared::wire::control::{BlobRequest, BlobResponse, LoadReport};
@@ -57,15 +58,18 @@ pub struct Loader {
     folder: PathBuf,
     cache: PathBuf,
     connection: Connection,
+    /// Keeps the tensors of the cache from being removed before the engine has them.
+    held: OnceLock<InUse>,
 }
 
 impl Loader {
     /// A loader that asks the coordinator on `connection` last.
     pub fn new(weights: Option<PathBuf>, cache: &Path, connection: Connection) -> Self {
-        Self { weights, folder: cache.to_owned(), cache: cache.join("tensors"), connection }
+        let (folder, cache, held) = (cache.to_owned(), cache.join("tensors"), OnceLock::new());
+        Self { weights, folder, cache, connection, held }
     }
 
-    /// Makes every tensor available; `progress` gets the bytes done so far.
+    /// Makes every tensor available, as long as this lives; `progress` gets the bytes done so far.
     ///
     /// # Errors
     /// If one cannot be had from anywhere.
@@ -76,6 +80,9 @@ impl Loader {
     ) -> Result<(Vec<TensorSource>, LoadReport), FetchError> {
         let started = Instant::now();
         let mut report = LoadReport::default();
+        let cache = Cache::new(&self.folder);
+        let files: Vec<PathBuf> = tensors.iter().map(|t| self.cache.join(hex(&t.hash))).collect();
+        self.held.get_or_init(|| cache.hold(&files));
         let mut sources = self.local(tensors, &mut report).await?;
         let mut done = report.from_file + report.from_cache;
         progress(done);
@@ -87,6 +94,12 @@ impl Loader {
                 progress(done);
             }
         }
+        let fetched = report.from_coordinator;
+        self.apart(move || {
+            cache.tidy(fetched);
+            Ok(())
+        })
+        .await?;
         report.seconds = started.elapsed().as_secs_f64();
         Ok((sources.into_iter().flatten().collect(), report))
     }

@@ -27,6 +27,26 @@ pub fn data(env: Lookup<'_>) -> Option<PathBuf> {
     xdg(env, names::env::DIR, "XDG_DATA_HOME", ".local/share")
 }
 
+fn set(env: Lookup<'_>, name: &str) -> Option<PathBuf> {
+    env(name).filter(|v| !v.is_empty()).map(PathBuf::from)
+}
+
+/// The folder of Hugging Face's own tools: `$HF_HOME`, else `huggingface` in the XDG cache folder.
+fn hugging_face(env: Lookup<'_>) -> Option<PathBuf> {
+    let cache = || set(env, "XDG_CACHE_HOME").or_else(|| Some(set(env, "HOME")?.join(".cache")));
+    set(env, names::env::HF_HOME).or_else(|| Some(cache()?.join("huggingface")))
+}
+
+/// Where these tools keep models: `$HF_HUB_CACHE`, else `hub` in their folder.
+pub fn hugging_face_hub(env: Lookup<'_>) -> Option<PathBuf> {
+    set(env, names::env::HF_HUB_CACHE).or_else(|| Some(hugging_face(env)?.join("hub")))
+}
+
+/// Where they keep the token: `$HF_TOKEN_PATH`, else `token` in their folder.
+pub fn hugging_face_token(env: Lookup<'_>) -> Option<PathBuf> {
+    set(env, names::env::HF_TOKEN_PATH).or_else(|| Some(hugging_face(env)?.join("token")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -51,5 +71,20 @@ mod tests {
         };
         assert_eq!(cache(&relative), Some("/h/.cache/millrace".into()));
         assert_eq!(cache(&|_| None), None);
+    }
+
+    #[test]
+    fn folders_of_hugging_face() {
+        let home = |name: &str| (name == "HOME").then(|| OsString::from("/h"));
+        assert_eq!(hugging_face_hub(&home), Some("/h/.cache/huggingface/hub".into()));
+        assert_eq!(hugging_face_token(&home), Some("/h/.cache/huggingface/token".into()));
+        let own = |name: &str| match name {
+            "HF_HOME" => Some(OsString::from("/f")),
+            "HF_HUB_CACHE" => Some(OsString::from("/g")),
+            _ => None,
+        };
+        assert_eq!(hugging_face_hub(&own), Some("/g".into()));
+        assert_eq!(hugging_face_token(&own), Some("/f/token".into()));
+        assert_eq!(hugging_face_hub(&|_| None), None);
     }
 }

@@ -12,6 +12,18 @@ pub mod env {
     pub const HUB_URL: &str = "MILLRACE_HUB_URL";
     /// The same, as Hugging Face's own tools name it.
     pub const HF_ENDPOINT: &str = "HF_ENDPOINT";
+    /// Folder where Hugging Face's own tools keep what they fetch.
+    pub const HF_HUB_CACHE: &str = "HF_HUB_CACHE";
+    /// Folder of Hugging Face's own tools.
+    pub const HF_HOME: &str = "HF_HOME";
+    /// Token of an account that may read gated models.
+    pub const HF_TOKEN: &str = "HF_TOKEN";
+    /// File with that token.
+    pub const HF_TOKEN_PATH: &str = "HF_TOKEN_PATH";
+    /// 1 asks nothing of the hub.
+    pub const HF_HUB_OFFLINE: &str = "HF_HUB_OFFLINE";
+    /// Bytes that the cache folder may hold (`--cache-limit`).
+    pub const CACHE_LIMIT: &str = "MILLRACE_CACHE_LIMIT";
     /// State folder of a coordinator or node (`--dir`).
     pub const DIR: &str = "MILLRACE_DIR";
     /// API key of a client.

@@ -158,6 +158,36 @@ pub fn activation_dtype(s: &str) -> Result<Dtype, String> {
     }
 }
 
+/// Bytes from a flag: `20G`, `512MiB`, `1000000`; units are powers of 1024.
+///
+/// # Errors
+/// If it is no such size, or nothing.
+pub fn byte_size(s: &str) -> Result<u64, String> {
+    let wrong = || format!("'{s}' is not a size such as 8GiB, 512MiB or 1000000");
+    let unit_at = s.find(|c: char| !c.is_ascii_digit()).unwrap_or(s.len());
+    let n: u64 = s[..unit_at].parse().map_err(|_| wrong())?;
+    let scale = match s[unit_at..].trim() {
+        "" | "B" => 1,
+        "KiB" | "K" => 1 << 10,
+        "MiB" | "M" => 1 << 20,
+        "GiB" | "G" => 1 << 30,
+        "TiB" | "T" => 1_u64 << 40,
+        _ => return Err(wrong()),
+    };
+    n.checked_mul(scale).filter(|&b| b > 0).ok_or_else(wrong)
+}
+
+/// How much a program keeps in the cache folder.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "clap", derive(clap::Args))]
+pub struct CacheOptions {
+    /// Most bytes of the cache folder, such as 20G: fetched models and tensors, packed weights and
+    /// quantised copies together; the longest unused go first, nothing that is in use
+    /// [default: what was fetched stays, at least 32 GiB of the rest]
+    #[cfg_attr(feature = "clap", arg(long, value_name = "SIZE", env = crate::names::env::CACHE_LIMIT, value_parser = byte_size, help_heading = "Resources"))]
+    pub cache_limit: Option<u64>,
+}
+
 /// `on` or `off` from a flag.
 ///
 /// # Errors
@@ -245,6 +275,16 @@ mod tests {
         assert_eq!((auto_off("auto"), auto_off("off")), (Ok(true), Ok(false)));
         assert!(on_off("true").is_err_and(|e| e.contains("'on' nor 'off'")));
         assert!(auto_off("on").is_err_and(|e| e.contains("'auto' nor 'off'")));
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(byte_size("8GiB"), Ok(8 << 30));
+        assert_eq!(byte_size("20G"), Ok(20 << 30));
+        assert_eq!(byte_size("1000"), Ok(1000));
+        for bad in ["many", "0", "", "99999999999999TiB", "1.5G"] {
+            assert!(byte_size(bad).is_err_and(|e| e.contains("such as 8GiB")), "{bad}");
+        }
     }
 
     #[test]

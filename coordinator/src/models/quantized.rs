@@ -5,17 +5,17 @@
 //! made once, never stale, and shared by every path to the same content. It is the file that is
 //! served: nodes fetch its bytes, and its hash is part of the numerics id. Matrices that are
 //! quantised already are never quantised again here. Making a copy removes others that were not
-//! used for long, by the rule of all kept files ([`prune`]).
+//! used for long, by the rule of all kept files ([`Cache::tidy`]).
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use millrace_engine::cache::{KnownHashes, mark_used, prune};
+use millrace_engine::cache::{Cache, KnownHashes};
 use millrace_engine::quantize::{self, Options, Plan, REVISION, Requantise};
 use millrace_shared::model::{Description, TensorType};
 
-use super::resolve::{lock, sweep};
+use super::resolve::{keep_in_use, lock, sweep};
 use super::{ModelError, Progress, cache_dir, resolve};
 
 /// Types that a model can be given on load.
@@ -76,9 +76,9 @@ pub fn quantized(
     let name = to.as_str().to_ascii_lowercase();
     let hash = content(source, cache, progress).map_err(ModelError::io("read", source))?;
     let target = folder.join(format!("{}-{name}-r{REVISION}.{SUFFIX}", &hash.to_hex()[..32]));
+    keep_in_use(cache, &target);
     // Only whole files have this name.
     if target.exists() {
-        mark_used(&target);
         return Ok(target);
     }
     fs::create_dir_all(&folder).map_err(ModelError::io("create", &folder))?;
@@ -87,7 +87,7 @@ pub fn quantized(
         return Ok(target);
     }
     if lock.is_some() {
-        sweep(&folder);
+        sweep(&folder, None);
     }
     progress.begin(&format!("quantising the model to {name}"), Some(plan.source_bytes()));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -95,7 +95,7 @@ pub fn quantized(
     progress.end();
     written?;
     let bytes = fs::metadata(&target).map_or(0, |meta| meta.len());
-    prune(&folder, SUFFIX, std::slice::from_ref(&target), bytes);
+    Cache::new(cache).tidy(bytes);
     drop(lock);
     Ok(target)
 }

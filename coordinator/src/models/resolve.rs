@@ -1,17 +1,35 @@
-//! From what a user typed to a file: a path as it is, or a name by way of the cache.
+//! From what a user typed to a file: a path as it is, or a name of the catalogue or the hub by way of
+//! the cache.
 //!
 //! One process at a time fetches a model (an advisory lock; where the file system has none, each
 //! fetches for itself and the last rename wins, which is harmless: the files are equal).
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
+use millrace_engine::cache::{Cache, InUse};
 use millrace_shared::dirs;
 use millrace_shared::model::model_folder;
 use millrace_shared::names::env;
 
 use super::catalogue::{CATALOGUE, CatalogueEntry, find};
+use super::hub::{self, HubName};
 use super::{ModelError, Progress, fetch};
+
+/// First wait before a busy hub is asked again; each further one is twice as long.
+const RETRY_WAIT: Duration = Duration::from_secs(1);
+
+/// A secret that no log shows.
+#[derive(Clone)]
+pub struct Token(pub String);
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(a token)")
+    }
+}
 
 /// Where models come from and where they go.
 #[derive(Clone, Debug)]
@@ -24,6 +42,14 @@ pub struct Settings {
     pub source: Option<fetch::Source>,
     /// Commands that may be pip, best first.
     pub pip: Vec<Vec<String>>,
+    /// Folders where Hugging Face's own tools keep what they fetched.
+    pub hub_caches: Vec<PathBuf>,
+    /// What the hub is shown by those who may read gated models.
+    pub token: Option<Token>,
+    /// Nothing is asked of the hub.
+    pub offline: bool,
+    /// First wait before a busy hub is asked again.
+    pub retry_wait: Duration,
 }
 
 impl Settings {
@@ -47,12 +73,23 @@ impl Settings {
                 });
             }
         };
+        let lookup = |name: &str| std::env::var_os(name);
+        let from_file = || {
+            let path = dirs::hugging_face_token(&lookup)?;
+            let token = fs::read_to_string(path).ok()?.trim().to_owned();
+            (!token.is_empty()).then_some(token)
+        };
+        let offline = text(env::HF_HUB_OFFLINE).map(|v| v.to_ascii_lowercase());
         let command = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect();
         Ok(Self {
             cache: cache_dir()?,
             hub_url: hub_url.trim_end_matches('/').to_owned(),
             source,
             pip: vec![command(&["python3", "-m", "pip"]), command(&["pip3"]), command(&["pip"])],
+            hub_caches: dirs::hugging_face_hub(&lookup).into_iter().collect(),
+            token: text(env::HF_TOKEN).or_else(from_file).map(Token),
+            offline: offline.is_some_and(|v| matches!(v.as_str(), "1" | "true" | "yes" | "on")),
+            retry_wait: RETRY_WAIT,
         })
     }
 }
@@ -65,8 +102,8 @@ pub fn cache_dir() -> Result<PathBuf, ModelError> {
     dirs::cache(&|name| std::env::var_os(name)).ok_or(ModelError::NoCache)
 }
 
-/// The file of a model (or its folder): a path as it is, or a name of the [`CATALOGUE`] from the cache, fetched if
-/// it is not there. Blocks.
+/// The file of a model (or its folder): a path as it is, or a name of the [`CATALOGUE`] or of the hub
+/// (`org/name[@revision][:file]`) from this machine, fetched if it is not there. Blocks.
 ///
 /// # Errors
 /// If there is no such file or name, or no source gives the file with the right hash.
@@ -74,7 +111,46 @@ pub fn resolve(model: &str, progress: &mut dyn Progress) -> Result<PathBuf, Mode
     if let Some(path) = existing(model)? {
         return Ok(path);
     }
-    resolve_with(CATALOGUE, model, &Settings::from_env()?, progress)
+    let settings = Settings::from_env()?;
+    let path = resolve_with(CATALOGUE, model, &settings, progress)?;
+    keep_in_use(&settings.cache, &path);
+    Cache::new(&settings.cache).tidy(0);
+    Ok(path)
+}
+
+/// Keeps a file or folder of the cache from being removed by anybody until this process ends: what
+/// a command resolves it uses to its end.
+pub(super) fn keep_in_use(cache: &Path, path: &Path) {
+    static HELD: Mutex<Vec<InUse>> = Mutex::new(Vec::new());
+    let held = Cache::new(cache).hold(&[path.to_owned()]);
+    HELD.lock().unwrap_or_else(PoisonError::into_inner).push(held);
+}
+
+/// As [`resolve`], but what the hub has now goes before what is on this machine. Blocks.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn pull(model: &str, progress: &mut dyn Progress) -> Result<PathBuf, ModelError> {
+    let settings = Settings::from_env()?;
+    let path = pull_with(model, &settings, progress)?;
+    keep_in_use(&settings.cache, &path);
+    Cache::new(&settings.cache).tidy(0);
+    Ok(path)
+}
+
+/// [`pull`] with other places.
+///
+/// # Errors
+/// As [`pull`].
+pub fn pull_with(
+    model: &str,
+    settings: &Settings,
+    progress: &mut dyn Progress,
+) -> Result<PathBuf, ModelError> {
+    match (existing(model)?, hub_name(CATALOGUE, model)) {
+        (None, Some(name)) => hub::fetch(&name, settings, progress),
+        _ => resolve_with(CATALOGUE, model, settings, progress),
+    }
 }
 
 /// [`resolve`] with another catalogue and other places.
@@ -90,23 +166,46 @@ pub fn resolve_with(
     if let Some(path) = existing(model)? {
         return Ok(path);
     }
+    if let Some(name) = hub_name(catalogue, model) {
+        return match hub::on_this_machine(&name, settings) {
+            Some(path) => Ok(path),
+            None => hub::fetch(&name, settings, progress),
+        };
+    }
     let entry = find(catalogue, model).map_err(ModelError::Unknown)?;
+    if let Some(path) = fetched(entry, settings) {
+        return Ok(path);
+    }
     let target = target_of(entry, settings);
     let folder = target.parent().unwrap_or(&settings.cache).to_owned();
-    if is_complete(&target, entry) {
-        return Ok(target);
-    }
     fs::create_dir_all(&folder).map_err(ModelError::io("create", &folder))?;
     let lock = lock(&folder, progress)?;
     if is_complete(&target, entry) {
         return Ok(target);
     }
     if lock.is_some() {
-        sweep(&folder);
+        sweep(&folder, Some(&hub::part_of(&target)));
     }
     fetch::fetch(entry, settings, &folder, &target, progress)?;
     drop(lock);
     Ok(target)
+}
+
+/// What a text names of the hub, where it is no name of the catalogue.
+pub(super) fn hub_name(catalogue: &[CatalogueEntry], model: &str) -> Option<HubName> {
+    let known = catalogue.iter().any(|e| e.name == model);
+    HubName::parse(model).filter(|_| !known)
+}
+
+/// A catalogue model on this machine: fetched here, or by Hugging Face's own tools.
+pub(super) fn fetched(entry: &CatalogueEntry, settings: &Settings) -> Option<PathBuf> {
+    let target = target_of(entry, settings);
+    if is_complete(&target, entry) {
+        return Some(target);
+    }
+    let source = entry.hub?;
+    let found = |root| hub::by_hash(root, source.repo, source.file, entry.sha256, entry.bytes);
+    settings.hub_caches.iter().find_map(|root| found(root))
 }
 
 /// The place of a model in the cache. Another content has another folder, so a file that is there
@@ -147,11 +246,11 @@ pub(super) fn lock(folder: &Path, progress: &mut dyn Progress) -> Result<Option<
     Ok(locked.ok().map(|()| file))
 }
 
-/// Removes what processes that were killed left behind; only under the lock.
-pub(super) fn sweep(folder: &Path) {
+/// Removes what processes that were killed left behind, but `resumable`; only under the lock.
+pub(super) fn sweep(folder: &Path, resumable: Option<&Path>) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
-        if path.extension().is_some_and(|e| e == "part") {
+        if path.extension().is_some_and(|e| e == "part") && Some(path.as_path()) != resumable {
             // What cannot be removed does no harm.
             let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         }

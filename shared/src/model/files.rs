@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use super::folder::{self, FolderError};
-use super::gguf::{Gguf, GgufError};
+use super::gguf::{Gguf, GgufError, Value};
 use super::{ModelConfig, TensorEntry, TensorType};
 
 /// Why there is no model at a path.
@@ -77,6 +77,15 @@ impl ModelFiles {
     /// # Errors
     /// If it is no sound model of a known family.
     pub fn of_gguf(gguf: Gguf, path: &Path) -> Result<Self, GgufError> {
+        let parts = gguf.metadata.get("split.count").and_then(Value::as_u64).unwrap_or(1);
+        if parts > 1 {
+            return Err(GgufError::BadValue {
+                key: "split.count".to_owned(),
+                problem: format!(
+                    "the model is split into {parts} files, which are not read as one; join them with 'llama-gguf-split --merge FIRST.gguf WHOLE.gguf'"
+                ),
+            });
+        }
         let config = gguf.config()?;
         let tensors = super::split::split(&config, gguf.tensors.clone())
             .map_err(|(tensor, problem)| GgufError::Tensor { tensor, problem })?;

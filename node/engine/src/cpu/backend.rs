@@ -19,6 +19,7 @@ use super::pool::Pool;
 use super::rope::Rope;
 use super::store::{Saver, Store};
 use super::tensor::Tensor;
+use crate::cache::InUse;
 use crate::model::{Backend, BlockTables, LoadedParts, Piece, Source, Span};
 use crate::{Isa, LoadError, LoadedStage, PackingReport, TopLogits};
 
@@ -59,6 +60,7 @@ pub struct CpuBackend {
     packing: PackingReport,
     /// Keeps packed weights.
     saver: Option<Saver>,
+    held: InUse,
 }
 
 impl CpuBackend {
@@ -75,6 +77,7 @@ impl CpuBackend {
             weight_bytes: 0,
             packing: PackingReport::default(),
             saver: None,
+            held: InUse::default(),
         }
     }
 
@@ -170,6 +173,7 @@ impl Backend for CpuBackend {
         self.weight_bytes += loaded.bytes;
         self.packing = loaded.report;
         self.saver = loaded.saver;
+        self.held = loaded.held;
         Ok(loaded.parts)
     }
 

@@ -1,5 +1,6 @@
 //! [`CpuEngine`]: the engine seam over [`Decoder`] and [`CpuBackend`].
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use millrace_shared::model::{ModelConfig, StageTensors, TensorEntry, stage_tensors};
@@ -10,7 +11,9 @@ use super::backend::CpuBackend;
 use super::kernels::best::Best;
 use super::kernels::{group_rows, paged};
 use super::pack::{Layout, kind_of};
+use super::store::cache_of;
 use super::{memory, numerics_revision, profile};
+use crate::cache::InUse;
 use crate::model::weights::Sources;
 use crate::model::{Batch, BlockTables, Decoder, Source, TOP_ROWS};
 use crate::{
@@ -30,6 +33,8 @@ pub struct CpuEngine {
     stage: Option<Stage>,
     /// Of stages loaded before.
     busy: Duration,
+    /// Keeps the files of the stage's tensors from being removed.
+    held: InUse,
 }
 
 /// What is loaded.
@@ -51,6 +56,7 @@ impl CpuEngine {
         if let Some(stage) = self.stage.take() {
             self.busy += stage.backend.compute.pool.busy();
         }
+        self.held = InUse::default();
     }
 
     /// As [`Engine::load`], for tensors of any source.
@@ -86,8 +92,13 @@ impl Engine for CpuEngine {
         tensors: &[TensorSource],
         progress: &mut dyn FnMut(u64),
     ) -> Result<LoadedStage, LoadError> {
+        let cache = spec.packed_cache.as_deref().and_then(cache_of);
+        let files: Vec<PathBuf> = tensors.iter().map(|t| t.path.clone()).collect();
+        let held = cache.map(|cache| cache.hold(&files)).unwrap_or_default();
         let sources: Vec<Source> = tensors.iter().cloned().map(Source::File).collect();
-        self.load_sources(spec, &sources, progress)
+        let loaded = self.load_sources(spec, &sources, progress)?;
+        self.held = held;
+        Ok(loaded)
     }
 
     fn step(

@@ -17,6 +17,7 @@ use super::mapping::{Mapping, has_huge_pages};
 use super::pack::{Layout, Packed, kind_of};
 use super::pool::Pool;
 use super::store::{self, HEADER_BYTES, Key, Saver, Store, Stored, Unsaved};
+use crate::cache::InUse;
 use crate::model::{LoadedPart, LoadedParts, Part, Piece, Source};
 use crate::{LoadError, PackingReport};
 
@@ -36,6 +37,8 @@ pub(super) struct Loaded {
     pub(super) report: PackingReport,
     /// Keeps what was packed.
     pub(super) saver: Option<Saver>,
+    /// Keeps the files of all pieces from being removed.
+    pub(super) held: InUse,
 }
 
 /// A piece and where its parts go, in bytes from its beginning.
@@ -113,6 +116,8 @@ pub(super) fn load(
 ) -> Result<Loaded, LoadError> {
     let started = Instant::now();
     let mapped = !has_huge_pages();
+    let keys: Vec<Key> = pieces.iter().filter_map(|p| store::key(p, r)).collect();
+    let held = store.as_ref().map(|store| store.hold(&keys)).unwrap_or_default();
     let mut plans =
         pieces.iter().map(|p| Plan::new(p, r, store.as_ref())).collect::<Result<Vec<_>, _>>()?;
     let mut block = place(&mut plans, arena, mapped)?;
@@ -132,7 +137,8 @@ pub(super) fn load(
         run(pool, &mut own, one, &self::units(one), &mut |_| {})?;
         plan.apart = Some(own.freeze());
     }
-    Ok(finish(plans, block.freeze(), store, (started, mapped, pool.threads())))
+    let loaded = finish(plans, block.freeze(), store, (started, mapped, pool.threads()));
+    Ok(Loaded { held, ..loaded })
 }
 
 impl<'a> Plan<'a> {
@@ -381,15 +387,14 @@ fn finish(
 ) -> Loaded {
     let mut report = PackingReport { mapped, ..PackingReport::default() };
     let (mut parts, mut bytes, mut saved) = (Vec::new(), 0, 0);
-    let (mut unsaved, mut in_use) = (Vec::new(), Vec::new());
+    let mut unsaved = Vec::new();
     for plan in plans {
         let data = plan.data(&block);
         bytes += plan.bytes as u64;
         match (plan.stored, plan.key) {
-            (Some(stored), key) => {
+            (Some(stored), _) => {
                 report.cached_bytes += plan.bytes as u64;
                 saved += stored.nanos;
-                in_use.extend(key);
             }
             (None, key) => {
                 report.packed_bytes += plan.bytes as u64;
@@ -413,6 +418,6 @@ fn finish(
     report.saved_seconds = saved as f64 / 1e9 / threads as f64;
     report.seconds = started.elapsed().as_secs_f64();
     let saver = store.filter(|_| !unsaved.is_empty());
-    let saver = saver.map(|store| Saver::start(store, unsaved, in_use));
-    Loaded { parts, bytes, report, saver }
+    let saver = saver.map(|store| Saver::start(store, unsaved));
+    Loaded { parts, bytes, report, saver, held: InUse::default() }
 }

@@ -15,9 +15,9 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
 
 use super::kernels::format::LAYOUT_REVISION;
+use crate::cache::{Cache, InUse};
 use crate::model::{Part, Source};
 
 pub(crate) use save::{Saver, Unsaved};
@@ -127,6 +127,12 @@ pub(crate) struct Stored {
     pub(crate) nanos: u64,
 }
 
+/// The cache whose packed weights are in that folder.
+pub(crate) fn cache_of(packed: &Path) -> Option<Cache> {
+    let own = packed.file_name().is_some_and(|name| name == "packed");
+    packed.parent().filter(|_| own).map(Cache::new)
+}
+
 /// A folder of packed weights.
 #[derive(Debug)]
 pub(crate) struct Store {
@@ -139,6 +145,17 @@ impl Store {
     /// Of a folder, which need not be there.
     pub(crate) fn new(dir: &Path) -> Self {
         Self { dir: dir.to_owned(), warned: AtomicBool::new(false) }
+    }
+
+    /// The cache that the folder is part of.
+    fn cache(&self) -> Option<Cache> {
+        cache_of(&self.dir)
+    }
+
+    /// Keeps the files of these pieces, those that are still to be written too.
+    pub(crate) fn hold(&self, keys: &[Key]) -> InUse {
+        let paths: Vec<PathBuf> = keys.iter().map(|key| self.path(key)).collect();
+        self.cache().map(|cache| cache.hold(&paths)).unwrap_or_default()
     }
 
     fn path(&self, key: &Key) -> PathBuf {
@@ -169,11 +186,7 @@ impl Store {
             }))
         };
         match header() {
-            Ok(Ok(Header { crc, nanos, .. })) => {
-                // For `prune`; a cache that cannot be written works as well.
-                let _ = file.set_modified(SystemTime::now());
-                Some(Stored { file, crc, nanos })
-            }
+            Ok(Ok(Header { crc, nanos, .. })) => Some(Stored { file, crc, nanos }),
             Ok(Err(problem)) => {
                 self.warn(&path, problem);
                 None

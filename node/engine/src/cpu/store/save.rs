@@ -3,13 +3,12 @@
 
 use std::io::Write;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::{HEADER_BYTES, Header, Key, SUFFIX, Store};
-use crate::cache::{Part, prune};
+use super::{HEADER_BYTES, Header, Key, Store};
+use crate::cache::Part;
 use crate::cpu::buffer::Frozen;
 
 /// Bytes per write.
@@ -37,12 +36,11 @@ pub(crate) struct Saver {
 }
 
 impl Saver {
-    /// Starts to write `pieces`, in order; `in_use` are the other pieces of the stage, which are not
-    /// to be removed for them.
-    pub(crate) fn start(store: Store, pieces: Vec<Unsaved>, in_use: Vec<Key>) -> Self {
+    /// Starts to write `pieces`, in order.
+    pub(crate) fn start(store: Store, pieces: Vec<Unsaved>) -> Self {
         let deadline = Deadline::default();
         let until = Arc::clone(&deadline);
-        let work = move || store.save(&pieces, in_use, &until);
+        let work = move || store.save(&pieces, &until);
         let thread = std::thread::Builder::new().name("pack-saver".to_owned()).spawn(work);
         let thread =
             thread.inspect_err(|error| tracing::warn!(%error, "packed weights are not kept")).ok();
@@ -66,9 +64,9 @@ fn is_over(deadline: &Deadline) -> bool {
 }
 
 impl Store {
-    fn save(&self, pieces: &[Unsaved], in_use: Vec<Key>, deadline: &Deadline) {
+    fn save(&self, pieces: &[Unsaved], deadline: &Deadline) {
         let started = Instant::now();
-        let (mut bytes, mut all) = (0, in_use);
+        let mut bytes = 0;
         for piece in pieces {
             match self.write(piece, deadline) {
                 Ok(true) => bytes += piece.data.len() as u64,
@@ -79,15 +77,15 @@ impl Store {
                     return;
                 }
             }
-            all.push(piece.key);
         }
         tracing::debug!(
             bytes,
             seconds = started.elapsed().as_secs_f64(),
             "packed weights are kept"
         );
-        let in_use: Vec<PathBuf> = all.iter().map(|key| self.path(key)).collect();
-        prune(&self.dir, SUFFIX, &in_use, bytes);
+        if let Some(cache) = self.cache() {
+            cache.tidy(bytes);
+        }
     }
 
     /// `false` if time ran out.

@@ -16,7 +16,7 @@ fn frozen(bytes: &[u8]) -> Frozen<u8> {
 
 fn save(store: &Store, key: Key, bytes: &[u8]) {
     let piece = Unsaved { key, data: frozen(bytes), nanos: 7 };
-    drop(Saver::start(Store::new(&store.dir), vec![piece], Vec::new()));
+    drop(Saver::start(Store::new(&store.dir), vec![piece]));
 }
 
 fn source(name: &str, dims: &[u64], hash: u8) -> Source {
