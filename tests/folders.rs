@@ -34,7 +34,8 @@ fn check(config: &ClientConfig, case: &Case, how: &str) {
 #[test]
 fn every_family_says_the_same_at_one_stage_and_at_three() {
     let _turn = alone();
-    for case in CASES.map(Case::read) {
+    // Clusters here admit sequences that are long for this one, and have the factors of those.
+    for case in CASES.map(Case::read).into_iter().filter(|c| c.name != "phi3_short") {
         let folder = case.folder(TensorType::F32, 1);
         for stages in [1, 3] {
             let cluster = Local::serve(folder.path(), Shape { stages, ..Shape::default() });

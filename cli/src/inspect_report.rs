@@ -67,6 +67,9 @@ struct Dimensions {
     key_value_heads: u32,
     head_width: u32,
     feed_forward: u32,
+    /// How many a row goes through, of how many.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    experts: Option<[u32; 2]>,
     vocabulary: u32,
     context: u32,
     window: Option<u32>,
@@ -176,7 +179,11 @@ impl Report {
         }
         if let Some(d) = &self.dimensions {
             let (w, ffn) = (d.width, d.feed_forward);
-            line("layers", format!("{} of width {w}, feed-forward {ffn}", d.layers));
+            let experts = match d.experts {
+                Some([used, all]) => format!(", {used} of {all} experts for each row"),
+                None => String::new(),
+            };
+            line("layers", format!("{} of width {w}, feed-forward {ffn}{experts}", d.layers));
             let (kv, width) = (d.key_value_heads, d.head_width);
             let heads = d.heads;
             line("attention", format!("{heads} heads of width {width}, {kv} for keys and values"));
@@ -231,6 +238,7 @@ impl Dimensions {
             key_value_heads: c.kv_heads,
             head_width: c.head_dim,
             feed_forward: c.ffn,
+            experts: c.features.experts.map(|e| [e.used, e.count]),
             vocabulary: c.vocab,
             context: c.context,
             window: c.features.window.as_ref().map(|w| w.size),

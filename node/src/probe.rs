@@ -16,7 +16,7 @@ use millrace_shared::cluster_file::{ClusterFile, Limits, Measured, NodeEntry, sh
 use millrace_shared::dirs;
 use millrace_shared::model::{
     Family, Features, ModelConfig, ModelFiles, RopeConfig, RopeScaling, RopeStyle, TensorType,
-    head_name,
+    head_name, typical_name,
 };
 use millrace_shared::wire::control::{PROFILE_ROWS, ProfileSpec, StageProfile};
 
@@ -103,7 +103,7 @@ fn spec(model: Option<&Path>) -> anyhow::Result<ProfileSpec> {
         tensor.map(|t| t.dtype)
     };
     Ok(ProfileSpec {
-        layer_type: dtype("blk.0.ffn_down.weight")?,
+        layer_type: dtype(typical_name(&files.config))?,
         head_type: dtype(head_name(&files.config))?,
         config: files.config.clone(),
         sharing: 1,
@@ -156,7 +156,8 @@ fn entry(
 
 /// What one row says of the memory, and many of the arithmetic.
 fn limits(spec: &ProfileSpec, profile: &StageProfile) -> Limits {
-    let matrices = spec.config.layer_matrices().map(|(_, dims)| dims);
+    let matrices: Vec<[u64; 2]> =
+        spec.config.row_matrices().into_iter().map(|(_, dims)| dims).collect();
     let bytes = matrices.iter().filter_map(|&[i, o]| packed_bytes(spec.layer_type, o, i));
     let work: u64 = matrices.iter().map(|[i, o]| i * o).sum();
     let last = PROFILE_ROWS.len() - 1;

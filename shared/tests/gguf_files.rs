@@ -273,8 +273,12 @@ fn implausible_models() {
         ("llama.attention.layer_norm_rms_epsilon", f32::NAN.into(), &["epsilon"]),
         ("llama.rope.dimension_count", 33u32.into(), &["rope.dimension_count"]),
         ("llama.rope.freq_base", 0f32.into(), &["rope.freq_base"]),
-        ("llama.rope.scaling.type", "yarn".into(), &["'yarn'", "linear", "rope_freqs.weight"]),
-        ("llama.expert_count", 8u32.into(), &["expert_count"]),
+        (
+            "llama.rope.scaling.type",
+            "dynamic".into(),
+            &["'dynamic'", "linear", "rope_freqs.weight"],
+        ),
+        ("llama.expert_count", 8u32.into(), &["expert_used_count"]),
     ];
     for (key, value, parts) in cases {
         refused(&set(key, value), parts);

@@ -16,7 +16,7 @@ use millrace_engine::{
     Engine, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError, TensorSource,
     TopLogits,
 };
-use millrace_shared::model::{Activation, Dtype, ModelConfig};
+use millrace_shared::model::{Activation, Dtype, Experts, ModelConfig};
 use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::StepMeta;
 use serde::Serialize;
@@ -73,10 +73,10 @@ impl Phase {
     /// What a matrix is for, by the name of its (first) tensor.
     fn of_matrix(name: &str) -> Self {
         match name.split('.').nth(2) {
-            Some("attn_q") => Self::Qkv,
+            Some("attn_q" | "attn_qkv") => Self::Qkv,
             Some("attn_output") => Self::AttnOutput,
-            Some("ffn_gate") => Self::GateUp,
-            Some("ffn_down") => Self::Down,
+            Some("ffn_gate" | "ffn_up" | "ffn_gate_shexp" | "ffn_gate_inp") => Self::GateUp,
+            Some("ffn_down" | "ffn_down_shexp") => Self::Down,
             _ => Self::Head,
         }
     }
@@ -155,6 +155,7 @@ impl<B: Backend> Backend for Timed<B> {
     type Vector = B::Vector;
     type Kv = B::Kv;
     type Best = B::Best;
+    type Routes = B::Routes;
 
     fn tensor(
         &mut self,
@@ -172,7 +173,13 @@ impl<B: Backend> Backend for Timed<B> {
     ) -> Result<LoadedParts<Self::Weight, Self::Vector>, LoadError> {
         let loaded = self.inner.weights(pieces, progress)?;
         let timed = |(part, loaded): (&Part<'_>, _)| match (part, loaded) {
-            (Part::Matrices(sources), LoadedPart::Matrices(inner)) => {
+            (part, LoadedPart::Matrices(inner)) => {
+                let sources = match part {
+                    Part::Matrices(sources) => &sources[..],
+                    Part::Transposed(source) | Part::Vector(source, _) => {
+                        std::slice::from_ref(source)
+                    }
+                };
                 let entries = || sources.iter().map(|s| s.entry());
                 LoadedPart::Matrices(TimedWeight {
                     inner,
@@ -182,9 +189,6 @@ impl<B: Backend> Backend for Timed<B> {
                 })
             }
             (_, LoadedPart::Vector(vector)) => LoadedPart::Vector(vector),
-            (Part::Vector(..), LoadedPart::Matrices(_)) => {
-                unreachable!("parts come back in the order in which they were asked for")
-            }
         };
         Ok(pieces.iter().flatten().zip(loaded).map(timed).collect())
     }
@@ -198,14 +202,28 @@ impl<B: Backend> Backend for Timed<B> {
         layers: Range<u32>,
         config: &ModelConfig,
         settings: &EngineSettings,
-        factors: Option<&Source>,
+        factors: Option<&[f32]>,
     ) -> Result<Self::Kv, LoadError> {
         self.inner.kv(layers, config, settings, factors)
+    }
+
+    fn routes(
+        &mut self,
+        rows: usize,
+        hidden: usize,
+        ffn: usize,
+        experts: &Experts,
+    ) -> Result<Self::Routes, LoadError> {
+        self.inner.routes(rows, hidden, ffn, experts)
     }
 
     fn embed(&mut self, table: &Self::Weight, tokens: &[u32], out: &mut Self::Tensor) {
         out.rows = tokens.len();
         self.time(Phase::Embed, |b| b.embed(&table.inner, tokens, &mut out.inner));
+    }
+
+    fn add_positions(&mut self, table: &Self::Vector, spans: &[Span], out: &mut Self::Tensor) {
+        self.time(Phase::Embed, |b| b.add_positions(table, spans, &mut out.inner));
     }
 
     fn upload(&mut self, rows: &[f32], out: &mut Self::Tensor) {
@@ -226,6 +244,18 @@ impl<B: Backend> Backend for Timed<B> {
     ) {
         out.rows = x.rows;
         self.time(Phase::RmsNorm, |b| b.rms_norm(&x.inner, gain, eps, &mut out.inner));
+    }
+
+    fn layer_norm(
+        &mut self,
+        x: &Self::Tensor,
+        gain: &Self::Vector,
+        bias: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) {
+        out.rows = x.rows;
+        self.time(Phase::RmsNorm, |b| b.layer_norm(&x.inner, gain, bias, eps, &mut out.inner));
     }
 
     fn linear(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor) {
@@ -249,6 +279,45 @@ impl<B: Backend> Backend for Timed<B> {
         out.rows = x.rows;
         self.time(w.phase, |b| b.gated(&x.inner, &w.inner, activation, &mut out.inner));
         self.product(w, x.rows);
+    }
+
+    fn activate(
+        &mut self,
+        x: &mut Self::Tensor,
+        bias: Option<&Self::Vector>,
+        activation: Activation,
+    ) {
+        self.time(Phase::GateUp, |b| b.activate(&mut x.inner, bias, activation));
+    }
+
+    // Which experts were read is the backend's: products are not counted.
+    fn experts<'w>(
+        &mut self,
+        x: &Self::Tensor,
+        scores: &Self::Tensor,
+        weights: &dyn Fn(usize) -> [&'w Self::Weight; 2],
+        rule: (&Experts, Activation),
+        routes: &mut Self::Routes,
+        out: &mut Self::Tensor,
+    ) where
+        Self::Weight: 'w,
+    {
+        let weights = |expert: usize| weights(expert).map(|w| &w.inner);
+        self.time(Phase::GateUp, |b| {
+            b.experts(&x.inner, &scores.inner, &weights, rule, routes, &mut out.inner);
+        });
+    }
+
+    fn add_gated(
+        &mut self,
+        x: &Self::Tensor,
+        scores: &Self::Tensor,
+        column: usize,
+        out: &mut Self::Tensor,
+    ) {
+        self.time(Phase::Down, |b| {
+            b.add_gated(&x.inner, &scores.inner, column, &mut out.inner);
+        });
     }
 
     fn rms_norm_add(
@@ -387,7 +456,7 @@ impl Engine for ProfiledEngine {
         tensors: &[TensorSource],
         progress: &mut dyn FnMut(u64),
     ) -> Result<LoadedStage, LoadError> {
-        let sources: Vec<Source> = tensors.iter().cloned().map(Source::File).collect();
+        let sources = Source::of_tensors(tensors)?;
         let sources = Sources::new(&spec.config, &sources)?;
         let inner = CpuBackend::new(spec.isa, spec.threads, spec.host_threads)
             .with_packed_cache(spec.packed_cache.as_deref());

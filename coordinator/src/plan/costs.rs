@@ -5,6 +5,7 @@
 use millrace_engine::cpu::packed_bytes;
 use millrace_shared::model::{
     Dtype, ModelConfig, StageTensors, TensorEntry, TensorType, head_name, stage_tensors,
+    typical_name,
 };
 use millrace_shared::partition::{Curve, ModelCosts, NodeCosts};
 use millrace_shared::wire::control::{PROFILE_ROWS, ProfileSpec, StageProfile};
@@ -27,7 +28,7 @@ impl ModelParts<'_> {
     pub fn profile_spec(&self, sharing: u32) -> ProfileSpec {
         ProfileSpec {
             config: self.config.clone(),
-            layer_type: self.dtype("blk.0.ffn_down.weight"),
+            layer_type: self.dtype(typical_name(self.config)),
             head_type: self.dtype(head_name(self.config)),
             sharing,
         }
@@ -56,7 +57,9 @@ impl ModelParts<'_> {
         let measured = self.measured_layer_bytes().max(1) as f64;
         let layer_share = layer_bytes.iter().map(|&b| share(b as f64 / measured)).collect();
         let ends = |embed, head| self.memory_bytes(&StageTensors { layers: 0..0, embed, head });
-        let widest = u64::from(6 * config.hidden + 3 * config.ffn);
+        // What experts need beside, they need as often.
+        let parts = 1 + u64::from(config.features.experts.is_some());
+        let widest = parts * u64::from(6 * config.hidden + 3 * config.ffn);
         ModelCosts {
             layer_bytes,
             layer_share,
@@ -72,21 +75,20 @@ impl ModelParts<'_> {
 
     /// Bytes in memory of the layer that nodes measure: all its matrices of one type.
     fn measured_layer_bytes(&self) -> u64 {
-        let dtype = self.dtype("blk.0.ffn_down.weight");
+        let dtype = self.dtype(typical_name(self.config));
         let matrices = self.config.layer_matrices();
-        let bytes =
-            |&(_, [cols, rows]): &(_, [u64; 2])| packed_bytes(dtype, rows, cols).unwrap_or(0);
+        let bytes = |(_, [cols, rows]): &(String, [u64; 2])| {
+            let fitting = || packed_bytes(TensorType::Q8_0, *rows, *cols);
+            packed_bytes(dtype, *rows, *cols).or_else(fitting).unwrap_or(0)
+        };
         matrices.iter().map(bytes).sum::<u64>() + 2 * u64::from(self.config.hidden) * 4
     }
 
     /// Multiply-adds of one row in a layer, and in the head.
     pub fn multiply_adds(&self) -> (f64, f64) {
-        let elements = |stage: &StageTensors| {
-            let all = stage_tensors(self.config, self.tensors, stage).into_iter();
-            all.filter(|t| t.dims.len() > 1).map(|t| t.elements() as f64).sum::<f64>()
-        };
-        let layer = StageTensors { layers: 0..1, embed: false, head: false };
-        (elements(&layer), f64::from(self.config.hidden) * f64::from(self.config.vocab))
+        let matrices = self.config.row_matrices();
+        let layer = matrices.iter().map(|(_, [cols, rows])| (cols * rows) as f64).sum();
+        (layer, f64::from(self.config.hidden) * f64::from(self.config.vocab))
     }
 }
 

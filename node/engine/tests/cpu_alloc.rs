@@ -41,7 +41,13 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 fn main() {
-    let tiny = Tiny::new(TensorType::Q4_1, TensorType::Q8_0);
+    let plain = Tiny::new(TensorType::Q4_1, TensorType::Q8_0);
+    for (tiny, what) in [(plain.with_experts(), "of experts"), (plain, "of one part")] {
+        check(&tiny, what);
+    }
+}
+
+fn check(tiny: &Tiny, what: &str) {
     let (spec, sources) = tiny.stage(0..4, true, true, 2, Isa::best());
     let mut engine = CpuEngine::new();
     engine.load(&spec, &sources, &mut |_| {}).unwrap();
@@ -76,6 +82,6 @@ fn main() {
     }
     COUNTING.store(false, Ordering::Relaxed);
     assert_eq!(seen, 4 * 56);
-    assert_eq!(COUNT.load(Ordering::Relaxed), 0, "allocations in a step");
-    eprintln!("a step allocates nothing: ok, {} steps", metas.len());
+    assert_eq!(COUNT.load(Ordering::Relaxed), 0, "allocations in a step {what}");
+    eprintln!("a step {what} allocates nothing: ok, {} steps", metas.len());
 }

@@ -80,6 +80,11 @@ fn blocks_of_256_are_the_same_everywhere() {
 #[test]
 fn company_and_block_size_change_nothing() {
     let tiny = Tiny::new(TensorType::Q4_0, TensorType::Q4_1);
+    company_changes_nothing(&tiny.with_experts());
+    company_changes_nothing(&tiny);
+}
+
+fn company_changes_nothing(tiny: &Tiny) {
     let alone = run(&mut tiny.pipeline(&[4], 2, Isa::best()), &[64]);
     for block_size in [1, 4, 16, 64] {
         let mut tiny = tiny.clone();
@@ -194,6 +199,11 @@ fn wants_decide_what_comes_out() {
 #[test]
 fn pruning_changes_nothing() {
     let tiny = Tiny::new(TensorType::Q4_1, TensorType::Q8_0);
+    pruning_leaves(&tiny.with_experts());
+    pruning_leaves(&tiny);
+}
+
+fn pruning_leaves(tiny: &Tiny) {
     let ids = tokens(1);
     for (cuts, threads) in [(&[4][..], 1), (&[2, 4][..], 2), (&[4, 4][..], 2)] {
         let scored = run(&mut tiny.pipeline(cuts, threads, Isa::best()), &[64]);

@@ -5,17 +5,18 @@
 
 #[path = "families/case.rs"]
 mod case;
+#[path = "families/gguf.rs"]
+mod gguf;
 #[path = "cpu_engine/tiny.rs"]
 mod tiny;
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use case::{CASES, Case};
 use millrace_engine::cpu::CpuEngine;
 use millrace_engine::{Engine, Isa, StageSpec, TensorSource};
-use millrace_shared::model::gguf::GgufWriter;
-use millrace_shared::model::{Dtype, Family, ModelFiles, TensorType};
+use millrace_shared::model::gguf::{Gguf, GgufWriter};
+use millrace_shared::model::{Activation, Dtype, ModelFiles, TensorType};
 use millrace_shared::wire::control::EngineSettings;
 use millrace_shared::wire::data::{StepMeta, Want};
 use serde_json::Value;
@@ -129,132 +130,100 @@ fn other_files_of_the_same_model_say_the_same() {
         let expected = of(folder.path());
         let shards = case.folder(TensorType::F32, 3);
         assert!(of(shards.path()) == expected, "{} in three files", case.name);
-        let gguf = gguf(&case, &ModelFiles::open(folder.path()).unwrap(), shards.path());
-        // GGUF has no words for Mistral's window and for a scale other than the heads' width.
-        let mut config = case.json["config"].clone();
-        match case.name {
-            "mistral" => config["sliding_window"] = Value::Null,
-            "gemma2" => config["query_pre_attn_scalar"] = 16.into(),
-            _ => {}
-        }
-        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-        let expected = of(folder.path());
-        let expected: Vec<Vec<f64>> = expected.iter().map(|l| floats(l)).collect();
-        let deviation = worst(&of(&gguf), &expected);
-        assert!(deviation < 1e-5, "{} as GGUF: {deviation}", case.name);
         let halves = case.folder(TensorType::BF16, 1);
         let deviation = worst(&of(halves.path()), &case.logits());
         assert!(deviation < 0.1, "{} in BF16: {deviation}", case.name);
     }
 }
 
-/// The model as llama.cpp's converter writes it.
-fn gguf(case: &Case, files: &ModelFiles, folder: &Path) -> PathBuf {
-    let c = &files.config;
-    let arch = if c.family == Family::Mistral { "llama" } else { c.family.as_str() };
+#[test]
+fn gguf_files_say_what_llama_cpp_says() {
+    for case in CASES.map(Case::read) {
+        let prompt = case.tokens("prompt");
+        let folder = tempfile::tempdir().unwrap();
+        let files = ModelFiles::open(&gguf::write(&case, folder.path())).unwrap();
+        let layers = files.config.layers;
+        let found = run(pipeline(&files, &[layers], Isa::best()), &prompt, 64);
+        let deviation = worst(&found, &case::logits(&case.of_llama_cpp()));
+        // llama.cpp has a table of f16 for GELU.
+        let most =
+            if files.config.features.activation == Activation::GeluTanh { 5e-3 } else { 1e-3 };
+        assert!(deviation < most, "{}: {deviation}", case.name);
+        let again = run(pipeline(&files, &[1, 2, layers], Isa::best()), &prompt, 13);
+        assert!(again == found, "{} in three stages", case.name);
+    }
+}
+
+#[test]
+fn old_files_with_a_tensor_for_each_expert_say_the_same() {
+    let case = Case::read("mixtral");
+    let folder = tempfile::tempdir().unwrap();
+    let path = gguf::write(&case, folder.path());
+    let whole = ModelFiles::open(&path).unwrap();
+    let (head, bytes) = (Gguf::open(&path).unwrap(), std::fs::read(&path).unwrap());
     let mut writer = GgufWriter::new();
-    writer.set("general.architecture", arch);
-    let key = |what: &str| format!("{arch}.{what}");
-    for (what, value) in [
-        ("block_count", c.layers),
-        ("embedding_length", c.hidden),
-        ("attention.head_count", c.heads),
-        ("attention.head_count_kv", c.kv_heads),
-        ("attention.key_length", c.head_dim),
-        ("attention.value_length", c.head_dim),
-        ("feed_forward_length", c.ffn),
-        ("context_length", c.context),
-        ("rope.dimension_count", c.rope.dim),
-    ] {
-        writer.set(key(what), value);
+    for (key, value) in head.metadata.iter() {
+        writer.set(key, value.clone());
     }
-    writer.set(key("attention.layer_norm_rms_epsilon"), c.rms_eps);
-    writer.set(key("rope.freq_base"), c.rope.base);
-    if let Some(window) = c.features.window.filter(|_| c.family != Family::Mistral) {
-        writer.set(key("attention.sliding_window"), window.size);
+    for t in &whole.tensors {
+        let data = bytes[t.offset as usize..(t.offset + t.bytes) as usize].to_vec();
+        writer.tensor(t.name.clone(), t.dtype, &t.dims, data).unwrap();
     }
-    if c.family == Family::Gemma2 {
-        writer.set(key("attn_logit_softcapping"), c.features.attention_softcap);
-        writer.set(key("final_logit_softcapping"), c.features.logit_softcap);
-    }
-    let read = |entry: &millrace_shared::model::TensorEntry| {
-        let all = std::fs::read(files.path_of(entry)).unwrap();
-        all[entry.offset as usize..(entry.offset + entry.bytes) as usize].to_vec()
-    };
-    let mut fused: HashMap<String, (Vec<u64>, Vec<u8>)> = HashMap::new();
-    for entry in &files.tensors {
-        let (mut data, mut name, mut dims) = (read(entry), entry.name.clone(), entry.dims.clone());
-        if arch == "llama" && (name.contains("attn_q.") || name.contains("attn_k.")) {
-            data = reordered(&data, c.head_dim as usize, c.hidden as usize * 4);
-        }
-        if c.features.gain_plus_one && name.contains("norm") {
-            data = (data.chunks_exact(4))
-                .flat_map(|b| (f32::from_le_bytes(b.try_into().unwrap()) + 1.0).to_le_bytes())
-                .collect();
-        }
-        // As Phi's files have them.
-        let parts = [
-            ("attn_q.", "attn_qkv."),
-            ("attn_k.", "attn_qkv."),
-            ("attn_v.", "attn_qkv."),
-            ("ffn_gate.", "ffn_up."),
-            ("ffn_up.", "ffn_up."),
-        ];
-        if c.family == Family::Phi3
-            && let Some((part, whole)) = parts.iter().find(|(part, _)| name.contains(part))
-        {
-            name = name.replace(part, whole);
-            let (all_dims, all) =
-                fused.remove(&name).unwrap_or_else(|| (vec![dims[0], 0], Vec::new()));
-            dims[1] += all_dims[1];
-            data = [all, data].concat();
-            fused.insert(name, (dims, data));
-            continue;
-        }
-        writer.tensor(name, TensorType::F32, &dims, data).unwrap();
-    }
-    for (name, (dims, data)) in fused {
-        writer.tensor(name, TensorType::F32, &dims, data).unwrap();
-    }
-    if case.name == "llama3" {
-        let factors: Vec<u8> = llama3_factors(case).iter().flat_map(|x| x.to_le_bytes()).collect();
-        let dims = [factors.len() as u64 / 4];
-        writer.tensor("rope_freqs.weight".to_owned(), TensorType::F32, &dims, factors).unwrap();
-    }
-    let path = folder.join("model.gguf");
     std::fs::write(&path, writer.to_bytes()).unwrap();
-    path
+    let parts = ModelFiles::open(&path).unwrap();
+    assert!(parts.tensor("blk.2.ffn_down.3.weight").is_some());
+    let prompt = case.tokens("prompt");
+    let found = run(pipeline(&parts, &[parts.config.layers], Isa::best()), &prompt, 64);
+    assert!(worst(&found, &case::logits(&case.of_llama_cpp())) < 1e-3);
 }
 
-/// Rows of each head so that elements which are rotated together are neighbours.
-fn reordered(data: &[u8], dim: usize, row_bytes: usize) -> Vec<u8> {
-    let head = |head: &[u8]| -> Vec<u8> {
-        let row = |r: usize| &head[r * row_bytes..(r + 1) * row_bytes];
-        (0..dim / 2).flat_map(|i| [row(i), row(dim / 2 + i)].concat()).collect()
+/// What a folder of a family says when its configuration has another value.
+fn refusal(family: &'static str, key: &str, value: Value) -> String {
+    let case = Case::read(family);
+    let folder = case.folder(TensorType::F32, 1);
+    let mut config = case.json["config"].clone();
+    config[key] = value;
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    ModelFiles::open(folder.path()).unwrap_err().to_string()
+}
+
+#[test]
+fn what_families_do_not_do_is_refused_by_name() {
+    let long = |key: &str, value: Value| {
+        let mut rope = Case::read("phi3_long").json["config"]["rope_parameters"].clone();
+        rope[key] = value;
+        rope
     };
-    data.chunks_exact(dim * row_bytes).flat_map(head).collect()
-}
-
-/// The factors that the converter writes for Llama 3's scaling.
-fn llama3_factors(case: &Case) -> Vec<f32> {
-    let scaling = &case.json["config"]["rope_parameters"];
-    let number = |key: &str| scaling[key].as_f64().unwrap();
-    let context = number("original_max_position_embeddings");
-    let (low, high, factor) =
-        (number("low_freq_factor"), number("high_freq_factor"), number("factor"));
-    let one = |pair: usize| {
-        let wavelength =
-            std::f64::consts::TAU * number("rope_theta").powf(2.0 * pair as f64 / 16.0);
-        if wavelength < context / high {
-            1.0
-        } else if wavelength > context / low {
-            factor
-        } else {
-            let smooth = (context / wavelength - low) / (high - low);
-            1.0 / ((1.0 - smooth) / factor + smooth)
+    for (family, key, value, parts) in [
+        ("qwen3_moe", "decoder_sparse_step", 2.into(), &["'decoder_sparse_step'"][..]),
+        ("qwen3_moe", "mlp_only_layers", vec![0].into(), &["'mlp_only_layers'"]),
+        ("qwen3_moe", "num_experts_per_tok", 7.into(), &["'num_experts_per_tok'", "1 to 6"]),
+        ("qwen2_moe", "moe_intermediate_size", 64.into(), &["_exps", "768 rows"]),
+        ("qwen2_moe", "shared_expert_intermediate_size", 32.into(), &["shared_expert", "32"]),
+        ("mixtral", "num_local_experts", 3.into(), &["_exps", "rows"]),
+        ("mixtral", "num_local_experts", 100_000.into(), &["'num_local_experts'", "1 to 1024"]),
+        ("gpt2", "scale_attn_weights", false.into(), &["'scale_attn_weights'"]),
+        ("gpt2", "n_positions", 64.into(), &["wpe", "64"]),
+        ("gpt2", "n_inner", 128.into(), &["c_fc", "128"]),
+        (
+            "phi3_long",
+            "rope_parameters",
+            long("long_factor", vec![1.0].into()),
+            &["'long_factor'", "8"],
+        ),
+        ("phi3_long", "rope_parameters", long("short_factor", Value::Null), &["'short_factor'"]),
+        (
+            "qwen2_yarn",
+            "rope_parameters",
+            serde_json::json!({ "rope_type": "yarn", "factor": -1.0 }),
+            &["'factor'", "-1"],
+        ),
+    ] {
+        let message = refusal(family, key, value);
+        for part in parts {
+            assert!(message.contains(part), "{family}: '{part}' is not in: {message}");
         }
-    };
-    (0..8).map(|pair| one(pair) as f32).collect()
+    }
 }
 
 #[test]
@@ -282,8 +251,8 @@ fn damaged_and_contradictory_folders_are_refused_by_name() {
     refused(&|f| set(f, "vocab_size", 32.into()), &["embed_tokens", "32"]);
     refused(&|f| set(f, "tie_word_embeddings", false.into()), &["tie_word_embeddings", "lm_head"]);
     refused(&|f| set(f, "hidden_act", "relu".into()), &["'relu'", "silu"]);
-    let yarn = serde_json::json!({ "rope_type": "yarn", "factor": 4.0 });
-    refused(&|f| set(f, "rope_parameters", yarn.clone()), &["'yarn'", "llama3"]);
+    let dynamic = serde_json::json!({ "rope_type": "dynamic", "factor": 4.0 });
+    refused(&|f| set(f, "rope_parameters", dynamic.clone()), &["'dynamic'", "llama3, yarn"]);
     let gptq = serde_json::json!({ "quant_method": "gptq" });
     refused(&|f| set(f, "quantization_config", gptq.clone()), &["gptq", "--quantize"]);
     let remove = |f: &Path| std::fs::remove_file(f.join(FIRST)).unwrap();

@@ -1,184 +1,8 @@
-//! Dimensions of a decoder, and what its family does besides.
+//! Dimensions of a decoder, and which tensors its graph has.
 
 use serde::{Deserialize, Serialize};
 
-/// The model families the engine defines. The graph is one; what differs is in [`Features`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[repr(u8)]
-pub enum Family {
-    /// Llama 2 and 3, and what shares their graph.
-    Llama = 0,
-    /// Mistral: a sliding window.
-    Mistral = 1,
-    /// Qwen 2 and 2.5: biases.
-    Qwen2 = 2,
-    /// Qwen 3: queries and keys are normalised.
-    Qwen3 = 3,
-    /// Gemma 2: norms around both parts, soft caps, every other layer local.
-    Gemma2 = 4,
-    /// Gemma 3: norms around both parts, five of six layers local.
-    Gemma3 = 5,
-    /// Phi 3 and 4.
-    Phi3 = 6,
-}
-
-impl Family {
-    /// All of them.
-    pub const ALL: [Self; 7] = [
-        Self::Llama,
-        Self::Mistral,
-        Self::Qwen2,
-        Self::Qwen3,
-        Self::Gemma2,
-        Self::Gemma3,
-        Self::Phi3,
-    ];
-
-    /// As `general.architecture` of GGUF and `model_type` of `config.json` spell it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Llama => "llama",
-            Self::Mistral => "mistral",
-            Self::Qwen2 => "qwen2",
-            Self::Qwen3 => "qwen3",
-            Self::Gemma2 => "gemma2",
-            Self::Gemma3 => "gemma3",
-            Self::Phi3 => "phi3",
-        }
-    }
-
-    /// Their names, for messages.
-    pub fn known() -> String {
-        Self::ALL.map(Self::as_str).join(", ")
-    }
-}
-
-/// Which elements of a head are rotated together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum RopeStyle {
-    /// Neighbours: `(0, 1), (2, 3), …` (GGUF's `llama`).
-    Interleaved,
-    /// Halves: `(0, d/2), (1, d/2 + 1), …` (Hugging Face's convention).
-    Halves,
-}
-
-/// How angles are stretched for contexts longer than the model was first trained for.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub enum RopeScaling {
-    /// Positions are divided by it; 1 for none.
-    Linear(f32),
-    /// Llama 3.1: slow frequencies are divided by `factor`, fast ones kept, those between mixed.
-    Llama3 {
-        /// Divisor of slow frequencies.
-        factor: f32,
-        /// Wavelengths above `original / low_freq_factor` are slow.
-        low_freq_factor: f32,
-        /// Wavelengths below `original / high_freq_factor` are fast.
-        high_freq_factor: f32,
-        /// Context of the first training.
-        original_context: f32,
-    },
-}
-
-/// Rotary position embedding.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct RopeConfig {
-    /// Base of the frequencies.
-    pub base: f32,
-    /// Rotated elements per head.
-    pub dim: u32,
-    /// Pairing.
-    pub style: RopeStyle,
-    /// For long contexts.
-    pub scaling: RopeScaling,
-}
-
-/// What goes through the gate of the feed-forward part.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[repr(u8)]
-pub enum Activation {
-    /// `x / (1 + exp(-x))`.
-    #[default]
-    Silu = 0,
-    /// GELU by way of tanh.
-    GeluTanh = 1,
-}
-
-/// Attention that sees the last positions alone.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Window {
-    /// How many positions, its own included.
-    pub size: u32,
-    /// Which layers: all whose number, counted from `offset`, is no multiple of it; 0 for every layer.
-    pub every: u32,
-    /// Of the count: with 1, layers `every - 1`, `2 every - 1`, … see everything.
-    pub offset: u32,
-    /// Base and scaling of the angles in these layers, where they differ.
-    pub rope: Option<RopeConfig>,
-}
-
-/// What a family does that Llama does not. The default is Llama's.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Features {
-    /// `q`, `k` and `v` have biases.
-    pub qkv_bias: bool,
-    /// Query and key heads are normalised before they are rotated.
-    pub qk_norm: bool,
-    /// What attention and the feed-forward part give is normalised before it is added.
-    pub post_norms: bool,
-    /// Gains of norms are stored less 1.
-    pub gain_plus_one: bool,
-    /// In the feed-forward part.
-    pub activation: Activation,
-    /// Rows of the embedding are multiplied by it.
-    pub embedding_scale: f32,
-    /// Scores are multiplied by it; `1 / sqrt(head_dim)` where nothing is said.
-    pub attention_scale: Option<f32>,
-    /// Scores are `c * tanh(x / c)`; 0 for none.
-    pub attention_softcap: f32,
-    /// The same for logits.
-    pub logit_softcap: f32,
-    /// Local layers.
-    pub window: Option<Window>,
-}
-
-impl Default for Features {
-    fn default() -> Self {
-        Self {
-            qkv_bias: false,
-            qk_norm: false,
-            post_norms: false,
-            gain_plus_one: false,
-            activation: Activation::Silu,
-            embedding_scale: 1.0,
-            attention_scale: None,
-            attention_softcap: 0.0,
-            logit_softcap: 0.0,
-            window: None,
-        }
-    }
-}
-
-impl Features {
-    /// What all models of a family do, whatever their files say; `hidden` is their width.
-    pub(super) fn of(family: Family, hidden: u32) -> Self {
-        let gemma = matches!(family, Family::Gemma2 | Family::Gemma3);
-        let llama = Self {
-            qkv_bias: family == Family::Qwen2,
-            qk_norm: matches!(family, Family::Qwen3 | Family::Gemma3),
-            ..Self::default()
-        };
-        if !gemma {
-            return llama;
-        }
-        Self {
-            post_norms: true,
-            activation: Activation::GeluTanh,
-            embedding_scale: (hidden as f32).sqrt(),
-            ..llama
-        }
-    }
-}
+use super::{Family, Features, RopeConfig, RopeScaling, Window};
 
 /// Dimensions of a decoder-only transformer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -195,13 +19,13 @@ pub struct ModelConfig {
     pub kv_heads: u32,
     /// Elements per head.
     pub head_dim: u32,
-    /// Width of the feed-forward layer.
+    /// Width of the feed-forward part, or of each expert.
     pub ffn: u32,
     /// Vocabulary.
     pub vocab: u32,
     /// Longest context the model was made for.
     pub context: u32,
-    /// Epsilon of RMS normalisation.
+    /// Epsilon of norms.
     pub rms_eps: f32,
     /// Positions.
     pub rope: RopeConfig,
@@ -213,22 +37,62 @@ pub struct ModelConfig {
     pub features: Features,
 }
 
+/// The matrices of an expert, after `blk.N.` and before the expert's number.
+const EXPERT: [&str; 3] = ["ffn_gate", "ffn_up", "ffn_down"];
+
 impl ModelConfig {
     /// The matrices of a layer: their tensors' names after `blk.N.` and before `.weight`, and their
-    /// columns (inputs) and rows (outputs).
-    pub fn layer_matrices(&self) -> [(&'static str, [u64; 2]); 7] {
+    /// columns (inputs) and rows (outputs). Those of expert `E` end in `.E`.
+    pub fn layer_matrices(&self) -> Vec<(String, [u64; 2])> {
+        self.matrices_of(self.features.experts.map_or(0, |e| e.count))
+    }
+
+    /// Those that one row is multiplied with: of the experts, as many as a row goes through.
+    pub fn row_matrices(&self) -> Vec<(String, [u64; 2])> {
+        self.matrices_of(self.features.experts.map_or(0, |e| e.used))
+    }
+
+    fn matrices_of(&self, experts: u32) -> Vec<(String, [u64; 2])> {
+        let mut all: Vec<(String, [u64; 2])> =
+            self.plain_matrices().into_iter().map(|(name, dims)| (name.to_owned(), dims)).collect();
+        for expert in 0..experts {
+            let one = |name: &str| (format!("{name}.{expert}"), self.expert_dims(name));
+            all.extend(EXPERT.map(one));
+        }
+        all
+    }
+
+    /// As [`ModelConfig::layer_matrices`], but for those of experts.
+    pub fn plain_matrices(&self) -> Vec<(&'static str, [u64; 2])> {
         let widths =
             [self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.ffn];
         let [h, q, kv, f] = widths.map(u64::from);
-        [
-            ("attn_q", [h, q]),
-            ("attn_k", [h, kv]),
-            ("attn_v", [h, kv]),
-            ("attn_output", [q, h]),
-            ("ffn_gate", [h, f]),
-            ("ffn_up", [h, f]),
-            ("ffn_down", [f, h]),
-        ]
+        let features = &self.features;
+        let mut all = if features.fused_qkv {
+            vec![("attn_qkv", [h, q + 2 * kv])]
+        } else {
+            vec![("attn_q", [h, q]), ("attn_k", [h, kv]), ("attn_v", [h, kv])]
+        };
+        all.push(("attn_output", [q, h]));
+        match &features.experts {
+            Some(experts) => {
+                all.push(("ffn_gate_inp", [h, u64::from(experts.count)]));
+                let f = u64::from(experts.shared_ffn);
+                if f > 0 {
+                    all.extend([("ffn_gate_inp_shexp", [h, 1]), ("ffn_gate_shexp", [h, f])]);
+                    all.extend([("ffn_up_shexp", [h, f]), ("ffn_down_shexp", [f, h])]);
+                }
+            }
+            None if features.ungated => all.extend([("ffn_up", [h, f]), ("ffn_down", [f, h])]),
+            None => all.extend([("ffn_gate", [h, f]), ("ffn_up", [h, f]), ("ffn_down", [f, h])]),
+        }
+        all
+    }
+
+    /// Inputs and outputs of an expert's matrix: `ffn_gate`, `ffn_up` or `ffn_down`.
+    pub fn expert_dims(&self, name: &str) -> [u64; 2] {
+        let [h, f] = [self.hidden, self.ffn].map(u64::from);
+        if name == "ffn_down" { [f, h] } else { [h, f] }
     }
 
     /// The vectors of a layer: their tensors' names after `blk.N.`, and their lengths.
@@ -236,15 +100,39 @@ impl ModelConfig {
         let [hidden, q, kv, head] =
             [self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.head_dim]
                 .map(u64::from);
+        let f = &self.features;
         let mut all = vec![("attn_norm.weight", hidden), ("ffn_norm.weight", hidden)];
-        if self.features.qkv_bias {
+        if f.layer_norm {
+            all.extend([("attn_norm.bias", hidden), ("ffn_norm.bias", hidden)]);
+        }
+        if f.fused_qkv && (f.qkv_bias || f.biases) {
+            all.push(("attn_qkv.bias", q + 2 * kv));
+        } else if f.qkv_bias || f.biases {
             all.extend([("attn_q.bias", q), ("attn_k.bias", kv), ("attn_v.bias", kv)]);
         }
-        if self.features.qk_norm {
+        if f.biases {
+            let ffn = u64::from(self.ffn);
+            all.extend([("attn_output.bias", hidden), ("ffn_up.bias", ffn)]);
+            all.push(("ffn_down.bias", hidden));
+        }
+        if f.qk_norm {
             all.extend([("attn_q_norm.weight", head), ("attn_k_norm.weight", head)]);
         }
-        if self.features.post_norms {
+        if f.post_norms {
             all.extend([("post_attention_norm.weight", hidden), ("post_ffw_norm.weight", hidden)]);
+        }
+        all
+    }
+
+    /// What lies in no layer, but for the embedding and the head: names and dimensions, fastest first.
+    pub(super) fn outer_tensors(&self) -> Vec<(&'static str, Vec<u64>)> {
+        let [hidden, context] = [self.hidden, self.context].map(u64::from);
+        let mut all = vec![("output_norm.weight", vec![hidden])];
+        if self.features.layer_norm {
+            all.push(("output_norm.bias", vec![hidden]));
+        }
+        if self.features.learned_positions {
+            all.push(("position_embd.weight", vec![hidden, context]));
         }
         all
     }
@@ -252,16 +140,42 @@ impl ModelConfig {
     /// Whether the graph uses a tensor of that name, fused ones included.
     pub fn has_place(&self, name: &str) -> bool {
         let Some((layer, rest)) = name.strip_prefix("blk.").and_then(|r| r.split_once('.')) else {
-            return match name {
-                "token_embd.weight" | "output_norm.weight" | "output.weight" => true,
-                _ => name == "rope_freqs.weight" && self.rope_factors,
-            };
+            return self.has_place_outside(name);
         };
-        layer.parse::<u32>().is_ok_and(|layer| layer < self.layers)
-            && (rest == "attn_qkv.weight"
-                || self.layer_vectors().iter().any(|(vector, _)| *vector == rest)
-                || (self.layer_matrices().iter())
-                    .any(|(matrix, _)| rest.strip_suffix(".weight") == Some(matrix)))
+        if layer.parse::<u32>().is_ok_and(|layer| layer < self.layers) {
+            return match rest.strip_suffix(".weight") {
+                Some("attn_qkv") => true,
+                Some(matrix) => {
+                    self.plain_matrices().iter().any(|(name, _)| *name == matrix)
+                        || self.is_of_experts(matrix)
+                        || self.layer_vectors().iter().any(|(vector, _)| *vector == rest)
+                }
+                None => self.layer_vectors().iter().any(|(vector, _)| *vector == rest),
+            };
+        }
+        false
+    }
+
+    fn has_place_outside(&self, name: &str) -> bool {
+        match name {
+            "token_embd.weight" | "output.weight" => true,
+            "rope_freqs.weight" => self.rope_factors,
+            "rope_factors_long.weight" | "rope_factors_short.weight" => {
+                matches!(self.rope.scaling, RopeScaling::Long { .. })
+            }
+            _ => self.outer_tensors().iter().any(|(outer, _)| *outer == name),
+        }
+    }
+
+    /// Whether a matrix is an expert's, or holds those of all experts.
+    fn is_of_experts(&self, matrix: &str) -> bool {
+        let Some(experts) = &self.features.experts else { return false };
+        if let Some(stem) = matrix.strip_suffix("_exps") {
+            return EXPERT.contains(&stem) || stem == "ffn_gate_up";
+        }
+        matrix.split_once('.').is_some_and(|(stem, expert)| {
+            EXPERT.contains(&stem) && expert.parse::<u32>().is_ok_and(|e| e < experts.count)
+        })
     }
 
     /// The window of a layer, if it has one.
@@ -281,6 +195,7 @@ impl ModelConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{RopeScaling, RopeStyle};
 
     #[test]
     fn layers_are_local_as_their_family_says() {

@@ -14,6 +14,14 @@ pub fn head_name(config: &ModelConfig) -> &'static str {
     if config.tied_head { embedding_name() } else { "output.weight" }
 }
 
+/// Name of a matrix whose type most matrices of layers have.
+pub fn typical_name(config: &ModelConfig) -> &'static str {
+    match config.features.experts {
+        Some(_) => "blk.0.ffn_down.0.weight",
+        None => "blk.0.ffn_down.weight",
+    }
+}
+
 /// What part of a model a stage holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StageTensors {
@@ -42,8 +50,11 @@ pub fn stage_tensors<'a>(
         match name {
             "token_embd.weight" => stage.embed || (stage.head && config.tied_head),
             "output.weight" => stage.head && !config.tied_head,
-            "output_norm.weight" => stage.head,
-            "rope_freqs.weight" => !stage.layers.is_empty(),
+            "output_norm.weight" | "output_norm.bias" => stage.head,
+            "position_embd.weight" => stage.embed,
+            "rope_freqs.weight" | "rope_factors_long.weight" | "rope_factors_short.weight" => {
+                !stage.layers.is_empty()
+            }
             _ => false,
         }
     };

@@ -7,3 +7,4 @@ pub(super) const MAX_HEAD_DIM: u32 = 1024;
 pub(super) const MAX_FFN: u32 = 1 << 20;
 pub(super) const MAX_VOCAB: u32 = 1 << 22;
 pub(super) const MAX_CONTEXT: u32 = 1 << 24;
+pub(super) const MAX_EXPERTS: u32 = 1024;

@@ -1,20 +1,22 @@
 //! What a model is: dimensions, tensors and their types, which tensors a range of layers needs.
 
 mod config;
+mod family;
 mod files;
 mod folder;
 pub mod gguf;
 mod layers;
 mod limits;
 pub mod manifest;
+mod rope;
 mod split;
 mod types;
 
-pub use config::{
-    Activation, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, Window,
-};
+pub use config::ModelConfig;
+pub use family::{Activation, Experts, Family, Features, Window};
 pub use files::{Description, ModelFileError, ModelFiles};
-pub use folder::{FolderError, model_folder};
-pub use layers::{StageTensors, embedding_name, head_name, stage_tensors};
+pub use folder::{FolderError, FolderSource, model_folder};
+pub use layers::{StageTensors, embedding_name, head_name, stage_tensors, typical_name};
 pub use manifest::{ModelManifest, numerics_id};
+pub use rope::{LongFactors, RopeConfig, RopeScaling, RopeStyle};
 pub use types::{Dtype, TensorEntry, TensorType};

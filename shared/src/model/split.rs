@@ -1,7 +1,11 @@
-//! Tensors of which several lie in one: `q`, `k` and `v`, gate and up. Rows follow each other in a
-//! matrix, so that each part is a matrix of its own at some offset, and nothing is copied.
+//! Tensors of which several lie in one: `q`, `k` and `v`, gate and up, all experts. Rows follow each
+//! other in a matrix, and matrices in a tensor of three dimensions, so that each part is a matrix of
+//! its own at some offset, and nothing is copied.
 
 use super::{ModelConfig, TensorEntry};
+
+/// A part: its name, and its rows.
+type Part = (String, u64);
 
 /// The tensors with each part as one of its own, in the same order.
 ///
@@ -13,17 +17,28 @@ pub(super) fn split(
 ) -> Result<Vec<TensorEntry>, (String, String)> {
     let mut all = Vec::with_capacity(tensors.len());
     for tensor in tensors {
-        let parts = tensor.name.strip_suffix(".weight").and_then(|n| parts(config, n, &tensor));
-        let Some(parts) = parts else {
+        let inner = tensor.name.strip_suffix(".weight").and_then(|n| n.strip_prefix("blk."));
+        let Some((layer, last)) = inner.and_then(|n| n.split_once('.')) else {
             all.push(tensor);
             continue;
         };
-        let stem = tensor.name.rsplit_once('.').and_then(|(stem, _)| stem.rsplit_once('.'));
-        let layer = stem.map_or("", |(layer, _)| layer);
-        let rows = tensor.dims.get(1).copied().unwrap_or(0);
-        let wanted: u64 = parts.iter().map(|(_, rows)| rows).sum();
-        if tensor.dims.len() != 2 || rows != wanted {
-            let problem = format!("{wanted} rows are expected, its shape is {:?}", tensor.dims);
+        // One output's weights, which some files keep as a vector.
+        if last == "ffn_gate_inp_shexp" && tensor.dims.len() == 1 {
+            all.push(TensorEntry { dims: vec![tensor.dims[0], 1], ..tensor });
+            continue;
+        }
+        let layer = format!("blk.{layer}");
+        let Some((parts, slices)) = parts(config, last, &tensor) else {
+            all.push(tensor);
+            continue;
+        };
+        let rows: u64 = parts.iter().map(|(_, rows)| rows).sum();
+        let shape = match slices {
+            None => vec![rows],
+            Some(slices) => vec![rows / slices.max(1), slices],
+        };
+        if tensor.dims.get(1..) != Some(&shape[..]) {
+            let problem = format!("{rows} rows are expected, its shape is {:?}", tensor.dims);
             return Err((tensor.name, problem));
         }
         let mut offset = tensor.offset;
@@ -42,21 +57,37 @@ pub(super) fn split(
     Ok(all)
 }
 
-/// What lies in a matrix: names and rows; `None` where it is one.
+/// What lies in a tensor, and in how many slices where it has three dimensions; `None` where it is
+/// one matrix.
 fn parts(
     config: &ModelConfig,
     name: &str,
     tensor: &TensorEntry,
-) -> Option<Vec<(&'static str, u64)>> {
-    let (_, last) = name.strip_prefix("blk.")?.split_once('.')?;
-    let rows = |part: &str| {
-        config.layer_matrices().iter().find(|(name, _)| *name == part).map_or(0, |(_, d)| d[1])
-    };
+) -> Option<(Vec<Part>, Option<u64>)> {
+    let plain = config.plain_matrices();
+    let rows = |part: &str| plain.iter().find(|(name, _)| *name == part).map_or(0, |(_, d)| d[1]);
     let wide = tensor.dims.get(1) == Some(&(rows("ffn_gate") + rows("ffn_up")));
-    let parts: &[&'static str] = match last {
-        "attn_qkv" => &["attn_q", "attn_k", "attn_v"],
-        "ffn_up" if wide => &["ffn_gate", "ffn_up"],
+    let together: &[&str] = match name {
+        "attn_qkv" if !config.features.fused_qkv => &["attn_q", "attn_k", "attn_v"],
+        "ffn_up" if wide && !config.features.ungated => &["ffn_gate", "ffn_up"],
+        _ => return of_experts(config, name),
+    };
+    Some((together.iter().map(|part| ((*part).to_owned(), rows(part))).collect(), None))
+}
+
+/// All experts' matrices in one tensor: `outputs x inputs` of each, expert by expert.
+fn of_experts(config: &ModelConfig, name: &str) -> Option<(Vec<Part>, Option<u64>)> {
+    let experts = config.features.experts.as_ref()?;
+    let each: &[&str] = match name {
+        "ffn_gate_up_exps" => &["ffn_gate", "ffn_up"],
+        "ffn_gate_exps" => &["ffn_gate"],
+        "ffn_up_exps" => &["ffn_up"],
+        "ffn_down_exps" => &["ffn_down"],
         _ => return None,
     };
-    Some(parts.iter().map(|part| (*part, rows(part))).collect())
+    let of = |expert: u32| {
+        let one = move |part: &&str| (format!("{part}.{expert}"), config.expert_dims(part)[1]);
+        each.iter().map(one)
+    };
+    Some(((0..experts.count).flat_map(of).collect(), Some(u64::from(experts.count))))
 }

@@ -3,10 +3,11 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use millrace_shared::model::{Activation, Dtype, ModelConfig};
+use millrace_shared::model::{Activation, Dtype, Experts, ModelConfig};
 use millrace_shared::wire::control::EngineSettings;
 
 use super::buffer::{Arena, Buf, Frozen, Shared};
+use super::experts::{self, Routes};
 use super::kernels::best::{self, Best};
 use super::kernels::elementwise;
 use super::kernels::paged::Rule;
@@ -20,7 +21,7 @@ use super::rope::Rope;
 use super::store::{Saver, Store};
 use super::tensor::Tensor;
 use crate::cache::InUse;
-use crate::model::{Backend, BlockTables, LoadedParts, Piece, Source, Span};
+use crate::model::{Backend, BlockTables, LoadedParts, Piece, Span};
 use crate::{Isa, LoadError, LoadedStage, PackingReport, TopLogits};
 
 /// Matrices that share their input, one below the other.
@@ -132,13 +133,6 @@ impl CpuBackend {
     }
 }
 
-/// A vector of floats from its file.
-fn read_vector(source: &Source) -> Result<Vec<f32>, LoadError> {
-    let mut floats = vec![0.0; source.entry().elements() as usize];
-    source.open()?.read_floats(source.entry().dtype, &mut floats)?;
-    Ok(floats)
-}
-
 /// Rounds in place.
 fn round(x: &mut [f32], dtype: Dtype) {
     match dtype {
@@ -154,6 +148,7 @@ impl Backend for CpuBackend {
     type Vector = Vector;
     type Kv = CpuKv;
     type Best = Bests;
+    type Routes = Routes;
 
     fn tensor(&mut self, rows: usize, width: usize, input: bool) -> Result<Tensor, LoadError> {
         Tensor::new(&mut self.scratch, rows, width, input)
@@ -189,7 +184,7 @@ impl Backend for CpuBackend {
         layers: Range<u32>,
         config: &ModelConfig,
         settings: &EngineSettings,
-        factors: Option<&Source>,
+        factors: Option<&[f32]>,
     ) -> Result<CpuKv, LoadError> {
         let (heads, dim) = (config.heads as usize, config.head_dim as usize);
         let shape = KvShape {
@@ -200,10 +195,9 @@ impl Backend for CpuBackend {
             dim,
         };
         let store = Kv::new(&mut self.cache, shape, settings.kv_dtype)?;
-        let factors = factors.map(read_vector).transpose()?;
         let positions = if layers.is_empty() { 0 } else { settings.max_model_len as usize };
         let scratch = &mut self.scratch;
-        let mut ropes = vec![Rope::new(scratch, &config.rope, dim, positions, factors.as_deref())?];
+        let mut ropes = vec![Rope::new(scratch, &config.rope, dim, positions, factors)?];
         if let Some(local) = layers.clone().find_map(|i| config.window(i)?.rope) {
             ropes.push(Rope::new(scratch, &local, dim, positions, None)?);
         }
@@ -223,6 +217,16 @@ impl Backend for CpuBackend {
         Ok(CpuKv { store, ropes, rules: layers.map(rule).collect(), heads })
     }
 
+    fn routes(
+        &mut self,
+        rows: usize,
+        hidden: usize,
+        ffn: usize,
+        experts: &Experts,
+    ) -> Result<Routes, LoadError> {
+        Routes::new(&mut self.scratch, rows, (hidden, ffn), experts)
+    }
+
     fn embed(&mut self, table: &Matrices, tokens: &[u32], out: &mut Tensor) {
         out.rows = tokens.len();
         let width = out.width;
@@ -231,6 +235,16 @@ impl Backend for CpuBackend {
             // SAFETY: each row with one thread.
             table.0[0].unpack(tokens[i] as usize, unsafe { data.slice(i * width, width) });
         });
+    }
+
+    fn add_positions(&mut self, table: &Vector, spans: &[Span], out: &mut Tensor) {
+        let width = out.width;
+        for span in spans {
+            let first = span.position as usize * width;
+            let table = &table.0[first..first + span.count * width];
+            let rows = &mut out.data[span.start * width..][..table.len()];
+            rows.iter_mut().zip(table).for_each(|(x, p)| *x += p);
+        }
     }
 
     fn upload(&mut self, rows: &[f32], out: &mut Tensor) {
@@ -246,6 +260,10 @@ impl Backend for CpuBackend {
         self.compute.rms_norm(x, &gain.0, eps, out);
     }
 
+    fn layer_norm(&mut self, x: &Tensor, gain: &Vector, bias: &Vector, eps: f32, out: &mut Tensor) {
+        self.compute.layer_norm(x, (&gain.0, &bias.0), eps, out);
+    }
+
     fn linear(&mut self, x: &Tensor, w: &Matrices, out: &mut Tensor) {
         out.rows = x.rows;
         self.product(x, 0..x.rows, w, out, false);
@@ -258,6 +276,28 @@ impl Backend for CpuBackend {
     fn gated(&mut self, x: &Tensor, w: &Matrices, activation: Activation, out: &mut Tensor) {
         let Compute { pool, isa } = &mut self.compute;
         matmul::gated(pool, *isa, &w.0, x, activation, out);
+    }
+
+    fn activate(&mut self, x: &mut Tensor, bias: Option<&Vector>, activation: Activation) {
+        self.compute.activate(x, bias.map(|b| &b.0[..]), activation);
+    }
+
+    fn experts<'w>(
+        &mut self,
+        x: &Tensor,
+        scores: &Tensor,
+        weights: &dyn Fn(usize) -> [&'w Matrices; 2],
+        rule: (&Experts, Activation),
+        routes: &mut Routes,
+        out: &mut Tensor,
+    ) where
+        Matrices: 'w,
+    {
+        experts::mix(&mut self.compute, (x, scores), weights, rule, routes, out);
+    }
+
+    fn add_gated(&mut self, x: &Tensor, scores: &Tensor, column: usize, out: &mut Tensor) {
+        experts::add_gated(&mut self.compute, x, (scores, column), out);
     }
 
     fn rms_norm_add(&mut self, x: &Tensor, gain: &Vector, eps: f32, out: &mut Tensor) {

@@ -8,6 +8,7 @@ use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::StepMeta;
 
 use super::backend::CpuBackend;
+use super::experts::Routes;
 use super::kernels::best::Best;
 use super::kernels::{group_rows, paged};
 use super::pack::{Layout, kind_of};
@@ -95,7 +96,7 @@ impl Engine for CpuEngine {
         let cache = spec.packed_cache.as_deref().and_then(cache_of);
         let files: Vec<PathBuf> = tensors.iter().map(|t| t.path.clone()).collect();
         let held = cache.map(|cache| cache.hold(&files)).unwrap_or_default();
-        let sources: Vec<Source> = tensors.iter().cloned().map(Source::File).collect();
+        let sources = Source::of_tensors(tensors)?;
         let loaded = self.load_sources(spec, &sources, progress)?;
         self.held = held;
         Ok(loaded)
@@ -203,9 +204,19 @@ fn scratch_bytes(spec: &StageSpec) -> u64 {
     let c = &spec.config;
     let [hidden, heads, kv_heads, dim, ffn, vocab] =
         [c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab].map(u64::from);
-    let branch = if c.features.post_norms { hidden } else { 0 };
+    let rows = u64::from(spec.settings.max_batch_tokens);
+    let (shared, mixture) = match &c.features.experts {
+        Some(experts) => {
+            let scores = (u64::from(experts.count) + 1).saturating_mul(rows * 4);
+            let routes = Routes::bytes(rows, (hidden, ffn), experts);
+            (u64::from(experts.shared_ffn), routes.saturating_add(scores))
+        }
+        None => (0, 0),
+    };
+    let act = if c.features.experts.is_some() { shared } else { ffn };
+    let branch = if c.features.post_norms || shared > 0 { hidden } else { 0 };
     let plain = hidden + branch + (heads + 2 * kv_heads) * dim;
-    let quantised = hidden + heads * dim + ffn;
+    let quantised = hidden + heads * dim + act;
     let local_angles = spec.layers.clone().any(|i| c.window(i).is_some_and(|w| w.rope.is_some()));
     let angles = u64::from(c.rope.dim) * 4 * (1 + u64::from(local_angles));
     let group = (c.heads / c.kv_heads.max(1)) as usize;
@@ -218,7 +229,8 @@ fn scratch_bytes(spec: &StageSpec) -> u64 {
         positions,
     ) as u64;
     [
-        u64::from(spec.settings.max_batch_tokens).saturating_mul(plain * 4 + quantised * 6),
+        rows.saturating_mul(plain * 4 + quantised * 6),
+        mixture,
         attention.saturating_mul(4),
         u64::from(spec.settings.max_model_len).saturating_mul(angles),
         if spec.head { vocab * 64 + spec.threads as u64 * BEST_BYTES } else { 0 },

@@ -6,27 +6,22 @@
 //! the system has no huge pages they are mapped instead, as a mapped file is then read faster than
 //! small pages are.
 
-use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+mod work;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::backend::{Matrices, Vector};
-use super::buffer::{ALIGN, Arena, Buf, Frozen, Shared};
+use super::buffer::{ALIGN, Arena, Buf, Frozen};
 use super::mapping::{Mapping, has_huge_pages};
-use super::pack::{Layout, Packed, kind_of};
+use super::pack::{Layout, Packed, Packing, kind_of};
 use super::pool::Pool;
 use super::store::{self, HEADER_BYTES, Key, Saver, Store, Stored, Unsaved};
 use crate::cache::InUse;
 use crate::model::{LoadedPart, LoadedParts, Part, Piece, Source};
 use crate::{LoadError, PackingReport};
-
-/// Bytes of the model's file that a thread packs at a time: they fit its cache.
-const PACK_BYTES: usize = 256 << 10;
-/// Bytes that a thread copies at a time: a huge page.
-const COPY_BYTES: usize = 2 << 20;
-/// Bytes between two looks at the progress, for each thread.
-const REPORT_BYTES: usize = 8 << 20;
+use work::{Unit, Work, run, units};
 
 /// What was loaded.
 #[derive(Debug)]
@@ -62,46 +57,9 @@ enum PartPlan<'a> {
     Vector(&'a Source, f32, usize),
     /// Each with its place in the piece.
     Matrices(Vec<(usize, Layout, &'a Source)>),
+    /// One that lies column by column.
+    Transposed(Layout, &'a Source),
 }
-
-/// What one thread does at a time; `at` is a place in memory.
-enum Work<'a> {
-    Vector {
-        source: &'a Source,
-        plus: f32,
-        at: usize,
-    },
-    Pack {
-        layout: &'a Layout,
-        source: &'a Source,
-        first: usize,
-        rows: usize,
-        at: usize,
-    },
-    /// From a place in the file on.
-    Copy {
-        stored: &'a Stored,
-        from: u64,
-        at: usize,
-    },
-    /// Mapped bytes: touch and check them.
-    Check {
-        data: &'a [u8],
-    },
-}
-
-struct Unit<'a> {
-    /// Index of the plan.
-    piece: usize,
-    work: Work<'a>,
-    /// In memory.
-    bytes: usize,
-    /// In the model's file.
-    source_bytes: u64,
-    /// Checksum of what was read.
-    crc: AtomicU32,
-}
-
 /// Loads `pieces`, packed with `r` rows per group. `progress` gets the bytes done so far, as they are
 /// in the model's file.
 ///
@@ -134,7 +92,7 @@ pub(super) fn load(
         (plan.stored, plan.apart, plan.at) = (None, None, 0);
         let mut own = arena.take(plan.bytes)?;
         let one = std::slice::from_ref(&*plan);
-        run(pool, &mut own, one, &self::units(one), &mut |_| {})?;
+        run(pool, &mut own, one, &work::units(one), &mut |_| {})?;
         plan.apart = Some(own.freeze());
     }
     let loaded = finish(plans, block.freeze(), store, (started, mapped, pool.threads()));
@@ -171,6 +129,12 @@ impl<'a> Plan<'a> {
                     let at = matrices.first().map_or(0, |m| m.0);
                     parts.push((at, PartPlan::Matrices(matrices)));
                 }
+                Part::Transposed(source) => {
+                    let (rows, cols) = source.matrix()?;
+                    let layout = Layout::new(packing(source)?, (rows, cols), r);
+                    source_bytes += source.entry().bytes;
+                    parts.push((take(layout.bytes())?, PartPlan::Transposed(layout, source)));
+                }
             }
         }
         let key = store.and_then(|_| store::key(piece, r));
@@ -185,14 +149,17 @@ impl<'a> Plan<'a> {
     }
 }
 
-fn layout(source: &Source, r: usize) -> Result<Layout, LoadError> {
+fn packing(source: &Source) -> Result<Packing, LoadError> {
     let entry = source.entry();
-    let kind = kind_of(entry.dtype).ok_or_else(|| LoadError::UnsupportedType {
+    kind_of(entry.dtype).ok_or_else(|| LoadError::UnsupportedType {
         tensor: entry.name.clone(),
         dtype: entry.dtype.as_str().to_owned(),
-    })?;
+    })
+}
+
+fn layout(source: &Source, r: usize) -> Result<Layout, LoadError> {
     let (cols, rows) = source.matrix()?;
-    Ok(Layout::new(kind, (rows, cols), r))
+    Ok(Layout::new(packing(source)?, (rows, cols), r))
 }
 
 /// Gives every piece its place: in one block of memory, or, where that has no huge pages and the
@@ -211,156 +178,6 @@ fn place(plans: &mut [Plan<'_>], arena: &mut Arena, mapped: bool) -> Result<Buf<
         }
     }
     arena.take(total)
-}
-
-/// The work of all pieces, in the order of memory.
-fn units<'a>(plans: &'a [Plan<'a>]) -> Vec<Unit<'a>> {
-    let mut units = Vec::new();
-    for (piece, plan) in plans.iter().enumerate() {
-        let share = |bytes: usize| {
-            let all = plan.bytes.max(1) as u128;
-            (u128::from(plan.source_bytes) * bytes as u128 / all) as u64
-        };
-        let mut add = |work, bytes, source_bytes| {
-            units.push(Unit { piece, work, bytes, source_bytes, crc: AtomicU32::new(0) });
-        };
-        if let Some(data) = &plan.apart {
-            for data in data.chunks(COPY_BYTES) {
-                add(Work::Check { data }, data.len(), share(data.len()));
-            }
-        } else if let Some(stored) = &plan.stored {
-            // Whole huge pages of memory for each thread, not of the file.
-            let mut done = 0;
-            while done < plan.bytes {
-                let at = plan.at + done;
-                let bytes = (COPY_BYTES - at % COPY_BYTES).min(plan.bytes - done);
-                let from = (HEADER_BYTES + done) as u64;
-                add(Work::Copy { stored, from, at }, bytes, share(bytes));
-                done += bytes;
-            }
-        } else {
-            for (at, part) in &plan.parts {
-                match part {
-                    PartPlan::Vector(source, plus, len) => {
-                        let work = Work::Vector { source, plus: *plus, at: plan.at + at };
-                        add(work, len * 4, source.entry().bytes);
-                    }
-                    PartPlan::Matrices(matrices) => {
-                        matrices.iter().for_each(|(at, layout, source)| {
-                            pack_units(layout, source, plan.at + at, &mut add);
-                        });
-                    }
-                }
-            }
-        }
-    }
-    units
-}
-
-fn pack_units<'a>(
-    layout: &'a Layout,
-    source: &'a Source,
-    at: usize,
-    add: &mut impl FnMut(Work<'a>, usize, u64),
-) {
-    let row_bytes = layout.row_bytes();
-    let groups = (PACK_BYTES / (row_bytes * layout.r).max(1)).max(1);
-    for group in (0..layout.groups()).step_by(groups) {
-        let groups = groups.min(layout.groups() - group);
-        let first = group * layout.r;
-        let rows = (groups * layout.r).min(layout.rows - first);
-        let at = at + group * layout.group_bytes;
-        let work = Work::Pack { layout, source, first, rows, at };
-        add(work, groups * layout.group_bytes, (rows * row_bytes) as u64);
-    }
-}
-
-/// Does all of it with all threads.
-fn run(
-    pool: &mut Pool,
-    memory: &mut [u8],
-    plans: &[Plan<'_>],
-    units: &[Unit<'_>],
-    progress: &mut dyn FnMut(u64),
-) -> Result<(), LoadError> {
-    let memory = Shared::new(memory);
-    let buffers: Vec<Mutex<Vec<u8>>> =
-        (0..pool.threads()).map(|_| Mutex::new(Vec::new())).collect();
-    let failure: Mutex<Option<LoadError>> = Mutex::new(None);
-    let (mut rest, mut done) = (units, 0);
-    while !rest.is_empty() {
-        let (mut count, mut bytes) = (0, 0);
-        while count < rest.len() && bytes < REPORT_BYTES * pool.threads() {
-            bytes += rest[count].bytes;
-            count += 1;
-        }
-        let (now, later) = rest.split_at(count);
-        rest = later;
-        pool.each(now.len(), &|member, index| {
-            let unit = &now[index];
-            let mut buffer = buffers[member].lock().unwrap_or_else(PoisonError::into_inner);
-            // SAFETY: units write to parts of the memory that do not overlap.
-            let result = unsafe { unit.run(&memory, &mut buffer, &plans[unit.piece].nanos) };
-            if let Err(error) = result {
-                let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
-                failure.get_or_insert(error);
-            }
-        });
-        if let Some(error) = failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            return Err(error);
-        }
-        done += now.iter().map(|u| u.source_bytes).sum::<u64>();
-        progress(done);
-    }
-    Ok(())
-}
-
-impl Unit<'_> {
-    /// Does it; `buffer` is for the rows of a file.
-    ///
-    /// # Safety
-    /// Nobody else uses this unit's part of the memory.
-    unsafe fn run(
-        &self,
-        memory: &Shared<'_, u8>,
-        buffer: &mut Vec<u8>,
-        nanos: &AtomicU64,
-    ) -> Result<(), LoadError> {
-        // SAFETY: the caller's promise.
-        let part = |at| unsafe { memory.slice(at, self.bytes) };
-        match self.work {
-            Work::Vector { source, plus, at } => {
-                let mut floats = vec![0.0; self.bytes / 4];
-                source.open()?.read_floats(source.entry().dtype, &mut floats)?;
-                for (to, x) in part(at).chunks_exact_mut(4).zip(floats) {
-                    to.copy_from_slice(&(x + plus).to_ne_bytes());
-                }
-                Ok(())
-            }
-            Work::Pack { layout, source, first, rows, at } => {
-                let started = Instant::now();
-                let row_bytes = layout.row_bytes();
-                buffer.resize((rows * row_bytes).max(buffer.len()), 0);
-                let rows = &mut buffer[..rows * row_bytes];
-                source.open()?.read((first * row_bytes) as u64, rows)?;
-                layout.pack(rows, part(at));
-                nanos.fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
-                Ok(())
-            }
-            Work::Copy { stored, from, at } => {
-                let part = part(at);
-                // A file that ends early has the wrong checksum, like any other damage.
-                if stored.file.read_exact_at(part, from).is_ok() {
-                    self.crc.store(crc32c::crc32c(part), Ordering::Relaxed);
-                }
-                Ok(())
-            }
-            Work::Check { data } => {
-                self.crc.store(crc32c::crc32c(data), Ordering::Relaxed);
-                Ok(())
-            }
-        }
-    }
 }
 
 /// The pieces whose files do not hold what their headers say.
@@ -410,6 +227,10 @@ fn finish(
                         Packed::new(layout, data.part(at, layout.bytes() as usize))
                     };
                     LoadedPart::Matrices(Matrices(matrices.into_iter().map(packed).collect()))
+                }
+                PartPlan::Transposed(layout, _) => {
+                    let data = data.part(at, layout.bytes() as usize);
+                    LoadedPart::Matrices(Matrices(vec![Packed::new(layout, data)]))
                 }
             });
         }

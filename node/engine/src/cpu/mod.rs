@@ -10,6 +10,8 @@
 //! | float product | one lane per output row, `acc = fma(w, x, acc)`, inputs in order |
 //! | activation int8 | per 32: `d = absmax / 127`, `q = round_even(x * (127 / absmax))` |
 //! | RMS norm | squares in 16 lanes by fma, tree 8-4-2-1; `(x * (1 / sqrt(mean + eps))) * gain` |
+//! | layer norm | sum, then squares of what differs from the mean, in 16 lanes, tree 8-4-2-1; `fma((x - mean) * (1 / sqrt(var + eps)), gain, bias)` |
+//! | experts | picked by the largest scores, the first among equals; `exp(score - max)` summed by number; `x = fma(weight, y, x)` by number |
 //! | RoPE | tables in f64 by `libm`'s own code; `fma(a, cos, -(b sin))`, `fma(a, sin, b cos)` |
 //! | attention | parts of 512 positions, each by itself, then merged in order: `sum = fma(sum, exp(max - top), sum' * exp(max' - top))`, outputs likewise. In a part: a score is one lane over the head's elements, times `1 / sqrt(dim)`; `exp(score - max)` summed in 16 lanes, in order, tree 8-4-2-1; an output is one lane over positions |
 //! | int8 cache | per head and position: `d = absmax / 127`, `q = round_even(x * (127 / absmax))`; products of integers (exact) with queries in units of `absmax / 32639` per head, and with `exp(..) * d`, the part's largest as 32639; a score is `(dot * d) * (d_query * (1 / sqrt(dim)))` |
@@ -23,6 +25,7 @@
 mod backend;
 mod buffer;
 mod engine;
+mod experts;
 mod kernels;
 mod kv;
 pub mod limits;

@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 use millrace_shared::id::SequenceId;
-use millrace_shared::model::{Dtype, ModelConfig, TensorEntry, TensorType, head_name};
+use millrace_shared::model::{Dtype, ModelConfig, RopeScaling, TensorEntry, TensorType, head_name};
 use millrace_shared::wire::control::{
     EngineSettings, PROFILE_CONTEXT, PROFILE_ROWS, ProfileSpec, StageProfile,
 };
@@ -36,13 +36,18 @@ const BLOCKS: u32 = PROFILE_CONTEXT.div_ceil(BLOCK);
 pub(super) fn profile(spec: &ProfileSpec, threads: usize) -> Result<StageProfile, LoadError> {
     let one: u64 = layer_entries(&spec.config, spec.layer_type, 0).iter().map(|t| t.bytes).sum();
     let layers = (LAYER_BYTES / one.max(1)).clamp(1, 8) as u32;
-    let config = ModelConfig { layers, rope_factors: false, ..spec.config.clone() };
+    let mut config = ModelConfig { layers, rope_factors: false, ..spec.config.clone() };
+    // What takes no time, and needs tensors or an order of its own.
+    config.rope.scaling = RopeScaling::Linear(1.0);
+    config.features.transposed = false;
     let mut entries: Vec<TensorEntry> = Vec::new();
     for layer in 0..layers {
         entries.extend(layer_entries(&config, spec.layer_type, layer));
     }
     let width = u64::from(config.hidden);
-    entries.push(entry("output_norm.weight".to_owned(), TensorType::F32, &[width]));
+    for name in ["output_norm.weight", "output_norm.bias"] {
+        entries.push(entry(name.to_owned(), TensorType::F32, &[width]));
+    }
     let head_dims = [width, u64::from(config.vocab)];
     entries.push(entry(head_name(&config).to_owned(), spec.head_type, &head_dims));
     let sources: Vec<Source> = entries.into_iter().map(Source::Synthetic).collect();
@@ -176,8 +181,14 @@ fn entry(name: String, dtype: TensorType, dims: &[u64]) -> TensorEntry {
 
 fn layer_entries(c: &ModelConfig, dtype: TensorType, layer: u32) -> Vec<TensorEntry> {
     let vector = |(n, len)| entry(format!("blk.{layer}.{n}"), TensorType::F32, &[len]);
-    let matrix =
-        |(n, dims): (&str, [u64; 2])| entry(format!("blk.{layer}.{n}.weight"), dtype, &dims);
+    // As in files: rows that are no whole blocks are of a type with shorter ones.
+    let fitting = |cols: u64| match cols.is_multiple_of(dtype.block_elements()) {
+        true => dtype,
+        false => TensorType::Q8_0,
+    };
+    let matrix = |(n, dims): (String, [u64; 2])| {
+        entry(format!("blk.{layer}.{n}.weight"), fitting(dims[0]), &dims)
+    };
     let vectors = c.layer_vectors().into_iter().map(vector);
     c.layer_matrices().into_iter().map(matrix).chain(vectors).collect()
 }

@@ -18,7 +18,8 @@ pub(crate) struct Rope {
 }
 
 impl Rope {
-    /// Angles `position * base^(-2 i / dim) / factor_i`, stretched as the model's scaling says.
+    /// Angles `position * base^(-2 i / dim) / factor_i`, stretched as the model's scaling says; their
+    /// cosines and sines, times what it says.
     ///
     /// # Errors
     /// If memory runs out.
@@ -32,12 +33,17 @@ impl Rope {
         let pairs = config.dim as usize / 2;
         let mut cos = arena.take(positions * pairs)?;
         let mut sin = arena.take(positions * pairs)?;
+        let size = match config.scaling {
+            RopeScaling::Yarn { attention_factor, .. }
+            | RopeScaling::Long { attention_factor, .. } => f64::from(attention_factor),
+            RopeScaling::Linear(_) | RopeScaling::Llama3 { .. } => 1.0,
+        };
         for pair in 0..pairs {
             let turn = turn(config, pair, factors.map_or(1.0, |f| f[pair]));
             for position in 0..positions {
                 let (s, c) = libm::sincos(position as f64 * turn);
-                cos[position * pairs + pair] = c as f32;
-                sin[position * pairs + pair] = s as f32;
+                cos[position * pairs + pair] = (c * size) as f32;
+                sin[position * pairs + pair] = (s * size) as f32;
             }
         }
         let interleaved = config.style == RopeStyle::Interleaved;
@@ -57,6 +63,8 @@ fn turn(config: &RopeConfig, pair: usize, factor: f32) -> f64 {
     let plain = libm::pow(f64::from(config.base), exponent);
     let scale = match config.scaling {
         RopeScaling::Linear(scale) => f64::from(scale),
+        RopeScaling::Long { .. } => 1.0,
+        RopeScaling::Yarn { .. } => 1.0 / kept(config, pair),
         // As `transformers` computes it (`_compute_llama3_parameters`).
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
             let [factor, low, high, context] =
@@ -73,6 +81,32 @@ fn turn(config: &RopeConfig, pair: usize, factor: f32) -> f64 {
         }
     };
     plain / (f64::from(factor) * scale)
+}
+
+/// What `YaRN` leaves of a frequency, as `transformers` computes it (`_compute_yarn_parameters`); 1
+/// for other kinds.
+fn kept(config: &RopeConfig, pair: usize) -> f64 {
+    let RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, truncate, .. } =
+        config.scaling
+    else {
+        return 1.0;
+    };
+    let (dim, base) = (f64::from(config.dim), f64::from(config.base));
+    // The pair that turns so many times in the first context.
+    let pair_of = |turns: f32| {
+        let wavelength = f64::from(original_context) / (f64::from(turns) * std::f64::consts::TAU);
+        dim * libm::log(wavelength) / (2.0 * libm::log(base))
+    };
+    let (mut low, mut high) = (pair_of(beta_fast), pair_of(beta_slow));
+    if truncate {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    let (low, mut high) = (low.max(0.0), high.min(dim - 1.0));
+    if low == high {
+        high += 0.001;
+    }
+    let slow = ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
+    slow / f64::from(factor) + (1.0 - slow)
 }
 
 /// A hash (FNV-1a) of table values before they are rounded, for usual bases and far positions:

@@ -52,23 +52,28 @@ pub(crate) fn key(parts: &[Part<'_>], r: usize) -> Option<Key> {
                 std::slice::from_ref(source)
             }
             Part::Matrices(sources) => sources,
+            Part::Transposed(source) => std::slice::from_ref(source),
         };
-        matrices += usize::from(matches!(part, Part::Matrices(_)));
-        let tag = [u8::from(matches!(part, Part::Matrices(_)))];
+        let tag = match part {
+            Part::Vector(..) => [0],
+            Part::Matrices(_) => [1],
+            Part::Transposed(_) => [2],
+        };
+        matrices += usize::from(tag != [0]);
         hasher.update(&tag).update(&(sources.len() as u64).to_le_bytes());
         for source in sources {
-            let Source::File(file) = source else { return None };
-            let entry = &file.entry;
-            if entry.hash == [0; 32] {
-                return None;
+            for entry in source.tensors()? {
+                if entry.hash == [0; 32] {
+                    return None;
+                }
+                let name = entry.dtype.as_str().as_bytes();
+                hasher.update(&(name.len() as u64).to_le_bytes()).update(name);
+                hasher.update(&(entry.dims.len() as u64).to_le_bytes());
+                for dim in &entry.dims {
+                    hasher.update(&dim.to_le_bytes());
+                }
+                hasher.update(&entry.hash);
             }
-            let name = entry.dtype.as_str().as_bytes();
-            hasher.update(&(name.len() as u64).to_le_bytes()).update(name);
-            hasher.update(&(entry.dims.len() as u64).to_le_bytes());
-            for dim in &entry.dims {
-                hasher.update(&dim.to_le_bytes());
-            }
-            hasher.update(&entry.hash);
         }
     }
     (matrices > 0).then(|| hasher.finalize().into())

@@ -12,30 +12,13 @@ use millrace_shared::model::{Dtype, ModelConfig};
 use millrace_shared::sampling::MAX_CANDIDATES;
 use millrace_shared::wire::data::StepMeta;
 
+use super::layer::{Layer, Norm, Parts, Room};
 use super::weights::Sources;
-use super::{Backend, Batch, BlockTables, LoadedPart, Part, Piece, TOP_ROWS};
+use super::{Backend, Batch, BlockTables, Part, Piece, TOP_ROWS};
 use crate::{HeadWant, LoadError, StageInput, StageOutput, StageSpec, StepError, TopLogits};
 
 /// Positions whose logits are computed together.
 const HEAD_ROWS: usize = 16;
-
-/// One layer's weights.
-struct Layer<B: Backend> {
-    attn_norm: B::Vector,
-    /// `q | k | v`.
-    qkv: B::Weight,
-    /// Of `q`, `k` and `v`.
-    biases: Option<[B::Vector; 3]>,
-    /// Of query and key heads.
-    head_norms: Option<[B::Vector; 2]>,
-    attn_output: B::Weight,
-    attn_post_norm: Option<B::Vector>,
-    ffn_norm: B::Vector,
-    /// `gate | up`.
-    gate_up: B::Weight,
-    down: B::Weight,
-    ffn_post_norm: Option<B::Vector>,
-}
 
 /// The embedding, the head, or both in one matrix.
 enum Ends<B: Backend> {
@@ -56,8 +39,8 @@ struct Scratch<B: Backend> {
     qkv: B::Tensor,
     /// `n x heads head_dim`.
     attended: B::Tensor,
-    /// `n x ffn`.
-    act: B::Tensor,
+    /// Of the feed-forward part.
+    room: Room<B>,
     /// What a part of a layer gives, before it is normalised and added: `n x hidden`.
     branch: Option<B::Tensor>,
     /// `16 x vocab`.
@@ -73,7 +56,9 @@ pub struct Decoder<B: Backend> {
     layers: Vec<Layer<B>>,
     kv: B::Kv,
     ends: Ends<B>,
-    final_norm: Option<B::Vector>,
+    /// Of positions, where they are learned.
+    positions: Option<B::Vector>,
+    final_norm: Option<Norm<B>>,
     scratch: Scratch<B>,
     range: Range<u32>,
     config: ModelConfig,
@@ -91,54 +76,19 @@ fn pieces<'a>(spec: &StageSpec, sources: &Sources<'a>) -> Result<Vec<Piece<'a>>,
     let mut pieces = Vec::with_capacity(spec.layers.len() + 3);
     if spec.embed {
         pieces.push(vec![Part::Matrices(vec![sources.embedding()?])]);
+        pieces.extend(sources.positions(spec.settings.max_model_len)?.map(|table| vec![table]));
     }
     for layer in spec.layers.clone() {
         pieces.push(sources.layer(layer)?);
     }
     if spec.head {
         let (norm, head) = sources.head()?;
-        pieces.push(vec![norm]);
+        pieces.push(norm);
         if !(spec.embed && spec.config.tied_head) {
             pieces.push(vec![Part::Matrices(vec![head])]);
         }
     }
     Ok(pieces)
-}
-
-/// Loaded parts in the order of [`pieces`].
-struct Parts<B: Backend>(std::vec::IntoIter<LoadedPart<B::Weight, B::Vector>>);
-
-impl<B: Backend> Parts<B> {
-    fn vector(&mut self) -> B::Vector {
-        match self.0.next() {
-            Some(LoadedPart::Vector(vector)) => vector,
-            _ => unreachable!("parts come back in the order in which they were asked for"),
-        }
-    }
-
-    fn matrices(&mut self) -> B::Weight {
-        match self.0.next() {
-            Some(LoadedPart::Matrices(matrices)) => matrices,
-            _ => unreachable!("parts come back in the order in which they were asked for"),
-        }
-    }
-}
-
-/// `x += w input`, what is added being normalised first where there is a gain.
-fn add_product<B: Backend>(
-    b: &mut B,
-    input: &B::Tensor,
-    w: &B::Weight,
-    (gain, eps): (&Option<B::Vector>, f32),
-    (branch, x): (&mut Option<B::Tensor>, &mut B::Tensor),
-) {
-    match (gain, branch) {
-        (Some(gain), Some(branch)) => {
-            b.linear(input, w, branch);
-            b.rms_norm_add(branch, gain, eps, x);
-        }
-        _ => b.linear_add(input, w, x),
-    }
 }
 
 impl<B: Backend> Decoder<B> {
@@ -155,28 +105,17 @@ impl<B: Backend> Decoder<B> {
         let config = &spec.config;
         let n = spec.settings.max_batch_tokens as usize;
         let pieces = pieces(spec, sources)?;
-        let factors = if spec.layers.is_empty() { None } else { sources.rope_factors()? };
-        let kv = backend.kv(spec.layers.clone(), config, &spec.settings, factors)?;
+        let longest = spec.settings.max_model_len;
+        let factors = if spec.layers.is_empty() { None } else { sources.rope_factors(longest)? };
+        let kv = backend.kv(spec.layers.clone(), config, &spec.settings, factors.as_deref())?;
         let scratch = Self::scratch(backend, spec, n)?;
         backend.touch()?;
-        let mut parts = Parts::<B>(backend.weights(&pieces, progress)?.into_iter());
+        let mut parts = Parts::<B>::new(backend.weights(&pieces, progress)?);
         let embedding = spec.embed.then(|| parts.matrices());
-        let f = &config.features;
-        // In the order of `Sources::layer`.
-        let layer = |_| Layer {
-            attn_norm: parts.vector(),
-            qkv: parts.matrices(),
-            biases: f.qkv_bias.then(|| std::array::from_fn(|_| parts.vector())),
-            head_norms: f.qk_norm.then(|| std::array::from_fn(|_| parts.vector())),
-            attn_output: parts.matrices(),
-            attn_post_norm: f.post_norms.then(|| parts.vector()),
-            ffn_norm: parts.vector(),
-            gate_up: parts.matrices(),
-            down: parts.matrices(),
-            ffn_post_norm: f.post_norms.then(|| parts.vector()),
-        };
-        let layers = spec.layers.clone().map(layer).collect();
-        let final_norm = spec.head.then(|| parts.vector());
+        let learned = spec.embed && config.features.learned_positions;
+        let positions = learned.then(|| parts.vector());
+        let layers = spec.layers.clone().map(|_| Layer::load(&mut parts, spec)).collect();
+        let final_norm = spec.head.then(|| Norm::load(&mut parts, &config.features));
         let ends = match (embedding, spec.head) {
             (None, false) => Ends::Neither,
             (Some(embedding), false) => Ends::Embed(embedding),
@@ -188,6 +127,7 @@ impl<B: Backend> Decoder<B> {
             layers,
             kv,
             ends,
+            positions,
             final_norm,
             scratch,
             range: spec.layers.clone(),
@@ -198,8 +138,9 @@ impl<B: Backend> Decoder<B> {
 
     fn scratch(backend: &mut B, spec: &StageSpec, n: usize) -> Result<Scratch<B>, LoadError> {
         let c = &spec.config;
-        let [hidden, heads, kv_heads, dim, ffn] =
-            [c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn].map(|x| x as usize);
+        let [hidden, heads, kv_heads, dim] =
+            [c.hidden, c.heads, c.kv_heads, c.head_dim].map(|x| x as usize);
+        let shared = c.features.experts.is_some_and(|e| e.shared_ffn > 0);
         let inner = if spec.layers.is_empty() { 0 } else { n };
         let head_rows = if spec.head { HEAD_ROWS } else { 0 };
         Ok(Scratch {
@@ -207,8 +148,8 @@ impl<B: Backend> Decoder<B> {
             normed: backend.tensor(n, hidden, true)?,
             qkv: backend.tensor(inner, (heads + 2 * kv_heads) * dim, false)?,
             attended: backend.tensor(inner, heads * dim, true)?,
-            act: backend.tensor(inner, ffn, true)?,
-            branch: match c.features.post_norms {
+            room: Room::new(backend, c, inner)?,
+            branch: match c.features.post_norms || shared {
                 true => Some(backend.tensor(inner, hidden, false)?),
                 false => None,
             },
@@ -232,7 +173,7 @@ impl<B: Backend> Decoder<B> {
         output: StageOutput<'_>,
     ) -> Result<(), StepError> {
         self.check(batch, &input, &output)?;
-        self.enter(b, input);
+        self.enter(b, input, batch);
         self.settle(b, meta, batch, "the input", self.range.start, false)?;
         let pruned = !matches!(output, StageOutput::Hidden(_));
         let last = self.layers.len();
@@ -264,12 +205,10 @@ impl<B: Backend> Decoder<B> {
         let (heads, kv_heads, dim) = (c.heads as usize, c.kv_heads as usize, c.head_dim as usize);
         let keys = heads * dim;
         // Attention: normalise, project, rotate, remember.
-        b.rms_norm(&s.x, &layer.attn_norm, c.rms_eps, &mut s.normed);
+        layer.attn_norm.apply(b, &s.x, c.rms_eps, &mut s.normed);
         b.linear(&s.normed, &layer.qkv, &mut s.qkv);
-        if let Some([q, k, v]) = &layer.biases {
-            for (first, bias) in [(0, q), (keys, k), (keys + kv_heads * dim, v)] {
-                b.add_bias(&mut s.qkv, first, bias);
-            }
+        for (first, bias) in &layer.biases {
+            b.add_bias(&mut s.qkv, *first, bias);
         }
         if let Some([q, k]) = &layer.head_norms {
             b.norm_heads(&mut s.qkv, 0, heads, q, c.rms_eps);
@@ -288,13 +227,12 @@ impl<B: Backend> Decoder<B> {
         };
         // Attend, project back.
         b.attention(&s.qkv, &self.kv, index, spans, tables, &mut s.attended);
+        let gain = (&layer.attn_post_norm, c.rms_eps);
+        layer.attn_output.add(b, &s.attended, gain, (&mut s.branch, &mut s.x));
+        // Feed forward.
+        layer.ffn_norm.apply(b, &s.x, c.rms_eps, &mut s.normed);
         let to = (&mut s.branch, &mut s.x);
-        add_product(b, &s.attended, &layer.attn_output, (&layer.attn_post_norm, c.rms_eps), to);
-        // Feed forward: normalise, project through the gate, project back.
-        b.rms_norm(&s.x, &layer.ffn_norm, c.rms_eps, &mut s.normed);
-        b.gated(&s.normed, &layer.gate_up, c.features.activation, &mut s.act);
-        let to = (&mut s.branch, &mut s.x);
-        add_product(b, &s.act, &layer.down, (&layer.ffn_post_norm, c.rms_eps), to);
+        layer.feed_forward.add(b, &s.normed, c, &mut s.room, &layer.ffn_post_norm, to);
     }
 
     /// Final norm, and logits a few rows at a time: never kept where rows want the largest alone.
@@ -305,7 +243,7 @@ impl<B: Backend> Decoder<B> {
             return;
         };
         let s = &mut self.scratch;
-        b.rms_norm(&s.x, norm, self.config.rms_eps, &mut s.normed);
+        norm.apply(b, &s.x, self.config.rms_eps, &mut s.normed);
         let (vocab, softcap) = (self.config.vocab as usize, self.config.features.logit_softcap);
         let mut rest = &batch.outputs[..];
         while !rest.is_empty() {
@@ -338,7 +276,7 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Fills the residual stream.
-    fn enter(&mut self, b: &mut B, input: StageInput<'_>) {
+    fn enter(&mut self, b: &mut B, input: StageInput<'_>, batch: &Batch) {
         match (input, &self.ends) {
             (
                 StageInput::Tokens(tokens),
@@ -347,6 +285,9 @@ impl<B: Backend> Decoder<B> {
                 b.embed(table, tokens, &mut self.scratch.x);
                 if self.config.features.embedding_scale != 1.0 {
                     b.scale(&mut self.scratch.x, self.config.features.embedding_scale);
+                }
+                if let Some(table) = &self.positions {
+                    b.add_positions(table, &batch.spans, &mut self.scratch.x);
                 }
             }
             (StageInput::Hidden(rows), _) => b.upload(rows, &mut self.scratch.x),

@@ -6,18 +6,22 @@
 
 mod batch;
 mod decoder;
+mod joined;
+mod layer;
+mod source;
 mod tables;
 pub mod weights;
 
 use std::ops::Range;
 
-use millrace_shared::model::{Activation, Dtype, ModelConfig};
+use millrace_shared::model::{Activation, Dtype, Experts, ModelConfig};
 use millrace_shared::wire::control::EngineSettings;
 
 pub use batch::{Batch, Output, Span};
 pub use decoder::Decoder;
+pub use source::{Reader, Source};
 pub use tables::BlockTables;
-pub use weights::{LoadedPart, LoadedParts, Part, Piece, Source};
+pub use weights::{LoadedPart, LoadedParts, Part, Piece};
 
 use crate::{LoadError, TopLogits};
 
@@ -37,6 +41,8 @@ pub trait Backend {
     type Kv;
     /// Lists of the largest logits of some rows.
     type Best;
+    /// Room to send rows to their experts.
+    type Routes;
 
     /// Room for `rows x width` activations; `input` if a matrix will be applied to them.
     ///
@@ -72,17 +78,40 @@ pub trait Backend {
         layers: Range<u32>,
         config: &ModelConfig,
         settings: &EngineSettings,
-        factors: Option<&Source>,
+        factors: Option<&[f32]>,
     ) -> Result<Self::Kv, LoadError>;
+
+    /// Room to send `rows` rows to the experts of a layer.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    fn routes(
+        &mut self,
+        rows: usize,
+        hidden: usize,
+        ffn: usize,
+        experts: &Experts,
+    ) -> Result<Self::Routes, LoadError>;
 
     /// Rows of the embedding.
     fn embed(&mut self, table: &Self::Weight, tokens: &[u32], out: &mut Self::Tensor);
+    /// Adds each row's position's part of a table `positions x width`.
+    fn add_positions(&mut self, table: &Self::Vector, spans: &[Span], out: &mut Self::Tensor);
     /// Host to tensor.
     fn upload(&mut self, rows: &[f32], out: &mut Self::Tensor);
     /// Tensor to host.
     fn download(&mut self, x: &Self::Tensor, out: &mut [f32]);
     /// `x / rms(x) * gain`.
     fn rms_norm(&mut self, x: &Self::Tensor, gain: &Self::Vector, eps: f32, out: &mut Self::Tensor);
+    /// `(x - mean(x)) / sqrt(var(x) + eps) * gain + bias`.
+    fn layer_norm(
+        &mut self,
+        x: &Self::Tensor,
+        gain: &Self::Vector,
+        bias: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    );
     /// `out = w x`.
     fn linear(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor);
     /// `out += w x`.
@@ -93,6 +122,34 @@ pub trait Backend {
         x: &Self::Tensor,
         w: &Self::Weight,
         activation: Activation,
+        out: &mut Self::Tensor,
+    );
+    /// `x = activation(x + bias)`, where there is one.
+    fn activate(
+        &mut self,
+        x: &mut Self::Tensor,
+        bias: Option<&Self::Vector>,
+        activation: Activation,
+    );
+    /// `out += sum of p_e down_e (activation(gate_e x) * up_e x)` over the experts `e` that the router
+    /// picks for each row, in the order of their numbers. `scores` begin with the router's output;
+    /// `weights` gives the matrices `gate | up` and `down` of an expert.
+    fn experts<'w>(
+        &mut self,
+        x: &Self::Tensor,
+        scores: &Self::Tensor,
+        weights: &dyn Fn(usize) -> [&'w Self::Weight; 2],
+        rule: (&Experts, Activation),
+        routes: &mut Self::Routes,
+        out: &mut Self::Tensor,
+    ) where
+        Self::Weight: 'w;
+    /// `out += sigmoid(g) x`, `g` being element `column` of each row of `scores`.
+    fn add_gated(
+        &mut self,
+        x: &Self::Tensor,
+        scores: &Self::Tensor,
+        column: usize,
         out: &mut Self::Tensor,
     );
     /// `out += x / rms(x) * gain`.

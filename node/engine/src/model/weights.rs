@@ -1,63 +1,11 @@
-//! Canonical tensor names, their shapes, and where their bytes come from.
+//! Canonical tensor names, their shapes, and the order in which a step reads them.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::collections::HashMap;
 
-use half::{bf16, f16};
-use millrace_shared::model::{ModelConfig, TensorEntry, TensorType, head_name};
+use millrace_shared::model::{ModelConfig, RopeScaling, TensorType, head_name};
 
-use crate::{LoadError, TensorSource};
-
-/// Bytes of one tensor.
-#[derive(Clone, Debug)]
-pub enum Source {
-    /// In a file.
-    File(TensorSource),
-    /// Made up, for measurements: never NaN, never denormal.
-    Synthetic(TensorEntry),
-}
-
-impl Source {
-    /// Name, type, dimensions.
-    pub fn entry(&self) -> &TensorEntry {
-        match self {
-            Self::File(source) => &source.entry,
-            Self::Synthetic(entry) => entry,
-        }
-    }
-
-    /// Opens it for reading.
-    ///
-    /// # Errors
-    /// If the file cannot be opened.
-    pub fn open(&self) -> Result<Reader<'_>, LoadError> {
-        Ok(match self {
-            Self::File(source) => {
-                let file = File::open(&source.path)
-                    .map_err(|e| LoadError::Io { path: source.path.clone(), source: e })?;
-                Reader::File(file, source)
-            }
-            Self::Synthetic(_) => Reader::Synthetic(0x9e37_79b9_7f4a_7c15),
-        })
-    }
-
-    /// Inputs and outputs of a matrix.
-    ///
-    /// # Errors
-    /// If it is no matrix or too large to address.
-    pub fn matrix(&self) -> Result<(usize, usize), LoadError> {
-        let dims = &self.entry().dims;
-        match dims.as_slice() {
-            &[cols, rows] if cols.checked_mul(rows).is_some_and(|n| n < 1 << 40) => {
-                Ok((cols as usize, rows as usize))
-            }
-            _ => Err(LoadError::Settings(format!(
-                "tensor '{}' of shape {dims:?} is no matrix that fits in memory",
-                self.entry().name
-            ))),
-        }
-    }
-}
+use super::Source;
+use crate::LoadError;
 
 /// Something to load: what one operation needs.
 #[derive(Clone, Debug)]
@@ -66,6 +14,8 @@ pub enum Part<'a> {
     Vector(&'a Source, f32),
     /// Matrices that share their input, one below the other.
     Matrices(Vec<&'a Source>),
+    /// A matrix of floats that lies column by column.
+    Transposed(&'a Source),
 }
 
 /// What lies together in memory, and in the cache of packed weights, in the order in which a step
@@ -84,68 +34,15 @@ pub enum LoadedPart<W, V> {
 /// The parts of several pieces, one after the other.
 pub type LoadedParts<W, V> = Vec<LoadedPart<W, V>>;
 
-/// An open tensor.
-#[derive(Debug)]
-pub enum Reader<'a> {
-    /// A file, and where in it.
-    File(File, &'a TensorSource),
-    /// State of the generator.
-    Synthetic(u64),
-}
-
-impl Reader<'_> {
-    /// The first elements of a tensor of floats, as f32.
-    ///
-    /// # Errors
-    /// If the file ends first or cannot be read.
-    pub fn read_floats(&mut self, dtype: TensorType, out: &mut [f32]) -> Result<(), LoadError> {
-        let mut bytes = vec![0; out.len() * dtype.block_bytes() as usize];
-        self.read(0, &mut bytes)?;
-        let halves = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-        match dtype {
-            TensorType::F16 => {
-                out.iter_mut().zip(halves).for_each(|(x, b)| *x = f16::from_bits(b).to_f32());
-            }
-            TensorType::BF16 => {
-                out.iter_mut().zip(halves).for_each(|(x, b)| *x = bf16::from_bits(b).to_f32());
-            }
-            _ => {
-                let floats = bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
-                out.iter_mut().zip(floats).for_each(|(x, b)| *x = f32::from_le_bytes(b));
-            }
-        }
-        Ok(())
-    }
-
-    /// Fills `bytes` from `offset` of the tensor on.
-    ///
-    /// # Errors
-    /// If the file ends first or cannot be read.
-    pub fn read(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), LoadError> {
-        match self {
-            Self::File(file, source) => file
-                .read_exact_at(bytes, source.offset.saturating_add(offset))
-                .map_err(|e| LoadError::Io { path: source.path.clone(), source: e }),
-            Self::Synthetic(state) => {
-                for chunk in bytes.chunks_mut(8) {
-                    *state ^= *state << 13;
-                    *state ^= *state >> 7;
-                    *state ^= *state << 17;
-                    // No exponent of all ones, whatever the type.
-                    let bits = (*state & 0x0f0f_0f0f_0f0f_0f0f) | 0x2020_2020_2020_2020;
-                    chunk.copy_from_slice(&bits.to_le_bytes()[..chunk.len()]);
-                }
-                Ok(())
-            }
-        }
-    }
-}
-
 /// A stage's tensors by name, checked against the dimensions.
 #[derive(Debug)]
 pub struct Sources<'a> {
     config: &'a ModelConfig,
-    all: Vec<&'a Source>,
+    all: HashMap<&'a str, &'a Source>,
+}
+
+fn is_float(dtype: TensorType) -> bool {
+    matches!(dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16)
 }
 
 impl<'a> Sources<'a> {
@@ -159,6 +56,15 @@ impl<'a> Sources<'a> {
         for (what, width) in [("hidden", c.hidden), ("ffn", c.ffn)] {
             if width == 0 || !width.is_multiple_of(32) {
                 return bad(format!("{what} size {width} is not a multiple of 32"));
+            }
+        }
+        if let Some(e) = &c.features.experts {
+            if e.count == 0 || e.used == 0 || e.used > e.count {
+                return bad(format!("{} of {} experts for a row", e.used, e.count));
+            }
+            if !e.shared_ffn.is_multiple_of(32) {
+                let width = e.shared_ffn;
+                return bad(format!("shared expert's size {width} is not a multiple of 32"));
             }
         }
         let queries = u64::from(c.heads) * u64::from(c.head_dim);
@@ -175,32 +81,27 @@ impl<'a> Sources<'a> {
         if c.rope.dim > c.head_dim || !c.rope.dim.is_multiple_of(2) {
             return bad(format!("{} rotated of {} head elements", c.rope.dim, c.head_dim));
         }
-        Ok(Self { config, all: all.iter().collect() })
+        Ok(Self { config, all: all.iter().map(|s| (s.entry().name.as_str(), s)).collect() })
     }
 
-    fn find(&self, name: &str, dims: &[u32]) -> Result<&'a Source, LoadError> {
-        let found = self.all.iter().find(|s| s.entry().name == name);
-        let source = *found.ok_or_else(|| LoadError::MissingTensor(name.to_owned()))?;
+    fn find(&self, name: &str, dims: &[u64]) -> Result<&'a Source, LoadError> {
+        let source =
+            *self.all.get(name).ok_or_else(|| LoadError::MissingTensor(name.to_owned()))?;
         let entry = source.entry();
-        let expected: Vec<u64> = dims.iter().map(|&d| u64::from(d)).collect();
-        if entry.dims != expected {
+        if entry.dims != dims {
             return Err(LoadError::Shape {
                 tensor: name.to_owned(),
                 found: entry.dims.clone(),
-                expected,
+                expected: dims.to_vec(),
             });
         }
-        let float = matches!(entry.dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16);
-        if !entry.dtype.is_supported() || (dims.len() == 1 && !float) {
-            return Err(LoadError::UnsupportedType {
-                tensor: name.to_owned(),
-                dtype: entry.dtype.as_str().to_owned(),
-            });
+        if !entry.dtype.is_supported() || (dims.len() == 1 && !is_float(entry.dtype)) {
+            return Err(unsupported(source));
         }
-        if !expected[0].is_multiple_of(entry.dtype.block_elements()) {
+        if !dims[0].is_multiple_of(entry.dtype.block_elements()) {
             return Err(LoadError::Settings(format!(
                 "rows of tensor '{name}' ({} elements) are no whole {} blocks",
-                expected[0],
+                dims[0],
                 entry.dtype.as_str()
             )));
         }
@@ -212,73 +113,202 @@ impl<'a> Sources<'a> {
     /// # Errors
     /// If it is missing or misshapen.
     pub fn embedding(&self) -> Result<&'a Source, LoadError> {
-        self.find("token_embd.weight", &[self.config.hidden, self.config.vocab])
+        let dims = [self.config.hidden, self.config.vocab].map(u64::from);
+        self.find("token_embd.weight", &dims)
     }
 
-    /// The head's gain and matrix.
+    /// The table of learned positions, where the model has one; `positions` are needed.
+    ///
+    /// # Errors
+    /// If it is missing, misshapen or too short.
+    pub fn positions(&self, positions: u32) -> Result<Option<Part<'a>>, LoadError> {
+        if !self.config.features.learned_positions {
+            return Ok(None);
+        }
+        let (hidden, context) = (self.config.hidden, self.config.context);
+        if positions > context {
+            return Err(LoadError::Settings(format!(
+                "sequences of {positions} positions, but the model has learned {context}"
+            )));
+        }
+        let table = self.find("position_embd.weight", &[hidden, context].map(u64::from))?;
+        if !is_float(table.entry().dtype) {
+            return Err(unsupported(table));
+        }
+        Ok(Some(Part::Vector(table, 0.0)))
+    }
+
+    /// The head's norm (its gain, and its bias where it has one) and matrix.
     ///
     /// # Errors
     /// If one is missing or misshapen.
-    pub fn head(&self) -> Result<(Part<'a>, &'a Source), LoadError> {
-        let norm = self.gain("output_norm.weight", self.config.hidden)?;
-        Ok((norm, self.find(head_name(self.config), &[self.config.hidden, self.config.vocab])?))
+    pub fn head(&self) -> Result<(Piece<'a>, &'a Source), LoadError> {
+        let dims = [self.config.hidden, self.config.vocab].map(u64::from);
+        Ok((self.norm("output_norm")?, self.find(head_name(self.config), &dims)?))
     }
 
-    /// RoPE frequency factors, where the model has them.
+    /// RoPE frequency factors, where the model has them, for sequences of at most so many positions.
     ///
     /// # Errors
     /// If they are missing or misshapen.
-    pub fn rope_factors(&self) -> Result<Option<&'a Source>, LoadError> {
-        if !self.config.rope_factors {
-            return Ok(None);
+    pub fn rope_factors(&self, positions: u32) -> Result<Option<Vec<f32>>, LoadError> {
+        let pairs = u64::from(self.config.rope.dim / 2);
+        let name = match self.config.rope.scaling {
+            RopeScaling::Long { original_context, .. } => {
+                let long = positions as f32 > original_context;
+                if let Some(lists) = &self.config.features.long_factors {
+                    let list = if long { &lists.long } else { &lists.short };
+                    if list.len() as u64 != pairs {
+                        let n = list.len();
+                        let what = format!("{n} RoPE factors for {pairs} frequencies");
+                        return Err(LoadError::Settings(what));
+                    }
+                    return Ok(Some(list.clone()));
+                }
+                if long { "rope_factors_long.weight" } else { "rope_factors_short.weight" }
+            }
+            _ if self.config.rope_factors => "rope_freqs.weight",
+            _ => return Ok(None),
+        };
+        self.find(name, &[pairs])?.floats().map(Some)
+    }
+
+    /// Gain and, where the family has them, bias of a norm.
+    fn norm(&self, name: &str) -> Result<Piece<'a>, LoadError> {
+        let hidden = u64::from(self.config.hidden);
+        let mut norm = vec![self.gain(&format!("{name}.weight"), hidden)?];
+        if self.config.features.layer_norm {
+            norm.push(Part::Vector(self.find(&format!("{name}.bias"), &[hidden])?, 0.0));
         }
-        self.find("rope_freqs.weight", &[self.config.rope.dim / 2]).map(Some)
+        Ok(norm)
     }
 
     /// The gain of a norm.
-    fn gain(&self, name: &str, len: u32) -> Result<Part<'a>, LoadError> {
+    fn gain(&self, name: &str, len: u64) -> Result<Part<'a>, LoadError> {
         let plus = if self.config.features.gain_plus_one { 1.0 } else { 0.0 };
         Ok(Part::Vector(self.find(name, &[len])?, plus))
     }
 
-    /// Everything of one layer, in the order in which a step reads it: attention's gain; `q | k | v`;
-    /// their biases; the gains of queries and keys; the output; the gain after it; the feed-forward
-    /// part's gain; `gate | up`; `down`; the gain after it. What the family does not have is absent.
+    /// Everything of one layer, in the order in which a step reads it: attention's norm; `q | k | v`;
+    /// their biases; the gains of queries and keys; the output and its bias; the gain after it; the
+    /// feed-forward part's norm; that part; the gain after it. What the family does not have is absent.
     ///
     /// # Errors
     /// If a tensor is missing or misshapen.
     pub fn layer(&self, layer: u32) -> Result<Piece<'a>, LoadError> {
         let c = self.config;
         let f = &c.features;
-        let (h, q, kv) = (c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let [h, head] = [c.hidden, c.head_dim].map(u64::from);
+        let at = Layer {
+            sources: self,
+            layer,
+            matrices: c.plain_matrices(),
+            vectors: c.layer_vectors(),
+        };
         let name = |part: &str| format!("blk.{layer}.{part}");
-        let get = |part: &str, dims: &[u32]| self.find(&name(part), dims);
-        let gain = |part: &str, len: u32| self.gain(&name(part), len);
-        let mut piece = vec![gain("attn_norm.weight", h)?];
-        let qkv = [("attn_q.weight", q), ("attn_k.weight", kv), ("attn_v.weight", kv)];
-        let qkv = qkv.map(|(part, rows)| get(part, &[h, rows]));
-        piece.push(Part::Matrices(qkv.into_iter().collect::<Result<_, _>>()?));
-        if f.qkv_bias {
-            for (part, len) in [("attn_q.bias", q), ("attn_k.bias", kv), ("attn_v.bias", kv)] {
-                piece.push(Part::Vector(get(part, &[len])?, 0.0));
-            }
+        let mut piece = self.norm(&name("attn_norm"))?;
+        let qkv: &[&str] =
+            if f.fused_qkv { &["attn_qkv"] } else { &["attn_q", "attn_k", "attn_v"] };
+        piece.push(at.matrices(qkv)?);
+        for part in qkv {
+            piece.extend(at.bias(part)?);
         }
         if f.qk_norm {
-            piece.push(gain("attn_q_norm.weight", c.head_dim)?);
-            piece.push(gain("attn_k_norm.weight", c.head_dim)?);
+            piece.push(self.gain(&name("attn_q_norm.weight"), head)?);
+            piece.push(self.gain(&name("attn_k_norm.weight"), head)?);
         }
-        piece.push(Part::Matrices(vec![get("attn_output.weight", &[q, h])?]));
+        piece.push(at.matrices(&["attn_output"])?);
+        piece.extend(at.bias("attn_output")?);
         if f.post_norms {
-            piece.push(gain("post_attention_norm.weight", h)?);
+            piece.push(self.gain(&name("post_attention_norm.weight"), h)?);
         }
-        piece.push(gain("ffn_norm.weight", h)?);
-        let gate_up =
-            vec![get("ffn_gate.weight", &[h, c.ffn])?, get("ffn_up.weight", &[h, c.ffn])?];
-        piece.push(Part::Matrices(gate_up));
-        piece.push(Part::Matrices(vec![get("ffn_down.weight", &[c.ffn, h])?]));
+        piece.extend(self.norm(&name("ffn_norm"))?);
+        at.feed_forward(&mut piece)?;
         if f.post_norms {
-            piece.push(gain("post_ffw_norm.weight", h)?);
+            piece.push(self.gain(&name("post_ffw_norm.weight"), h)?);
         }
         Ok(piece)
+    }
+}
+
+fn unsupported(source: &Source) -> LoadError {
+    let entry = source.entry();
+    let (tensor, dtype) = (entry.name.clone(), entry.dtype.as_str().to_owned());
+    LoadError::UnsupportedType { tensor, dtype }
+}
+
+/// One layer's tensors.
+struct Layer<'s, 'a> {
+    sources: &'s Sources<'a>,
+    layer: u32,
+    matrices: Vec<(&'static str, [u64; 2])>,
+    vectors: Vec<(&'static str, u64)>,
+}
+
+impl<'a> Layer<'_, 'a> {
+    /// Matrices that share their input; one alone where they lie column by column.
+    fn matrices(&self, names: &[&str]) -> Result<Part<'a>, LoadError> {
+        let transposed = self.sources.config.features.transposed;
+        let mut found = Vec::with_capacity(names.len());
+        for name in names {
+            let known = self.matrices.iter().find(|(known, _)| known == name);
+            let mut dims = known.map_or([0, 0], |(_, dims)| *dims);
+            if transposed {
+                dims.reverse();
+            }
+            let layer = self.layer;
+            found.push(self.sources.find(&format!("blk.{layer}.{name}.weight"), &dims)?);
+        }
+        match found[..] {
+            [one] if transposed && is_float(one.entry().dtype) => Ok(Part::Transposed(one)),
+            [one] if transposed => Err(unsupported(one)),
+            _ => Ok(Part::Matrices(found)),
+        }
+    }
+
+    /// The bias of a matrix, if the family has it.
+    fn bias(&self, matrix: &str) -> Result<Option<Part<'a>>, LoadError> {
+        let name = format!("{matrix}.bias");
+        let Some((_, len)) = self.vectors.iter().find(|(known, _)| *known == name) else {
+            return Ok(None);
+        };
+        let source = self.sources.find(&format!("blk.{}.{name}", self.layer), &[*len])?;
+        Ok(Some(Part::Vector(source, 0.0)))
+    }
+
+    /// `gate | up` and `down`; or `up` and `down` with biases; or the router's matrix, with the gate of
+    /// the shared expert below it, then each expert's, then the shared one's.
+    fn feed_forward(&self, piece: &mut Piece<'a>) -> Result<(), LoadError> {
+        let c = self.sources.config;
+        let Some(experts) = &c.features.experts else {
+            if !c.features.ungated {
+                piece.push(self.matrices(&["ffn_gate", "ffn_up"])?);
+                piece.push(self.matrices(&["ffn_down"])?);
+                return Ok(());
+            }
+            for name in ["ffn_up", "ffn_down"] {
+                piece.push(self.matrices(&[name])?);
+                piece.extend(self.bias(name)?);
+            }
+            return Ok(());
+        };
+        let router: &[&str] = match experts.shared_ffn {
+            0 => &["ffn_gate_inp"],
+            _ => &["ffn_gate_inp", "ffn_gate_inp_shexp"],
+        };
+        piece.push(self.matrices(router)?);
+        for expert in 0..experts.count {
+            let get = |name: &str| {
+                let full = format!("blk.{}.{name}.{expert}.weight", self.layer);
+                self.sources.find(&full, &c.expert_dims(name))
+            };
+            piece.push(Part::Matrices(vec![get("ffn_gate")?, get("ffn_up")?]));
+            piece.push(Part::Matrices(vec![get("ffn_down")?]));
+        }
+        if experts.shared_ffn > 0 {
+            piece.push(self.matrices(&["ffn_gate_shexp", "ffn_up_shexp"])?);
+            piece.push(self.matrices(&["ffn_down_shexp"])?);
+        }
+        Ok(())
     }
 }

@@ -10,7 +10,7 @@ use millrace_engine::cpu::CpuEngine;
 use millrace_engine::{Engine, Isa, StageInput, StageOutput, StageSpec, StepError, TensorSource};
 use millrace_shared::id::SequenceId;
 use millrace_shared::model::{
-    Dtype, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, TensorEntry,
+    Dtype, Experts, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, TensorEntry,
     TensorType,
 };
 use millrace_shared::wire::control::EngineSettings;
@@ -151,6 +151,34 @@ impl Tiny {
             max_model_len: 256,
         };
         Self { config, settings, entries, file: Arc::new(file) }
+    }
+
+    /// The same with three experts of one feed-forward part each, two of them for a row.
+    pub(crate) fn with_experts(&self) -> Self {
+        let mut tiny = self.clone();
+        let experts = Experts { count: 3, used: 2, normalise: true, shared_ffn: 0 };
+        tiny.config.features.experts = Some(experts);
+        let mut entries = Vec::new();
+        for entry in std::mem::take(&mut tiny.entries) {
+            match entry.name.strip_suffix(".weight").filter(|n| n.contains("ffn_")) {
+                Some(stem) if !stem.ends_with("norm") => {
+                    let one =
+                        |i| TensorEntry { name: format!("{stem}.{i}.weight"), ..entry.clone() };
+                    entries.extend((0..3).map(one));
+                }
+                _ => entries.push(entry),
+            }
+        }
+        // The router is the first rows of some matrix.
+        for layer in 0..tiny.config.layers {
+            let rows = format!("blk.{layer}.attn_q.weight");
+            let mut router = entries.iter().find(|e| e.name == rows).unwrap().clone();
+            router.name = format!("blk.{layer}.ffn_gate_inp.weight");
+            router.bytes = router.bytes / router.dims[1] * 3;
+            router.dims[1] = 3;
+            entries.push(router);
+        }
+        Self { entries, ..tiny }
     }
 
     pub(crate) fn stage(

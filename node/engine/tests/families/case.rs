@@ -7,8 +7,24 @@ use std::path::Path;
 use millrace_shared::model::TensorType;
 use serde_json::Value;
 
-pub(crate) const CASES: [&str; 9] =
-    ["llama", "llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi4"];
+pub(crate) const CASES: [&str; 16] = [
+    "llama",
+    "llama3",
+    "mistral",
+    "qwen2",
+    "qwen2_yarn",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "phi3_long",
+    "phi3_short",
+    "phi4",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt2",
+];
 
 /// What `transformers` says of a model.
 pub(crate) struct Case {
@@ -18,11 +34,12 @@ pub(crate) struct Case {
 
 impl Case {
     pub(crate) fn read(name: &'static str) -> Self {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let folder = folder.ancestors().map(|f| f.join("tests/testdata/families"));
-        let folder = folder.into_iter().find(|f| f.is_dir()).unwrap();
-        let text = std::fs::read(folder.join(format!("{name}.json"))).unwrap();
-        Self { name, json: serde_json::from_slice(&text).unwrap() }
+        Self { name, json: read(&format!("{name}.json")) }
+    }
+
+    /// What llama.cpp says of it: the head of its GGUF file, and logits.
+    pub(crate) fn of_llama_cpp(&self) -> Value {
+        read(&format!("{}.gguf.json", self.name))
     }
 
     pub(crate) fn tokens(&self, key: &str) -> Vec<u32> {
@@ -31,12 +48,11 @@ impl Case {
     }
 
     pub(crate) fn logits(&self) -> Vec<Vec<f64>> {
-        let row = |r: &Value| r.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
-        self.json["logits"].as_array().unwrap().iter().map(row).collect()
+        logits(&self.json)
     }
 
     /// Names, shapes and elements of the tensors, by name.
-    fn tensors(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    pub(crate) fn tensors(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
         let plus_one = self.json["plus_one"].as_bool().unwrap();
         let tensor = |(name, shape): (&String, &Value)| {
             let shape: Vec<usize> =
@@ -46,7 +62,40 @@ impl Case {
         self.json["tensors"].as_object().unwrap().iter().map(tensor).collect()
     }
 
-    /// Writes it as Hugging Face keeps it, over so many files; with a tokenizer of one letter a token.
+    /// As checkpoints have them: with a tensor for each matrix of each expert.
+    fn published(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+        let mut all = Vec::new();
+        for (name, shape, data) in self.tensors() {
+            let stem = name.strip_suffix("gate_up_proj").or(name.strip_suffix("down_proj"));
+            let (Some(stem), &[experts, rows, cols]) = (stem, &shape[..]) else {
+                all.push((name, shape, data));
+                continue;
+            };
+            let mixtral = self.name == "mixtral";
+            let stem =
+                if mixtral { stem.replace("mlp", "block_sparse_moe") } else { stem.to_owned() };
+            let parts: &[&str] = match (name.ends_with("gate_up_proj"), mixtral) {
+                (true, true) => &["w1", "w3"],
+                (true, false) => &["gate_proj", "up_proj"],
+                (false, true) => &["w2"],
+                (false, false) => &["down_proj"],
+            };
+            let rows = rows / parts.len();
+            for (i, data) in data.chunks(rows * cols).enumerate() {
+                let (expert, part) = (i / parts.len(), parts[i % parts.len()]);
+                assert!(expert < experts);
+                all.push((
+                    format!("{stem}{expert}.{part}.weight"),
+                    vec![rows, cols],
+                    data.to_vec(),
+                ));
+            }
+        }
+        all
+    }
+
+    /// Writes it as Hugging Face keeps it, over so many files (several: as it is published); with a
+    /// tokenizer of one letter a token.
     pub(crate) fn folder(&self, dtype: TensorType, files: usize) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         let write =
@@ -60,7 +109,7 @@ impl Case {
             "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "\u{4e00}" },
         });
         write("tokenizer.json", tokenizer.to_string().as_bytes());
-        let tensors = self.tensors();
+        let tensors = if files > 1 { self.published() } else { self.tensors() };
         let mut index = serde_json::Map::new();
         for (i, some) in tensors.chunks(tensors.len().div_ceil(files)).enumerate() {
             let file = match files {
@@ -88,6 +137,19 @@ impl Case {
     }
 }
 
+fn read(name: &str) -> Value {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = folder.ancestors().map(|f| f.join("tests/testdata/families"));
+    let folder = folder.into_iter().find(|f| f.is_dir()).unwrap();
+    serde_json::from_slice(&std::fs::read(folder.join(name)).unwrap()).unwrap()
+}
+
+/// Those of a file of expected answers.
+pub(crate) fn logits(json: &Value) -> Vec<Vec<f64>> {
+    let row = |r: &Value| r.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+    json["logits"].as_array().unwrap().iter().map(row).collect()
+}
+
 /// As `make.py` has it.
 fn uniform(name: &str, count: usize) -> Vec<f32> {
     let hash = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3);
@@ -105,7 +167,7 @@ fn weights(name: &str, shape: &[usize], plus_one: bool) -> Vec<f32> {
     let x = uniform(name, shape.iter().product());
     let (scale, shift) = match shape {
         [_, _] if name.contains("embed") => (1.0, 0.0),
-        [_, cols] => (2.0 / (*cols as f32).sqrt(), 0.0),
+        [_, .., cols] => (2.0 / (*cols as f32).sqrt(), 0.0),
         _ if name.ends_with("bias") => (0.5, 0.0),
         _ => (0.25, if plus_one { 0.0 } else { 1.0 }),
     };

@@ -4,26 +4,27 @@
 
 use serde_json::Value;
 
+use super::rope::{rope, rope_part};
 use crate::model::limits::{
-    MAX_CONTEXT, MAX_FFN, MAX_HEAD_DIM, MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_VOCAB,
+    MAX_CONTEXT, MAX_EXPERTS, MAX_FFN, MAX_HEAD_DIM, MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_VOCAB,
 };
 use crate::model::{
-    Activation, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, Window,
+    Activation, Experts, Family, Features, ModelConfig, RopeConfig, RopeScaling, Window,
 };
 
 /// Keys of an object, with messages that name them.
-struct Keys<'a>(&'a Value);
+pub(super) struct Keys<'a>(pub(super) &'a Value);
 
 impl<'a> Keys<'a> {
-    fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
         self.0.get(key).filter(|v| !v.is_null())
     }
 
-    fn u32(&self, key: &str, max: u32) -> Result<u32, String> {
+    pub(super) fn u32(&self, key: &str, max: u32) -> Result<u32, String> {
         self.opt_u32(key, max)?.ok_or_else(|| format!("it has no key '{key}'"))
     }
 
-    fn opt_u32(&self, key: &str, max: u32) -> Result<Option<u32>, String> {
+    pub(super) fn opt_u32(&self, key: &str, max: u32) -> Result<Option<u32>, String> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64() {
             Some(n) if (1..=u64::from(max)).contains(&n) => Ok(Some(n as u32)),
@@ -31,7 +32,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn opt_f32(&self, key: &str) -> Result<Option<f32>, String> {
+    pub(super) fn opt_f32(&self, key: &str) -> Result<Option<f32>, String> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_f64() {
             Some(x) if x.is_finite() && x >= 0.0 => Ok(Some(x as f32)),
@@ -39,7 +40,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn bool(&self, key: &str) -> Result<bool, String> {
+    pub(super) fn bool(&self, key: &str) -> Result<bool, String> {
         match self.get(key) {
             None => Ok(false),
             Some(value) => {
@@ -48,7 +49,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn text(&self, key: &str) -> Option<&'a str> {
+    pub(super) fn text(&self, key: &str) -> Option<&'a str> {
         self.get(key).and_then(Value::as_str)
     }
 }
@@ -66,9 +67,13 @@ pub(super) fn config(json: &Value) -> Result<ModelConfig, String> {
         format!("model type '{name}' is not supported (supported: {})", Family::known())
     })?;
     refuse_unknown(&keys)?;
-    let hidden = keys.u32("hidden_size", MAX_HIDDEN)?;
-    let heads = keys.u32("num_attention_heads", MAX_HEADS)?;
-    let kv_heads = keys.opt_u32("num_key_value_heads", MAX_HEADS)?.unwrap_or(heads);
+    let names = Names::of(family);
+    let hidden = keys.u32(names.hidden, MAX_HIDDEN)?;
+    let heads = keys.u32(names.heads, MAX_HEADS)?;
+    let kv_heads = match family {
+        Family::Gpt2 => heads,
+        _ => keys.opt_u32("num_key_value_heads", MAX_HEADS)?.unwrap_or(heads),
+    };
     if !heads.is_multiple_of(kv_heads) {
         return Err(format!("{heads} heads are no multiple of {kv_heads} key-value heads"));
     }
@@ -77,12 +82,14 @@ pub(super) fn config(json: &Value) -> Result<ModelConfig, String> {
         None if hidden.is_multiple_of(heads) => hidden / heads,
         None => return Err(format!("{hidden} elements do not divide into {heads} heads")),
     };
-    let layers = keys.u32("num_hidden_layers", MAX_LAYERS)?;
-    let rms_eps = keys.opt_f32("rms_norm_eps")?.unwrap_or(1e-6);
+    let layers = keys.u32(names.layers, MAX_LAYERS)?;
+    let rms_eps = keys.opt_f32(names.eps)?.unwrap_or(names.usual_eps);
     if !(rms_eps > 0.0 && rms_eps < 1.0) {
-        return Err(format!("key 'rms_norm_eps': {rms_eps} is implausible (between 0 and 1)"));
+        return Err(format!("key '{}': {rms_eps} is implausible (between 0 and 1)", names.eps));
     }
-    let rope = rope(&keys, family, head_dim)?;
+    let (rope, long_factors) = rope(&keys, family, head_dim)?;
+    let experts = experts(&keys, family)?;
+    let features = features(&keys, family, &rope, (layers, hidden, head_dim))?;
     Ok(ModelConfig {
         family,
         layers,
@@ -90,15 +97,82 @@ pub(super) fn config(json: &Value) -> Result<ModelConfig, String> {
         heads,
         kv_heads,
         head_dim,
-        ffn: keys.u32("intermediate_size", MAX_FFN)?,
+        ffn: match (family, &experts) {
+            (Family::Gpt2, _) => keys.opt_u32("n_inner", MAX_FFN)?.unwrap_or(4 * hidden),
+            (Family::Qwen2Moe | Family::Qwen3Moe, Some(_)) => {
+                keys.u32("moe_intermediate_size", MAX_FFN)?
+            }
+            _ => keys.u32("intermediate_size", MAX_FFN)?,
+        },
         vocab: keys.u32("vocab_size", MAX_VOCAB)?,
-        context: keys.u32("max_position_embeddings", MAX_CONTEXT)?,
+        context: keys.u32(names.context, MAX_CONTEXT)?,
         rms_eps,
         tied_head: false,
         rope_factors: false,
-        features: features(&keys, family, &rope, (layers, hidden, head_dim))?,
+        features: Features { experts, long_factors, ..features },
         rope,
     })
+}
+
+/// What dimensions are called.
+struct Names {
+    hidden: &'static str,
+    heads: &'static str,
+    layers: &'static str,
+    context: &'static str,
+    eps: &'static str,
+    usual_eps: f32,
+}
+
+impl Names {
+    fn of(family: Family) -> Self {
+        match family {
+            Family::Gpt2 => Self {
+                hidden: "n_embd",
+                heads: "n_head",
+                layers: "n_layer",
+                context: "n_positions",
+                eps: "layer_norm_epsilon",
+                usual_eps: 1e-5,
+            },
+            _ => Self {
+                hidden: "hidden_size",
+                heads: "num_attention_heads",
+                layers: "num_hidden_layers",
+                context: "max_position_embeddings",
+                eps: "rms_norm_eps",
+                usual_eps: 1e-6,
+            },
+        }
+    }
+}
+
+/// The router's numbers; every layer has to have experts.
+fn experts(keys: &Keys<'_>, family: Family) -> Result<Option<Experts>, String> {
+    if !family.has_experts() {
+        return Ok(None);
+    }
+    // Libraries write one name or the other.
+    let count = match keys.opt_u32("num_local_experts", MAX_EXPERTS)? {
+        Some(count) => count,
+        None => keys.u32("num_experts", MAX_EXPERTS)?,
+    };
+    if keys.opt_u32("decoder_sparse_step", MAX_LAYERS)?.unwrap_or(1) != 1 {
+        return Err("key 'decoder_sparse_step': layers without experts are not supported".into());
+    }
+    if keys.get("mlp_only_layers").and_then(Value::as_array).is_some_and(|l| !l.is_empty()) {
+        return Err("key 'mlp_only_layers': layers without experts are not supported".into());
+    }
+    let shared_ffn = match family {
+        Family::Qwen2Moe => keys.u32("shared_expert_intermediate_size", MAX_FFN)?,
+        _ => 0,
+    };
+    Ok(Some(Experts {
+        count,
+        used: keys.u32("num_experts_per_tok", count)?,
+        normalise: family == Family::Mixtral || keys.bool("norm_topk_prob")?,
+        shared_ffn,
+    }))
 }
 
 /// What changes the graph and has no place in it.
@@ -106,10 +180,14 @@ fn refuse_unknown(keys: &Keys<'_>) -> Result<(), String> {
     if keys.bool("mlp_bias")? {
         return Err("key 'mlp_bias': biases of the feed-forward part are not supported".to_owned());
     }
-    if let Some(method) = keys.get("quantization_config").and_then(|q| q.get("quant_method")) {
-        return Err(format!(
-            "its weights are quantised by {method}, which is not supported: use the F16 or BF16 model, with --quantize q8_0 or q4_0"
-        ));
+    for (key, usual) in [
+        ("scale_attn_weights", true),
+        ("scale_attn_by_inverse_layer_idx", false),
+        ("add_cross_attention", false),
+    ] {
+        if keys.get(key).and_then(Value::as_bool).is_some_and(|stated| stated != usual) {
+            return Err(format!("key '{key}': {} is not supported", !usual));
+        }
     }
     Ok(())
 }
@@ -120,27 +198,30 @@ fn features(
     rope: &RopeConfig,
     (layers, hidden, head_dim): (u32, u32, u32),
 ) -> Result<Features, String> {
-    let activation = keys.text("hidden_activation").or_else(|| keys.text("hidden_act"));
+    let usual = Features::of(family, hidden);
+    let named = ["hidden_activation", "hidden_act", "activation_function"];
     let gemma = matches!(family, Family::Gemma2 | Family::Gemma3);
-    let activation = match (activation, gemma) {
-        (None | Some("silu" | "swish"), false) => Activation::Silu,
+    let activation = match (named.iter().find_map(|key| keys.text(key)), gemma) {
+        (None, _) => usual.activation,
+        (Some("silu" | "swish"), false) => Activation::Silu,
         // Gemma's first files said `gelu` and meant this.
-        (None | Some("gelu_pytorch_tanh" | "gelu"), true) | (Some("gelu_pytorch_tanh"), false) => {
-            Activation::GeluTanh
-        }
+        (Some("gelu"), true) | (Some("gelu_pytorch_tanh" | "gelu_new"), _) => Activation::GeluTanh,
         (Some(other), _) => {
             return Err(format!(
-                "activation '{other}' is not supported (supported: silu, gelu_pytorch_tanh)"
+                "activation '{other}' is not supported (supported: silu, gelu_pytorch_tanh, gelu_new)"
             ));
         }
     };
     let window = window(keys, family, rope, layers)?;
     let scaled = keys.opt_f32("query_pre_attn_scalar")?.unwrap_or(head_dim as f32);
-    let usual = Features::of(family, hidden);
+    // Qwen's models with experts say so in words.
+    let stated = keys.get("qkv_bias").and_then(Value::as_bool);
     let plain = Features {
-        qkv_bias: usual.qkv_bias || keys.bool("attention_bias")?,
+        qkv_bias: stated.unwrap_or(usual.qkv_bias) || keys.bool("attention_bias")?,
         activation,
         window,
+        // As `Conv1D` keeps them.
+        transposed: family == Family::Gpt2,
         ..usual
     };
     if !gemma {
@@ -162,6 +243,10 @@ fn window(
     rope: &RopeConfig,
     layers: u32,
 ) -> Result<Option<Window>, String> {
+    // Models without windows may say 0.
+    if keys.get("sliding_window").and_then(Value::as_u64) == Some(0) {
+        return Ok(None);
+    }
     let Some(size) = keys.opt_u32("sliding_window", u32::MAX)? else { return Ok(None) };
     let of = |every, offset| Window { size, every, offset, rope: None };
     let found = match keys.get("layer_types").and_then(Value::as_array) {
@@ -171,8 +256,8 @@ fn window(
             Family::Gemma3 => {
                 Some(of(keys.opt_u32("sliding_window_pattern", MAX_LAYERS)?.unwrap_or(6), 1))
             }
-            Family::Qwen2 | Family::Qwen3 if !keys.bool("use_sliding_window")? => None,
-            Family::Qwen2 | Family::Qwen3 => {
+            family if is_qwen(family) && !keys.bool("use_sliding_window")? => None,
+            family if is_qwen(family) => {
                 return Err("'use_sliding_window' without 'layer_types' is not supported".into());
             }
             _ => Some(of(0, 0)),
@@ -187,6 +272,11 @@ fn window(
     let base = base.or(keys.opt_f32("rope_local_base_freq")?).unwrap_or(10_000.0);
     let local = RopeConfig { base, scaling: RopeScaling::Linear(1.0), ..*rope };
     Ok(Some(Window { rope: Some(local), ..found }))
+}
+
+fn is_qwen(family: Family) -> bool {
+    use Family::{Qwen2, Qwen2Moe, Qwen3, Qwen3Moe};
+    matches!(family, Qwen2 | Qwen2Moe | Qwen3 | Qwen3Moe)
 }
 
 /// A regular pattern of local layers, as [`Window`] has it; `None` where no layer is.
@@ -219,57 +309,5 @@ fn listed(types: &[Value], layers: u32) -> Result<Option<(u32, u32)>, String> {
                 Err("key 'layer_types': local layers in no regular pattern".to_owned())
             }
         }
-    }
-}
-
-/// Parameters of angles: for all layers, or those of one kind.
-fn rope_part<'a>(keys: &Keys<'a>, kind: &str) -> Option<&'a Value> {
-    let all = keys.get("rope_parameters").or_else(|| keys.get("rope_scaling"))?;
-    match all.get(kind) {
-        Some(part) => Some(part).filter(|v| !v.is_null()),
-        None if all.get("full_attention").is_some() => None,
-        None => Some(all),
-    }
-}
-
-fn rope(keys: &Keys<'_>, family: Family, head_dim: u32) -> Result<RopeConfig, String> {
-    let part = rope_part(keys, "full_attention");
-    let stated = part.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64).map(|x| x as f32);
-    let usual = if family == Family::Gemma3 { 1e6 } else { 1e4 };
-    let base = stated.or(keys.opt_f32("rope_theta")?).unwrap_or(usual);
-    if !(base.is_finite() && base > 1.0) {
-        return Err(format!("key 'rope_theta': {base} is implausible (above 1)"));
-    }
-    let factor = part.and_then(|p| p.get("partial_rotary_factor")).and_then(Value::as_f64);
-    let factor = factor.map(|x| x as f32).or(keys.opt_f32("partial_rotary_factor")?).unwrap_or(1.0);
-    let dim = (head_dim as f32 * factor) as u32;
-    if dim == 0 || !dim.is_multiple_of(2) || dim > head_dim {
-        return Err(format!("{dim} of {head_dim} elements of a head cannot be rotated"));
-    }
-    let scaling = scaling(part)?;
-    Ok(RopeConfig { base, dim, style: RopeStyle::Halves, scaling })
-}
-
-fn scaling(part: Option<&Value>) -> Result<RopeScaling, String> {
-    const NONE: RopeScaling = RopeScaling::Linear(1.0);
-    let Some(part) = part else { return Ok(NONE) };
-    let kind = part.get("rope_type").or_else(|| part.get("type")).and_then(Value::as_str);
-    let number = |key: &str| {
-        let value = part.get(key).and_then(Value::as_f64).map(|x| x as f32);
-        let sound = |x: &f32| x.is_finite() && *x > 0.0;
-        value.filter(sound).ok_or_else(|| format!("RoPE scaling: it has no sound '{key}'"))
-    };
-    match kind {
-        None | Some("default") => Ok(NONE),
-        Some("linear") => Ok(RopeScaling::Linear(number("factor")?)),
-        Some("llama3") => Ok(RopeScaling::Llama3 {
-            factor: number("factor")?,
-            low_freq_factor: number("low_freq_factor")?,
-            high_freq_factor: number("high_freq_factor")?,
-            original_context: number("original_max_position_embeddings")?,
-        }),
-        Some(other) => Err(format!(
-            "RoPE scaling '{other}' is not supported (supported: default, linear, llama3)"
-        )),
     }
 }

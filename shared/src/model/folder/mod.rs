@@ -5,7 +5,10 @@
 //! family's graph and a shape that its configuration says, and none may be missing.
 
 mod config;
+mod copy;
 mod names;
+mod quantized;
+mod rope;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -14,6 +17,8 @@ use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, Metadata};
 use serde_json::Value;
+
+pub use copy::FolderSource;
 
 use super::{ModelConfig, TensorEntry, TensorType, head_name};
 
@@ -57,16 +62,21 @@ pub(super) fn open(folder: &Path) -> Result<Opened, FolderError> {
     let json = read_json(&config_path)?;
     let wrong = |problem| FolderError::new(&config_path, problem);
     let mut config = config::config(&json).map_err(wrong)?;
+    let scheme = quantized::scheme(&json, folder)?;
     let paths = files(folder)?;
     let mut tensors: Vec<TensorEntry> = Vec::new();
     let mut seen = BTreeMap::new();
     for (file, path) in paths.iter().enumerate() {
-        for (name, entry) in directory(path)? {
-            let Some(canonical) = names::canonical(&config, &name) else { continue };
+        for (name, mut entry) in directory(path)? {
             let bad = |problem: String| {
                 FolderError::new(path, format!("tensor '{}': {problem}", names::clip(&name)))
             };
-            let entry = TensorEntry { name: canonical.clone(), file: file as u16, ..entry };
+            let Some(role) = scheme.role(&name, &mut entry).map_err(bad)? else { continue };
+            let Some(canonical) = names::canonical(&config, &role.name) else { continue };
+            if scheme.has_zero_bias(&canonical) && !config.has_place(&canonical) {
+                quantized::only_zeros(path, &entry).map_err(bad)?;
+                continue;
+            }
             if !config.has_place(&canonical) {
                 return Err(bad(format!(
                     "it has no place in the {} graph of {} layers as Millrace defines it",
@@ -74,10 +84,14 @@ pub(super) fn open(folder: &Path) -> Result<Opened, FolderError> {
                     config.layers
                 )));
             }
-            if seen.insert(canonical, ()).is_some() {
+            let canonical = match role.part {
+                Some(part) => canonical.replace(".weight", &format!(".{part}")),
+                None => canonical,
+            };
+            if seen.insert(canonical.clone(), ()).is_some() {
                 return Err(bad("it is there twice".to_owned()));
             }
-            tensors.push(entry);
+            tensors.push(TensorEntry { name: canonical, file: file as u16, ..entry });
         }
     }
     // A file may have a head that is the embedding again, or none though the configuration says so.
@@ -101,14 +115,23 @@ fn check(
 ) -> Result<(), FolderError> {
     let by_name: BTreeMap<&str, &TensorEntry> =
         tensors.iter().map(|t| (t.name.as_str(), t)).collect();
+    quantized::check(config, &by_name).map_err(|(name, problem)| {
+        let path = paths.first().cloned().unwrap_or_default();
+        let original = names::original(config, &name);
+        FolderError::new(path, format!("tensor '{original}': {problem}"))
+    })?;
     let ends = [u64::from(config.hidden), u64::from(config.vocab)];
     let mut wanted: Vec<(String, Vec<u64>)> = vec![
         ("token_embd.weight".to_owned(), ends.to_vec()),
         (head_name(config).to_owned(), ends.to_vec()),
-        ("output_norm.weight".to_owned(), vec![ends[0]]),
     ];
+    let outer = config.outer_tensors().into_iter();
+    wanted.extend(outer.map(|(name, dims)| (name.to_owned(), dims)));
     for layer in 0..config.layers {
-        for (name, dims) in config.layer_matrices() {
+        for (name, mut dims) in config.layer_matrices() {
+            if config.features.transposed {
+                dims.reverse();
+            }
             wanted.push((format!("blk.{layer}.{name}.weight"), dims.to_vec()));
         }
         for (name, len) in config.layer_vectors() {
@@ -226,11 +249,15 @@ fn directory(path: &Path) -> Result<Vec<(String, TensorEntry)>, FolderError> {
             Dtype::F32 => TensorType::F32,
             Dtype::F16 => TensorType::F16,
             Dtype::BF16 => TensorType::BF16,
+            // Of quantised matrices.
+            Dtype::I32 => TensorType::I32,
+            Dtype::U8 => TensorType::I8,
+            Dtype::F8_E4M3 => TensorType::F8_E4M3,
             // Masks and tables of positions that old files carry are passed over by their names.
             _ if names::is_ignored(&name) => continue,
             other => {
                 return Err(bad(format!(
-                    "tensor '{}' is {other:?}: F32, F16 and BF16 are supported",
+                    "tensor '{}' is {other:?}: F32, F16, BF16 and F8_E4M3 are supported",
                     names::clip(&name)
                 )));
             }

@@ -85,7 +85,7 @@ fn of_config(said: &Value) -> Result<Scheme, String> {
             "its weights are quantised by {method}{what}, which is not supported ({KNOWN})"
         ))
     };
-    let bits = || said.get("bits").or(said.get("w_bit")).and_then(Value::as_u64);
+    let bits = || said.get("bits").or_else(|| said.get("w_bit")).and_then(Value::as_u64);
     match method {
         OWN => Ok(Scheme::Plain),
         "gptq" | "awq" if bits() != Some(4) => match bits() {

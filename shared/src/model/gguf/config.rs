@@ -2,10 +2,10 @@
 
 use super::{Gguf, GgufError};
 use crate::model::limits::{
-    MAX_CONTEXT, MAX_FFN, MAX_HEAD_DIM, MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_VOCAB,
+    MAX_CONTEXT, MAX_EXPERTS, MAX_FFN, MAX_HEAD_DIM, MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_VOCAB,
 };
 use crate::model::{
-    Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, Window, embedding_name,
+    Experts, Family, Features, ModelConfig, RopeConfig, RopeScaling, Window, embedding_name,
 };
 
 /// Where the base of local layers' angles is not stated (llama.cpp has it as a constant).
@@ -23,11 +23,14 @@ impl Gguf {
     pub fn config(&self) -> Result<ModelConfig, GgufError> {
         let name = self.str("general.architecture")?;
         // Mistral's files say `llama`; its window is stated nowhere, and current models have none.
-        let known = Family::ALL.into_iter().filter(|f| *f != Family::Mistral);
-        let family = known.into_iter().find(|f| f.as_str() == name).ok_or_else(|| {
-            GgufError::Architecture { found: super::clip(name), known: Family::known() }
+        let family = Family::ALL.into_iter().find(|f| f.gguf_name() == name).ok_or_else(|| {
+            GgufError::Architecture { found: super::clip(name), known: known_architectures() }
         })?;
-        let config = Keys { gguf: self, family }.config()?;
+        let mut keys = Keys { gguf: self, family };
+        if family == Family::Llama && keys.opt_u32("expert_count")?.is_some_and(|n| n > 0) {
+            keys.family = Family::Mixtral;
+        }
+        let config = keys.config()?;
         self.check_graph(&config)?;
         Ok(config)
     }
@@ -50,23 +53,36 @@ impl Gguf {
     }
 }
 
+/// Names of the architectures, for messages.
+fn known_architectures() -> String {
+    let mut names: Vec<&str> = Family::ALL.map(Family::gguf_name).to_vec();
+    let mut seen = Vec::new();
+    names.retain(|name| {
+        !seen.contains(name) && {
+            seen.push(name);
+            true
+        }
+    });
+    names.join(", ")
+}
+
 /// Keys of one family: `FAMILY.what`.
-struct Keys<'a> {
-    gguf: &'a Gguf,
-    family: Family,
+pub(super) struct Keys<'a> {
+    pub(super) gguf: &'a Gguf,
+    pub(super) family: Family,
 }
 
 impl Keys<'_> {
-    fn key(&self, what: &str) -> String {
-        format!("{}.{what}", self.family.as_str())
+    pub(super) fn key(&self, what: &str) -> String {
+        format!("{}.{what}", self.family.gguf_name())
     }
 
-    fn opt_u32(&self, what: &str) -> Result<Option<u32>, GgufError> {
+    pub(super) fn opt_u32(&self, what: &str) -> Result<Option<u32>, GgufError> {
         self.gguf.opt_u32(&self.key(what))
     }
 
     /// A positive number that is stated, or nothing.
-    fn opt_f32(&self, what: &str) -> Result<Option<f32>, GgufError> {
+    pub(super) fn opt_f32(&self, what: &str) -> Result<Option<f32>, GgufError> {
         match self.gguf.opt_f32(&self.key(what))? {
             Some(x) if !(x.is_finite() && x >= 0.0) => {
                 Err(self.bad(what, format!("{x} is implausible")))
@@ -75,14 +91,12 @@ impl Keys<'_> {
         }
     }
 
-    fn bad(&self, what: &str, problem: impl Into<String>) -> GgufError {
+    pub(super) fn bad(&self, what: &str, problem: impl Into<String>) -> GgufError {
         GgufError::BadValue { key: self.key(what), problem: problem.into() }
     }
 
     fn config(&self) -> Result<ModelConfig, GgufError> {
-        if self.opt_u32("expert_count")?.is_some_and(|n| n > 0) {
-            return Err(self.bad("expert_count", "mixtures of experts are not supported"));
-        }
+        let experts = self.experts()?;
         let layers = self.dimension("block_count", MAX_LAYERS)?;
         let hidden = self.dimension("embedding_length", MAX_HIDDEN)?;
         let heads = self.dimension("attention.head_count", MAX_HEADS)?;
@@ -105,13 +119,16 @@ impl Keys<'_> {
             heads,
             kv_heads,
             head_dim,
-            ffn: self.dimension("feed_forward_length", MAX_FFN)?,
+            ffn: self.ffn(experts.as_ref())?,
             vocab: self.vocab(hidden)?,
             context: self.dimension("context_length", MAX_CONTEXT)?,
             rms_eps: self.epsilon()?,
             tied_head: self.gguf.tensor("output.weight").is_none(),
             rope_factors: self.gguf.tensor("rope_freqs.weight").is_some(),
-            features: self.features(&rope, (layers, hidden, heads, head_dim))?,
+            features: Features {
+                experts,
+                ..self.features(&rope, (layers, hidden, heads, head_dim))?
+            },
             rope,
         })
     }
@@ -127,7 +144,6 @@ impl Keys<'_> {
         };
         let usual = Features::of(self.family, hidden);
         Ok(match self.family {
-            Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => usual,
             Family::Gemma2 => {
                 // Of its three sizes, the one with 46 layers scales by the width of all heads.
                 let scaled = if layers == 46 { hidden / heads } else { head_dim };
@@ -151,7 +167,47 @@ impl Keys<'_> {
                 }
             }
             Family::Phi3 => Features { window: window(0, None)?, ..usual },
+            _ => usual,
         })
+    }
+
+    /// What the router does is the family's: files state numbers and widths.
+    fn experts(&self) -> Result<Option<Experts>, GgufError> {
+        let count = self.opt_u32("expert_count")?.unwrap_or(0);
+        if !self.family.has_experts() {
+            return match count {
+                0 => Ok(None),
+                n => Err(self.bad("expert_count", format!("{n} experts are not supported"))),
+            };
+        }
+        let count = self.dimension("expert_count", MAX_EXPERTS)?;
+        let used = self.dimension("expert_used_count", count)?;
+        let shared = match self.family {
+            Family::Qwen2Moe => match self.opt_u32("expert_shared_feed_forward_length")? {
+                Some(_) => self.dimension("expert_shared_feed_forward_length", MAX_FFN)?,
+                None => self.dimension("feed_forward_length", MAX_FFN)?,
+            },
+            _ => 0,
+        };
+        let normalise = self.family != Family::Qwen2Moe;
+        if let Some(stated) = self.gguf.opt_bool(&self.key("expert_weights_norm"))?
+            && stated != normalise
+        {
+            return Err(self.bad("expert_weights_norm", format!("{stated} is not supported")));
+        }
+        Ok(Some(Experts { count, used, normalise, shared_ffn: shared }))
+    }
+
+    /// Of one expert, where there are some: else llama.cpp shares the whole out over those used.
+    fn ffn(&self, experts: Option<&Experts>) -> Result<u32, GgufError> {
+        const OF_EXPERT: &str = "expert_feed_forward_length";
+        match experts {
+            Some(_) if self.opt_u32(OF_EXPERT)?.is_some() => self.dimension(OF_EXPERT, MAX_FFN),
+            Some(experts) if self.family != Family::Mixtral => {
+                Ok(self.dimension("feed_forward_length", MAX_FFN)? / experts.used)
+            }
+            _ => self.dimension("feed_forward_length", MAX_FFN),
+        }
     }
 
     fn dimension(&self, what: &str, max: u32) -> Result<u32, GgufError> {
@@ -210,57 +266,13 @@ impl Keys<'_> {
     }
 
     fn epsilon(&self) -> Result<f32, GgufError> {
-        const KEY: &str = "attention.layer_norm_rms_epsilon";
-        match self.gguf.f32(&self.key(KEY))? {
+        let key = match self.family {
+            Family::Gpt2 => "attention.layer_norm_epsilon",
+            _ => "attention.layer_norm_rms_epsilon",
+        };
+        match self.gguf.f32(&self.key(key))? {
             e if e > 0.0 && e < 1.0 => Ok(e),
-            e => Err(self.bad(KEY, format!("{e} is implausible (between 0 and 1)"))),
-        }
-    }
-
-    fn rope(&self, head_dim: u32) -> Result<RopeConfig, GgufError> {
-        const BASE: &str = "rope.freq_base";
-        const DIM: &str = "rope.dimension_count";
-        let base = self.gguf.opt_f32(&self.key(BASE))?.unwrap_or(10_000.0);
-        if !(base.is_finite() && base > 1.0) {
-            return Err(self.bad(BASE, format!("{base} is implausible (above 1)")));
-        }
-        let dim = self.opt_u32(DIM)?.unwrap_or(head_dim);
-        if dim == 0 || !dim.is_multiple_of(2) || dim > head_dim {
-            return Err(self.bad(DIM, format!("{dim} must be even and at most {head_dim}")));
-        }
-        // The converter of `llama` files has reordered their rows.
-        let style = match self.family {
-            Family::Llama | Family::Mistral => RopeStyle::Interleaved,
-            _ => RopeStyle::Halves,
-        };
-        Ok(RopeConfig { base, dim, style, scaling: RopeScaling::Linear(self.rope_scale()?) })
-    }
-
-    /// A factor without a type is linear; zero says nothing.
-    fn rope_scale(&self) -> Result<f32, GgufError> {
-        const TYPE: &str = "rope.scaling.type";
-        const FACTOR: &str = "rope.scaling.factor";
-        const OLD: &str = "rope.scale_linear";
-        match self.gguf.opt_str(&self.key(TYPE))? {
-            None | Some("linear") => {}
-            Some("none") => return Ok(1.0),
-            Some(other) => {
-                return Err(self.bad(
-                    TYPE,
-                    format!(
-                        "RoPE scaling '{other}' is not supported (supported: none, linear, and Llama 3's, which files state as the tensor rope_freqs.weight)"
-                    ),
-                ));
-            }
-        }
-        let (what, factor) = match self.gguf.opt_f32(&self.key(FACTOR))? {
-            Some(factor) => (FACTOR, factor),
-            None => (OLD, self.gguf.opt_f32(&self.key(OLD))?.unwrap_or(1.0)),
-        };
-        match factor {
-            0.0 => Ok(1.0),
-            f if f.is_finite() && f > 0.0 => Ok(f),
-            f => Err(self.bad(what, format!("{f} is no scale"))),
+            e => Err(self.bad(key, format!("{e} is implausible (between 0 and 1)"))),
         }
     }
 }

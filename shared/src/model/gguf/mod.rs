@@ -10,6 +10,7 @@ mod config;
 mod error;
 mod magic;
 mod reader;
+mod rope;
 mod value;
 mod write;
 

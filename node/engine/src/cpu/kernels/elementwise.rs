@@ -122,6 +122,68 @@ dispatch! {
 }
 
 #[inline(always)]
+unsafe fn layer_norm_generic<V: Lanes>(
+    x: *const f32,
+    (gain, bias): (*const f32, *const f32),
+    y: *mut f32,
+    n: usize,
+    eps: f32,
+    quant: QuantOut,
+) {
+    // SAFETY: `n` elements at `x`, `gain`, `bias` and `y`; `quant` for `n / 32` blocks.
+    unsafe {
+        let mut sums = V::splat(0.0);
+        for i in (0..n).step_by(16) {
+            sums = sums.add(V::load(x.add(i)));
+        }
+        let mean = V::splat(sums.sum() / n as f32);
+        let mut squares = V::splat(0.0);
+        for i in (0..n).step_by(16) {
+            let off = V::load(x.add(i)).sub(mean);
+            squares = off.fma(off, squares);
+        }
+        let variance = squares.sum() / n as f32 + eps;
+        // As in `rms_norm`: what overflowed must not pass as 1 / inf.
+        let scale = V::splat(1.0 / variance.sqrt() + variance * 0.0);
+        for i in (0..n).step_by(16) {
+            let off = V::load(x.add(i)).sub(mean).mul(scale);
+            off.fma(V::load(gain.add(i)), V::load(bias.add(i))).store(y.add(i));
+        }
+        quantise_blocks::<V>(y, n, quant);
+    }
+}
+
+dispatch! {
+    /// `y = fma((x - mean) * (1 / sqrt(mean((x - mean)^2) + eps)), gain, bias)`, elements and squares
+    /// summed in the 16-lane order; and the int8 form of `y`.
+    pub(crate) fn layer_norm = layer_norm_generic(
+        x: *const f32,
+        factors: (*const f32, *const f32),
+        y: *mut f32,
+        n: usize,
+        eps: f32,
+        quant: QuantOut,
+    );
+}
+
+#[inline(always)]
+unsafe fn activated<V: Lanes>(x: V, activation: Activation) -> V {
+    // SAFETY: register arithmetic; the caller has the instruction set.
+    unsafe {
+        let turned = match activation {
+            Activation::Silu => V::splat(0.0).sub(x),
+            // `tanh(u)` is `2 / (1 + exp(-2 u)) - 1`, so that half of `1 + tanh` is a sigmoid.
+            Activation::GeluTanh => {
+                let cube = x.mul(x).mul(x);
+                let u = cube.fma(V::splat(0.044_715), x);
+                u.mul(V::splat(-2.0 * 0.797_884_6))
+            }
+        };
+        x.div(V::splat(1.0).add(exp(turned)))
+    }
+}
+
+#[inline(always)]
 unsafe fn gated_generic<V: Lanes>(
     gate: *const f32,
     up: *const f32,
@@ -132,23 +194,44 @@ unsafe fn gated_generic<V: Lanes>(
 ) {
     // SAFETY: `n` elements at `gate`, `up` and `y`; `quant` for `n / 32` blocks.
     unsafe {
-        let (zero, one) = (V::splat(0.0), V::splat(1.0));
         for i in (0..n).step_by(16) {
-            let g = V::load(gate.add(i));
-            let turned = match activation {
-                Activation::Silu => zero.sub(g),
-                // `tanh(u)` is `2 / (1 + exp(-2 u)) - 1`, so that half of `1 + tanh` is a sigmoid.
-                Activation::GeluTanh => {
-                    let cube = g.mul(g).mul(g);
-                    let u = cube.fma(V::splat(0.044_715), g);
-                    u.mul(V::splat(-2.0 * 0.797_884_6))
-                }
-            };
-            let active = g.div(one.add(exp(turned)));
+            let active = activated(V::load(gate.add(i)), activation);
             active.mul(V::load(up.add(i))).store(y.add(i));
         }
         quantise_blocks::<V>(y, n, quant);
     }
+}
+
+#[inline(always)]
+unsafe fn activate_generic<V: Lanes>(
+    x: *mut f32,
+    bias: Option<&[f32]>,
+    n: usize,
+    activation: Activation,
+    quant: QuantOut,
+) {
+    // SAFETY: `n` elements at `x`, and as many of the bias; `quant` for `n / 32` blocks.
+    unsafe {
+        for i in (0..n).step_by(16) {
+            let mut one = V::load(x.add(i));
+            if let Some(bias) = bias {
+                one = one.add(V::load(bias.as_ptr().add(i)));
+            }
+            activated(one, activation).store(x.add(i));
+        }
+        quantise_blocks::<V>(x, n, quant);
+    }
+}
+
+dispatch! {
+    /// `x = activation(x + bias)`, as [`gated`] has it; and the int8 form of `x`.
+    pub(crate) fn activate = activate_generic(
+        x: *mut f32,
+        bias: Option<&[f32]>,
+        n: usize,
+        activation: Activation,
+        quant: QuantOut,
+    );
 }
 
 dispatch! {

@@ -19,6 +19,7 @@ pub(crate) mod format;
 pub(crate) mod lanes;
 pub(crate) mod limits;
 pub(crate) mod matmul;
+pub(crate) mod mixture;
 pub(crate) mod paged;
 mod part;
 mod products;

@@ -4,6 +4,8 @@
 
 use std::ops::Range;
 
+use millrace_shared::model::Activation;
+
 use super::elementwise::{self as ew, QuantOut, Rotation};
 use super::store::{Store, store};
 use crate::Isa;
@@ -26,7 +28,7 @@ pub(crate) struct Compute {
 
 /// The int8 form of a tensor, written row by row from several threads.
 #[derive(Clone, Copy)]
-pub(super) struct QuantRows<'a> {
+pub(crate) struct QuantRows<'a> {
     q: Shared<'a, i8>,
     scale: Shared<'a, f32>,
     scaled_sum: Shared<'a, f32>,
@@ -35,7 +37,7 @@ pub(super) struct QuantRows<'a> {
 }
 
 impl<'a> QuantRows<'a> {
-    pub(super) fn new(quant: &'a mut Quant, width: usize) -> Self {
+    pub(crate) fn new(quant: &'a mut Quant, width: usize) -> Self {
         Self {
             q: Shared::new(&mut quant.q),
             scale: Shared::new(&mut quant.scale),
@@ -47,7 +49,7 @@ impl<'a> QuantRows<'a> {
 
     /// # Safety
     /// No other thread has this row.
-    pub(super) unsafe fn row(&self, i: usize) -> QuantOut {
+    pub(crate) unsafe fn row(&self, i: usize) -> QuantOut {
         // SAFETY: the caller's promise.
         unsafe { self.blocks(i, 0..self.blocks) }
     }
@@ -95,6 +97,49 @@ impl Compute {
                 let y = data.slice(i * width, width).as_mut_ptr();
                 let x = x.row(i).as_ptr();
                 ew::rms_norm(isa, x, gain.as_ptr(), y, width, eps, quant.row(i));
+            }
+        });
+    }
+
+    /// `out = (x - mean(x)) / sqrt(var(x) + eps) * gain + bias`, and its int8 form.
+    pub(crate) fn layer_norm(
+        &mut self,
+        x: &Tensor,
+        (gain, bias): (&[f32], &[f32]),
+        eps: f32,
+        out: &mut Tensor,
+    ) {
+        let (isa, width) = (self.isa, x.width);
+        assert!(gain.len() == width && bias.len() == width && out.width == width);
+        out.rows = x.rows;
+        let quant = QuantRows::new(&mut out.quant, width);
+        let data = Shared::new(&mut out.data);
+        self.each_row(x.rows, |i| {
+            // SAFETY: rows of `width` elements, each with one thread.
+            unsafe {
+                let y = data.slice(i * width, width).as_mut_ptr();
+                let factors = (gain.as_ptr(), bias.as_ptr());
+                ew::layer_norm(isa, x.row(i).as_ptr(), factors, y, width, eps, quant.row(i));
+            }
+        });
+    }
+
+    /// `x = activation(x + bias)`, and its int8 form.
+    pub(crate) fn activate(
+        &mut self,
+        x: &mut Tensor,
+        bias: Option<&[f32]>,
+        activation: Activation,
+    ) {
+        let (isa, width, rows) = (self.isa, x.width, x.rows);
+        assert!(bias.is_none_or(|b| b.len() == width), "invariant: widths agree");
+        let quant = QuantRows::new(&mut x.quant, width);
+        let data = Shared::new(&mut x.data);
+        self.each_row(rows, |i| {
+            // SAFETY: rows of `width` elements, each with one thread.
+            unsafe {
+                let x = data.slice(i * width, width).as_mut_ptr();
+                ew::activate(isa, x, bias, width, activation, quant.row(i));
             }
         });
     }
