@@ -60,10 +60,15 @@ struct Stage {
     block: u32,
     slots: Vec<Slot>,
     tables: BTreeMap<SequenceId, Vec<u32>>,
+    /// The token log of each sequence, as the last stage has it.
+    logs: BTreeMap<SequenceId, Vec<u32>>,
     /// Positions computed for rows of more than one position that are not drafts.
     prefilled: u64,
     positions: u64,
     steps: u64,
+    /// Steps of guesses alone, and rows of them that were right to begin as they did.
+    followed: u64,
+    foreseen: u64,
 }
 
 impl Stage {
@@ -72,9 +77,12 @@ impl Stage {
             block: config.block_size,
             slots: vec![(0, 0, VOID); (config.num_blocks * config.block_size) as usize],
             tables: BTreeMap::new(),
+            logs: BTreeMap::new(),
             prefilled: 0,
             positions: 0,
             steps: 0,
+            followed: 0,
+            foreseen: 0,
         }
     }
 
@@ -101,6 +109,7 @@ impl Stage {
     fn execute(&mut self, step: &Step, fate: Fate) -> Reply {
         for id in &step.meta.released {
             self.tables.remove(id);
+            self.logs.remove(id);
         }
         for update in &step.meta.tables {
             let table = self.tables.entry(update.sequence).or_default();
@@ -116,7 +125,7 @@ impl Stage {
             let (tokens, after) = rest.split_at(row.count as usize);
             rest = after;
             self.positions += u64::from(row.count);
-            if row.want != Want::Verify && row.count > 1 {
+            if row.drafts() == 0 && row.count > 1 {
                 self.prefilled += u64::from(row.count);
             }
             let outcome = self.row(row, tokens, step.meta.drafts_of(index), fate);
@@ -126,6 +135,21 @@ impl Stage {
             Fate::Good => Reply::Results(step.id, results),
             Fate::Fails => Reply::Failed(step.id),
         }
+    }
+
+    /// The token after position `end - 1`, which enters the log in place of what followed.
+    fn choose(&mut self, id: SequenceId, end: u32) -> u32 {
+        let (history, hash) = self.history(id, end);
+        let token = next_token(&history, hash);
+        let log = self.logs.get_mut(&id).expect("opened");
+        log.truncate(end as usize);
+        log.push(token);
+        token
+    }
+
+    fn follows(&self, row: &Row, tokens: &[u32]) -> bool {
+        let log = &self.logs[&row.sequence];
+        log.len() == row.position as usize + 1 && log.last() == tokens.first()
     }
 
     fn row(&mut self, row: &Row, tokens: &[u32], drafts: &[u32], fate: Fate) -> RowOutcome {
@@ -139,18 +163,21 @@ impl Stage {
         match row.want {
             Want::None => RowOutcome::Done,
             Want::Sample => {
-                let (history, hash) = self.history(row.sequence, row.position + row.count);
-                RowOutcome::Token { token: next_token(&history, hash), logprobs: None }
+                let end = row.position + row.count;
+                RowOutcome::Token { token: self.choose(row.sequence, end), logprobs: None }
             }
-            Want::Verify => {
-                assert_eq!(drafts, &tokens[1..]);
+            Want::Follow if !self.follows(row, tokens) => RowOutcome::Done,
+            Want::Verify | Want::Follow => {
+                let known = usize::from(row.want == Want::Verify);
+                self.foreseen += 1 - known as u64;
+                assert_eq!(drafts, &tokens[known..]);
                 let mut chosen: Vec<ChosenToken> = Vec::new();
                 for (i, end) in (row.position + 1..).take(tokens.len()).enumerate() {
-                    if i > 0 && chosen[i - 1].token != drafts[i - 1] {
+                    if i > 0 && chosen[i - 1].token != tokens[i] {
                         break;
                     }
-                    let (history, hash) = self.history(row.sequence, end);
-                    chosen.push(ChosenToken { token: next_token(&history, hash), logprobs: None });
+                    let token = self.choose(row.sequence, end);
+                    chosen.push(ChosenToken { token, logprobs: None });
                 }
                 RowOutcome::Tokens(chosen)
             }
@@ -231,6 +258,14 @@ impl World {
 
     fn poll(&mut self, fate: Fate) -> bool {
         let Some(step) = self.scheduler.poll_step(self.now) else { return false };
+        for id in &step.opens {
+            let (tokens, _) = self.scheduler.tokens(*id).expect("it runs");
+            self.stage.logs.insert(*id, tokens.to_vec());
+        }
+        let guesses = |row: &Row| row.want == Want::Follow;
+        let guessing = !step.meta.rows.is_empty() && step.meta.rows.iter().all(guesses);
+        assert!(guessing || !step.meta.rows.iter().any(guesses), "guesses travel alone");
+        self.stage.followed += u64::from(guessing);
         let reply = self.stage.execute(&step, fate);
         if !step.meta.rows.is_empty() {
             self.wire.push_back(reply);
@@ -238,8 +273,24 @@ impl World {
         true
     }
 
+    /// Of what is void every other row stays unanswered, as if stages had left it out.
+    fn leave_out(&mut self) {
+        for void in self.scheduler.poll_void() {
+            for reply in &mut self.wire {
+                if let Reply::Results(_, rows) = reply {
+                    rows.retain(|row| {
+                        row.sequence != void.sequence
+                            || row.sequence_epoch > void.epoch
+                            || row.position % 2 == 0
+                    });
+                }
+            }
+        }
+    }
+
     fn deliver(&mut self) -> bool {
         self.now += Duration::from_millis(1);
+        self.leave_out();
         let outcomes = match self.wire.pop_front() {
             None => return false,
             Some(Reply::Failed(id)) => self.scheduler.handle_step_failed(id, "boom"),
@@ -516,13 +567,32 @@ fn scored_positions_are_always_computed() {
     assert_eq!(world.scheduler.stats().prefix_hit_tokens, 256);
 }
 
+/// Steps that held more than guesses, and how many drafts there were.
 fn decode_steps(speculate: bool, streams: u32) -> (u64, u64) {
     let mut world = World::new(roomy(false, speculate));
     for n in 0..streams {
         assert!(world.submit(prompt(n, 40, 0, n.into()), 200, Kind::Generate));
     }
     world.drain();
-    (world.stage.steps, world.scheduler.stats().draft_tokens)
+    (world.stage.steps - world.stage.followed, world.scheduler.stats().draft_tokens)
+}
+
+/// While a row is under way and slots are idle, what may follow it is computed; where it was foreseen,
+/// its tokens come without another round.
+#[test]
+fn guesses_fill_idle_slots() {
+    let mut world = World::new(roomy(false, true));
+    assert!(world.submit(prompt(1, 40, 0, 1), 200, Kind::Generate));
+    world.drain();
+    let Stage { followed, foreseen, .. } = world.stage;
+    println!("200 tokens: {followed} steps of guesses, {foreseen} of them foreseen");
+    assert!(foreseen >= 5 && foreseen * 3 > followed, "{foreseen} of {followed}");
+    // With one slot there is never an idle one.
+    let config = SchedulerConfig { max_in_flight: 1, ..roomy(false, true) };
+    let mut world = World::new(config);
+    assert!(world.submit(prompt(1, 40, 0, 1), 200, Kind::Generate));
+    world.drain();
+    assert_eq!(world.stage.followed, 0);
 }
 
 #[test]

@@ -143,7 +143,7 @@ impl Stage {
             let outcome = match row.want {
                 _ if i == 0 && fate == Fate::RowFails => RowOutcome::Failed("broken".into()),
                 Want::None => RowOutcome::Done,
-                Want::Verify => unreachable!("nothing is drafted here"),
+                Want::Verify | Want::Follow => unreachable!("nothing is drafted here"),
                 Want::Sample => RowOutcome::Token { token: hash(&history), logprobs: None },
                 Want::Score { .. } => RowOutcome::Scores(
                     (row.position..row.position + row.count).map(|p| score(&history, p)).collect(),

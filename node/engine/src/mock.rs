@@ -235,8 +235,10 @@ impl MockEngine {
                     StageOutput::Hidden(x) => {
                         encode(hash, nan, &mut x[index * hidden..][..hidden]);
                     }
-                    head if matches!(row.want, Want::Score { .. } | Want::Verify)
-                        || (last && row.want == Want::Sample) =>
+                    head if matches!(
+                        row.want,
+                        Want::Score { .. } | Want::Verify | Want::Follow
+                    ) || (last && row.want == Want::Sample) =>
                     {
                         self.logits.fill(0.0);
                         let token = next_token(hash, spec.config.vocab) as usize;

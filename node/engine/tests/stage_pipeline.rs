@@ -263,6 +263,40 @@ fn drafts_are_verified_in_order() {
     }
 }
 
+/// A row of guesses counts where the row before it ended as it takes for granted, and only there.
+#[test]
+fn rows_that_follow_count_where_they_were_foreseen() {
+    let expected = expected_tokens(&config(), &PROMPT, 12);
+    for stages in [1, 3] {
+        let mut pipeline = Pipeline::new(stages, Dtype::F32, Vec::new());
+        pipeline.open(0, &PROMPT, SamplingParams::greedy());
+        let mut meta = one_row(0, 0, 11, Want::Sample);
+        meta.tables = blocks(0, 0, 11);
+        assert_eq!(token(&pipeline.step(&meta, &PROMPT), 0), expected[0]);
+        let mut follow = |position: usize, want: Want, tokens: &[u32]| {
+            let mut meta = one_row(0, position as u32, tokens.len() as u32, want);
+            meta.drafts = tokens[usize::from(want == Want::Verify)..].to_vec();
+            meta.tables = blocks(0, position, tokens.len());
+            match &pipeline.step(&meta, tokens).rows[0].outcome {
+                RowOutcome::Tokens(chosen) => chosen.iter().map(|c| c.token).collect(),
+                RowOutcome::Done => Vec::new(),
+                other => panic!("expected tokens, got {other:?}"),
+            }
+        };
+        assert_eq!(follow(11, Want::Verify, &expected[..3]), expected[1..4]);
+        // It began after a row that was right to its end, and is so itself.
+        assert_eq!(follow(14, Want::Follow, &expected[3..5]), expected[4..6]);
+        // The same place, guessed otherwise.
+        let other = (expected[5] + 1) % VOCAB;
+        assert_eq!(follow(16, Want::Follow, &[other, expected[6]]), [0; 0]);
+        assert_eq!(follow(18, Want::Follow, &expected[7..9]), [0; 0], "after a guess in vain");
+        // Neither has left a trace.
+        assert_eq!(follow(16, Want::Verify, &[expected[5], other]), expected[6..7]);
+        assert_eq!(follow(18, Want::Follow, &expected[7..8]), [0; 0], "half of it was wrong");
+        assert_eq!(follow(17, Want::Follow, &expected[6..8]), expected[7..9]);
+    }
+}
+
 #[test]
 fn sampling_is_the_same_wherever_it_is_resumed() {
     let params = SamplingParams {

@@ -59,24 +59,25 @@ mod tests {
 
     #[test]
     fn means_are_reported_after_enough_of_both() {
-        let mut paces = Paces::default();
         let times = [Duration::from_millis(10), Duration::from_millis(20)];
-        let mut feed = |from_ms: u64, every_ms: u64, count: u64| -> Vec<(u64, Pace)> {
-            let at = |i| from_ms + i * every_ms;
-            let one = |i| {
-                let now = Duration::from_millis(at(i));
-                Some((at(i), paces.handle_times(4 + 2 * (i % 2) as u32, &times, now)?))
+        let feed =
+            |paces: &mut Paces, from_ms: u64, every_ms: u64, count: u64| -> Vec<(u64, Pace)> {
+                let at = |i| from_ms + i * every_ms;
+                let one = |i| {
+                    let now = Duration::from_millis(at(i));
+                    Some((at(i), paces.handle_times(4 + 2 * (i % 2) as u32, &times, now)?))
+                };
+                (0..count).filter_map(one).collect()
             };
-            (0..count).filter_map(one).collect()
-        };
-        assert_eq!(feed(0, 10, 2000), [], "many, but not for long");
-        let reports = feed(20_000, 10, 2000);
+        let mut paces = Paces::default();
+        assert_eq!(feed(&mut paces, 0, 10, 2000), [], "many, but not for long");
+        let reports = feed(&mut paces, 20_000, 10, 2000);
         assert_eq!(reports.len(), 1);
         let (at, pace) = &reports[0];
         assert_eq!(*at, 30_000);
         assert!((pace.rows - 5.0).abs() < 0.01, "{pace:?}");
         assert!((pace.seconds[0] - 0.010).abs() < 1e-9 && (pace.seconds[1] - 0.020).abs() < 1e-9);
-        assert_eq!(feed(100_000, 1000, 100), [], "long, but few");
+        assert_eq!(feed(&mut Paces::default(), 0, 1000, 100), [], "long, but few");
     }
 
     #[test]

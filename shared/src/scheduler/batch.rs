@@ -153,6 +153,67 @@ impl Scheduler {
         Some(Step { id, meta: draft.meta, tokens: draft.tokens, opens: draft.opens })
     }
 
+    /// A micro-batch of guesses for a slot that is idle: nobody has anything certain to compute.
+    pub(super) fn build_ahead(&mut self, slots: u32, now: Duration) -> Option<Step> {
+        let idle = self.in_flight.len() < slots as usize && self.ready.is_empty();
+        // A single stage is never idle while a row is under way.
+        if !idle || !self.may_guess() || self.cost.stages().len() == 1 {
+            return None;
+        }
+        let mut draft = Draft::default();
+        let running: Vec<SequenceId> = self.running.values().copied().collect();
+        running.into_iter().for_each(|id| self.add_ahead(id, &mut draft));
+        if draft.is_empty() {
+            return None;
+        }
+        draft.meta.released = std::mem::take(&mut self.released);
+        let id = self.in_flight.next_id();
+        self.in_flight.insert(id, now, &draft.meta.rows, draft.load);
+        Some(Step { id, meta: draft.meta, tokens: draft.tokens, opens: draft.opens })
+    }
+
+    /// What may follow the rows of a decode that are under way.
+    fn add_ahead(&mut self, id: SequenceId, draft: &mut Draft) {
+        let Some(seq) = self.sequences.get(&id) else { return };
+        if seq.phase != Phase::Decoding || seq.rows_in_flight == 0 || seq.issued < seq.len() {
+            return;
+        }
+        let likely = seq.acceptance.ahead(seq.ahead.len() as u32);
+        // The last token is never fed back.
+        let left = seq.max_len.saturating_sub(seq.issued + 1);
+        let held = self.kv.table(id).len() as u32 + self.kv.free_blocks();
+        let room = held.saturating_mul(self.kv.block_size()).saturating_sub(seq.issued);
+        let tokens = self.config.max_batch_tokens.saturating_sub(draft.tokens.len() as u32);
+        let most = likely.min(left).min(room).min(tokens) as usize;
+        if most == 0 {
+            return;
+        }
+        let so_far = [&seq.tokens[..], &seq.ahead].concat();
+        let mut guesses = self.drafter.draft(id, &so_far, most);
+        guesses.truncate(most);
+        if guesses.is_empty() {
+            return;
+        }
+        let (position, count) = (seq.issued, guesses.len() as u32);
+        self.cover(id, position + count, draft);
+        let Some(seq) = self.sequences.get_mut(&id) else { return };
+        draft.tokens.extend_from_slice(&guesses);
+        draft.meta.drafts.extend_from_slice(&guesses);
+        let (sequence_epoch, want) = (seq.epoch, Want::Follow);
+        draft.meta.rows.push(Row { sequence: id, sequence_epoch, position, count, want });
+        draft.load = draft.load.with_prompt(position, count, count);
+        seq.ahead.extend(guesses);
+        seq.issued += count;
+        seq.rows_in_flight += 1;
+        seq.last_row = self.in_flight.last_id() + 1;
+    }
+
+    /// Whether guesses may be computed: no prompt waits, and there are no more than a few streams.
+    fn may_guess(&self) -> bool {
+        let few = self.decoding() <= self.window.size() * draft::FEW_STREAMS;
+        self.config.policy.speculate && few && !self.prompt_waits()
+    }
+
     /// The even share of the decodes in one micro-batch, in rows; what the last one left over goes
     /// to the next.
     fn cohort(&self) -> f64 {
@@ -216,11 +277,10 @@ impl Scheduler {
     /// Likely next tokens of a decode that is about to be issued, as many as pay: none where prompts
     /// wait, where there are more than a few streams, or where blocks are short.
     fn drafts(&mut self, id: SequenceId, limit: u32, draft: &Draft) -> Vec<u32> {
-        let streams = self.decoding();
-        let few = streams <= self.window.size() * draft::FEW_STREAMS;
-        if !self.config.policy.speculate || !few || self.prompt_waits() {
+        if !self.may_guess() {
             return Vec::new();
         }
+        let streams = self.decoding();
         let rows = streams.div_ceil(self.window.size());
         let Some(seq) = self.sequences.get_mut(&id) else { return Vec::new() };
         // The other rows of the cohort, those that are to come included.
@@ -272,12 +332,11 @@ impl Scheduler {
         self.preempt(id);
     }
 
-    /// Puts the next `count` positions of a running sequence into the micro-batch; blocks for them
-    /// are free. `drafts` may follow the last position of an answer, in the same row.
-    pub(super) fn issue(&mut self, id: SequenceId, count: u32, drafts: &[u32], draft: &mut Draft) {
+    /// Gives a running sequence blocks up to position `end`, which are free, and tells the stages.
+    fn cover(&mut self, id: SequenceId, end: u32, draft: &mut Draft) {
         let Some(seq) = self.sequences.get_mut(&id) else { return };
         self.kv
-            .allocate(id, seq.issued + count + drafts.len() as u32)
+            .allocate(id, end)
             .expect("invariant: rows are issued after their blocks were found free");
         let (first, table) = (seq.sent, self.kv.table(id));
         if first < table.len() as u32 {
@@ -285,6 +344,17 @@ impl Scheduler {
             draft.meta.tables.push(TableUpdate { sequence: id, first, blocks });
             seq.sent = table.len() as u32;
         }
+    }
+
+    /// Puts the next `count` positions of a running sequence into the micro-batch; blocks for them
+    /// are free. `drafts` may follow the last position of an answer, in the same row.
+    pub(super) fn issue(&mut self, id: SequenceId, count: u32, drafts: &[u32], draft: &mut Draft) {
+        let Some(end) = self.sequences.get(&id).map(|s| s.issued + count + drafts.len() as u32)
+        else {
+            return;
+        };
+        self.cover(id, end, draft);
+        let Some(seq) = self.sequences.get_mut(&id) else { return };
         if !std::mem::replace(&mut seq.opened, true) {
             draft.opens.push(id);
         }
@@ -297,6 +367,7 @@ impl Scheduler {
             draft.meta.drafts.extend_from_slice(drafts);
             count += drafts.len() as u32;
             want = Want::Verify;
+            seq.ahead.extend_from_slice(drafts);
         }
         draft.meta.rows.push(Row {
             sequence: id,
@@ -308,7 +379,7 @@ impl Scheduler {
         let head = match want {
             Want::None => 0,
             Want::Sample => 1,
-            Want::Score { .. } | Want::Verify => count,
+            Want::Score { .. } | Want::Verify | Want::Follow => count,
         };
         draft.load = match seq.phase {
             Phase::Decoding if count == 1 => draft.load.with_decode(seq.issued),

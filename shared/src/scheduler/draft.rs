@@ -7,10 +7,16 @@
 //! changes). Drafts come from a [`Drafter`]; the one here looks the last tokens up in what the
 //! sequence already holds (prompt lookup; Saxena 2023).
 //!
+//! Where slots are idle while such a row is under way, further micro-batches begin where it will end
+//! if all its guesses are right ([`Want::Follow`]); if they are not, those are stale, and stages that
+//! have not begun them leave them out.
+//!
 //! Not here: verification (the last stage's) and blocks. Invariant: a pipeline that is loaded drafts
 //! nothing, and a sequence whose drafts are not accepted soon stops drafting.
 
 use crate::id::SequenceId;
+#[cfg(doc)]
+use crate::wire::data::Want;
 
 /// Proposes tokens. Implementations may keep state per sequence.
 pub trait Drafter: std::fmt::Debug + Send {
@@ -70,6 +76,10 @@ const LONGEST_PAUSE: u32 = 256;
 /// A draft must promise this much more than it costs: predictions err.
 const MARGIN: f64 = 1.1;
 
+/// Guesses that fill idle slots are right with this probability at least: a wrong one costs somebody
+/// else's time where stages share a machine, and heat everywhere.
+const LIKELY: f64 = 0.5;
+
 /// How drafts of one sequence fare.
 #[derive(Clone, Debug)]
 pub(super) struct Acceptance {
@@ -111,6 +121,18 @@ impl Acceptance {
             self.rate = self.rate.max(RETRY_ACCEPTANCE);
         }
         best
+    }
+
+    /// How many guesses, drafts of the next row and what may follow them, are likely enough to be
+    /// computed in a slot that is idle, where `unverified` others are under way.
+    pub(super) fn ahead(&self, unverified: u32) -> u32 {
+        let mut chance = self.rate.powi(unverified as i32 + 1);
+        let mut count = 0;
+        while self.pause == 0 && chance >= LIKELY && count <= MAX_DRAFTS {
+            count += 1;
+            chance *= self.rate;
+        }
+        count
     }
 
     /// `accepted` of `drafted` drafts were right.

@@ -16,9 +16,11 @@
 //!   any state: finish, cancel, failed row, own limit ──▶ (nothing), id goes into `released`
 //! ```
 //!
-//! Invariants: at most one row that samples is outstanding per sequence; chunks of a sequence are
+//! Invariants: at most one row that samples is outstanding per sequence, beside rows that hold
+//! nothing but guesses of what follows it; chunks of a sequence are
 //! issued in order, and stages run frames in issue order, so freed blocks may be reused at once; at
-//! most `max_in_flight` micro-batches with rows are out; what a sequence generates depends on its
+//! most `max_in_flight` micro-batches with rows are out, and those of guesses only where slots are
+//! idle; what a sequence generates depends on its
 //! tokens alone, never on batching, chunking or preemption; the most senior running sequence can
 //! always take blocks from juniors, and alone it fits, so something always moves.
 
@@ -238,11 +240,15 @@ impl Scheduler {
     /// The next micro-batch to send, if a slot is free and something can run. Call until `None`
     /// after every `handle_*`.
     pub fn poll_step(&mut self, now: Duration) -> Option<Step> {
-        let pace = self.pace();
-        if self.in_flight.len() >= pace.slots as usize {
+        if self.in_flight.len() >= self.config.max_in_flight as usize {
             return None;
         }
-        self.build_step(pace, now)
+        let pace = self.pace();
+        let certain = match self.in_flight.certain() < pace.slots as usize {
+            true => self.build_step(pace, now),
+            false => None,
+        };
+        certain.or_else(|| self.build_ahead(pace.slots, now))
     }
 
     /// Rows in flight that became void since the last call: their sequence was cancelled, ended or

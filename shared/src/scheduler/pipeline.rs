@@ -48,6 +48,8 @@ struct MicroBatch {
     issued: Duration,
     rows: Vec<IssuedRow>,
     load: Load,
+    /// Holds nothing but guesses.
+    ahead: bool,
 }
 
 /// The window of micro-batches that were issued and not answered. Bounded by the scheduler.
@@ -62,6 +64,11 @@ impl InFlight {
         self.batches.len()
     }
 
+    /// Those of them that hold more than guesses.
+    pub(super) fn certain(&self) -> usize {
+        self.batches.values().filter(|b| !b.ahead).count()
+    }
+
     /// A fresh id, without an entry.
     pub(super) fn next_id(&mut self) -> MicroBatchId {
         self.last_id += 1;
@@ -74,8 +81,9 @@ impl InFlight {
     }
 
     pub(super) fn insert(&mut self, id: MicroBatchId, issued: Duration, rows: &[Row], load: Load) {
+        let ahead = rows.iter().all(|row| row.want == Want::Follow);
         let rows = rows.iter().map(IssuedRow::from).collect();
-        self.batches.insert(id, MicroBatch { issued, rows, load });
+        self.batches.insert(id, MicroBatch { issued, rows, load, ahead });
     }
 
     /// When it was issued, and its rows.

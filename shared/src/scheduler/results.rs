@@ -6,6 +6,7 @@ use super::Scheduler;
 use super::pipeline::IssuedRow;
 use super::types::Outcome;
 use crate::id::{MicroBatchId, SequenceId};
+use crate::wire::control::VoidRows;
 use crate::wire::data::{ChosenToken, RowOutcome, RowResult, StageTime, Want};
 use crate::wire::rpc::TokenLogprobs;
 
@@ -53,7 +54,7 @@ impl Scheduler {
             let result = at.map(|at| &rest[at]);
             rest = &rest[at.map_or(0, |at| at + 1)..];
             if !self.is_live(&row) {
-                self.stale_dropped += 1;
+                self.drop_stale(&row);
                 continue;
             }
             let outcome = match result {
@@ -73,10 +74,19 @@ impl Scheduler {
             if self.is_live(&row) {
                 self.fail(row.sequence, message.to_owned(), &mut outcomes);
             } else {
-                self.stale_dropped += 1;
+                self.drop_stale(&row);
             }
         }
         outcomes
+    }
+
+    fn drop_stale(&mut self, row: &IssuedRow) {
+        if row.want == Want::Follow {
+            // Guessed in vain.
+            self.drafted += u64::from(row.count);
+        } else {
+            self.stale_dropped += 1;
+        }
     }
 
     fn is_live(&self, row: &IssuedRow) -> bool {
@@ -88,7 +98,8 @@ impl Scheduler {
         let Some(seq) = self.sequences.get_mut(&row.sequence) else { return };
         seq.rows_in_flight -= 1;
         self.prompt_tokens += u64::from(seq.count_prompt(row.end()));
-        if !matches!(outcome, RowOutcome::Failed(_)) && row.want != Want::Verify {
+        let guessed = matches!(row.want, Want::Verify | Want::Follow);
+        if !matches!(outcome, RowOutcome::Failed(_)) && !guessed {
             self.confirm(row.sequence, row.position, row.end());
         }
         let Some(seq) = self.sequences.get_mut(&row.sequence) else { return };
@@ -99,11 +110,9 @@ impl Scheduler {
                 if seq.finish_prefill() {
                     outcomes.push(Outcome::PrefillDone { sequence: row.sequence });
                 }
-                if self.take_token(row.sequence, token, logprobs, outcomes) {
-                    self.ready.push_back(row.sequence);
-                }
+                self.accept(&row, vec![ChosenToken { token, logprobs }], outcomes);
             }
-            (Want::Verify, RowOutcome::Tokens(chosen))
+            (Want::Verify | Want::Follow, RowOutcome::Tokens(chosen))
                 if (1..=row.count as usize).contains(&chosen.len()) =>
             {
                 self.accept(&row, chosen, outcomes);
@@ -147,23 +156,42 @@ impl Scheduler {
         !last
     }
 
-    /// Takes the tokens of a row with drafts: those that were right, and one more. What lies in the
-    /// cache behind them is void and will be written again.
+    /// Takes the tokens of a row: what was drafted and right, and one more. Where rows in flight took
+    /// them for granted, those go on; else what lies in the cache behind them is void, and will be
+    /// written again.
     fn accept(&mut self, row: &IssuedRow, chosen: Vec<ChosenToken>, outcomes: &mut Vec<Outcome>) {
         let Some(seq) = self.sequences.get_mut(&row.sequence) else { return };
-        let (drafted, accepted) = (row.count as usize - 1, chosen.len() - 1);
-        seq.acceptance.observe(drafted, accepted);
-        self.drafted += drafted as u64;
-        self.drafts_accepted += accepted as u64;
-        let valid = row.position + chosen.len() as u32;
-        seq.issued = valid;
+        let (sampled, built_on) = (row.want == Want::Sample, seq.rows_in_flight > 0);
+        let (drafted, right) = match row.want {
+            Want::Sample => (0, 0),
+            _ => (row.count as usize - 1, chosen.len() - 1),
+        };
+        let valid = if sampled { row.end() } else { row.position + chosen.len() as u32 };
+        let tokens: Vec<u32> = chosen.iter().map(|c| c.token).collect();
+        let void = VoidRows { sequence: row.sequence, epoch: seq.epoch };
+        let foreseen = seq.was_foreseen(&tokens, drafted == right, valid);
+        seq.acceptance.observe(drafted, right);
+        if built_on && drafted == right {
+            seq.acceptance.observe(1, usize::from(foreseen));
+        }
+        if built_on && !foreseen {
+            self.void.push(void);
+        }
+        // That the first one of a row that follows was right is known from the row before.
+        let first = u64::from(row.want == Want::Follow);
+        self.drafted += drafted as u64 + first;
+        self.drafts_accepted += right as u64 + first;
         for ChosenToken { token, logprobs } in chosen {
             if !self.take_token(row.sequence, token, logprobs, outcomes) {
                 return;
             }
         }
-        self.confirm(row.sequence, row.position, valid);
-        self.ready.push_back(row.sequence);
+        if !sampled {
+            self.confirm(row.sequence, row.position, valid);
+        }
+        if !foreseen {
+            self.ready.push_back(row.sequence);
+        }
     }
 
     fn fail(&mut self, sequence: SequenceId, message: String, outcomes: &mut Vec<Outcome>) {

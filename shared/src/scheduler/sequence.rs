@@ -67,6 +67,8 @@ pub(super) struct Sequence {
     pub(super) sent: u32,
     /// Micro-batch of its last row.
     pub(super) last_row: u64,
+    /// Tokens that rows in flight take for granted beyond its own: drafts, and what may follow them.
+    pub(super) ahead: Vec<u32>,
     /// How its drafts fare.
     pub(super) acceptance: Acceptance,
     /// When the client asked.
@@ -102,6 +104,7 @@ impl Sequence {
             published: 0,
             sent: 0,
             last_row: 0,
+            ahead: Vec::new(),
             acceptance: Acceptance::default(),
             submitted: new.submitted,
         }
@@ -167,6 +170,21 @@ impl Sequence {
         self.max_len.saturating_sub(self.len())
     }
 
+    /// `chosen` tokens came of a row that is decided. Whether rows in flight were right to build on
+    /// them; else they are stale, and the sequence goes on from its position `valid`.
+    pub(super) fn was_foreseen(&mut self, chosen: &[u32], whole: bool, valid: u32) -> bool {
+        let foreseen = whole && self.rows_in_flight > 0 && self.ahead.starts_with(chosen);
+        if foreseen {
+            self.ahead.drain(..chosen.len());
+        } else {
+            self.epoch += u32::from(self.rows_in_flight > 0);
+            self.rows_in_flight = 0;
+            self.ahead.clear();
+            self.issued = valid;
+        }
+        foreseen
+    }
+
     /// Back to waiting, to be computed anew from its tokens; rows in flight become stale.
     pub(super) fn restart(&mut self) {
         self.phase = Phase::Waiting;
@@ -174,6 +192,7 @@ impl Sequence {
         self.issued = 0;
         self.closing = false;
         self.rows_in_flight = 0;
+        self.ahead.clear();
         self.begun = false;
         self.computed = 0;
         self.published = 0;

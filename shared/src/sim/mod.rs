@@ -281,7 +281,9 @@ fn load(meta: &StepMeta) -> Load {
         Want::Sample => load.with_prompt(row.position, row.count, 1),
         Want::None => load.with_prompt(row.position, row.count, 0),
         Want::Score { .. } => load.with_prompt(row.position, row.count, row.count),
-        Want::Verify => (row.position..row.position + row.count).fold(load, Load::with_decode),
+        Want::Verify | Want::Follow => {
+            (row.position..row.position + row.count).fold(load, Load::with_decode)
+        }
     })
 }
 
@@ -293,8 +295,10 @@ fn results(meta: &StepMeta) -> Vec<RowResult> {
         Want::Score { .. } => {
             RowOutcome::Scores((row.position..row.position + row.count).map(score).collect())
         }
-        // No draft is ever right.
-        Want::Verify => RowOutcome::Tokens(vec![ChosenToken { token: 7, logprobs: None }]),
+        // No draft is ever right but the one that others build on.
+        Want::Verify | Want::Follow => {
+            RowOutcome::Tokens(vec![ChosenToken { token: 7, logprobs: None }])
+        }
     };
     meta.rows.iter().map(|row| row.result(outcome(row))).collect()
 }

@@ -201,6 +201,9 @@ pub enum Want {
     /// position (a draft, in [`StepMeta::drafts`]) is the one that was chosen after the position
     /// before it. At most 64 positions.
     Verify,
+    /// The same where the first position, too, holds a draft: the token that may be chosen after the
+    /// row before, which is still under way. Nothing is wanted where it was not.
+    Follow,
 }
 
 /// A run of consecutive positions of one sequence.
@@ -219,6 +222,15 @@ pub struct Row {
 }
 
 impl Row {
+    /// How many of its positions are drafts.
+    pub fn drafts(&self) -> usize {
+        match self.want {
+            Want::Verify => self.count.saturating_sub(1) as usize,
+            Want::Follow => self.count as usize,
+            Want::None | Want::Sample | Want::Score { .. } => 0,
+        }
+    }
+
     /// The answer to this row.
     pub fn result(&self, outcome: RowOutcome) -> RowResult {
         RowResult {
@@ -255,7 +267,8 @@ pub struct StepMeta {
     /// Set by a stage whose step failed: later stages only apply the tables, and the last one
     /// reports it. The payload is empty then.
     pub failed: Option<String>,
-    /// Token ids of all positions but the first of every row that wants `Verify`, in order.
+    /// Token ids of all positions but the first of every row that wants `Verify`, and of all
+    /// positions of those that want `Follow`, in order.
     pub drafts: Vec<u32>,
     /// What each stage so far spent, in order; every stage that computes adds its own.
     pub times: Vec<StageTime>,
@@ -269,15 +282,11 @@ impl StepMeta {
 
     /// The drafts of row `index`; empty where it has none.
     pub fn drafts_of(&self, index: usize) -> &[u32] {
-        let drafted = |row: &Row| match row.want {
-            Want::Verify => row.count.saturating_sub(1) as usize,
-            _ => 0,
-        };
         let Some((row, before)) = self.rows.get(..=index).and_then(<[Row]>::split_last) else {
             return &[];
         };
-        let first: usize = before.iter().map(drafted).sum();
-        self.drafts.get(first..first + drafted(row)).unwrap_or(&[])
+        let first: usize = before.iter().map(Row::drafts).sum();
+        self.drafts.get(first..first + row.drafts()).unwrap_or(&[])
     }
 
     /// Checks what rkyv cannot: counts, limits, that every row says something sensible.
@@ -300,15 +309,13 @@ impl StepMeta {
                     row.sequence
                 )));
             }
-            if row.want == Want::Verify {
-                if row.count > 64 {
-                    return Err(FrameError::Inconsistent(format!(
-                        "row of sequence {} verifies more than 64 positions",
-                        row.sequence
-                    )));
-                }
-                drafts += row.count as usize - 1;
+            if matches!(row.want, Want::Verify | Want::Follow) && row.count > 64 {
+                return Err(FrameError::Inconsistent(format!(
+                    "row of sequence {} verifies more than 64 positions",
+                    row.sequence
+                )));
             }
+            drafts += row.drafts();
             total += row.count as usize;
         }
         if drafts != self.drafts.len() {

@@ -115,7 +115,7 @@ impl Batch {
             let skip = match row.want {
                 Want::None => count,
                 Want::Sample => count - 1,
-                Want::Score { .. } | Want::Verify => 0,
+                Want::Score { .. } | Want::Verify | Want::Follow => 0,
             };
             if skip < count {
                 let position = row.position + skip as u32;

@@ -3,7 +3,9 @@
 //! The history of a sequence is its token log. A sampled token enters it at the index after the
 //! row's last position; whatever was there (a step that is tried again) is cut off first, so running
 //! a row twice gives the same token. A row that verifies drafts is as many samplings, one after the
-//! other, each after the tokens that were really chosen; it ends where a draft is another token.
+//! other, each after the tokens that were really chosen; it ends where a draft is another token. A row that
+//! follows another one which was under way when it was sent begins where the history ends, with the
+//! token that was chosen last, or else with a wrong guess: then nothing comes of it.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
@@ -137,19 +139,28 @@ impl Sequences {
     pub(super) fn begin(&mut self, meta: &StepMeta) -> Outcomes {
         meta.rows
             .iter()
-            .map(|row| match row.want {
+            .enumerate()
+            .map(|(index, row)| match row.want {
                 Want::None => Some(RowOutcome::Done),
-                Want::Sample | Want::Score { .. } | Want::Verify => {
+                Want::Follow if !self.follows(row, meta.drafts_of(index)) => Some(RowOutcome::Done),
+                Want::Sample | Want::Score { .. } | Want::Verify | Want::Follow => {
                     self.ready(row).err().map(RowOutcome::Failed)
                 }
             })
             .collect()
     }
 
+    /// Whether a row begins with the token that was chosen last.
+    fn follows(&self, row: &Row, drafts: &[u32]) -> bool {
+        let Some(Ok(sequence)) = self.open.get(&row.sequence) else { return true };
+        let last = row.position as usize;
+        sequence.history.len() == last + 1 && sequence.history.get(last) == drafts.first()
+    }
+
     fn ready(&self, row: &Row) -> Result<(), String> {
         let sequence = self.get(row)?;
         // Drafts are no part of the history.
-        let own = if row.want == Want::Verify { 1 } else { row.count };
+        let own = if row.drafts() > 0 { 1 } else { row.count };
         let end = (row.position + own) as usize;
         if sequence.history.len() < end {
             return Err(format!(
@@ -175,7 +186,7 @@ impl Sequences {
         wants.clear();
         wants.extend(meta.rows.iter().map(|row| match (row.want, self.open.get(&row.sequence)) {
             (Want::Score { .. }, _) => HeadWant::Full,
-            (Want::Sample | Want::Verify, Some(Ok(sequence))) => {
+            (Want::Sample | Want::Verify | Want::Follow, Some(Ok(sequence))) => {
                 sequence.params.candidates(vocab).map_or(HeadWant::Full, HeadWant::Top)
             }
             // Has failed already, or wants nothing.
@@ -216,13 +227,15 @@ impl Sequences {
                 *slot =
                     Some(RowOutcome::Token { token: sampled.token, logprobs: sampled.logprobs });
             }
-            Want::Verify => {
+            Want::Verify | Want::Follow => {
                 let mut chosen = match slot.take() {
                     Some(RowOutcome::Tokens(chosen)) => chosen,
                     _ => Vec::new(),
                 };
                 let index = (got.position - row.position) as usize;
-                let expected = index.checked_sub(1).map(|i| drafts.get(i).copied());
+                // The first token of a row is right, whoever chose it.
+                let known = usize::from(row.want == Want::Verify);
+                let expected = (index > 0).then(|| drafts.get(index - known).copied());
                 if chosen.len() == index && expected.unwrap_or(None) == last_token(&chosen) {
                     let sampled = sequence.choose(got, scratch).map_err(|e| e.to_string())?;
                     chosen.push(ChosenToken { token: sampled.token, logprobs: sampled.logprobs });
