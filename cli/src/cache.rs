@@ -30,9 +30,14 @@ pub(crate) struct ListArgs {
     output: TableOrJson,
 }
 
-/// Flags of `cache prune`. Without --older-than and --to the rule is the one that always holds: what
-/// can be made again and was not used for 60 days goes, and what is beyond the limit.
+const PRUNE_RULE: &str = "\
+Without --older-than and --to the rule is the one that always holds: what can be made again here and
+was not used for 60 days goes, and what is beyond --cache-limit of servers and nodes
+(MILLRACE_CACHE_LIMIT).";
+
+/// Flags of `cache prune`.
 #[derive(Debug, Args)]
+#[command(after_help = PRUNE_RULE)]
 pub(crate) struct PruneArgs {
     /// Remove everything that was not used for so long, models too: 30d, 12h
     #[arg(long, value_name = "TIME", value_parser = age)]

@@ -37,7 +37,7 @@ use millrace_net::telemetry::{self, LogFormat};
 
 const EXAMPLES: &str = "\
 Examples:
-  millrace run smollm2:135m \"Why is the sky blue?\"    answer once, through two stages
+  millrace run smollm2:135m \"Why is the sky blue?\"    answer once
   millrace run smollm2:135m                           chat
   millrace up --model smollm2:135m --stages 3         serve over HTTP and QUIC until Ctrl-C
   millrace generate --prompt \"Once upon\" --output json   ask a running cluster
@@ -83,7 +83,7 @@ enum Command {
     /// What the cache folder holds, and removing what is not needed
     #[command(subcommand)]
     Cache(cache::CacheCommand),
-    /// Show the metadata, tensors and layers of a model file
+    /// Show what a model holds, whether it runs, and the memory it takes
     Inspect(inspect::InspectArgs),
     /// Plan a cluster for a model: who holds what, how fast, what would help
     Plan(Box<plan::PlanArgs>),

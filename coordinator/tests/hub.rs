@@ -277,6 +277,7 @@ fn files_of_other_tools_are_used_where_they_lie() {
         for name in [REPO, "org/tiny-GGUF:Q8_0", &format!("org/tiny-GGUF@{COMMIT}:Q8_0")] {
             assert_eq!(get(name, &without).unwrap(), there, "{name}");
         }
+        assert!(message("models/x", &without).contains("nor is there such a file"));
         let text = message("org/tiny-GGUF:Q5_0", &without);
         assert!(text.contains("org/tiny-GGUF:Q5_0"), "{text}");
     }

@@ -183,7 +183,7 @@ pub fn byte_size(s: &str) -> Result<u64, String> {
 pub struct CacheOptions {
     /// Most bytes of the cache folder, such as 20G: fetched models and tensors, packed weights and
     /// quantised copies together; the longest unused go first, nothing that is in use
-    /// [default: what was fetched stays, at least 32 GiB of the rest]
+    /// [default: what was fetched stays, and 32 GiB or more of the rest]
     #[cfg_attr(feature = "clap", arg(long, value_name = "SIZE", env = crate::names::env::CACHE_LIMIT, value_parser = byte_size, help_heading = "Resources"))]
     pub cache_limit: Option<u64>,
 }

@@ -9,6 +9,7 @@ mod tiny;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use millrace_engine::cache::{Cache, Rule};
 use millrace_engine::cpu::CpuEngine;
 use millrace_engine::{Engine, Isa, LoadedStage, StageInput, StageOutput};
 use millrace_shared::model::TensorType;
@@ -70,6 +71,28 @@ fn files(cache: &Path) -> Vec<PathBuf> {
         std::fs::read_dir(cache).unwrap().map(|entry| entry.unwrap().path()).collect();
     all.sort();
     all
+}
+
+/// What a loaded stage uses is not removed, whatever the limit; what no stage uses is.
+#[test]
+fn a_stage_keeps_its_files() {
+    let (tiny, dir) = (hashed(), tempfile::tempdir().unwrap());
+    let packed = dir.path().join("packed");
+    load(&tiny, 0..4, (true, true), &packed);
+    let all = files(&packed);
+    let (mut spec, sources) = tiny.stage(1..3, false, false, 2, Isa::best());
+    spec.packed_cache = Some(packed.clone());
+    let mut engine = CpuEngine::new();
+    engine.load(&spec, &sources, &mut |_| ()).unwrap();
+    let nothing = Rule { limit: Some(0), ..Rule::default() };
+    let cache = Cache::new(dir.path());
+    assert_eq!(cache.prune(&nothing, false).len(), all.len() - 2);
+    let kept = files(&packed);
+    assert_eq!(kept.len(), 2);
+    assert!(kept.iter().all(|file| all.contains(file)));
+    drop(engine);
+    assert_eq!(cache.prune(&nothing, false).len(), 2);
+    assert!(files(&packed).is_empty());
 }
 
 #[test]

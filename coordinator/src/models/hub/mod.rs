@@ -112,11 +112,14 @@ pub(super) fn fetch(
 ) -> Result<PathBuf, ModelError> {
     let failed = |problem: String| ModelError::Fetch { name: name.to_string(), attempts: problem };
     let hub = Hub::new(settings);
+    // Whoever meant a path reads that there is none.
+    let is_path = name.revision.is_none() && name.file.is_none();
+    let no_path = if is_path { "; nor is there such a file or folder here" } else { "" };
     let listing = match list(&hub, name, settings) {
         Ok(listing) => listing,
-        Err(HubError::Refused(problem)) => return Err(failed(problem)),
+        Err(HubError::Refused(problem)) => return Err(failed(problem + no_path)),
         Err(HubError::Unreachable(problem)) => {
-            return on_this_machine(name, settings).ok_or_else(|| failed(problem));
+            return on_this_machine(name, settings).ok_or_else(|| failed(problem + no_path));
         }
     };
     let choice = choose(&listing.files, name.file.as_deref()).map_err(failed)?;

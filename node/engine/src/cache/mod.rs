@@ -104,9 +104,12 @@ impl Cache {
         gone
     }
 
-    /// A model's own folders go with its last file.
+    /// The folders of a model or a copy go with its last file.
     fn remove_empty_folders(&self, file: &Path) {
-        let models = self.0.join("models");
+        let (models, copies) = (self.0.join("models"), self.0.join("quantized"));
+        if let Some(copy) = file.parent().filter(|f| f.parent() == Some(copies.as_path())) {
+            let _ = std::fs::remove_dir(copy);
+        }
         for folder in file.ancestors().skip(1).take_while(|f| f.starts_with(&models)) {
             if folder == models || folder == models.join("hub") {
                 return;

@@ -158,7 +158,12 @@ pub(super) fn things(cache: &Path, uses: &Uses) -> Vec<Thing> {
         ("hashes", Kind::Known),
         ("profiles", Kind::Known),
     ] {
-        for file in files(&cache.join(folder)) {
+        let folder = cache.join(folder);
+        // A copy of a folder is one.
+        for copy in folders(&folder) {
+            stock.group(kind, files(&copy));
+        }
+        for file in files(&folder).into_iter().filter(|(p, _)| p.parent() == Some(&folder)) {
             stock.group(kind, vec![file]);
         }
     }

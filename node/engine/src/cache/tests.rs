@@ -49,11 +49,14 @@ fn without_a_limit_what_was_fetched_stays() {
     folder.file("packed/old.pack", 61 * DAY);
     folder.file("packed/new.pack", 59 * DAY);
     folder.file("quantized/old.gguf", 90 * DAY);
+    folder.file("quantized/folder/model.safetensors", 90 * DAY);
+    folder.file("quantized/folder/config.json", 90 * DAY);
     folder.file("tensors/old", 90 * DAY);
     folder.file("models/0123/old.gguf", 90 * DAY);
     folder.file("hashes/old", 90 * DAY);
     let gone = folder.cache().prune(&Rule::usual(None, 0), false);
-    assert_eq!(gone.len(), 3);
+    assert_eq!(gone.len(), 4);
+    assert!(!folder.at("quantized/folder").exists());
     assert_eq!(folder.left(), ["models/0123/old.gguf", "packed/new.pack", "tensors/old"]);
     // The larger of 32 GiB and three times what was made.
     assert_eq!(Rule::usual(None, 0).made_limit, Some(32 << 30));
