@@ -250,7 +250,7 @@ impl Memory {
     fn of(files: &ModelFiles, load: Load) -> Self {
         let config = &files.config;
         let parts = ModelParts { config, tensors: &files.tensors };
-        let context = load.context.unwrap_or(USUAL_CONTEXT.min(config.context));
+        let context = load.context.unwrap_or_else(|| USUAL_CONTEXT.min(config.context));
         let positions = u64::from(context) * u64::from(load.concurrency);
         let batch = load.concurrency.saturating_add(DEFAULT_PREFILL_CHUNK);
         let costs = parts.costs(positions, Dtype::F16, batch);

@@ -93,7 +93,7 @@ impl Home {
         home.model(&format!("cache/{HUB}/tiny-Q8_0.gguf"));
         home.file(
             "cache/models/hub/models--org--tiny-GGUF/refs/main",
-            HUB[HUB.len() - 40..].as_bytes(),
+            &HUB.as_bytes()[HUB.len() - 40..],
         );
         home.file("cache/packed/0123.pack", &[0; 5000]);
         let theirs = "hf/hub/models--other--tiny";

@@ -224,6 +224,21 @@ pub const CATALOGUE: &[CatalogueEntry] = &[
         pypi: &[],
     },
     CatalogueEntry {
+        name: "phi3.5:3.8b",
+        description: "Phi 3.5 Mini Instruct, Q4_K_M",
+        parameters: "3.8B",
+        licence: "MIT",
+        file: "Phi-3.5-mini-instruct-Q4_K_M.gguf",
+        bytes: 2_393_232_672,
+        sha256: "e4165e3a71af97f1b4820da61079826d8752a2088e313af0c7d346796c38eff5",
+        hub: Some(HubSource {
+            repo: "bartowski/Phi-3.5-mini-instruct-GGUF",
+            revision: "b1693692c4758ac83f0d0e65aff9b4f945f29941",
+            file: "Phi-3.5-mini-instruct-Q4_K_M.gguf",
+        }),
+        pypi: &[],
+    },
+    CatalogueEntry {
         name: "qwen2.5:0.5b",
         description: "Qwen 2.5 0.5B Instruct, Q4_K_M",
         parameters: "0.5B",

@@ -106,7 +106,7 @@ pub(super) fn short_name(path: &str) -> String {
     let is_kind = |kind: &&str| {
         upper.strip_prefix(*kind).is_some_and(|s| s.starts_with(|c: char| c.is_ascii_digit()))
     };
-    if kinds.iter().any(|kind| is_kind(kind)) { upper } else { path.to_owned() }
+    if kinds.iter().any(is_kind) { upper } else { path.to_owned() }
 }
 
 fn by_name(files: &[HubFile], variants: Vec<Variant>, wanted: &str) -> Result<Choice, String> {
