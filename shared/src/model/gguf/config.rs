@@ -55,14 +55,12 @@ impl Gguf {
 
 /// Names of the architectures, for messages.
 fn known_architectures() -> String {
-    let mut names: Vec<&str> = Family::ALL.map(Family::gguf_name).to_vec();
-    let mut seen = Vec::new();
-    names.retain(|name| {
-        !seen.contains(name) && {
-            seen.push(name);
-            true
+    let mut names: Vec<&str> = Vec::new();
+    for name in Family::ALL.map(Family::gguf_name) {
+        if !names.contains(&name) {
+            names.push(name);
         }
-    });
+    }
     names.join(", ")
 }
 
