@@ -104,8 +104,7 @@ pub(crate) fn failed(error: ModelError) -> anyhow::Error {
         ModelError::Unknown(_)
         | ModelError::NoCache
         | ModelError::Setting { .. }
-        | ModelError::NothingToQuantize { .. }
-        | ModelError::NotQuantisable { .. } => usage(error.to_string()),
+        | ModelError::NothingToQuantize { .. } => usage(error.to_string()),
         other => other.into(),
     }
 }

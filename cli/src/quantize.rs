@@ -1,4 +1,4 @@
-//! `millrace quantize`: a smaller copy of a model file, and what it cost in precision. The work is
+//! `millrace quantize`: a smaller copy of a model file or folder, and what it cost in precision. The work is
 //! the engine's; here are flags, the bar and the report.
 
 use std::collections::BTreeMap;
@@ -13,7 +13,6 @@ use millrace_engine::quantize::{
     self, Loss, Options, Plan, QuantizeError, Requantise, Rounding, TYPES, TensorReport,
 };
 use millrace_shared::model::TensorType;
-use millrace_shared::model::gguf::Gguf;
 use serde::Serialize;
 
 use crate::error::usage;
@@ -40,10 +39,10 @@ four-bit one often picks another token. f16 and bf16 round, and f16 refuses weig
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct QuantizeArgs {
-    /// Path of a GGUF file or catalogue name
+    /// Path of a GGUF file or of a folder of safetensors, or catalogue name
     #[arg(value_name = "IN")]
     source: String,
-    /// File to write; llama.cpp reads it too
+    /// File to write, which llama.cpp reads too; of a folder, the folder to write
     #[arg(value_name = "OUT")]
     target: PathBuf,
     /// Type of matrices: q8_0, q4_0, q4_1, f32, f16 or bf16
@@ -127,7 +126,7 @@ pub(crate) async fn run(args: QuantizeArgs) -> anyhow::Result<()> {
     }
     let text = args.eval.as_ref().map(|file| input::text_or_sample(file.as_deref())).transpose()?;
     let begun = Instant::now();
-    let tensors = write(&args, &plan, &source)?;
+    let tensors = write(&args, &plan)?;
     let seconds = begun.elapsed().as_secs_f64();
     let eval = match text {
         None => None,
@@ -144,19 +143,18 @@ pub(crate) async fn run(args: QuantizeArgs) -> anyhow::Result<()> {
 }
 
 fn plan(args: &QuantizeArgs, source: &Path) -> anyhow::Result<Plan> {
-    let gguf = Gguf::open(source)?;
     let options = Options {
         output: args.output_type,
         rounding: if args.reference { Rounding::Reference } else { Rounding::Search },
         requantise: if args.allow_requantize { Requantise::Allow } else { Requantise::Refuse },
         ..Options::new(args.to)
     };
-    quantize::plan(&gguf, &options)
+    quantize::plan_of(source, &options)
         .map_err(explain)
         .with_context(|| format!("cannot quantise {}", source.display()))
 }
 
-fn write(args: &QuantizeArgs, plan: &Plan, source: &Path) -> anyhow::Result<Vec<TensorReport>> {
+fn write(args: &QuantizeArgs, plan: &Plan) -> anyhow::Result<Vec<TensorReport>> {
     let threads = args
         .threads
         .map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
@@ -167,8 +165,7 @@ fn write(args: &QuantizeArgs, plan: &Plan, source: &Path) -> anyhow::Result<Vec<
         &format!("quantising to {}", args.to.as_str().to_ascii_lowercase()),
         Some(plan.source_bytes()),
     );
-    let written =
-        plan.write(source, &args.target, args.force, threads, &mut |done| progress.advance(done));
+    let written = plan.write(&args.target, args.force, threads, &mut |done| progress.advance(done));
     progress.end();
     written.map_err(explain)
 }
@@ -177,7 +174,9 @@ fn write(args: &QuantizeArgs, plan: &Plan, source: &Path) -> anyhow::Result<Vec<
 fn explain(error: QuantizeError) -> anyhow::Error {
     match error {
         QuantizeError::Exists(_) => usage(format!("{error}: --force replaces it")),
-        QuantizeError::SameFile(_) | QuantizeError::Type(_) => usage(error.to_string()),
+        QuantizeError::SameFile(_) | QuantizeError::Type(_) | QuantizeError::Fixed { .. } => {
+            usage(error.to_string())
+        }
         QuantizeError::Quantised { .. } => usage(format!(
             "{error}: take the original F32, F16 or BF16 file, or add --allow-requantize and bear both losses"
         )),

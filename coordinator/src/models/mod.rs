@@ -71,16 +71,6 @@ pub enum ModelError {
     /// What is there is no usable model.
     #[error(transparent)]
     Files(#[from] ModelFileError),
-    /// `--quantize` was given for what cannot be copied quantised.
-    #[error(
-        "--quantize {to}: {path} is a folder of safetensors files; that works for GGUF files alone"
-    )]
-    NotQuantisable {
-        /// The folder.
-        path: PathBuf,
-        /// The wanted type.
-        to: String,
-    },
     /// `--quantize` was given for a model without float matrices.
     #[error(
         "--quantize {to}: {path} has no F32, F16 or BF16 matrices to quantise, they are {types}; leave --quantize out, or quantise again with 'millrace quantize --allow-requantize'"

@@ -1,5 +1,5 @@
-//! Quantising on load: a copy of a model file whose F32, F16 and BF16 matrices are smaller, kept in
-//! the cache.
+//! Quantising on load: a copy of a model file, or of a folder, whose F32, F16 and BF16 matrices are
+//! smaller, kept in the cache.
 //!
 //! The copy's name is the content of the source, the type and the quantiser's revision, so it is
 //! made once, never stale, and shared by every path to the same content. It is the file that is
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use millrace_engine::cache::{Cache, KnownHashes};
 use millrace_engine::quantize::{self, Options, Plan, REVISION, Requantise};
-use millrace_shared::model::{Description, TensorType};
+use millrace_shared::model::{FolderSource, TensorType};
 
 use super::resolve::{keep_in_use, lock, sweep};
 use super::{ModelError, Progress, cache_dir, resolve};
@@ -63,27 +63,27 @@ pub fn quantized(
     cache: &Path,
     progress: &mut dyn Progress,
 ) -> Result<PathBuf, ModelError> {
-    let Description::Gguf(gguf) = Description::open(source)? else {
-        let (path, to) = (source.to_owned(), to.as_str().to_ascii_lowercase());
-        return Err(ModelError::NotQuantisable { path, to });
-    };
     let options = Options { requantise: Requantise::Leave, ..Options::new(to) };
-    let plan = quantize::plan(&gguf, &options)?;
+    let plan = quantize::plan_of(source, &options)?;
     if plan.changed() == 0 {
         return Err(nothing_to_do(source, &plan, to));
     }
     let folder = cache.join("quantized");
     let name = to.as_str().to_ascii_lowercase();
-    let hash = content(source, cache, progress).map_err(ModelError::io("read", source))?;
-    let target = folder.join(format!("{}-{name}-r{REVISION}.{SUFFIX}", &hash.to_hex()[..32]));
-    keep_in_use(cache, &target);
-    // Only whole files have this name.
-    if target.exists() {
+    let hash = content(&plan.files(), cache, progress).map_err(ModelError::io("read", source))?;
+    let stem = format!("{}-{name}-r{REVISION}", &hash.to_hex()[..32]);
+    // Only whole files have these names, and only whole folders.
+    let (target, weights) = match plan.is_folder() {
+        false => (folder.join(format!("{stem}.{SUFFIX}")), folder.join(format!("{stem}.{SUFFIX}"))),
+        true => (folder.join(&stem), folder.join(&stem).join(FolderSource::weights_name())),
+    };
+    keep_in_use(cache, &weights);
+    if weights.exists() {
         return Ok(target);
     }
     fs::create_dir_all(&folder).map_err(ModelError::io("create", &folder))?;
     let lock = lock(&folder, progress)?;
-    if target.exists() {
+    if weights.exists() {
         return Ok(target);
     }
     if lock.is_some() {
@@ -91,33 +91,46 @@ pub fn quantized(
     }
     progress.begin(&format!("quantising the model to {name}"), Some(plan.source_bytes()));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let written = plan.write(source, &target, true, threads, &mut |done| progress.advance(done));
+    let written = plan.write(&target, true, threads, &mut |done| progress.advance(done));
     progress.end();
     written?;
-    let bytes = fs::metadata(&target).map_or(0, |meta| meta.len());
+    let bytes = fs::metadata(&weights).map_or(0, |meta| meta.len());
     Cache::new(cache).tidy(bytes);
     drop(lock);
     Ok(target)
 }
 
-/// BLAKE3 of a file, remembered in `cache`.
+/// BLAKE3 of a file, or of the names and hashes of several; each remembered in `cache`.
 fn content(
-    path: &Path,
+    paths: &[PathBuf],
     cache: &Path,
     progress: &mut dyn Progress,
 ) -> std::io::Result<blake3::Hash> {
-    let file = File::open(path)?;
-    let bytes = file.metadata()?.len();
-    let mut known = KnownHashes::open(Some(cache), path);
+    let lengths: Vec<u64> =
+        paths.iter().map(|p| Ok(fs::metadata(p)?.len())).collect::<std::io::Result<_>>()?;
     let mut done = 0;
-    progress.begin("hashing the model to quantise", Some(bytes));
-    let hash = known.hash(&file, 0, bytes, &mut |n| {
-        done += n;
-        progress.advance(done);
-    });
+    progress.begin("hashing the model to quantise", Some(lengths.iter().sum()));
+    let mut hashes = Vec::with_capacity(paths.len());
+    for (path, bytes) in paths.iter().zip(lengths) {
+        let file = File::open(path)?;
+        let mut known = KnownHashes::open(Some(cache), path);
+        let hash = known.hash(&file, 0, bytes, &mut |n| {
+            done += n;
+            progress.advance(done);
+        });
+        known.save();
+        hashes.push(hash?);
+    }
     progress.end();
-    known.save();
-    hash.map(blake3::Hash::from_bytes)
+    if let [one] = hashes[..] {
+        return Ok(blake3::Hash::from_bytes(one));
+    }
+    let mut all = blake3::Hasher::new_derive_key("millrace model folder 1");
+    for (path, hash) in paths.iter().zip(hashes) {
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        all.update(&(name.len() as u64).to_le_bytes()).update(name).update(&hash);
+    }
+    Ok(all.finalize())
 }
 
 fn nothing_to_do(source: &Path, plan: &Plan, to: TensorType) -> ModelError {

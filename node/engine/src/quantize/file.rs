@@ -6,9 +6,9 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use millrace_shared::model::TensorType;
+use millrace_shared::model::{FolderSource, TensorType};
 
 use super::blocks::{BadWeight, quantise_row};
 use super::plan::{Plan, Planned};
@@ -80,44 +80,32 @@ impl Loss {
 }
 
 impl Plan {
-    /// Writes the new file: `source`, which the plan was made from, to `target`, on `threads`
-    /// threads. `progress` gets the bytes of the source done so far.
+    /// Writes the copy to `target`, a file or, of a folder, a folder, on `threads` threads. `progress`
+    /// gets the bytes of the source done so far.
     ///
     /// # Errors
-    /// If a file cannot be used, `target` is there and `overwrite` is not set, both are the same
-    /// file, the disk is too small, or a weight does not fit its type. Then nothing is left behind.
+    /// If a file cannot be used, `target` is there and `overwrite` is not set (a folder is replaced only
+    /// if it is such a copy), both are the same, the disk is too small, or a weight does not fit its
+    /// type. Then nothing is left behind.
     pub fn write(
         &self,
-        source: &Path,
         target: &Path,
         overwrite: bool,
         threads: usize,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Vec<TensorReport>, QuantizeError> {
-        let input = File::open(source).map_err(io_error("open", source))?;
-        check_target(&input, target, overwrite)?;
-        let folder = match target.parent() {
+        let open = |path: &PathBuf| File::open(path).map_err(io_error("open", path));
+        let inputs = self.sources.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let parent = match target.parent() {
             Some(folder) if folder != Path::new("") => folder,
             _ => Path::new("."),
         };
-        check_space(folder, self.target_len())?;
-        let mut builder = tempfile::Builder::new();
-        builder.suffix(".part");
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
-        let mut file = builder.tempfile_in(folder).map_err(io_error("make a file in", folder))?;
-        let mut job = Job { source, target, input, threads: threads.max(1), done: 0, progress };
-        let reports = job.run(self, file.as_file_mut())?;
-        file.as_file().sync_all().map_err(io_error("write", target))?;
-        let kept = if overwrite { file.persist(target) } else { file.persist_noclobber(target) };
-        match kept {
-            Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(QuantizeError::Exists(target.to_owned()));
-            }
-            kept => kept.map_err(|e| io_error("write", target)(e.error))?,
-        };
-        // The name is durable too; a folder that cannot be synced is not worth failing for.
-        let _ = File::open(folder).and_then(|f| f.sync_all());
-        Ok(reports)
+        let mut job =
+            Job { plan: self, target, inputs, threads: threads.max(1), done: 0, progress };
+        match &self.folder {
+            None => job.write_file(parent, overwrite),
+            Some(source) => job.write_folder(source, parent, overwrite),
+        }
     }
 }
 
@@ -126,13 +114,19 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Quanti
     move |source| QuantizeError::Io { what, path, source }
 }
 
-fn check_target(input: &File, target: &Path, overwrite: bool) -> Result<(), QuantizeError> {
+fn check_target(input: &Path, target: &Path, overwrite: bool) -> Result<(), QuantizeError> {
     let Ok(there) = fs::metadata(target) else { return Ok(()) };
-    let own = input.metadata().map_err(io_error("read", target))?;
+    let own = fs::metadata(input).map_err(io_error("read", input))?;
     if (own.dev(), own.ino()) == (there.dev(), there.ino()) {
         return Err(QuantizeError::SameFile(target.to_owned()));
     }
     if overwrite { Ok(()) } else { Err(QuantizeError::Exists(target.to_owned())) }
+}
+
+/// What is in it stays there, whatever happens; a folder that cannot be synced is not worth failing
+/// for.
+fn sync_folder(folder: &Path) {
+    let _ = File::open(folder).and_then(|f| f.sync_all());
 }
 
 fn check_space(folder: &Path, needed: u64) -> Result<(), QuantizeError> {
@@ -146,9 +140,9 @@ fn check_space(folder: &Path, needed: u64) -> Result<(), QuantizeError> {
 }
 
 struct Job<'a> {
-    source: &'a Path,
+    plan: &'a Plan,
     target: &'a Path,
-    input: File,
+    inputs: Vec<File>,
     threads: usize,
     /// Bytes of the source.
     done: u64,
@@ -163,8 +157,71 @@ enum RowError {
 }
 
 impl Job<'_> {
-    fn run(&mut self, plan: &Plan, out: &mut File) -> Result<Vec<TensorReport>, QuantizeError> {
-        let mut at = self.put(out, &plan.target.head())?;
+    fn write_file(
+        &mut self,
+        parent: &Path,
+        overwrite: bool,
+    ) -> Result<Vec<TensorReport>, QuantizeError> {
+        let target = self.target;
+        check_target(&self.plan.sources[0], target, overwrite)?;
+        check_space(parent, self.plan.target_len())?;
+        let mut builder = tempfile::Builder::new();
+        builder.suffix(".part");
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
+        let mut file = builder.tempfile_in(parent).map_err(io_error("make a file in", parent))?;
+        let reports = self.run(file.as_file_mut())?;
+        file.as_file().sync_all().map_err(io_error("write", target))?;
+        let kept = if overwrite { file.persist(target) } else { file.persist_noclobber(target) };
+        match kept {
+            Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(QuantizeError::Exists(target.to_owned()));
+            }
+            kept => kept.map_err(|e| io_error("write", target)(e.error))?,
+        };
+        sync_folder(parent);
+        Ok(reports)
+    }
+
+    fn write_folder(
+        &mut self,
+        source: &FolderSource,
+        parent: &Path,
+        overwrite: bool,
+    ) -> Result<Vec<TensorReport>, QuantizeError> {
+        let target = self.target;
+        check_target(&source.folder, target, overwrite)?;
+        if target.exists() && !FolderSource::is_copy(target) {
+            return Err(QuantizeError::Exists(target.to_owned()));
+        }
+        check_space(parent, self.plan.target_len())?;
+        let mut builder = tempfile::Builder::new();
+        builder.suffix(".part");
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755));
+        let made = builder.tempdir_in(parent).map_err(io_error("make a folder in", parent))?;
+        for path in &source.others {
+            let name = path.file_name().unwrap_or_default();
+            fs::copy(path, made.path().join(name)).map_err(io_error("copy", path))?;
+        }
+        let config = made.path().join(FolderSource::config_name());
+        fs::write(&config, &source.config).map_err(io_error("write", &config))?;
+        let weights = made.path().join(FolderSource::weights_name());
+        let mut file = File::create_new(&weights).map_err(io_error("write", &weights))?;
+        let reports = self.run(&mut file)?;
+        file.sync_all().map_err(io_error("write", &weights))?;
+        sync_folder(made.path());
+        if target.exists() {
+            fs::remove_dir_all(target).map_err(io_error("replace", target))?;
+        }
+        fs::rename(made.path(), target).map_err(io_error("write", target))?;
+        // It is not there any more under its first name.
+        let _ = made.keep();
+        sync_folder(parent);
+        Ok(reports)
+    }
+
+    fn run(&mut self, out: &mut File) -> Result<Vec<TensorReport>, QuantizeError> {
+        let plan = self.plan;
+        let mut at = self.put(out, &plan.head)?;
         let mut reports = Vec::new();
         for tensor in &plan.tensors {
             at += self.put(out, &vec![0; (tensor.to.offset - at) as usize])?;
@@ -205,8 +262,9 @@ impl Job<'_> {
         let mut at = tensor.from.offset;
         while at < end {
             let n = (end - at).min(buffer.len() as u64) as usize;
-            let read = self.input.read_exact_at(&mut buffer[..n], at);
-            read.map_err(io_error("read", self.source))?;
+            let input = &self.inputs[usize::from(tensor.from.file)];
+            let read = input.read_exact_at(&mut buffer[..n], at);
+            read.map_err(io_error("read", self.source(tensor)))?;
             at += self.put(out, &buffer[..n])?;
             self.advance(n as u64);
         }
@@ -234,7 +292,8 @@ impl Job<'_> {
         for first in (0..rows).step_by(batch as usize) {
             let count = batch.min(rows - first) as usize;
             let bytes = &mut bytes[..count * shape.to];
-            let converted = shape.convert_on(self.threads, &self.input, first, bytes);
+            let input = &self.inputs[usize::from(tensor.from.file)];
+            let converted = shape.convert_on(self.threads, input, first, bytes);
             loss = converted
                 .map_err(|e| self.row_error(tensor, e))?
                 .into_iter()
@@ -245,9 +304,13 @@ impl Job<'_> {
         Ok(loss)
     }
 
+    fn source(&self, tensor: &Planned) -> &Path {
+        &self.plan.sources[usize::from(tensor.from.file)]
+    }
+
     fn row_error(&self, tensor: &Planned, error: RowError) -> QuantizeError {
         match error {
-            RowError::Read(e) => io_error("read", self.source)(e),
+            RowError::Read(e) => io_error("read", self.source(tensor))(e),
             RowError::Weight(row, source) => {
                 QuantizeError::Weight { tensor: tensor.from.name.clone(), row, source }
             }

@@ -1,4 +1,4 @@
-//! Quantising models: from one GGUF file to another whose matrices take fewer bytes.
+//! Quantising models: from one GGUF file, or one folder, to another whose matrices take fewer bytes.
 //!
 //! [`plan()`] decides what each tensor becomes, [`Plan::write`] streams them into a new file, a run
 //! of rows per thread at a time, so a model may be larger than memory. The result depends on the
@@ -20,9 +20,9 @@ use std::path::PathBuf;
 
 pub use blocks::{BadWeight, quantise_row};
 pub use file::{Loss, TensorReport};
-use millrace_shared::model::TensorType;
 use millrace_shared::model::gguf::GgufError;
-pub use plan::{Plan, Planned, plan};
+use millrace_shared::model::{ModelFileError, TensorType};
+pub use plan::{Plan, Planned, plan, plan_folder, plan_of};
 
 /// Raise with any change that may change a bit of a quantised file: names of kept copies have it.
 pub const REVISION: u32 = 1;
@@ -107,6 +107,17 @@ pub enum QuantizeError {
     /// The source cannot be laid out again.
     #[error(transparent)]
     File(#[from] GgufError),
+    /// There is no sound model at the path.
+    #[error(transparent)]
+    Model(#[from] ModelFileError),
+    /// A folder whose matrices cannot be given other types.
+    #[error("{path} cannot be quantised: {why}")]
+    Fixed {
+        /// The folder.
+        path: PathBuf,
+        /// Why not.
+        why: String,
+    },
     /// The wanted type is none of [`TYPES`].
     #[error("cannot quantise to {}: use q8_0, q4_0, q4_1, f32, f16 or bf16", .0.as_str())]
     Type(TensorType),

@@ -1,12 +1,19 @@
 //! What each tensor of a model becomes. Pure.
 
+use std::path::{Path, PathBuf};
+
 use millrace_shared::model::gguf::Gguf;
-use millrace_shared::model::{TensorEntry, TensorType, embedding_name};
+use millrace_shared::model::{
+    Description, FolderSource, ModelFileError, TensorEntry, TensorType, embedding_name,
+};
 
 use super::{Options, QuantizeError, Requantise, Rounding, TYPES, default_output};
 
 /// The matrix that makes logits; a model without one uses the embedding.
 const OUTPUT: &str = "output.weight";
+/// Matrices that are small, and where little changes much: what chooses experts, and positions.
+const KEPT: [&str; 3] =
+    ["ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight"];
 /// What readers of GGUF expect beside quantised tensors.
 const QUANTIZATION_VERSION: u32 = 2;
 
@@ -31,8 +38,14 @@ impl Planned {
 pub struct Plan {
     /// In file order.
     pub tensors: Vec<Planned>,
-    /// The directory of the new file.
-    pub(super) target: Gguf,
+    /// The new file up to the first tensor.
+    pub(super) head: Vec<u8>,
+    /// Its length.
+    pub(super) len: u64,
+    /// The files that tensors are read from.
+    pub(super) sources: Vec<PathBuf>,
+    /// Where the source is a folder, so is the copy.
+    pub(super) folder: Option<FolderSource>,
     pub(super) rounding: Rounding,
 }
 
@@ -47,37 +60,106 @@ impl Plan {
         self.tensors.iter().map(|t| t.from.bytes).sum()
     }
 
-    /// Length of the new file.
+    /// Whether the copy is a folder.
+    pub fn is_folder(&self) -> bool {
+        self.folder.is_some()
+    }
+
+    /// Every file that the copy depends on.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.folder.as_ref().map_or_else(|| self.sources.clone(), FolderSource::all_files)
+    }
+
+    /// Length of the new file of weights.
     pub fn target_len(&self) -> u64 {
-        self.target.file_len
+        self.len
     }
 }
 
-/// Decides what each tensor of `source` becomes. Names, order, shapes and metadata stay;
+/// [`plan`] or [`plan_folder`] of the model at a path.
+///
+/// # Errors
+/// Those of both, or if there is no sound model.
+pub fn plan_of(source: &Path, options: &Options) -> Result<Plan, QuantizeError> {
+    match Description::open(source)? {
+        Description::Gguf(gguf) => plan(&gguf, source, options),
+        Description::Folder(folder) => plan_folder(&folder, options),
+    }
+}
+
+/// Decides what each tensor of the GGUF file `source` becomes. Names, order, shapes and metadata stay;
 /// `general.file_type` and `general.quantization_version` say what was done.
 ///
 /// # Errors
 /// If a wanted type is none of [`TYPES`], or a matrix cannot be converted.
-pub fn plan(source: &Gguf, options: &Options) -> Result<Plan, QuantizeError> {
+pub fn plan(gguf: &Gguf, source: &Path, options: &Options) -> Result<Plan, QuantizeError> {
+    let types = target_types(&gguf.tensors, options)?;
+    let mut metadata = gguf.metadata.clone();
+    metadata.set("general.file_type", file_type(options.to));
+    metadata.set("general.quantization_version", QUANTIZATION_VERSION);
+    let layout = gguf.tensors.iter().zip(types);
+    let layout = layout.map(|(t, dtype)| (t.name.clone(), dtype, t.dims.clone()));
+    let target = Gguf::lay_out(&metadata, layout)?;
+    Ok(Plan {
+        tensors: pairs(&gguf.tensors, &target.tensors),
+        head: target.head(),
+        len: target.file_len,
+        sources: vec![source.to_owned()],
+        folder: None,
+        rounding: options.rounding,
+    })
+}
+
+/// Decides what each tensor of a folder becomes: the copy is a folder too, with the tokenizer and
+/// whatever else belongs to the model. Vectors keep their types.
+///
+/// # Errors
+/// If a wanted type is none of [`TYPES`], the folder is quantised already, or it is no sound model.
+pub fn plan_folder(folder: &Path, options: &Options) -> Result<Plan, QuantizeError> {
+    let source = FolderSource::open(folder).map_err(ModelFileError::from)?;
+    if let Some(why) = &source.fixed {
+        return Err(QuantizeError::Fixed { path: folder.to_owned(), why: why.clone() });
+    }
+    let mut types = target_types(&source.tensors, options)?;
+    for (dtype, tensor) in types.iter_mut().zip(&source.tensors) {
+        if tensor.dims.len() < 2 {
+            *dtype = tensor.dtype;
+        }
+    }
+    let (head, tensors) = source.lay_out(&types);
+    Ok(Plan {
+        len: tensors.last().map_or(head.len() as u64, |t| t.offset + t.bytes),
+        tensors: pairs(&source.tensors, &tensors),
+        head,
+        sources: source.paths.clone(),
+        folder: Some(source),
+        rounding: options.rounding,
+    })
+}
+
+fn pairs(from: &[TensorEntry], to: &[TensorEntry]) -> Vec<Planned> {
+    let pair =
+        |(from, to): (&TensorEntry, &TensorEntry)| Planned { from: from.clone(), to: to.clone() };
+    from.iter().zip(to).map(pair).collect()
+}
+
+fn target_types(
+    tensors: &[TensorEntry],
+    options: &Options,
+) -> Result<Vec<TensorType>, QuantizeError> {
     let output = options.output.unwrap_or_else(|| default_output(options.to));
     if let Some(wrong) = [options.to, output].into_iter().find(|t| !TYPES.contains(t)) {
         return Err(QuantizeError::Type(wrong));
     }
-    let mut types = Vec::new();
-    for tensor in &source.tensors {
+    let one = |tensor: &TensorEntry| {
+        if KEPT.iter().any(|kept| tensor.name.ends_with(kept)) {
+            return Ok(tensor.dtype);
+        }
         let head = tensor.name == embedding_name() || tensor.name == OUTPUT;
         let wanted = if head { output } else { options.to };
-        types.push(target_type(tensor, wanted, options.requantise)?);
-    }
-    let mut metadata = source.metadata.clone();
-    metadata.set("general.file_type", file_type(options.to));
-    metadata.set("general.quantization_version", QUANTIZATION_VERSION);
-    let layout = source.tensors.iter().zip(types);
-    let layout = layout.map(|(t, dtype)| (t.name.clone(), dtype, t.dims.clone()));
-    let target = Gguf::lay_out(&metadata, layout)?;
-    let pairs = source.tensors.iter().zip(&target.tensors);
-    let tensors = pairs.map(|(from, to)| Planned { from: from.clone(), to: to.clone() }).collect();
-    Ok(Plan { tensors, target, rounding: options.rounding })
+        target_type(tensor, wanted, options.requantise)
+    };
+    tensors.iter().map(one).collect()
 }
 
 fn target_type(
@@ -89,7 +171,8 @@ fn target_type(
     let dtype = tensor.dtype;
     match tensor.dims.len() {
         1 if matches!(dtype, F16 | BF16) => return Ok(F32),
-        2 => {}
+        // Of three dimensions: the matrices of all experts.
+        2 | 3 => {}
         _ => return Ok(dtype),
     }
     let fits = tensor.dims[0].is_multiple_of(wanted.block_elements());

@@ -261,9 +261,9 @@ fn write(
     options: &Options,
     threads: usize,
 ) -> Result<Vec<TensorReport>, QuantizeError> {
-    let plan = plan(&Gguf::open(source).unwrap(), options)?;
+    let plan = plan(&Gguf::open(source).unwrap(), source, options)?;
     let mut last = 0;
-    let result = plan.write(source, target, false, threads, &mut |done| {
+    let result = plan.write(target, false, threads, &mut |done| {
         assert!(done > last, "progress moves on");
         last = done;
     })?;
@@ -328,7 +328,7 @@ fn quantised_matrices_are_not_quantised_again_unasked() {
     let error = write(&q4, &q8, &options, 2).unwrap_err().to_string();
     assert!(error.contains("blk.0.ffn_up.weight") && error.contains("Q4_1"), "{error}");
     options.requantise = Requantise::Leave;
-    assert_eq!(plan(&Gguf::open(&q4).unwrap(), &options).unwrap().changed(), 0);
+    assert_eq!(plan(&Gguf::open(&q4).unwrap(), &q4, &options).unwrap().changed(), 0);
     // Dequantised and quantised again: the same bytes.
     options = Options { requantise: Requantise::Allow, ..Options::new(TensorType::F32) };
     let floats = dir.path().join("f32.gguf");
@@ -364,17 +364,17 @@ fn failures_leave_nothing_behind() {
     std::fs::write(&target, b"precious").unwrap();
     assert!(matches!(write(&source, &target, &options, 1), Err(QuantizeError::Exists(_))));
     assert_eq!(std::fs::read(&target).unwrap(), b"precious");
-    let same = plan(&Gguf::open(&source).unwrap(), &options).unwrap();
+    let same = plan(&Gguf::open(&source).unwrap(), &source, &options).unwrap();
     let link = dir.path().join("link.gguf");
     std::fs::hard_link(&source, &link).unwrap();
     for path in [&source, &link] {
-        let error = same.write(&source, path, true, 1, &mut |_| {});
+        let error = same.write(path, true, 1, &mut |_| {});
         assert!(matches!(error, Err(QuantizeError::SameFile(_))));
     }
-    same.write(&source, &target, true, 1, &mut |_| {}).unwrap();
+    same.write(&target, true, 1, &mut |_| {}).unwrap();
     assert!(Gguf::open(&target).is_ok());
     assert!(matches!(
-        plan(&Gguf::open(&source).unwrap(), &Options::new(TensorType::Q6_K)),
+        plan(&Gguf::open(&source).unwrap(), &source, &Options::new(TensorType::Q6_K)),
         Err(QuantizeError::Type(TensorType::Q6_K))
     ));
 }
