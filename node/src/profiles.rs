@@ -40,6 +40,16 @@ impl KnownProfile {
         words.next().is_none().then_some(profile)
     }
 
+    /// Corrects a measurement that is kept: it is as old as it was.
+    pub(crate) fn refresh(&self, profile: &StageProfile) {
+        let measured = std::fs::metadata(&self.0).and_then(|m| m.modified());
+        self.put(profile);
+        let aged = measured.and_then(|at| std::fs::File::open(&self.0)?.set_modified(at));
+        if let Err(error) = aged {
+            tracing::debug!(path = %self.0.display(), %error, "the measurement looks new");
+        }
+    }
+
     /// Keeps a measurement; where that is not possible, the next start measures again.
     pub(crate) fn put(&self, profile: &StageProfile) {
         if let Err(error) = self.write(profile) {
@@ -77,6 +87,12 @@ mod tests {
         };
         known.put(&profile);
         assert_eq!(known.get(), Some(profile));
+        let yesterday = SystemTime::now() - Duration::from_hours(24);
+        std::fs::File::open(&known.0).unwrap().set_modified(yesterday).unwrap();
+        known.refresh(&profile.slower(1.25));
+        assert_eq!(known.get(), Some(profile.slower(1.25)));
+        let age = std::fs::metadata(&known.0).unwrap().modified().unwrap().elapsed().unwrap();
+        assert!(age > Duration::from_hours(23), "no younger for it: {age:?}");
         let long_ago = SystemTime::now() - KEEP - Duration::from_secs(10);
         std::fs::File::open(&known.0).unwrap().set_modified(long_ago).unwrap();
         assert_eq!(known.get(), None);

@@ -155,7 +155,9 @@ impl Scheduler {
 
     /// A micro-batch of guesses for a slot that is idle: nobody has anything certain to compute.
     pub(super) fn build_ahead(&mut self, slots: u32, now: Duration) -> Option<Step> {
-        let idle = self.in_flight.len() < slots as usize && self.ready.is_empty();
+        // One is left for whoever comes now.
+        let most = slots.min(self.config.max_in_flight.saturating_sub(1)) as usize;
+        let idle = self.in_flight.len() < most && self.ready.is_empty();
         // A single stage is never idle while a row is under way.
         if !idle || !self.may_guess() || self.cost.stages().len() == 1 {
             return None;
@@ -175,13 +177,16 @@ impl Scheduler {
     /// What may follow the rows of a decode that are under way.
     fn add_ahead(&mut self, id: SequenceId, draft: &mut Draft) {
         let Some(seq) = self.sequences.get(&id) else { return };
-        if seq.phase != Phase::Decoding || seq.rows_in_flight == 0 || seq.issued < seq.len() {
+        let follows = seq.phase == Phase::Decoding && seq.rows_in_flight > 0;
+        if !follows || seq.issued < seq.len() || seq.no_guess == seq.issued {
             return;
         }
         let likely = seq.acceptance.ahead(seq.ahead.len() as u32);
         // The last token is never fed back.
         let left = seq.max_len.saturating_sub(seq.issued + 1);
-        let held = self.kv.table(id).len() as u32 + self.kv.free_blocks();
+        // A block for each of those that are certain stays free.
+        let free = self.kv.free_blocks().saturating_sub(self.running.len() as u32);
+        let held = self.kv.table(id).len() as u32 + free;
         let room = held.saturating_mul(self.kv.block_size()).saturating_sub(seq.issued);
         let tokens = self.config.max_batch_tokens.saturating_sub(draft.tokens.len() as u32);
         let most = likely.min(left).min(room).min(tokens) as usize;
@@ -192,6 +197,9 @@ impl Scheduler {
         let mut guesses = self.drafter.draft(id, &so_far, most);
         guesses.truncate(most);
         if guesses.is_empty() {
+            if let Some(seq) = self.sequences.get_mut(&id) {
+                seq.no_guess = seq.issued;
+            }
             return;
         }
         let (position, count) = (seq.issued, guesses.len() as u32);

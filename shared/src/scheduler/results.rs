@@ -6,6 +6,7 @@ use super::Scheduler;
 use super::pipeline::IssuedRow;
 use super::types::Outcome;
 use crate::id::{MicroBatchId, SequenceId};
+use crate::wire::MAX_VOID_ROWS;
 use crate::wire::control::VoidRows;
 use crate::wire::data::{ChosenToken, RowOutcome, RowResult, StageTime, Want};
 use crate::wire::rpc::TokenLogprobs;
@@ -20,17 +21,18 @@ impl Scheduler {
     }
 
     /// What each stage spent on a micro-batch, in the order of the stages. To be told before
-    /// [`Self::handle_result`], or not at all: the scheduler then goes by counts alone.
-    pub fn handle_times(&mut self, id: MicroBatchId, times: &[StageTime], now: Duration) {
+    /// [`Self::handle_result`], or not at all: the scheduler then goes by counts alone. Whether they
+    /// say something: of rows that are void nobody knows which stages computed them.
+    pub fn handle_times(&mut self, id: MicroBatchId, times: &[StageTime], now: Duration) -> bool {
         let Some((issued, load)) = self.in_flight.load(id).filter(|_| !times.is_empty()) else {
-            return;
+            return false;
         };
-        // Of rows that are void nobody knows which stages computed them.
         if !self.in_flight.rows(id).iter().all(|row| self.is_live(row)) {
-            return;
+            return false;
         }
         self.window.observe(times, now.saturating_sub(issued));
         self.cost.observe(&load, times.iter().map(|t| t.step().as_secs_f64()));
+        true
     }
 
     /// The last stage answered a micro-batch. Rows of sequences that ended or were preempted since
@@ -174,9 +176,12 @@ impl Scheduler {
         if built_on && drafted == right {
             seq.acceptance.observe(1, usize::from(foreseen));
         }
-        if built_on && !foreseen {
+        if built_on && !foreseen && self.void.len() < MAX_VOID_ROWS {
             self.void.push(void);
         }
+        // What came without a row of its own is service all the same.
+        let (prompt, generated) = seq.charge(valid);
+        self.queue.charge(seq.flow, prompt, generated);
         // That the first one of a row that follows was right is known from the row before.
         let first = u64::from(row.want == Want::Follow);
         self.drafted += drafted as u64 + first;

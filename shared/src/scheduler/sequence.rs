@@ -69,6 +69,8 @@ pub(super) struct Sequence {
     pub(super) last_row: u64,
     /// Tokens that rows in flight take for granted beyond its own: drafts, and what may follow them.
     pub(super) ahead: Vec<u32>,
+    /// Where nobody had a guess what follows.
+    pub(super) no_guess: u32,
     /// How its drafts fare.
     pub(super) acceptance: Acceptance,
     /// When the client asked.
@@ -105,6 +107,7 @@ impl Sequence {
             sent: 0,
             last_row: 0,
             ahead: Vec::new(),
+            no_guess: 0,
             acceptance: Acceptance::default(),
             submitted: new.submitted,
         }

@@ -136,8 +136,9 @@ impl Handler<ResultFrame> for Batcher {
         }
         let meta: ResultMeta = frame.meta().map_err(|e| e.to_string())?;
         let predicted = scheduler.predicted_seconds(header.micro_batch);
-        scheduler.handle_times(header.micro_batch, &meta.times, now);
-        self.watch(&meta, now);
+        if scheduler.handle_times(header.micro_batch, &meta.times, now) {
+            self.watch(&meta, now);
+        }
         let Some(scheduler) = &mut self.scheduler else { return Ok(()) };
         let outcomes = scheduler.handle_result(header.micro_batch, &meta.rows, now);
         let stats = scheduler.stats();

@@ -40,6 +40,8 @@ pub use inbox::{Cancel, GetCounters, ResultFrame, Submit, SubmitScore};
 
 /// Deadlines and vanished clients are looked for this often: well under what a person notices.
 const SWEEP: Duration = Duration::from_millis(25);
+/// Stages hear what is void this often at most: many clients may leave at once.
+const VOID_PAUSE: Duration = Duration::from_millis(4);
 /// A micro-batch that is out this long is lost: a stage hangs although its node still lives. Far
 /// above the slowest step of a machine that is worth having.
 const STALL: Duration = Duration::from_secs(60);
@@ -92,6 +94,8 @@ pub struct Batcher {
     by_id: HashMap<RequestId, SequenceId>,
     next_sequence: u64,
     stale_frames: u64,
+    /// When the stages last heard what is void.
+    told_void: Duration,
 }
 
 impl std::fmt::Debug for Batcher {
@@ -117,6 +121,7 @@ impl Batcher {
             by_id: HashMap::new(),
             next_sequence: 1,
             stale_frames: 0,
+            told_void: Duration::ZERO,
         }
     }
 
@@ -132,7 +137,7 @@ impl Batcher {
     /// has ready.
     fn pump(&mut self) {
         let now = self.now();
-        self.tell_void();
+        self.tell_void(now);
         self.begin_next(now);
         while self.next.is_none() && self.active.as_ref().is_some_and(|a| !a.broken) {
             let Some(scheduler) = &mut self.scheduler else { return };
@@ -151,9 +156,15 @@ impl Batcher {
         }
     }
 
-    /// Where nobody hears it, rows are computed in vain.
-    fn tell_void(&mut self) {
+    /// Now and then: where nobody hears it in time, rows are computed in vain, no more.
+    fn tell_void(&mut self, now: Duration) {
+        if now.saturating_sub(self.told_void) < VOID_PAUSE {
+            return;
+        }
         let rows = self.scheduler.as_mut().map(Scheduler::poll_void).unwrap_or_default();
+        if !rows.is_empty() {
+            self.told_void = now;
+        }
         if let Some(active) = self.active.as_ref().filter(|_| !rows.is_empty()) {
             let _ = active.cluster.try_send(RowsVoid { epoch: active.epoch, rows });
         }

@@ -34,14 +34,13 @@ impl Handler<Paced> for Cluster {
 
 impl Cluster {
     /// How many times as long as measured alone a node takes; of one that has not served yet, as
-    /// the others on average.
+    /// most of the others.
     pub(super) fn pace_of(&self, id: NodeId) -> f64 {
-        let mean = || self.pace.values().sum::<f64>() / self.pace.len().max(1) as f64;
-        match self.pace.get(&id) {
-            Some(pace) => *pace,
-            None if self.pace.is_empty() => 1.0,
-            None => mean(),
-        }
+        self.pace.get(&id).copied().unwrap_or_else(|| {
+            let mut others: Vec<f64> = self.pace.values().copied().collect();
+            others.sort_by(f64::total_cmp);
+            others.get(others.len() / 2).copied().unwrap_or(1.0)
+        })
     }
 
     /// What a node's layers and head take, as last seen.
@@ -58,7 +57,8 @@ impl Cluster {
             let Some(profile) = pipeline.measured(*id) else { continue };
             let layers = a.end_layer - a.first_layer;
             let alone = decode_seconds(&profile, layers, a.next.is_none(), pace.rows);
-            if alone <= 0.0 || *seconds <= 0.0 {
+            let sound = |s: f64| s.is_finite() && s > 0.0;
+            if !sound(alone) || !sound(*seconds) {
                 continue;
             }
             let seen = (seconds / alone).clamp(0.01, 100.0);

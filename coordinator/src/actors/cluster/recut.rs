@@ -168,7 +168,8 @@ impl Cluster {
             .collect();
         let mean = ratios.iter().map(|r| r.1).sum::<f64>() / ratios.len().max(1) as f64;
         for (id, ratio) in ratios {
-            let pace = self.pace.entry(id).or_insert(1.0);
+            let base = self.pace_of(id);
+            let pace = self.pace.entry(id).or_insert(base);
             *pace = (*pace * ratio / mean).clamp(0.01, 100.0);
         }
         self.consider("the stages are uneven".to_owned(), false);

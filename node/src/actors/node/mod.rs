@@ -216,7 +216,7 @@ impl Node {
             }
             CoordinatorMessage::Paced { profile } => {
                 if let Some(known) = &self.known {
-                    known.put(&profile);
+                    known.refresh(&profile);
                 }
             }
             CoordinatorMessage::Void { pipeline, epoch, rows } => {
