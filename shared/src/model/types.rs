@@ -200,6 +200,7 @@ impl TensorType {
             | Self::Q5_1
             | Self::Q8_0
             | Self::Q2_K
+            | Self::Q3_K
             | Self::Q4_K
             | Self::Q5_K
             | Self::Q6_K
@@ -207,8 +208,6 @@ impl TensorType {
             | Self::IQ4_XS
             | Self::MXFP4
             | Self::INT4 => self.read_as(),
-            // `d * (scale - 32) * q` for each 16 elements.
-            Self::Q3_K => Self::Q6_K,
             // `d * q` with a `q` of -1, 0 or 1.
             Self::TQ1_0 | Self::TQ2_0 => Self::Q4_0,
             _ => return None,

@@ -78,6 +78,7 @@ pub(crate) fn kind_of(dtype: TensorType) -> Option<Packing> {
         TensorType::Q5_1 => Kind::Q5_1,
         TensorType::Q5_K => Kind::Q5K,
         TensorType::Q2_K => Kind::Q2K,
+        TensorType::Q3_K => Kind::Q3K,
         TensorType::Q6_K => Kind::Q6K,
         TensorType::IQ4_NL => Kind::Iq4Nl,
         TensorType::IQ4_XS => Kind::Iq4Xs,

@@ -75,6 +75,21 @@ pub(super) unsafe fn quad_of<F: Format>(w: *const u8, v: usize, stride: usize) -
     }
 }
 
+/// Sums of 16 products times factors of eight bits. Sums of small quants fit i16, and that product
+/// is the faster one.
+#[inline(always)]
+pub(super) unsafe fn times_sub<F: Format>(sums: __m256i, sub: __m256i) -> __m256i {
+    // SAFETY: register arithmetic; the caller has AVX2.
+    unsafe {
+        if F::BITS == 8 {
+            return _mm256_mullo_epi32(sums, sub);
+        }
+        // The high halves of negative factors would be multiplied too; beside minima none are.
+        let low = _mm256_set1_epi32(0xffff);
+        _mm256_madd_epi16(sums, if F::MIN { sub } else { _mm256_and_si256(sub, low) })
+    }
+}
+
 /// Dot products of one block for `N` columns, bias not yet subtracted (but one of 128); two halves
 /// where asked for.
 #[inline(always)]
@@ -100,7 +115,7 @@ unsafe fn dots<F: Format, const N: usize>(
                     dot[c][0] = _mm256_add_epi32(dot[c][0], s);
                 }
             }
-        } else if F::BITS == 4 {
+        } else if F::BITS == 4 && !F::HALVES {
             // At most 8 x 2 x 15 x 127 = 30480: fits i16.
             let low = _mm256_set1_epi8(15);
             let mut sum = [zero; N];
@@ -158,7 +173,7 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
                     let half = |h: usize| {
                         let bias = _mm256_set1_epi32(F::BIAS * sums[h]);
                         let sub = sub(F::sub_at(ROWS) + h * ROWS);
-                        _mm256_mullo_epi32(_mm256_sub_epi32(dot[c][h], bias), sub)
+                        times_sub::<F>(_mm256_sub_epi32(dot[c][h], bias), sub)
                     };
                     _mm256_add_epi32(half(0), half(1))
                 } else if F::BIAS != 0 && F::BIAS != 128 {
@@ -172,7 +187,7 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
                 if F::MIN && F::HALVES {
                     let part = |h: usize| {
                         let sub = sub(F::sub_min_at(ROWS) + h * ROWS);
-                        _mm256_mullo_epi32(_mm256_set1_epi32(sums[h]), sub)
+                        times_sub::<F>(_mm256_set1_epi32(sums[h]), sub)
                     };
                     let part = _mm256_cvtepi32_ps(_mm256_add_epi32(part(0), part(1)));
                     let min = _mm256_mul_ps(scale::<F>(w.add(F::min_at(ROWS))), part);

@@ -92,6 +92,19 @@ unsafe fn dot4(start: __m512i, w: &[__m512i; 8], x: *const i8, first: usize) -> 
     sum
 }
 
+/// As the one of AVX2.
+#[inline(always)]
+unsafe fn times_sub<F: Format>(sums: __m512i, sub: __m512i) -> __m512i {
+    // SAFETY: register arithmetic; the caller has AVX-512.
+    unsafe {
+        if F::BITS == 8 {
+            return _mm512_mullo_epi32(sums, sub);
+        }
+        let low = _mm512_set1_epi32(0xffff);
+        _mm512_madd_epi16(sums, if F::MIN { sub } else { _mm512_and_si512(sub, low) })
+    }
+}
+
 #[inline(always)]
 unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
     // SAFETY: blocks `0..t.blocks` of the group and of `N` columns exist; outputs as `Tile` says.
@@ -117,10 +130,7 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
                         let p = w.add(F::sub_at(ROWS) + h * ROWS);
                         _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))
                     };
-                    _mm512_add_epi32(
-                        _mm512_mullo_epi32(low, sub(0)),
-                        _mm512_mullo_epi32(high, sub(1)),
-                    )
+                    _mm512_add_epi32(times_sub::<F>(low, sub(0)), times_sub::<F>(high, sub(1)))
                 } else {
                     _mm512_add_epi32(low, high)
                 };
@@ -130,7 +140,7 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
                     let part = |h: usize| {
                         let p = w.add(F::sub_min_at(ROWS) + h * ROWS);
                         let sub = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
-                        _mm512_mullo_epi32(_mm512_set1_epi32((*t.sums.add(i))[h]), sub)
+                        times_sub::<F>(_mm512_set1_epi32((*t.sums.add(i))[h]), sub)
                     };
                     let part = _mm512_cvtepi32_ps(_mm512_add_epi32(part(0), part(1)));
                     let min = _mm512_mul_ps(scale::<F>(w.add(F::min_at(ROWS))), part);
@@ -199,8 +209,8 @@ unsafe fn column<F: Format>(t: &Tile) {
                         _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))
                     };
                     _mm256_add_epi32(
-                        _mm256_mullo_epi32(dots[h][0], sub(0)),
-                        _mm256_mullo_epi32(dots[h][1], sub(1)),
+                        super::avx2::times_sub::<F>(dots[h][0], sub(0)),
+                        super::avx2::times_sub::<F>(dots[h][1], sub(1)),
                     )
                 } else {
                     _mm256_add_epi32(dots[h][0], dots[h][1])
@@ -212,7 +222,7 @@ unsafe fn column<F: Format>(t: &Tile) {
                     let part = |s: usize| {
                         let p = w.add(F::sub_min_at(ROWS) + s * ROWS + h * 8);
                         let sub = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
-                        _mm256_mullo_epi32(_mm256_set1_epi32(sums[s]), sub)
+                        super::avx2::times_sub::<F>(_mm256_set1_epi32(sums[s]), sub)
                     };
                     let part = _mm256_cvtepi32_ps(_mm256_add_epi32(part(0), part(1)));
                     let m = half_scale::<F>(w.add(F::min_at(ROWS) + h * 8 * F::SCALE_BYTES));

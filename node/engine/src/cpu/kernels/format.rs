@@ -1,7 +1,7 @@
 //! The packed layout of quantised matrices, shared by packer and kernels.
 //!
 //! Rows come in groups of R (8, or 16 for AVX-512). A group holds, for each block of 32 inputs:
-//! R scales, R minima (some formats), two times R sub-scales (Q6_K, Q2_K), as many factors of the
+//! R scales, R minima (some formats), two times R sub-scales (Q6_K, Q3_K, Q2_K), as many factors of the
 //! minima (Q2_K), then the quants. One vector of quants is R rows times four consecutive inputs (a
 //! *quad*); where quants are nibbles, vector `v` holds quad `v` in the low and quad `v + 4` in the high
 //! halves. A fifth bit lies in a vector behind those, bit `v` of quad `v`. Where quants have two bits,
@@ -10,7 +10,7 @@
 
 /// Revision of the packed layout, of floats too: to be raised with any change of it, because packed
 /// matrices are kept in files. A test of the packers fails until it is.
-pub(crate) const LAYOUT_REVISION: u32 = 2;
+pub(crate) const LAYOUT_REVISION: u32 = 3;
 
 /// How a block of 32 inputs is stored and what is done with its integer dot product.
 pub(crate) trait Format {
@@ -119,6 +119,8 @@ formats! {
     Q8_0: 8 false false 128 false None;
     /// `d * sc * q - dmin * m`, sc and m per 16.
     Q2K: 2 false true 0 true None;
+    /// `d * sc * (q - 4)`, sc per 16.
+    Q3K: 4 false false 4 true None;
     /// `d * sc * (q - 32)`, sc per 16.
     Q6K: 8 false false 32 true None;
     /// `d * table[q]`.
@@ -140,6 +142,7 @@ pub(crate) enum Kind {
     Q5K,
     Q8_0,
     Q2K,
+    Q3K,
     Q6K,
     Iq4Nl,
     Iq4Xs,
@@ -162,6 +165,7 @@ macro_rules! with_format {
             Kind::Q5K => $f::<formats::Q5K>($($arg),*),
             Kind::Q8_0 => $f::<formats::Q8_0>($($arg),*),
             Kind::Q2K => $f::<formats::Q2K>($($arg),*),
+            Kind::Q3K => $f::<formats::Q3K>($($arg),*),
             Kind::Q6K => $f::<formats::Q6K>($($arg),*),
             Kind::Iq4Nl => $f::<formats::Iq4Nl>($($arg),*),
             Kind::Iq4Xs => $f::<formats::Iq4Xs>($($arg),*),

@@ -1,11 +1,11 @@
-//! Blocks of model files with five or two bits a weight, or with a table: how they are read.
+//! Blocks of model files with five, three or two bits a weight, or with a table: how they are read.
 //!
 //! Each is packed as itself, see `kernels::format`; scales that a file has as products of two numbers
 //! are multiplied once where the product is exact in f32 (Q5_K, IQ4_XS), else both are kept (Q2_K).
 
 use super::rows::{Stored, Words, nibbles, vectors, word, words};
 use super::{f16_at, q4k_scales, u16_at};
-use crate::cpu::kernels::format::{Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q5_0, Q5_1, Q5K};
+use crate::cpu::kernels::format::{Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q5_0, Q5_1, Q5K};
 
 /// Four low bits in pairs as in Q4_0, the high ones in a word of their own: bit `j` of element `j`.
 fn fives(pairs: &[u8], high: u32) -> [u32; 8] {
@@ -79,6 +79,33 @@ impl Stored for Q2K {
             sub_min: pair.map(|b| (b >> 4) as i8),
             quants,
         }
+    }
+}
+
+/// Scale `j` of a Q3_K block, 0..=15: four low bits in the first eight bytes, two high ones in the
+/// last four.
+fn q3k_scale(s: &[u8], j: usize) -> i8 {
+    let low = (s[j % 8] >> (j / 8 * 4)) & 15;
+    let high = (s[8 + j % 4] >> (j / 4 * 2)) & 3;
+    (low | (high << 4)) as i8 - 32
+}
+
+impl Stored for Q3K {
+    type Packed = Self;
+    const FILE_BYTES: usize = 110;
+    const PARTS: usize = 8;
+
+    #[inline(always)]
+    fn read(block: &[u8], part: usize) -> Words {
+        // Two low bits of a quant lie together, its high bit apart.
+        let (high, low) = (&block[..32], &block[32 + part / 4 * 32..][..32]);
+        let quants = vectors::<Self>(std::array::from_fn(|i| {
+            let low = (word(low, i * 4) >> (part % 4 * 2)) & 0x0303_0303;
+            let high = (word(high, i * 4) >> part) & 0x0101_0101;
+            low | (high << 2)
+        }));
+        let sub = [0, 1].map(|half| q3k_scale(&block[96..108], part * 2 + half));
+        Words { scale: u16_at(block, 108).into(), sub, quants, ..Words::ONE }
     }
 }
 

@@ -8,42 +8,11 @@ use super::rows::{Stored, Words, nibbles, word, words};
 use super::u16_at;
 use crate::cpu::kernels::format;
 
-/// `d * (scale - 32) * (q - 4)`, a scale of 6 bits for each 16 elements. Two low bits of a quant lie
-/// together, its high bit apart.
-pub(super) struct Q3K;
-
 /// `d * (q - 1)`, a ternary digit; five of them in a byte.
 pub(super) struct Tq1_0;
 
 /// `d * (q - 1)`, 2 bits.
 pub(super) struct Tq2_0;
-
-/// Scale `j` of a Q3_K block, 0..=15: four low bits in the first eight bytes, two high ones in the
-/// last four.
-fn q3k_scale(s: &[u8], j: usize) -> i8 {
-    let low = (s[j % 8] >> (j / 8 * 4)) & 15;
-    let high = (s[8 + j % 4] >> (j / 4 * 2)) & 3;
-    (low | (high << 4)) as i8 - 32
-}
-
-impl Stored for Q3K {
-    type Packed = format::Q6K;
-    const FILE_BYTES: usize = 110;
-    const PARTS: usize = 8;
-
-    #[inline(always)]
-    fn read(block: &[u8], part: usize) -> Words {
-        let (high, low) = (&block[..32], &block[32 + part / 4 * 32..][..32]);
-        let quants = std::array::from_fn(|i| {
-            let low = (word(low, i * 4) >> (part % 4 * 2)) & 0x0303_0303;
-            let high = (word(high, i * 4) >> part) & 0x0101_0101;
-            // From a bias of 4 to one of 32.
-            (low | (high << 2)) + 0x1c1c_1c1c
-        });
-        let sub = [0, 1].map(|half| q3k_scale(&block[96..108], part * 2 + half));
-        Words { scale: u16_at(block, 108).into(), sub, quants, ..Words::ONE }
-    }
-}
 
 /// `scale * (q - zero)` of GPTQ and AWQ, as the reader gives it: f32 scale, f32 minimum, nibbles.
 pub(super) struct Int4;

@@ -43,7 +43,7 @@ macro_rules! with_stored {
             TensorType::Q5_K => $f::<format::Q5K>($($arg),*),
             TensorType::Q2_K => $f::<format::Q2K>($($arg),*),
             TensorType::Q8_0 => $f::<format::Q8_0>($($arg),*),
-            TensorType::Q3_K => $f::<converted::Q3K>($($arg),*),
+            TensorType::Q3_K => $f::<format::Q3K>($($arg),*),
             TensorType::Q4_K => $f::<format::Q4K>($($arg),*),
             TensorType::Q6_K => $f::<format::Q6K>($($arg),*),
             TensorType::IQ4_NL => $f::<format::Iq4Nl>($($arg),*),
