@@ -18,7 +18,7 @@ use case::Case;
 use millrace_engine::Isa;
 use millrace_engine::model::Source;
 use millrace_engine::quantize::{self, Options};
-use millrace_shared::model::{ModelFiles, TensorType};
+use millrace_shared::model::{ModelFiles, TensorEntry, TensorType};
 use rig::{pipeline, run, sources, worst};
 use serde_json::Value;
 use store::How;
@@ -178,6 +178,26 @@ fn scattered_groups_must_be_announced() {
     let row = source.entry().dtype.bytes_of(64).unwrap() as usize;
     let message = source.open().unwrap().read(0, &mut vec![0; row]).unwrap_err().to_string();
     assert!(message.contains("attn_q") && message.contains("desc_act"), "{message}");
+}
+
+/// A peer that names scales and zeros of other groups, or shorter ones, makes nobody read beyond them.
+#[test]
+fn parts_are_read_inside_their_tensors_alone() {
+    let files = ModelFiles::open(&folder().join("gptq-asym-32")).unwrap();
+    let read = |change: &dyn Fn(&mut TensorEntry)| {
+        let mut changed = sources(&files);
+        let zeros = changed.iter_mut().find(|s| s.entry.name == "blk.0.attn_q.qzeros").unwrap();
+        change(&mut zeros.entry);
+        let sources = Source::of_tensors(&changed).unwrap();
+        let source = sources.iter().find(|s| s.entry().name == "blk.0.attn_q.weight").unwrap();
+        let row = source.entry().dtype.bytes_of(64).unwrap() as usize;
+        source.open().unwrap().read(0, &mut vec![0; row]).map_err(|e| e.to_string())
+    };
+    read(&|_| {}).unwrap();
+    let message = read(&|zeros| zeros.dims[1] = 1).unwrap_err();
+    assert!(message.contains("attn_q") && message.contains("same groups"), "{message}");
+    let message = read(&|zeros| zeros.bytes = 4).unwrap_err();
+    assert!(message.contains("qzeros") && message.contains("too small"), "{message}");
 }
 
 /// Logits of a folder, the same at one stage and at three.

@@ -196,6 +196,12 @@ impl Joined {
     /// How many groups there are, and their scales for some rows, group by group.
     fn scales(&self, some: Rows) -> Result<(usize, Vec<f32>), LoadError> {
         let groups = self.scales.entry.dims.get(1).map_or(0, |&g| g as usize);
+        let cols = self.entry.dims[0] as usize;
+        let alike =
+            self.zeros.as_ref().is_none_or(|z| z.entry.dims.get(1) == Some(&(groups as u64)));
+        if groups == 0 || !cols.is_multiple_of(groups) || !alike {
+            return Err(self.wrong("its scales and zeros are not of the same groups of its inputs"));
+        }
         let mut file = Part::open(&self.scales)?;
         let mut all = Vec::with_capacity(groups * some.count);
         for group in 0..groups {
@@ -273,7 +279,15 @@ impl<'a> Part<'a> {
         Ok(Self { file, source })
     }
 
+    /// Reads inside the tensor alone: what lies beyond it in the file is somebody else's.
     fn read(&self, offset: usize, bytes: &mut [u8]) -> Result<(), LoadError> {
+        let entry = &self.source.entry;
+        if (offset + bytes.len()) as u64 > entry.bytes {
+            return Err(LoadError::Settings(format!(
+                "tensor '{}' of {} bytes is too small for its matrix",
+                entry.name, entry.bytes
+            )));
+        }
         self.file
             .read_exact_at(bytes, self.source.offset.saturating_add(offset as u64))
             .map_err(|e| LoadError::Io { path: self.source.path.clone(), source: e })

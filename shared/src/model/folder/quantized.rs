@@ -274,6 +274,13 @@ pub(super) fn check(
                 None => {}
             }
         }
+        let groups = |part| by_name.get(format!("{stem}{part}").as_str()).map(|e| e.dims.get(1));
+        if let (Some(scales), Some(zeros)) = (groups("scales"), groups("qzeros"))
+            && scales != zeros
+        {
+            let problem = "it has another number of groups than the scales beside it".to_owned();
+            return Err((format!("{stem}qzeros"), problem));
+        }
     }
     Ok(())
 }
