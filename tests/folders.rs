@@ -4,6 +4,8 @@
 
 #[path = "../node/engine/tests/families/case.rs"]
 mod case;
+#[path = "../node/engine/tests/formats/store.rs"]
+mod store;
 
 use case::{CASES, Case};
 use harness::ask;
@@ -42,6 +44,32 @@ fn every_family_says_the_same_at_one_stage_and_at_three() {
             check(cluster.client(), &case, &format!("{stages} stages"));
         }
     }
+}
+
+/// Quants, scales and zeros of a matrix are tensors of their own, each fetched by its hash.
+#[test]
+fn quantised_matrices_travel_with_their_parts() {
+    let _turn = alone();
+    let case = Case::read("qwen3");
+    let floats = case.folder(TensorType::F32, 1);
+    let [folder, _] = store::store(floats.path(), store::How::Awq);
+    let answer = |config: &ClientConfig| {
+        block_on(async {
+            let client = ask::connect(config).await;
+            let prompt = Prompt::Tokens(case.tokens("prompt"));
+            let answer = ask::generate(&client, prompt, ask::greedy(16)).await;
+            client.close().await;
+            answer.unwrap().tokens
+        })
+    };
+    let alone = Local::serve(folder.path(), Shape::default());
+    let expected = answer(alone.client());
+    drop(alone);
+    let root = tempfile::tempdir().unwrap();
+    let coordinator = Coordinator::serve(folder.path().to_str().unwrap(), root.path(), 2, &[]);
+    let _nodes = [coordinator.node("one", &[]), coordinator.node("two", &[])];
+    coordinator.wait_ready();
+    assert_eq!(answer(&coordinator.client), expected);
 }
 
 #[test]
