@@ -472,8 +472,8 @@ fn assign(
             numerics_id: numerics_id(
                 &manifest.content_hash,
                 &node.hello.numerics_revision,
-                settings.kv_dtype,
-                settings.activation_dtype,
+                manifest.config.rope.scaling,
+                &settings,
             ),
             in_flight,
             credits,

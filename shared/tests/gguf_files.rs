@@ -8,6 +8,7 @@ use millrace_shared::model::{
     Dtype, ModelFiles, ModelManifest, RopeScaling, RopeStyle, TensorType, numerics_id,
     stage_tensors,
 };
+use millrace_shared::wire::control::EngineSettings;
 
 /// A sound model of one layer: 64 wide, 2 heads, vocabulary of 32.
 fn writer() -> GgufWriter<'static> {
@@ -362,7 +363,25 @@ fn manifests_hash_what_computes() {
     forged.config.rms_eps *= 2.0;
     assert!(!forged.is_consistent());
 
-    let id = |revision, kv, act| numerics_id(&base.content_hash, revision, kv, act);
+    let settings = |kv_dtype, activation_dtype, max_model_len| EngineSettings {
+        kv_blocks: 1,
+        kv_block_size: 64,
+        kv_dtype,
+        activation_dtype,
+        max_batch_tokens: 1,
+        max_num_seqs: 1,
+        max_model_len,
+    };
+    let long = RopeScaling::Long { original_context: 4096.0, attention_factor: 1.0 };
+    let of = |scaling, max| {
+        let settings = settings(Dtype::F16, Dtype::F32, max);
+        numerics_id(&base.content_hash, "cpu 1", scaling, &settings)
+    };
+    assert_eq!(of(RopeScaling::Linear(1.0), 4096), of(RopeScaling::Linear(1.0), 4097));
+    assert_eq!(of(long, 64), of(long, 4096));
+    assert_ne!(of(long, 4096), of(long, 4097), "two lists of factors");
+    let id =
+        |revision, kv, act| numerics_id(&base.content_hash, revision, long, &settings(kv, act, 64));
     let first = id("cpu 1", Dtype::F16, Dtype::F32);
     assert_eq!(first, id("cpu 1", Dtype::F16, Dtype::F32));
     assert_ne!(first, id("cpu 2", Dtype::F16, Dtype::F32));

@@ -5,7 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Dtype, ModelConfig, TensorEntry};
+use super::{ModelConfig, RopeScaling, TensorEntry};
+use crate::wire::control::EngineSettings;
 
 /// A model: dimensions, tensors, hashes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -65,18 +66,20 @@ pub fn content_hash(config: &ModelConfig, tensors: &[TensorEntry]) -> [u8; 32] {
 
 /// Everything that may change a token, in one id: two stages may work on one pipeline exactly only
 /// if theirs are equal. `engine_revision` is `Engine::numerics_revision`, which covers kernels,
-/// activation group and parts of attention. Block sizes, cuts, threads and batches are absent on
+/// activation group and parts of attention. The longest sequence counts where it chooses between two
+/// lists of RoPE factors. Block sizes, cuts, threads and batches are absent on
 /// purpose: they change nothing.
 pub fn numerics_id(
     content_hash: &[u8; 32],
     engine_revision: &str,
-    kv_dtype: Dtype,
-    activation_dtype: Dtype,
+    rope: RopeScaling,
+    settings: &EngineSettings,
 ) -> [u8; 32] {
-    let mut h = blake3::Hasher::new_derive_key("millrace numerics 1");
+    let mut h = blake3::Hasher::new_derive_key("millrace numerics 2");
     h.update(content_hash);
     hash_str(&mut h, engine_revision);
-    h.update(&[kv_dtype as u8, activation_dtype as u8]);
+    let long = rope.is_long(settings.max_model_len);
+    h.update(&[settings.kv_dtype as u8, settings.activation_dtype as u8, u8::from(long)]);
     h.finalize().into()
 }
 

@@ -64,6 +64,12 @@ pub struct LongFactors {
 }
 
 impl RopeScaling {
+    /// Whether sequences of at most so many positions take the factors for long contexts, where
+    /// there are two lists.
+    pub fn is_long(self, positions: u32) -> bool {
+        matches!(self, Self::Long { original_context, .. } if positions as f32 > original_context)
+    }
+
     /// What usual `YaRN` multiplies cosines and sines with.
     pub(super) fn yarn_attention_factor(factor: f32, weight: f32) -> f32 {
         let ln = libm::log(f64::from(factor));

@@ -154,8 +154,8 @@ impl<'a> Sources<'a> {
     pub fn rope_factors(&self, positions: u32) -> Result<Option<Vec<f32>>, LoadError> {
         let pairs = u64::from(self.config.rope.dim / 2);
         let name = match self.config.rope.scaling {
-            RopeScaling::Long { original_context, .. } => {
-                let long = positions as f32 > original_context;
+            scaling @ RopeScaling::Long { .. } => {
+                let long = scaling.is_long(positions);
                 if let Some(lists) = &self.config.features.long_factors {
                     let list = if long { &lists.long } else { &lists.short };
                     if list.len() as u64 != pairs {

@@ -304,7 +304,8 @@ impl Node {
     fn objection(&self, assignment: &Assignment) -> Option<String> {
         let settings = &assignment.settings;
         let (kv, activation) = (settings.kv_dtype, settings.activation_dtype);
-        let own = numerics_id(&assignment.content_hash, &self.parts.numerics, kv, activation);
+        let (hash, scaling) = (&assignment.content_hash, assignment.config.rope.scaling);
+        let own = numerics_id(hash, &self.parts.numerics, scaling, settings);
         if own != assignment.numerics_id {
             return Some(format!(
                 "this node's engine ({}) would not give the plan's results; run the same version \
