@@ -473,7 +473,7 @@ fn assign(
                 &manifest.content_hash,
                 &node.hello.numerics_revision,
                 manifest.config.rope.scaling,
-                &settings,
+                settings,
             ),
             in_flight,
             credits,
