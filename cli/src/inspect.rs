@@ -26,7 +26,7 @@ const MAX_ARRAY_ITEMS: usize = 6;
 /// Flags of `inspect`.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Path of a GGUF file or of a model's folder, catalogue name, or org/name[:file] of the hub; of
+    /// Path of a GGUF file or of a model's folder, catalogue name, or org/name:file of the hub; of
     /// what is not on this machine only the directory is fetched
     #[arg(value_name = "MODEL")]
     model: String,

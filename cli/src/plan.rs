@@ -46,7 +46,7 @@ const USUAL_CONTEXT: u32 = 4096;
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct PlanArgs {
-    /// Path of a GGUF file or of a model's folder, catalogue name, or org/name[:file] of the hub; only
+    /// Path of a GGUF file or of a model's folder, catalogue name, or org/name:file of the hub; only
     /// its header is read
     #[arg(long, short, value_name = "MODEL")]
     model: String,

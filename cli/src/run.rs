@@ -25,7 +25,7 @@ use crate::target::Session;
 /// Flags of `run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// GGUF file, folder of a model, catalogue name such as smollm2:135m, or org/name[:file] of the hub
+    /// GGUF file, folder of a model, catalogue name such as smollm2:135m, or org/name:file of the hub
     #[arg(value_name = "MODEL")]
     model: String,
     /// What to ask; without it, a chat begins

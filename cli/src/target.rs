@@ -24,7 +24,7 @@ use crate::{output, serving};
 #[derive(Debug, Args)]
 pub(crate) struct TargetArgs {
     /// Start a cluster in this process with this model: a GGUF file, a model's
-    /// folder, a catalogue name, or org/name[:file] of the hub
+    /// folder, a catalogue name, or org/name:file of the hub
     #[arg(
         long,
         short,

@@ -23,7 +23,7 @@ use crate::{output, serving};
 /// Flags of `up`.
 #[derive(Debug, Args)]
 pub(crate) struct UpArgs {
-    /// GGUF file, folder of a model, catalogue name such as smollm2:135m, or org/name[:file] of the hub
+    /// GGUF file, folder of a model, catalogue name such as smollm2:135m, or org/name:file of the hub
     #[arg(long, short, value_name = "MODEL")]
     model: String,
     /// Name of the model in requests [default: its catalogue name, or that of the file]

@@ -95,7 +95,7 @@ pub struct InitArgs {
 pub struct ServeArgs {
     #[command(flatten)]
     dir: DirArg,
-    /// Model: a GGUF file, a model's folder, a catalogue name, or org/name[:file] of the hub
+    /// Model: a GGUF file, a model's folder, a catalogue name, or org/name:file of the hub
     #[arg(long, short, value_name = "MODEL")]
     model: String,
     /// Name that clients use [default: the model's name]

@@ -103,7 +103,7 @@ pub fn cache_dir() -> Result<PathBuf, ModelError> {
 }
 
 /// The file of a model (or its folder): a path as it is, or a name of the [`CATALOGUE`] or of the hub
-/// (`org/name[@revision][:file]`) from this machine, fetched if it is not there. Blocks.
+/// (`org/name, org/name@revision or org/name:file`) from this machine, fetched if it is not there. Blocks.
 ///
 /// # Errors
 /// If there is no such file or name, or no source gives the file with the right hash.

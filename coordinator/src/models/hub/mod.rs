@@ -1,4 +1,4 @@
-//! Models of the Hugging Face hub: named `org/name[@revision][:file]`, found on this machine or
+//! Models of the Hugging Face hub: named `org/name, org/name@revision or org/name:file`, found on this machine or
 //! fetched into the cache.
 //!
 //! Files that Hugging Face's own tools have fetched are used where they lie. What is fetched here goes

@@ -1,4 +1,4 @@
-//! How people name a model of the hub: `org/name[@revision][:file]`.
+//! How people name a model of the hub: `org/name, org/name@revision or org/name:file`.
 
 use std::fmt;
 
