@@ -66,7 +66,7 @@ impl Cache {
 
     /// What lies there.
     pub fn things(&self) -> Vec<Thing> {
-        stock::things(&self.0, &uses::Uses::read(&self.0, false))
+        stock::things(&self.0, &uses::Uses::read(&self.0, false).unwrap_or_default())
     }
 
     /// Removes what the rule says and nobody uses, or only says what that would be.
@@ -94,8 +94,16 @@ impl Cache {
             return choose(self.things());
         }
         // No use begins while this looks and removes.
-        let _closed = uses::gate(&self.0).inspect(|gate| drop(gate.lock()));
-        let uses = uses::Uses::read(&self.0, true);
+        let closed = uses::gate(&self.0);
+        let known = closed.and_then(|gate| Ok((gate, uses::Uses::read(&self.0, true)?)));
+        let (_closed, uses) = match known {
+            Ok(known) => known,
+            Err(error) => {
+                let cache = self.0.display();
+                tracing::warn!(%cache, %error, "nothing is removed: what is in use cannot be told");
+                return Vec::new();
+            }
+        };
         let gone = choose(stock::things(&self.0, &uses));
         for file in gone.iter().flat_map(|thing| &thing.files) {
             remove(file);
@@ -119,7 +127,7 @@ impl Cache {
                 if std::fs::remove_dir(folder).is_ok() {
                     // What names commits that are gone.
                     let _ = std::fs::remove_dir_all(repo.join("refs"));
-                    let _ = std::fs::remove_file(repo.join(".lock"));
+                    remove(&repo.join(".lock"));
                     let _ = std::fs::remove_dir(repo);
                 }
                 return;
@@ -177,6 +185,12 @@ fn own_number() -> String {
 
 /// What cannot be removed only takes space.
 fn remove(path: &Path) {
+    // A lock that somebody has, others wait for.
+    if path.file_name().is_some_and(|n| n == ".lock")
+        && !File::open(path).is_ok_and(|lock| lock.try_lock().is_ok())
+    {
+        return;
+    }
     if let Err(error) = std::fs::remove_file(path) {
         tracing::debug!(path = %path.display(), %error, "cannot remove a file of the cache");
     }

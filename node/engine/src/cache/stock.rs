@@ -1,5 +1,7 @@
 //! What lies in the cache, and the one rule by which it goes.
 //!
+//! Only what has the names that are given here is of the cache; links are not followed.
+//!
 //! A thing is what goes as a whole: a model with all its files, a fetched tensor, packed weights of a
 //! layer, a quantised copy, remembered hashes. Nothing goes that a process of this machine uses. Of
 //! what can be made again here, everything goes that was not used for 60 days, and what nobody finished at once. Where there is a
@@ -143,10 +145,12 @@ impl Rule {
 pub(super) fn things(cache: &Path, uses: &Uses) -> Vec<Thing> {
     let mut stock = Stock { cache, uses, now: SystemTime::now(), things: Vec::new() };
     let models = cache.join("models");
-    for folder in folders(&models).filter(|f| f.file_name().is_some_and(|n| n != "hub")) {
+    for folder in folders(&models).filter(|f| has_name(f, is_content)) {
         stock.group(Kind::Model, files(&folder));
     }
-    for repo in folders(&models.join("hub")) {
+    // Where models are elsewhere, that is not the cache's.
+    let hub = Some(models.join("hub")).filter(|_| is_folder(&models));
+    for repo in hub.iter().flat_map(|hub| folders(hub)).filter(|f| has_name(f, is_repo)) {
         for snapshot in folders(&repo.join("snapshots")) {
             stock.snapshot(&snapshot);
         }
@@ -159,8 +163,11 @@ pub(super) fn things(cache: &Path, uses: &Uses) -> Vec<Thing> {
         ("profiles", Kind::Known),
     ] {
         let folder = cache.join(folder);
+        if !is_folder(&folder) {
+            continue;
+        }
         // A copy of a folder is one.
-        for copy in folders(&folder) {
+        for copy in folders(&folder).filter(|_| kind == Kind::Quantized) {
             stock.group(kind, files(&copy));
         }
         for file in files(&folder).into_iter().filter(|(p, _)| p.parent() == Some(&folder)) {
@@ -198,14 +205,22 @@ impl Stock<'_> {
     }
 
     fn group(&mut self, kind: Kind, files: Vec<FileMeta>) {
-        let (unfinished, files): (Vec<FileMeta>, Vec<FileMeta>) =
-            files.into_iter().partition(|(path, _)| path.extension().is_some_and(|e| e == "part"));
-        for file in unfinished {
-            let resumable = kind == Kind::Model;
-            self.add(if resumable { Kind::Unfinished } else { Kind::Leftover }, vec![file]);
+        let mut unfinished = std::collections::BTreeMap::<PathBuf, Vec<FileMeta>>::new();
+        let mut whole = Vec::new();
+        for file in files {
+            // A file, or all that is in a folder.
+            let inside = file.0.ancestors().take_while(|a| *a != self.cache);
+            match inside.filter(|a| a.extension().is_some_and(|e| e == "part")).last() {
+                Some(part) => unfinished.entry(part.to_owned()).or_default().push(file),
+                None => whole.push(file),
+            }
         }
-        if files.iter().any(|(path, _)| !is_hidden(path)) {
-            self.add(kind, files);
+        for files in unfinished.into_values() {
+            let resumable = kind == Kind::Model;
+            self.add(if resumable { Kind::Unfinished } else { Kind::Leftover }, files);
+        }
+        if whole.iter().any(|(path, _)| !is_hidden(path)) {
+            self.add(kind, whole);
         }
     }
 
@@ -245,8 +260,28 @@ fn without_part(stem: &str) -> String {
     whole.map_or(stem, |(whole, _)| whole).to_owned()
 }
 
+fn has_name(folder: &Path, is_ours: impl Fn(&str) -> bool) -> bool {
+    folder.file_name().and_then(|n| n.to_str()).is_some_and(is_ours)
+}
+
+/// The folder of a model of the catalogue: the beginning of its SHA-256.
+fn is_content(name: &str) -> bool {
+    name.len() == 16 && name.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// The folder of a repository: `models--owner--name`.
+fn is_repo(name: &str) -> bool {
+    name.strip_prefix("models--").is_some_and(|name| name.contains("--"))
+}
+
+/// Whether it is a folder, and no link to one.
+fn is_folder(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir())
+}
+
 fn folders(of: &Path) -> impl Iterator<Item = PathBuf> {
-    let entries = std::fs::read_dir(of).into_iter().flatten().flatten();
+    let of = Some(of).filter(|of| is_folder(of));
+    let entries = of.and_then(|of| std::fs::read_dir(of).ok()).into_iter().flatten().flatten();
     entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path())
 }
 

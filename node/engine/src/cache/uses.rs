@@ -4,12 +4,12 @@
 //! lock on the file, which ends with the process however that ends; the file's time is that of the
 //! last use. So a thing that is read, mapped or about to be found again needs no writes of its own,
 //! and model files keep the times that vouch for their hashes. The gate, another lock, keeps uses
-//! from beginning while things are removed.
+//! from beginning while things are removed. Where a lock or a list cannot be had, nothing goes.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -17,6 +17,8 @@ use super::Part;
 
 /// Most bytes of a list: a model's tensors, a hundred times over.
 const MAX_BYTES: u64 = 16 << 20;
+/// Times that a use is begun whose file loses its name meanwhile.
+const TRIES: u32 = 8;
 
 /// Something of the cache is used as long as this lives.
 #[derive(Debug, Default)]
@@ -49,23 +51,42 @@ fn begin(cache: &Path, paths: &[PathBuf]) -> io::Result<Option<File>> {
     let text = lines.join("\n") + "\n";
     let name = blake3::hash(text.as_bytes()).to_hex();
     let path = cache.join("uses").join(&name[..32]);
-    let _open = gate(cache).inspect(|gate| drop(gate.lock_shared()));
-    if !path.exists() {
-        let mut part = Part::create(&path)?;
-        part.file.write_all(text.as_bytes())?;
-        part.finish()?;
+    // Alone: two that begin the same use find one file.
+    let _alone = gate(cache).ok();
+    for _ in 0..TRIES {
+        if !path.exists() {
+            let mut part = Part::create(&path)?;
+            part.file.write_all(text.as_bytes())?;
+            part.finish()?;
+        }
+        let file = match OpenOptions::new().read(true).append(true).open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            file => file?,
+        };
+        file.lock_shared()?;
+        // A lock on a file that lost its name says nothing to anybody.
+        if is_at(&file, &path) {
+            file.set_modified(SystemTime::now())?;
+            return Ok(Some(file));
+        }
     }
-    let file = OpenOptions::new().read(true).append(true).open(&path)?;
-    file.lock_shared()?;
-    file.set_modified(SystemTime::now())?;
-    Ok(Some(file))
+    Ok(None)
 }
 
-/// The lock between uses that begin and things that are removed.
-pub(super) fn gate(cache: &Path) -> Option<File> {
+/// Whether this is the file that the path names now.
+fn is_at(file: &File, path: &Path) -> bool {
+    let id = |meta: std::fs::Metadata| (meta.dev(), meta.ino());
+    let (file, path) = (file.metadata().map(id), std::fs::metadata(path).map(id));
+    file.is_ok_and(|file| path.is_ok_and(|path| file == path))
+}
+
+/// The lock between uses that begin and things that are removed: who has it is alone.
+pub(super) fn gate(cache: &Path) -> io::Result<File> {
     let path = cache.join("uses").join(".gate");
-    std::fs::create_dir_all(cache.join("uses")).ok()?;
-    OpenOptions::new().create(true).append(true).mode(0o600).open(path).ok()
+    std::fs::create_dir_all(cache.join("uses"))?;
+    let gate = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+    gate.lock()?;
+    Ok(gate)
 }
 
 /// When each path was used last; `None` is now.
@@ -74,14 +95,25 @@ pub(super) struct Uses(BTreeMap<PathBuf, Option<SystemTime>>);
 
 impl Uses {
     /// Of all uses, past and present; those of which nothing is left are forgotten.
-    pub(super) fn read(cache: &Path, forget: bool) -> Self {
+    ///
+    /// # Errors
+    /// If one cannot be read: then nobody can tell what is in use.
+    pub(super) fn read(cache: &Path, forget: bool) -> io::Result<Self> {
         let mut uses = Self::default();
-        for entry in std::fs::read_dir(cache.join("uses")).into_iter().flatten().flatten() {
+        let entries = match std::fs::read_dir(cache.join("uses")) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(uses),
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
             let path = entry.path();
             if path.extension().is_some() || entry.file_name() == ".gate" {
                 continue;
             }
-            let Ok((time, paths)) = one(&path) else { continue };
+            let (time, paths) = match one(&path) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                one => one?,
+            };
             if forget && time.is_some() && !paths.iter().any(|p| cache.join(p).exists()) {
                 let _ = std::fs::remove_file(&path);
             }
@@ -89,7 +121,7 @@ impl Uses {
                 uses.add(path, time);
             }
         }
-        uses
+        Ok(uses)
     }
 
     fn add(&mut self, path: PathBuf, time: Option<SystemTime>) {
@@ -112,15 +144,23 @@ impl Uses {
     }
 }
 
-/// When a use was, and of what.
+/// When a use was, and of what; `None` is now.
 fn one(path: &Path) -> io::Result<(Option<SystemTime>, Vec<PathBuf>)> {
     let file = File::open(path)?;
     let time = match file.try_lock() {
-        Err(TryLockError::WouldBlock) => None,
-        // Where there are no locks, nobody can tell who uses it: its time alone speaks.
-        _ => Some(file.metadata()?.modified()?),
+        Ok(()) => Some(file.metadata()?.modified()?),
+        // Where there are no locks nobody can tell that it ended.
+        Err(TryLockError::WouldBlock | TryLockError::Error(_)) => None,
     };
     let mut text = String::new();
-    (&file).take(MAX_BYTES).read_to_string(&mut text)?;
-    Ok((time, text.lines().map(PathBuf::from).collect()))
+    let read = (&file).take(MAX_BYTES + 1).read_to_string(&mut text);
+    let sound = read.and_then(|n| match n as u64 > MAX_BYTES {
+        true => Err(io::Error::from(io::ErrorKind::InvalidData)),
+        false => Ok(()),
+    });
+    match sound {
+        // Damaged, and nobody's.
+        Err(e) if e.kind() == io::ErrorKind::InvalidData && time.is_some() => Ok((time, vec![])),
+        sound => sound.map(|()| (time, text.lines().map(PathBuf::from).collect())),
+    }
 }

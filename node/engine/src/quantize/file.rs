@@ -209,6 +209,8 @@ impl Job<'_> {
         let reports = self.run(&mut file)?;
         file.sync_all().map_err(io_error("write", &weights))?;
         sync_folder(made.path());
+        // Nothing good goes for a copy that somebody removed meanwhile.
+        fs::metadata(&weights).map_err(io_error("find", &weights))?;
         if target.exists() {
             fs::remove_dir_all(target).map_err(io_error("replace", target))?;
         }
