@@ -6,11 +6,13 @@ mod hub_common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use hub_common::{COMMIT, Hub, Reply, Script, folder_repo, gguf, gguf_repo, settings};
 use millrace_coordinator::models::{
     ModelError, NoProgress, Progress, Settings, Token, header_with, pull_with, resolve_with,
 };
+use millrace_engine::cache::{Cache, Rule};
 use millrace_shared::model::ModelFiles;
 
 const REPO: &str = "org/tiny-GGUF";
@@ -24,12 +26,13 @@ fn message(name: &str, settings: &Settings) -> String {
     get(name, settings).unwrap_err().to_string()
 }
 
-/// Names of what is below a folder, locks and references left out.
+/// Names of what is below a folder, locks, uses and references left out.
 fn below(folder: &Path) -> Vec<String> {
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
         match path.is_dir() {
+            true if path.ends_with("uses") => {}
             true => names.extend(below(&path)),
             false => names.push(entry.file_name().into_string().unwrap()),
         }
@@ -78,23 +81,57 @@ fn a_quantisation_through_a_redirect() {
 }
 
 #[test]
-fn all_parts_of_a_split_file() {
+fn a_split_file_is_refused_before_it_is_fetched() {
     let mut repo = gguf_repo();
-    let names = [1, 2].map(|i| format!("F16/tiny-F16-0000{i}-of-00002.gguf"));
-    for (i, name) in names.iter().enumerate() {
-        repo.insert(name.clone(), (gguf(10 + i as u32), true));
+    for i in [1, 2] {
+        repo.insert(format!("F16/tiny-F16-0000{i}-of-00002.gguf"), (gguf(10 + i), true));
     }
     let (hub, cache) = (Hub::start(repo, Script::default()), tempfile::tempdir().unwrap());
     let settings = settings(cache.path(), &hub.url);
-    let path = get("org/tiny-GGUF:f16", &settings).unwrap();
-    assert!(path.ends_with(&names[0]), "{path:?}");
-    assert_eq!(below(cache.path()).len(), 2);
-    // One alone is no model.
-    let asked = hub.log().len();
-    fs::remove_file(path.with_file_name("tiny-F16-00002-of-00002.gguf")).unwrap();
-    resolve_with(&[], "org/tiny-GGUF:F16", &settings, &mut NoProgress).unwrap();
-    assert_eq!(below(cache.path()).len(), 2);
-    assert!(hub.log().len() > asked);
+    let text = message("org/tiny-GGUF:f16", &settings);
+    assert!(text.contains("llama-gguf-split --merge") && text.contains("F16-00001"), "{text}");
+    assert_eq!(hub.log().len(), 1, "the list alone");
+    assert!(below(cache.path()).is_empty());
+}
+
+/// Whenever somebody tidies up, what has arrived so far is in use.
+#[test]
+fn what_arrives_is_in_use() {
+    struct Tidier(PathBuf);
+    impl Progress for Tidier {
+        fn begin(&mut self, _: &str, _: Option<u64>) {}
+        fn advance(&mut self, _: u64) {
+            let all = Rule { limit: Some(0), unused: Some(Duration::ZERO), ..Rule::default() };
+            assert!(Cache::new(&self.0).prune(&all, false).is_empty());
+        }
+        fn end(&mut self) {}
+    }
+    let hub = Hub::start(folder_repo(), Script::default());
+    let cache = tempfile::tempdir().unwrap();
+    let settings = settings(cache.path(), &hub.url);
+    let path = pull_with(FOLDER, &settings, &mut Tidier(cache.path().to_owned())).unwrap();
+    assert_eq!(below(&path).len(), 5);
+    ModelFiles::open(&path).unwrap();
+}
+
+/// It went all the same: what is left is no model.
+#[test]
+fn half_of_what_arrived_is_no_success() {
+    struct Remover(PathBuf);
+    impl Progress for Remover {
+        fn begin(&mut self, _: &str, _: Option<u64>) {}
+        fn advance(&mut self, _: u64) {
+            let snapshots = self.0.join("models/hub/models--org--tiny/snapshots");
+            let _ = fs::remove_file(snapshots.join(COMMIT).join("config.json"));
+        }
+        fn end(&mut self) {}
+    }
+    let hub = Hub::start(folder_repo(), Script::default());
+    let cache = tempfile::tempdir().unwrap();
+    let settings = settings(cache.path(), &hub.url);
+    let result = pull_with(FOLDER, &settings, &mut Remover(cache.path().to_owned()));
+    let text = result.unwrap_err().to_string();
+    assert!(text.contains("config.json went while"), "{text}");
 }
 
 #[test]

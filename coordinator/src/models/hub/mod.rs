@@ -21,12 +21,33 @@ pub(super) use snapshots::by_hash;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use millrace_engine::cache::Cache;
+
 use super::resolve::lock;
 use super::{ModelError, Progress, Settings};
 
 /// The folder of the cache for repositories of the hub.
 pub(super) fn own_root(cache: &Path) -> PathBuf {
     cache.join("models").join("hub")
+}
+
+/// The folder of the cache for a repository.
+pub(super) fn own_folder(cache: &Path, repo: &str) -> PathBuf {
+    snapshots::repo_folder(&own_root(cache), repo)
+}
+
+/// The file of a GGUF model; one in several files cannot be read here.
+///
+/// # Errors
+/// Says what to do instead.
+pub(super) fn only_part(parts: &[HubFile]) -> Result<&HubFile, String> {
+    match parts {
+        [one] if is_whole(parts) => Ok(one),
+        _ => Err(format!(
+            "it is split into several GGUF files ({}, …), which are not read in parts: name another quantisation, or download them, join them by 'llama-gguf-split --merge FIRST-PART JOINED.gguf', and name the joined file",
+            parts.first().map_or("", |p| &p.path)
+        )),
+    }
 }
 
 /// A model that is whole on this machine.
@@ -123,17 +144,24 @@ pub(super) fn fetch(
         }
     };
     let choice = choose(&listing.files, name.file.as_deref()).map_err(failed)?;
+    if let Choice::Gguf(parts) = &choice {
+        only_part(parts).map_err(failed)?;
+    }
     for root in &settings.hub_caches {
         let folder = snapshots::snapshot_folder(root, &name.repo, &listing.commit);
         if choice.files().iter().all(|file| has(&folder, file)) {
             return Ok(path_of(&folder, &choice));
         }
     }
+    // Half of it is a model that nobody has in use yet.
+    let _held = Cache::new(&settings.cache).hold(&[own_folder(&settings.cache, &name.repo)]);
     let root = own_root(&settings.cache);
     let folder = snapshots::snapshot_folder(&root, &name.repo, &listing.commit);
     fs::create_dir_all(&folder).map_err(ModelError::io("create", &folder))?;
     let lock = lock(&snapshots::repo_folder(&root, &name.repo), progress)?;
-    let result = fetch_files(&hub, name, &listing.commit, choice.files(), &folder, progress);
+    let alone = lock.is_some();
+    let place = (folder.as_path(), alone);
+    let result = fetch_files(&hub, name, &listing.commit, choice.files(), place, progress);
     drop(lock);
     result.map_err(|e| failed(e.into_text()))?;
     snapshots::refer(&root, name, &listing.commit).map_err(ModelError::io("write", &root))?;
@@ -163,7 +191,7 @@ fn fetch_files(
     name: &HubName,
     commit: &str,
     files: &[HubFile],
-    folder: &Path,
+    (folder, alone): (&Path, bool),
     progress: &mut dyn Progress,
 ) -> Result<(), HubError> {
     let missing: Vec<&HubFile> = files.iter().filter(|file| !has(folder, file)).collect();
@@ -186,6 +214,7 @@ fn fetch_files(
             bytes: file.bytes,
             sha256: file.sha256.as_deref(),
             target: &target,
+            alone,
         };
         result = made
             .map_err(|e| HubError::Refused(format!("cannot write {}: {e}", folder.display())))
@@ -196,5 +225,12 @@ fn fetch_files(
         before += fs::metadata(&target).map_or(0, |m| m.len());
     }
     progress.end();
-    result
+    result?;
+    match files.iter().find(|file| !has(folder, file)) {
+        None => Ok(()),
+        Some(gone) => Err(HubError::Refused(format!(
+            "{} went while the others came; fetch it again",
+            folder.join(&gone.path).display()
+        ))),
+    }
 }
