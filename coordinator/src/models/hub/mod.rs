@@ -2,7 +2,7 @@
 //! fetched into the cache.
 //!
 //! Files that Hugging Face's own tools have fetched are used where they lie. What is fetched here goes
-//! on where it was cut off, and is checked against the SHA-256 and lengths that the hub announces.
+//! on where it was cut off, and is checked against the lengths that the hub announces, and the SHA-256 where it names one.
 //! Without the hub, what is on this machine serves.
 
 mod client;
