@@ -8,6 +8,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
+use millrace_shared::sampling::SamplingParams;
 use millrace_shared::scheduler::Priority;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
@@ -93,6 +94,11 @@ pub trait Service: Send + Sync + 'static {
     /// # Errors
     /// If an id is outside the vocabulary.
     fn detokenize(&self, ids: &[u32]) -> Result<String, Status>;
+
+    /// How tokens are chosen where a request says nothing: as the model's makers advise.
+    fn sampling(&self) -> SamplingParams {
+        SamplingParams::default()
+    }
 
     /// Bytes that one token stands for, which may be part of a character; none for ids outside the
     /// vocabulary.

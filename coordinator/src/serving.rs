@@ -9,6 +9,7 @@ use futures::future::BoxFuture;
 use millrace_net::keys::ApiKeyStore;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
+use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
     ClusterStatus, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
@@ -227,6 +228,10 @@ impl Service for Serving {
     fn detokenize(&self, ids: &[u32]) -> Result<String, Status> {
         self.prompts.check_ids("tokens", ids)?;
         Ok(self.prompts.text.tokenizer.decode(ids, false))
+    }
+
+    fn sampling(&self) -> SamplingParams {
+        self.prompts.text.sampling.clone()
     }
 
     fn token_bytes(&self, id: u32) -> Vec<u8> {

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use millrace_coordinator::text::{ChatMessage, TextModel, Tokenizer};
+use millrace_shared::sampling::SamplingParams;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use text_common::{check_random_streams, check_streaming, ids, testdata};
@@ -208,6 +209,31 @@ fn settings_are_found_where_they_are() {
         TextModel::from_folder(changed("bytelevel", &[("tokenizer_config.json", several)]).path());
     let message = model.unwrap().template.unwrap_err();
     assert!(message.contains("several (a, b)"), "{message}");
+}
+
+/// How a model's makers advise to choose tokens counts where requests say nothing.
+#[test]
+fn sampling_is_as_the_folder_advises() {
+    let sampling = |advice: Value| {
+        let folder = changed("llama", &[("generation_config.json", advice)]);
+        TextModel::from_folder(folder.path()).map(|model| model.sampling).map_err(|e| e.to_string())
+    };
+    let usual = SamplingParams::default();
+    assert_eq!(sampling(Value::Null).unwrap(), usual);
+    let advice = json!({"do_sample": true, "temperature": 0.6, "top_p": 0.9, "top_k": 20,
+        "repetition_penalty": 1.05, "transformers_version": "4.51.0"});
+    let advised = SamplingParams {
+        temperature: 0.6,
+        top_p: 0.9,
+        top_k: 20,
+        repetition_penalty: 1.05,
+        ..usual
+    };
+    assert_eq!(sampling(advice).unwrap(), advised);
+    for (key, value) in [("temperature", json!(-1.0)), ("top_p", json!(0.0))] {
+        let message = sampling(json!({ key: value })).unwrap_err();
+        assert!(message.contains("generation_config.json") && message.contains(key), "{message}");
+    }
 }
 
 /// Without a decoder tokens are words.

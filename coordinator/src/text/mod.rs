@@ -33,6 +33,7 @@ use std::sync::Arc;
 
 use millrace_shared::model::Description;
 use millrace_shared::model::gguf::{Gguf, GgufError};
+use millrace_shared::sampling::SamplingParams;
 
 /// The text side of a model.
 #[derive(Clone, Debug)]
@@ -41,6 +42,8 @@ pub struct TextModel {
     pub tokenizer: Arc<Tokenizer>,
     /// How conversations become prompts, or why they cannot.
     pub template: Result<ChatTemplate, String>,
+    /// How tokens are chosen where a request says nothing.
+    pub sampling: SamplingParams,
 }
 
 impl TextModel {
@@ -61,17 +64,19 @@ impl TextModel {
     /// As [`Tokenizer::from_gguf`].
     pub fn from_gguf(file: &Gguf) -> Result<Self, TextError> {
         let tokenizer = Arc::new(Tokenizer::from_gguf(file)?);
-        Ok(Self { tokenizer, template: ChatTemplate::from_gguf(file).map_err(|e| e.to_string()) })
+        let template = ChatTemplate::from_gguf(file).map_err(|e| e.to_string());
+        Ok(Self { tokenizer, template, sampling: SamplingParams::default() })
     }
 
     /// Of a model folder with a `tokenizer.json`.
     ///
     /// # Errors
-    /// As [`Tokenizer::from_folder`].
+    /// As [`Tokenizer::from_folder`], or if `generation_config.json` advises nonsense.
     pub fn from_folder(folder: &Path) -> Result<Self, TextError> {
         let tokenizer = Arc::new(Tokenizer::from_folder(folder)?);
         let template = ChatTemplate::from_folder(folder).map_err(|e| e.to_string());
-        Ok(Self { tokenizer, template })
+        let sampling = settings::sampling(folder, tokenizer.vocab_size())?;
+        Ok(Self { tokenizer, template, sampling })
     }
 }
 

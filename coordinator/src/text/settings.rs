@@ -2,11 +2,12 @@
 //!
 //! `tokenizer_config.json` names the tokens that begin and end texts and may hold the chat template,
 //! which newer folders have in `chat_template.jinja`; `generation_config.json`, and before it
-//! `config.json`, has the ids that end answers.
+//! `config.json`, has the ids that end answers, and it may advise how to choose tokens.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use millrace_shared::sampling::SamplingParams;
 use serde::Deserialize;
 
 use super::{TextError, files};
@@ -55,6 +56,38 @@ struct TokenizerConfig {
 struct IdConfig {
     bos_token_id: Option<Ids>,
     eos_token_id: Option<Ids>,
+}
+
+/// How `generation_config.json` advises to choose tokens.
+#[derive(Debug, Default, Deserialize)]
+struct Advice {
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<u32>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
+}
+
+/// What a folder advises where a request says nothing.
+///
+/// # Errors
+/// If the file is not as expected, or a value out of range.
+pub(super) fn sampling(folder: &Path, vocabulary: u32) -> Result<SamplingParams, TextError> {
+    let path = folder.join("generation_config.json");
+    let advice = files::json::<Advice>(&path)?.unwrap_or_default();
+    let usual = SamplingParams::default();
+    let params = SamplingParams {
+        temperature: advice.temperature.unwrap_or(usual.temperature),
+        top_p: advice.top_p.unwrap_or(usual.top_p),
+        top_k: advice.top_k.unwrap_or(usual.top_k),
+        min_p: advice.min_p.unwrap_or(usual.min_p),
+        repetition_penalty: advice.repetition_penalty.unwrap_or(usual.repetition_penalty),
+        ..usual
+    };
+    match params.validate(vocabulary) {
+        Ok(()) => Ok(params),
+        Err(why) => Err(TextError::Folder { path, why: why.to_string() }),
+    }
 }
 
 /// All of it.

@@ -1,6 +1,7 @@
 //! `POST /v1/chat/completions`.
 
 use actix_web::{HttpRequest, HttpResponse, web};
+use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::rpc::{ChatMessage, Prompt};
 use serde_json::{Value, json};
 
@@ -17,14 +18,14 @@ pub(crate) async fn chat(
     request: HttpRequest,
     body: Body,
 ) -> Result<HttpResponse, ApiError> {
-    let asked = state.counted(read(&request, body))?;
+    let asked = state.counted(read(&request, body, state.service.sampling()))?;
     generation::respond(&state, Kind::Chat, asked).await
 }
 
-fn read(request: &HttpRequest, body: Body) -> Result<Asked, ApiError> {
+fn read(request: &HttpRequest, body: Body, usual: SamplingParams) -> Result<Asked, ApiError> {
     let mut fields = Fields::parse(&read_body(body)?)?;
     let caller = caller(request)?;
-    let mut options = options::take(&mut fields, None)?;
+    let mut options = options::take(&mut fields, usual, None)?;
     options.params.logprobs = options::take_chat_logprobs(&mut fields)?;
     let messages = take_messages(&mut fields)?
         .ok_or_else(|| ApiError::invalid("messages", "is missing: give at least one message"))?;

@@ -1,6 +1,7 @@
 //! `POST /v1/completions`.
 
 use actix_web::{HttpRequest, HttpResponse, web};
+use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::rpc::Prompt;
 use serde_json::Value;
 
@@ -20,14 +21,14 @@ pub(crate) async fn completions(
     request: HttpRequest,
     body: Body,
 ) -> Result<HttpResponse, ApiError> {
-    let asked = state.counted(read(&request, body))?;
+    let asked = state.counted(read(&request, body, state.service.sampling()))?;
     generation::respond(&state, Kind::Completion, asked).await
 }
 
-fn read(request: &HttpRequest, body: Body) -> Result<Asked, ApiError> {
+fn read(request: &HttpRequest, body: Body, usual: SamplingParams) -> Result<Asked, ApiError> {
     let mut fields = Fields::parse(&read_body(body)?)?;
     let caller = caller(request)?;
-    let mut options = options::take(&mut fields, Some(DEFAULT_MAX_TOKENS))?;
+    let mut options = options::take(&mut fields, usual, Some(DEFAULT_MAX_TOKENS))?;
     options.params.logprobs = options::take_completion_logprobs(&mut fields)?;
     let prompt = take_prompt(&mut fields, "prompt")?
         .ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;

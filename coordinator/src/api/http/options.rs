@@ -34,12 +34,14 @@ enum OneOrMany {
     Many(Vec<String>),
 }
 
-/// Takes the shared fields. `default_max_tokens` applies where the client sets no limit.
+/// Takes the shared fields. `usual` applies where the client says nothing, `default_max_tokens` where
+/// it sets no limit.
 ///
 /// # Errors
 /// Naming the field that is wrong or not supported.
 pub(crate) fn take(
     fields: &mut Fields,
+    usual: SamplingParams,
     default_max_tokens: Option<u32>,
 ) -> Result<Options, ApiError> {
     refuse_unsupported(fields)?;
@@ -47,7 +49,7 @@ pub(crate) fn take(
     let stream = fields.take("stream")?.unwrap_or(false);
     let include_usage = stream_options(fields)?;
     fields.take_value("user");
-    let mut params = SamplingParams::default();
+    let mut params = usual;
     let max_tokens = take_limit(fields, "max_tokens")?;
     params.max_tokens =
         take_limit(fields, "max_completion_tokens")?.or(max_tokens).or(default_max_tokens);
@@ -215,7 +217,7 @@ mod tests {
     }
 
     fn options(value: &Value) -> Result<Options, ApiError> {
-        take(&mut fields(value), Some(16))
+        take(&mut fields(value), SamplingParams::default(), Some(16))
     }
 
     #[test]
@@ -248,6 +250,16 @@ mod tests {
         };
         assert_eq!(got.params, expected);
         assert_eq!(options(&json!({})).expect("valid").params.max_tokens, Some(16));
+    }
+
+    #[test]
+    fn what_is_not_said_is_as_the_model_advises() {
+        let advised =
+            SamplingParams { temperature: 0.6, top_p: 0.9, top_k: 20, ..SamplingParams::default() };
+        let got = |body: &Value| take(&mut fields(body), advised.clone(), None).expect("valid");
+        assert_eq!(got(&json!({})).params, advised);
+        let own = got(&json!({"temperature": 0, "top_k": 0})).params;
+        assert_eq!((own.temperature, own.top_p, own.top_k), (0.0, 0.9, 0));
     }
 
     #[test]
