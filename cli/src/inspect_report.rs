@@ -57,6 +57,8 @@ struct TypeRow {
     bytes: u64,
     /// As what the CPU engine computes with it; `None` where it does not.
     computed_as: Option<&'static str>,
+    /// All of them are parts of quantised matrices.
+    parts: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -153,6 +155,7 @@ impl Report {
             let engine = match row.computed_as {
                 Some(own) if own == row.name => "cpu".to_owned(),
                 Some(other) => format!("cpu, as {other}"),
+                None if row.parts => "cpu, in quantised matrices".to_owned(),
                 None => "unsupported".to_owned(),
             };
             let numbers = [row.tensors as u64, row.elements, row.bytes].map(|n| n.to_string());
@@ -220,7 +223,9 @@ fn types(tensors: &[TensorEntry]) -> Vec<TypeRow> {
             elements: 0,
             bytes: 0,
             computed_as: t.dtype.computed_as().map(TensorType::as_str),
+            parts: true,
         });
+        row.parts &= t.is_part();
         row.tensors += 1;
         row.elements += t.elements();
         row.bytes += t.bytes;

@@ -174,6 +174,15 @@ fn without_a_cluster_the_message_says_what_to_type() {
 }
 
 #[test]
+fn inspect_knows_the_parts_of_quantised_matrices() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/testdata/formats/awq-32");
+    let output = succeeds(&millrace(dir.path(), &["inspect", "--brief", model]));
+    assert!(output.contains("cpu, in quantised matrices"), "{output}");
+    assert!(!output.contains("unsupported"), "{output}");
+}
+
+#[test]
 fn inspect_shows_a_file_that_cannot_be_served() {
     let dir = dir();
     let model = tiny_model(dir.path());
