@@ -73,5 +73,9 @@ pub mod metric {
     pub const HOP: &str = "millrace_hop_seconds";
     pub const NODES: &str = "millrace_nodes";
     pub const PLAN_EPOCH: &str = "millrace_plan_epoch";
+    pub const JOURNAL_DEGRADED: &str = "millrace_journal_degraded";
+    pub const JOURNAL_COMMITS: &str = "millrace_journal_commits";
+    pub const JOURNAL_TOKENS: &str = "millrace_journal_tokens";
+    pub const JOURNAL_BYTES: &str = "millrace_journal_bytes";
     pub const STALE_DROPPED: &str = "millrace_stale_epoch_dropped";
 }

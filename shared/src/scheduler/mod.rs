@@ -186,6 +186,32 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Takes a sequence up that generated `generated` in an earlier life of the owner: it is computed
+    /// anew from all its tokens, and indices go on. Limits on the queue and deadlines are not looked
+    /// at: it was admitted once.
+    ///
+    /// # Errors
+    /// If it could never run, has nothing left to generate, or its id is in use.
+    pub fn handle_resume(&mut self, new: NewSequence, generated: &[u32]) -> Result<(), Rejected> {
+        policy::check(&self.config, &self.kv, &new)?;
+        if self.sequences.contains_key(&new.id) {
+            return Err(Rejected::Duplicate { id: new.id });
+        }
+        let arrival = self.next_arrival;
+        self.next_arrival += 1;
+        let mut seq = Sequence::new(new, arrival, self.config.max_model_len);
+        seq.tokens.extend_from_slice(generated);
+        if seq.is_complete() {
+            return Err(Rejected::NothingToGenerate);
+        }
+        let id = seq.id;
+        let reader = policy::future_reader(&seq);
+        self.queue.push(seq.flow, arrival, id, seq.len(), reader);
+        self.sequences.insert(id, seq);
+        self.name_blocks(id);
+        Ok(())
+    }
+
     /// The client gave up: blocks are free at once, later results are dropped as stale. Unknown ids
     /// are ignored.
     pub fn handle_cancel(&mut self, id: SequenceId) {

@@ -16,9 +16,9 @@ pub mod stamp;
 /// ALPN between cluster members; mutual TLS.
 pub const ALPN_CLUSTER: &[u8] = b"millrace-cluster/5";
 /// ALPN of clients; server-authenticated TLS and an API key.
-pub const ALPN_CLIENT: &[u8] = b"millrace-client/5";
+pub const ALPN_CLIENT: &[u8] = b"millrace-client/6";
 /// ALPN of joining nodes.
-pub const ALPN_JOIN: &[u8] = b"millrace-join/1";
+pub const ALPN_JOIN: &[u8] = b"millrace-join/2";
 
 /// The version of everything in [`control`] and [`data`]; a node of another one is refused.
 pub const WIRE_VERSION: u16 = 5;

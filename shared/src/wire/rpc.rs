@@ -16,6 +16,8 @@ use crate::sampling::SamplingParams;
 
 /// Most pairs of metadata of a call.
 pub const MAX_METADATA: usize = 32;
+/// Most choices that an [`AttachRequest`] names.
+pub const MAX_CHOICES: usize = 1024;
 /// Most messages of a conversation.
 pub const MAX_CHAT_MESSAGES: usize = 4096;
 
@@ -48,6 +50,27 @@ pub enum Method {
     Status,
     /// For administrators: reply `Admin`.
     Admin(AdminRequest),
+    /// Hear a continuation that was asked for before, from a token on: replies as of `Generate`.
+    Attach(AttachRequest),
+}
+
+/// Metadata: the class of a request, `high`, `normal` or `low`.
+pub const META_PRIORITY: &str = "millrace-priority";
+/// Metadata of `Generate`: the client's own id (a UUID) of the request. Where it is in use for the
+/// same content, the call attaches to that request; for another, it is refused.
+pub const META_REQUEST_ID: &str = "millrace-request-id";
+/// Metadata of `Generate`: for how many seconds the request goes on when the connection of whoever
+/// listens is lost. Dropping the stream of replies ends it at once all the same.
+pub const META_KEEP_ALIVE: &str = "millrace-keep-alive";
+
+/// A request to hear a continuation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachRequest {
+    /// As `Started` named it.
+    pub request_id: RequestId,
+    /// Index of the first token to send, per choice; 0 where an entry is missing.
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_CHOICES>")]
+    pub next: Vec<u32>,
 }
 
 /// What to continue.
