@@ -14,7 +14,7 @@ use millrace_shared::model::gguf::Gguf;
 use super::catalogue::{CATALOGUE, find};
 use super::fetch::Source;
 use super::hub::{self, Choice, Hub, HubError, HubFile, HubName, choose};
-use super::resolve::{existing, fetched, target_of};
+use super::resolve::{existing, fetched, hub_name, target_of};
 use super::{ModelError, Progress, Settings, resolve};
 
 /// The most that is fetched of a GGUF file: the largest vocabularies take some 10 MB.
@@ -47,8 +47,7 @@ pub fn header_with(
     if let Some(path) = existing(model)? {
         return Ok(ModelFiles::open(&path)?);
     }
-    let known = CATALOGUE.iter().any(|e| e.name == model);
-    if let Some(name) = HubName::parse(model).filter(|_| !known) {
+    if let Some(name) = hub_name(CATALOGUE, model) {
         return of_hub(&name, settings);
     }
     let entry = find(CATALOGUE, model).map_err(ModelError::Unknown)?;

@@ -2,15 +2,15 @@
 //! the cache.
 //!
 //! One process at a time fetches a model (an advisory lock; where the file system has none, each
-//! fetches for itself, under a name of its own, and the last rename wins, which is harmless: the files are equal).
+//! fetches for itself, under a name of its own, and the last rename wins, which is harmless: the
+//! files are equal).
 
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use millrace_engine::cache::{Cache, InUse};
+use millrace_engine::cache::{Cache, InUse, is_at};
 use millrace_shared::dirs;
 use millrace_shared::model::model_folder;
 use millrace_shared::names::env;
@@ -115,7 +115,7 @@ pub fn resolve(model: &str, progress: &mut dyn Progress) -> Result<PathBuf, Mode
     }
     let settings = Settings::from_env()?;
     let _looking = hold_place(CATALOGUE, model, &settings);
-    let path = resolve_with(CATALOGUE, model, &settings, progress)?;
+    let path = look_up(CATALOGUE, model, &settings, progress)?;
     keep_in_use(&settings.cache, &path);
     Cache::new(&settings.cache).tidy(0);
     Ok(path)
@@ -157,7 +157,7 @@ pub(super) fn hold_place(catalogue: &[CatalogueEntry], model: &str, settings: &S
 pub fn pull(model: &str, progress: &mut dyn Progress) -> Result<PathBuf, ModelError> {
     let settings = Settings::from_env()?;
     let _looking = hold_place(CATALOGUE, model, &settings);
-    let path = pull_with(model, &settings, progress)?;
+    let path = pull_held(model, &settings, progress)?;
     keep_in_use(&settings.cache, &path);
     Cache::new(&settings.cache).tidy(0);
     Ok(path)
@@ -173,9 +173,18 @@ pub fn pull_with(
     progress: &mut dyn Progress,
 ) -> Result<PathBuf, ModelError> {
     let _held = hold_place(CATALOGUE, model, settings);
+    pull_held(model, settings, progress)
+}
+
+fn pull_held(
+    model: &str,
+    settings: &Settings,
+    progress: &mut dyn Progress,
+) -> Result<PathBuf, ModelError> {
     match (existing(model)?, hub_name(CATALOGUE, model)) {
+        (Some(path), _) => Ok(path),
         (None, Some(name)) => hub::fetch(&name, settings, progress),
-        _ => resolve_with(CATALOGUE, model, settings, progress),
+        (None, None) => look_up(CATALOGUE, model, settings, progress),
     }
 }
 
@@ -193,6 +202,16 @@ pub fn resolve_with(
         return Ok(path);
     }
     let _held = hold_place(catalogue, model, settings);
+    look_up(catalogue, model, settings, progress)
+}
+
+/// What a name means, whose place is held.
+fn look_up(
+    catalogue: &[CatalogueEntry],
+    model: &str,
+    settings: &Settings,
+    progress: &mut dyn Progress,
+) -> Result<PathBuf, ModelError> {
     if let Some(name) = hub_name(catalogue, model) {
         return match hub::on_this_machine(&name, settings) {
             Some(path) => Ok(path),
@@ -277,9 +296,7 @@ pub(super) fn lock(folder: &Path, progress: &mut dyn Progress) -> Result<Option<
             }
         }
         // One that was removed meanwhile keeps nobody out.
-        let id = |meta: fs::Metadata| (meta.dev(), meta.ino());
-        let (own, there) = (file.metadata().map(id), fs::metadata(&path).map(id));
-        if own.is_ok_and(|own| there.is_ok_and(|there| own == there)) {
+        if is_at(&file, &path) {
             return Ok(Some(file));
         }
     }

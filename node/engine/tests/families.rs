@@ -7,83 +7,19 @@
 mod case;
 #[path = "families/gguf.rs"]
 mod gguf;
+#[path = "formats/rig.rs"]
+mod rig;
 #[path = "cpu_engine/tiny.rs"]
 mod tiny;
 
 use std::path::Path;
 
 use case::{CASES, Case};
-use millrace_engine::cpu::CpuEngine;
-use millrace_engine::{Engine, Isa, StageSpec, TensorSource};
+use millrace_engine::Isa;
 use millrace_shared::model::gguf::{Gguf, GgufWriter};
-use millrace_shared::model::{Activation, Dtype, ModelFiles, TensorType};
-use millrace_shared::wire::control::EngineSettings;
-use millrace_shared::wire::data::{StepMeta, Want};
+use millrace_shared::model::{Activation, ModelFiles, TensorType};
+use rig::{floats, pipeline, run, worst};
 use serde_json::Value;
-use tiny::{Pipeline, row, tables};
-
-/// Stages that end at the given layers.
-fn pipeline(files: &ModelFiles, ends: &[u32], isa: Isa) -> Pipeline {
-    let source = |entry: &millrace_shared::model::TensorEntry| TensorSource {
-        entry: entry.clone(),
-        path: files.path_of(entry).to_owned(),
-        offset: entry.offset,
-    };
-    let sources: Vec<TensorSource> = files.tensors.iter().map(source).collect();
-    let stage = |i: usize| {
-        let spec = StageSpec {
-            config: files.config.clone(),
-            layers: if i == 0 { 0 } else { ends[i - 1] }..ends[i],
-            embed: i == 0,
-            head: i + 1 == ends.len(),
-            settings: EngineSettings {
-                kv_blocks: 8,
-                kv_block_size: 16,
-                kv_dtype: Dtype::F32,
-                activation_dtype: Dtype::F32,
-                max_batch_tokens: 64,
-                max_num_seqs: 1,
-                max_model_len: 128,
-            },
-            threads: 1 + i % 2,
-            host_threads: 2,
-            isa,
-            packed_cache: None,
-        };
-        let mut engine = CpuEngine::new();
-        engine.load(&spec, &sources, &mut |_| {}).unwrap();
-        engine
-    };
-    Pipeline::of((0..ends.len()).map(stage).collect(), files.config.hidden as usize, 16)
-}
-
-/// Bits of the logits of every position, computed in chunks.
-fn run(mut p: Pipeline, tokens: &[u32], chunk: usize) -> Vec<Vec<u32>> {
-    let mut all = Vec::new();
-    for (i, some) in tokens.chunks(chunk).enumerate() {
-        let meta = StepMeta {
-            rows: vec![row(1, i * chunk, some.len(), Want::Score { top_k: 1 })],
-            tables: if i == 0 { tables(1, tokens.len(), 16, 0) } else { Vec::new() },
-            ..StepMeta::default()
-        };
-        all.extend(p.step(&meta, some).unwrap().into_iter().map(|(_, _, logits)| logits));
-    }
-    all
-}
-
-fn floats(bits: &[u32]) -> Vec<f64> {
-    bits.iter().map(|&b| f64::from(f32::from_bits(b))).collect()
-}
-
-/// The largest difference from what is expected, relative to the largest logit where that is above 1.
-fn worst(found: &[Vec<u32>], expected: &[Vec<f64>]) -> f64 {
-    let size = expected.iter().flatten().fold(1f64, |m, x| m.max(x.abs()));
-    let row = |(found, expected): (&Vec<u32>, &Vec<f64>)| {
-        let pairs = floats(found).into_iter().zip(expected.clone());
-        pairs.map(|(a, b)| (a - b).abs() / size).fold(0.0, f64::max)
-    };
-    found.iter().zip(expected).map(row).fold(0.0, f64::max)
-}
 
 fn best(logits: &[u32]) -> u32 {
     let logits = floats(logits);

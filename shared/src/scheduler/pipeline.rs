@@ -48,8 +48,6 @@ struct MicroBatch {
     issued: Duration,
     rows: Vec<IssuedRow>,
     load: Load,
-    /// Holds nothing but guesses.
-    ahead: bool,
 }
 
 /// The window of micro-batches that were issued and not answered. Bounded by the scheduler.
@@ -66,7 +64,8 @@ impl InFlight {
 
     /// Those of them that hold more than guesses.
     pub(super) fn certain(&self) -> usize {
-        self.batches.values().filter(|b| !b.ahead).count()
+        let certain = |b: &&MicroBatch| b.rows.iter().any(|row| row.want != Want::Follow);
+        self.batches.values().filter(certain).count()
     }
 
     /// A fresh id, without an entry.
@@ -81,9 +80,8 @@ impl InFlight {
     }
 
     pub(super) fn insert(&mut self, id: MicroBatchId, issued: Duration, rows: &[Row], load: Load) {
-        let ahead = rows.iter().all(|row| row.want == Want::Follow);
         let rows = rows.iter().map(IssuedRow::from).collect();
-        self.batches.insert(id, MicroBatch { issued, rows, load, ahead });
+        self.batches.insert(id, MicroBatch { issued, rows, load });
     }
 
     /// When it was issued, and its rows.

@@ -273,7 +273,7 @@ impl<'a> Hub<'a> {
     }
 }
 
-fn text(headers: &HeaderMap, name: &str) -> Option<String> {
+pub(super) fn text(headers: &HeaderMap, name: &str) -> Option<String> {
     let value = headers.get(name)?.to_str().ok()?;
     Some(value.chars().filter(|c| !c.is_control()).collect())
 }

@@ -9,9 +9,8 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
-use ureq::http::HeaderMap;
 
-use super::client::{Answer, Hub, HubError};
+use super::client::{Answer, Hub, HubError, text};
 
 const CHUNK: usize = 1 << 18;
 /// Tries in a row that bring no byte.
@@ -188,11 +187,11 @@ impl Hub<'_> {
 /// Makes the part ready for what an answer brings, and says how long the file is by it.
 fn place(part: &mut Part, answer: &Answer) -> Result<Option<u64>, String> {
     let headers = answer.response.headers();
-    let number = |name: &str| header(headers, name).and_then(|v| v.parse::<u64>().ok());
+    let number = |name: &str| text(headers, name).and_then(|v| v.parse::<u64>().ok());
     match answer.response.status().as_u16() {
         206 => {
             // "bytes 100-199/200", or "/*" where the server does not know.
-            let range = header(headers, "content-range").unwrap_or_default();
+            let range = text(headers, "content-range").unwrap_or_default();
             let range = range.trim_start_matches("bytes").trim();
             let (span, total) = range.split_once('/').unwrap_or((range, "*"));
             let from = span.split('-').next().and_then(|s| s.parse::<u64>().ok());
@@ -237,10 +236,6 @@ fn copy(
         }
         _ => End::Whole,
     })
-}
-
-fn header(headers: &HeaderMap, name: &str) -> Option<String> {
-    headers.get(name).and_then(|v| v.to_str().ok()).map(str::to_owned)
 }
 
 fn cannot_write(path: &Path, error: &io::Error) -> HubError {

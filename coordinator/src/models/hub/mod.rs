@@ -1,9 +1,9 @@
-//! Models of the Hugging Face hub: named `org/name, org/name@revision or org/name:file`, found on this machine or
-//! fetched into the cache.
+//! Models of the Hugging Face hub: named `org/name`, `org/name@revision` or `org/name:file`, found on
+//! this machine or fetched into the cache.
 //!
 //! Files that Hugging Face's own tools have fetched are used where they lie. What is fetched here goes
-//! on where it was cut off, and is checked against the lengths that the hub announces, and the SHA-256 where it names one.
-//! Without the hub, what is on this machine serves.
+//! on where it was cut off, and is checked against the lengths that the hub announces, and the SHA-256
+//! where it names one. Without the hub, what is on this machine serves.
 
 mod client;
 mod download;
@@ -20,8 +20,6 @@ pub(super) use snapshots::by_hash;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-
-use millrace_engine::cache::Cache;
 
 use super::resolve::lock;
 use super::{ModelError, Progress, Settings};
@@ -125,7 +123,7 @@ fn path_of(folder: &Path, choice: &Choice) -> PathBuf {
 }
 
 /// Brings a model of the hub to this machine, as it is there now; where the hub cannot be reached,
-/// what is here serves.
+/// what is here serves. The caller holds [`own_folder`]: half of it is a model that nobody uses yet.
 pub(super) fn fetch(
     name: &HubName,
     settings: &Settings,
@@ -153,8 +151,6 @@ pub(super) fn fetch(
             return Ok(path_of(&folder, &choice));
         }
     }
-    // Half of it is a model that nobody has in use yet.
-    let _held = Cache::new(&settings.cache).hold(&[own_folder(&settings.cache, &name.repo)]);
     let root = own_root(&settings.cache);
     let folder = snapshots::snapshot_folder(&root, &name.repo, &listing.commit);
     fs::create_dir_all(&folder).map_err(ModelError::io("create", &folder))?;

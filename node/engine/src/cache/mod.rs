@@ -13,7 +13,7 @@ mod uses;
 
 pub use known_hashes::KnownHashes;
 pub use stock::{Kind, Rule, Thing};
-pub use uses::InUse;
+pub use uses::{InUse, is_at};
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;

@@ -4,10 +4,10 @@
 //!
 //! A thing is what goes as a whole: a model with all its files, a fetched tensor, packed weights of a
 //! layer, a quantised copy, remembered hashes. Nothing goes that a process of this machine uses. Of
-//! what can be made again here, everything goes that was not used for 60 days, and what nobody finished at once. Where there is a
-//! limit, it holds for all things together, and the longest unused go first, models included; where
-//! there is none, fetched things stay, and what can be made again is kept up to the larger of 32 GiB
-//! and three times what was just made.
+//! what can be made again here, everything goes that was not used for 60 days, and what nobody
+//! finished at once. Where there is a limit, it holds for all things together, and the longest unused
+//! go first, models included; where there is none, fetched things stay, and what can be made again is
+//! kept up to the larger of 32 GiB and three times what was just made.
 
 use std::fs::Metadata;
 use std::path::{Path, PathBuf};

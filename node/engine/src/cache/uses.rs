@@ -74,7 +74,7 @@ fn begin(cache: &Path, paths: &[PathBuf]) -> io::Result<Option<File>> {
 }
 
 /// Whether this is the file that the path names now.
-fn is_at(file: &File, path: &Path) -> bool {
+pub fn is_at(file: &File, path: &Path) -> bool {
     let id = |meta: std::fs::Metadata| (meta.dev(), meta.ino());
     let (file, path) = (file.metadata().map(id), std::fs::metadata(path).map(id));
     file.is_ok_and(|file| path.is_ok_and(|path| file == path))

@@ -9,9 +9,10 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use half::{bf16, f16};
+use half::f16;
 use millrace_shared::model::{TensorEntry, TensorType};
 
+use super::source::floats;
 use crate::{LoadError, TensorSource};
 
 /// Inputs of a block.
@@ -301,16 +302,11 @@ impl<'a> Part<'a> {
     }
 
     fn floats(&mut self, first: usize, count: usize) -> Result<Vec<f32>, LoadError> {
-        let size = self.source.entry.dtype.block_bytes() as usize;
+        let dtype = self.source.entry.dtype;
+        let size = dtype.block_bytes() as usize;
         let mut bytes = vec![0; count * size];
         self.read(first * size, &mut bytes)?;
-        let half = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
-        let float = |b: &[u8]| match self.source.entry.dtype {
-            TensorType::F16 => f16::from_bits(half(b)).to_f32(),
-            TensorType::BF16 => bf16::from_bits(half(b)).to_f32(),
-            _ => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-        };
-        Ok(bytes.chunks_exact(size).map(float).collect())
+        Ok(floats(dtype, &bytes).collect())
     }
 }
 

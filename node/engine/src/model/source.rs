@@ -106,6 +106,16 @@ impl Source {
     }
 }
 
+/// The elements of a tensor of floats from their bytes.
+pub(super) fn floats(dtype: TensorType, bytes: &[u8]) -> impl Iterator<Item = f32> {
+    let half = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
+    bytes.chunks_exact(dtype.block_bytes() as usize).map(move |b| match dtype {
+        TensorType::F16 => f16::from_bits(half(b)).to_f32(),
+        TensorType::BF16 => bf16::from_bits(half(b)).to_f32(),
+        _ => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+    })
+}
+
 /// An open tensor.
 #[derive(Debug)]
 pub enum Reader<'a> {
@@ -125,19 +135,7 @@ impl Reader<'_> {
     pub fn read_floats(&mut self, dtype: TensorType, out: &mut [f32]) -> Result<(), LoadError> {
         let mut bytes = vec![0; out.len() * dtype.block_bytes() as usize];
         self.read(0, &mut bytes)?;
-        let halves = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-        match dtype {
-            TensorType::F16 => {
-                out.iter_mut().zip(halves).for_each(|(x, b)| *x = f16::from_bits(b).to_f32());
-            }
-            TensorType::BF16 => {
-                out.iter_mut().zip(halves).for_each(|(x, b)| *x = bf16::from_bits(b).to_f32());
-            }
-            _ => {
-                let floats = bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
-                out.iter_mut().zip(floats).for_each(|(x, b)| *x = f32::from_le_bytes(b));
-            }
-        }
+        out.iter_mut().zip(floats(dtype, &bytes)).for_each(|(x, float)| *x = float);
         Ok(())
     }
 

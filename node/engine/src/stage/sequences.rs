@@ -3,9 +3,9 @@
 //! The history of a sequence is its token log. A sampled token enters it at the index after the
 //! row's last position; whatever was there (a step that is tried again) is cut off first, so running
 //! a row twice gives the same token. A row that verifies drafts is as many samplings, one after the
-//! other, each after the tokens that were really chosen; it ends where a draft is another token. A row that
-//! follows another one which was under way when it was sent begins where the history ends, with the
-//! token that was chosen last, or else with a wrong guess: then nothing comes of it.
+//! other, each after the tokens that were really chosen; it ends where a draft is another token. A
+//! row that follows another one which was under way when it was sent begins where the history ends,
+//! with the token that was chosen last, or else with a wrong guess: then nothing comes of it.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
