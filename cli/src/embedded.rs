@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use millrace_coordinator::cli::{LimitArgs, deployment};
 use millrace_coordinator::{Config as CoordinatorConfig, Running as Coordinator, start};
+use millrace_net::awake;
 use millrace_net::client::ClientConfig;
 use millrace_node::enrol::Issued;
 use millrace_node::{Config as NodeConfig, Running as Node};
@@ -65,6 +66,7 @@ impl EmbeddedCluster {
     /// # Errors
     /// If the model cannot be served or a port is taken.
     pub async fn start(options: EmbeddedOptions, progress: impl Fn(&str)) -> anyhow::Result<Self> {
+        awake::set(options.engine.wake_latency);
         let stages = stages(&options)?;
         let throw_away = match options.dir {
             Some(_) => None,

@@ -131,8 +131,12 @@ pub(crate) async fn with_session<T>(
 
 /// Engine options do nothing to a cluster that runs already; saying so beats ignoring them.
 fn refuse_engine_options(engine: &EngineOptions) -> anyhow::Result<()> {
-    // Threads may come from the environment, where they are meant for other commands.
-    let plain = EngineOptions { threads: engine.threads, ..EngineOptions::default() };
+    // What may come from the environment is meant for other commands.
+    let plain = EngineOptions {
+        threads: engine.threads,
+        wake_latency: engine.wake_latency,
+        ..EngineOptions::default()
+    };
     if *engine == plain {
         return Ok(());
     }

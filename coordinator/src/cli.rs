@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use clap::{Args, Parser, Subcommand};
 use millrace_engine::cache::set_limit;
+use millrace_net::awake;
 use millrace_net::telemetry::LogFormat;
 use millrace_shared::dirs;
 use millrace_shared::names::env;
@@ -220,6 +221,7 @@ impl ServeArgs {
         };
         let dir = self.dir.resolve()?;
         self.cache.cache_limit.into_iter().for_each(set_limit);
+        awake::set(self.engine.wake_latency);
         let model = resolve_as(&self.model, self.model_options, &mut ConsoleProgress::new())?;
         Ok(Config {
             dir,

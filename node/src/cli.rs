@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, anyhow};
 use clap::{Args, Parser, Subcommand};
 use millrace_engine::cache::set_limit;
+use millrace_net::awake;
 use millrace_net::join::JoinToken;
 use millrace_net::telemetry::LogFormat;
 use millrace_shared::dirs;
@@ -98,6 +99,7 @@ impl RunArgs {
             .ok_or_else(|| anyhow!("set MILLRACE_CACHE to a folder: $HOME is not set"))?;
         let token = self.token.map(|t| t.parse::<JoinToken>().context("--token")).transpose()?;
         self.cache.cache_limit.into_iter().for_each(set_limit);
+        awake::set(self.engine.wake_latency);
         self.engine.warn_foreign();
         let given = |dtype: Dtype, default: Dtype| (dtype != default).then_some(dtype);
         let defaults = EngineOptions::default();

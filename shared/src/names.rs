@@ -32,6 +32,8 @@ pub mod env {
     pub const TOKEN: &str = "MILLRACE_TOKEN";
     /// Threads of an engine.
     pub const THREADS: &str = "MILLRACE_THREADS";
+    /// How quickly idle processors must wake up (`--wake-latency`).
+    pub const WAKE_LATENCY: &str = "MILLRACE_WAKE_LATENCY";
     /// Instruction set of the CPU engine: `scalar`, `avx2` or `avx512`; for tests and diagnosis.
     pub const CPU_PATH: &str = "MILLRACE_CPU_PATH";
 }

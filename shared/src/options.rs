@@ -48,6 +48,30 @@ impl FromStr for MicroBatches {
     }
 }
 
+/// How quickly an idle processor must wake up while requests run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum WakeLatency {
+    /// As the machine needs it.
+    #[default]
+    Auto,
+    /// The system's own affair.
+    Off,
+    /// Within so many microseconds.
+    Micros(u32),
+}
+
+impl FromStr for WakeLatency {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match (s, s.parse()) {
+            ("auto", _) => Ok(Self::Auto),
+            ("off", _) => Ok(Self::Off),
+            (_, Ok(micros @ 0..=1_000_000)) => Ok(Self::Micros(micros)),
+            _ => Err(format!("'{s}' is none of auto, off and microseconds from 0 to 1000000")),
+        }
+    }
+}
+
 /// Which engine computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum EngineKind {
@@ -241,6 +265,10 @@ pub struct EngineOptions {
     /// Type of activations between layers: f32, bf16 or f16
     #[cfg_attr(feature = "clap", arg(long, value_name = "TYPE", default_value = "f32", value_parser = activation_dtype))]
     pub activation_dtype: Dtype,
+    /// Keep idle processors from sleeping deeper than these microseconds away while requests run: auto, off
+    /// or a number; needs write access to /dev/cpu_dma_latency
+    #[cfg_attr(feature = "clap", arg(long, value_name = "auto|off|N", default_value = "auto", env = crate::names::env::WAKE_LATENCY))]
+    pub wake_latency: WakeLatency,
     /// Engine: cpu, or mock for tests
     #[cfg_attr(feature = "clap", arg(long, value_name = "ENGINE", default_value = "cpu"))]
     pub engine: EngineKind,
@@ -260,6 +288,7 @@ impl Default for EngineOptions {
             speculate: true,
             kv_cache_dtype: Dtype::F16,
             activation_dtype: Dtype::F32,
+            wake_latency: WakeLatency::Auto,
             engine: EngineKind::Cpu,
         }
     }
@@ -275,6 +304,17 @@ mod tests {
         assert_eq!((auto_off("auto"), auto_off("off")), (Ok(true), Ok(false)));
         assert!(on_off("true").is_err_and(|e| e.contains("'on' nor 'off'")));
         assert!(auto_off("on").is_err_and(|e| e.contains("'auto' nor 'off'")));
+    }
+
+    #[test]
+    fn wake_latencies() {
+        assert_eq!("auto".parse(), Ok(WakeLatency::Auto));
+        assert_eq!("off".parse(), Ok(WakeLatency::Off));
+        assert_eq!("0".parse(), Ok(WakeLatency::Micros(0)));
+        for bad in ["", "on", "-1", "1000001", "2us"] {
+            let error = bad.parse::<WakeLatency>().expect_err(bad);
+            assert!(error.contains("auto, off"), "{error}");
+        }
     }
 
     #[test]

@@ -8,7 +8,8 @@
 //! # Layout
 //! [`identity`] makes the cluster's CA and certificates, [`tls`] turns them into configurations;
 //! [`endpoint`] binds sockets and shakes hands; [`transport`] opens and accepts typed streams;
-//! [`framed`] puts messages and stage frames on them; [`edge`] adds credits; [`burst`] measures ways; [`join`] enrols nodes;
+//! [`framed`] puts messages and stage frames on them; [`edge`] adds credits; [`awake`] keeps processors
+//! from sleeping while frames pass; [`burst`] measures ways; [`join`] enrols nodes;
 //! [`keys`] keeps API keys; [`client`] and [`rpc_server`] are the two halves of the client API;
 //! [`timing`] holds every deadline; [`telemetry`] sets logging up.
 //!
@@ -18,6 +19,7 @@
 //! for it; every wait for a peer has a deadline or is a wait for work.
 #![forbid(unsafe_code)]
 
+pub mod awake;
 pub mod burst;
 pub mod client;
 pub mod cpu_time;

@@ -1,11 +1,13 @@
 //! The tasks at the two ends of an edge: between a bounded channel and the stream.
 //!
 //! Both run until the edge is lost or its owner lets go of the channel, and return why. They
-//! neither look into frames nor decide what a loss means.
+//! neither look into frames nor decide what a loss means. While frames pass, they keep the machine's
+//! processors [`awake`](crate::awake).
 
 use millrace_shared::wire::frame::Frame;
 use tokio::sync::mpsc;
 
+use crate::awake::Awake;
 use crate::{EdgeReceiver, EdgeSender, NetError};
 
 /// Sends what comes out of `frames`, each as soon as there is a credit. `Ok` when the owner dropped
@@ -17,11 +19,16 @@ pub async fn pump_out(
     mut edge: EdgeSender,
     mut frames: mpsc::Receiver<Frame>,
 ) -> Result<(), NetError> {
+    let mut awake = Awake::default();
     loop {
         tokio::select! {
             lost = edge.lost() => return Err(lost),
+            () = awake.rest() => {}
             frame = frames.recv() => match frame {
-                Some(frame) => edge.send(frame).await?,
+                Some(frame) => {
+                    edge.send(frame).await?;
+                    awake.touch();
+                }
                 None => {
                     edge.finish();
                     return Ok(());
@@ -56,13 +63,16 @@ where
     F: Future<Output = bool>,
 {
     let (returned, mut returns) = mpsc::channel(credits.max(1) as usize);
+    let mut awake = Awake::default();
     loop {
         tokio::select! {
+            () = awake.rest() => {}
             frame = edge.recv() => match frame? {
                 Some(frame) => {
                     if !deliver(frame, Ticket(returned.clone())).await {
                         return Ok(());
                     }
+                    awake.touch();
                 }
                 None => return Ok(()),
             },
