@@ -185,11 +185,8 @@ fn a_lost_node_ends_the_epoch_and_a_new_one_replaces_it() {
     );
     assert_eq!(done[1..], [Action::Release { epoch: Epoch(1), nodes: vec![node(1)] }]);
     assert_eq!((p.phase(), p.epoch()), (PipelinePhase::Waiting, Epoch(2)));
-    p.handle_joined(node(7), ms(200));
-    assert_eq!(actions(&mut p), [], "a moment for the stages to let go");
-    let at = p.next_timeout().unwrap();
-    assert_eq!(at, ms(100) + RETRY_PIPELINE);
-    p.handle_timeout(at);
+    let at = ms(200);
+    p.handle_joined(node(7), at);
     assert_eq!(actions(&mut p), [Action::Profile { node: node(7) }], "the other is measured");
     p.handle_profiled(node(7), PROFILE, at);
     assert!(matches!(actions(&mut p)[..], [Action::Plan { epoch: Epoch(2), .. }]));
@@ -204,8 +201,27 @@ fn an_edge_of_an_older_epoch_harms_nothing() {
     let done = actions(&mut p);
     assert!(matches!(&done[0], Action::Stop { epoch: Epoch(1), .. }));
     assert_eq!(done[1], Action::Release { epoch: Epoch(1), nodes: vec![node(0), node(1)] });
-    p.handle_timeout(p.next_timeout().unwrap());
+    let at = p.next_timeout().unwrap();
+    assert_eq!(at, ms(10) + RETRY_PIPELINE, "a moment for the stages to let go");
+    p.handle_timeout(at);
     assert!(matches!(actions(&mut p)[..], [Action::Plan { epoch: Epoch(2), .. }]));
+}
+
+#[test]
+fn a_measured_standby_takes_over_at_once() {
+    let mut p = PipelineState::new(PipelineConfig::new(1));
+    p.handle_joined(node(0), ms(0));
+    p.handle_joined(node(1), ms(0));
+    p.handle_profiled(node(0), PROFILE, ms(0));
+    p.handle_planned(Epoch(1), vec![node(0)], ms(0));
+    actions(&mut p);
+    p.handle_ready(node(0), Epoch(1), ms(1));
+    let done = actions(&mut p);
+    assert_eq!(done[1..], [Action::Profile { node: node(1) }], "who waits measures meanwhile");
+    p.handle_profiled(node(1), PROFILE, ms(2));
+    p.handle_lost(node(0), "gone", ms(3));
+    let done = actions(&mut p);
+    assert!(matches!(&done[2], Action::Plan { epoch: Epoch(2), nodes } if nodes[0].0 == node(1)));
 }
 
 #[test]
@@ -286,8 +302,6 @@ fn a_flexible_pipeline_forms_from_those_who_are_left() {
     actions(&mut p);
     for _ in 0..FLAPS {
         p.handle_lost(node(2), "gone", now);
-        now = p.next_timeout().unwrap();
-        p.handle_timeout(now);
         let done = actions(&mut p);
         assert!(matches!(&done[2], Action::Plan { nodes, .. } if nodes.len() == 2), "{done:?}");
         p.handle_joined(node(2), now);

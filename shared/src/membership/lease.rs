@@ -35,6 +35,13 @@ pub struct MembershipConfig {
     pub lease: Duration,
 }
 
+impl MembershipConfig {
+    /// With another lease; a node is suspect after half of it.
+    pub fn of_lease(lease: Duration) -> Self {
+        Self { suspect_after: lease / 2, lease }
+    }
+}
+
 impl Default for MembershipConfig {
     fn default() -> Self {
         Self { suspect_after: SUSPECT_AFTER, lease: LEASE }

@@ -196,7 +196,8 @@ impl PipelineState {
         }
         let reason = format!("node {node} was lost: {reason}");
         if self.chosen.contains(&node) {
-            self.abort(reason, now);
+            // Its silence was waited for already: others that fell silent with it are suspect.
+            self.abort_for(reason, Duration::ZERO, now);
         } else if self.next.as_ref().is_some_and(|n| n.chosen.contains(&node)) {
             self.abandon(reason, now);
         }
@@ -403,6 +404,9 @@ impl PipelineState {
             self.trouble = None;
             let nodes = self.chosen.clone();
             self.actions.push_back(Action::Start { epoch: self.epoch, nodes });
+            // Stand-bys measure now, so that they can take over at once.
+            let idle = self.nodes.keys().filter(|n| !self.chosen.contains(n)).copied();
+            self.ask_profiles(&idle.collect::<Vec<_>>());
         }
         self.advance_next(now);
     }
@@ -437,8 +441,13 @@ impl PipelineState {
         }
     }
 
-    /// The attempt or the epoch is over.
+    /// The attempt or the epoch is over; the next try is in a moment.
     fn abort(&mut self, reason: String, now: Duration) {
+        self.abort_for(reason, self.config.retry_pipeline, now);
+    }
+
+    /// The attempt or the epoch is over; no next try for so long.
+    fn abort_for(&mut self, reason: String, pause: Duration, now: Duration) {
         let phase = std::mem::replace(&mut self.phase, PipelinePhase::Waiting);
         let chosen = std::mem::take(&mut self.chosen);
         self.ready.clear();
@@ -454,7 +463,7 @@ impl PipelineState {
             self.epoch = self.last_epoch;
         }
         if matches!(phase, PipelinePhase::Assigning | PipelinePhase::Running) {
-            self.retry_at = now + self.config.retry_pipeline;
+            self.retry_at = now + pause;
             let both: BTreeSet<NodeId> =
                 chosen.into_iter().chain(next.into_iter().flat_map(|n| n.chosen)).collect();
             let nodes = both.into_iter().filter(|n| self.nodes.contains_key(n)).collect();

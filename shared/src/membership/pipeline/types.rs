@@ -12,8 +12,8 @@ pub const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
 /// A node that failed is not asked again for this long: it may have been short of memory for a
 /// moment, but asking it at once would fail at once.
 pub const RETRY_NODE: Duration = Duration::from_secs(5);
-/// Between the end of an epoch and the next try: stages let go of their edges meanwhile, and of a
-/// node that died the silence begins to show.
+/// Between the end of an epoch and the next try, but for one that the loss of a node ended: stages
+/// let go of their edges meanwhile, and of a node that died the silence begins to show.
 pub const RETRY_PIPELINE: Duration = Duration::from_millis(500);
 
 /// A node that was lost so often within [`FLAP_MEMORY`] stays a stand-by where others suffice.
