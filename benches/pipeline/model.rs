@@ -26,7 +26,7 @@ pub(crate) fn config(stages: u32, rows: u32, sequences: u32) -> SchedulerConfig 
         max_model_len: 4096,
         policy: Policy {
             measured_from: Some(stages + 1),
-            prefix_cache: false,
+            prefix_cache: false.into(),
             speculate: false,
             ..Policy::DEFAULT
         },

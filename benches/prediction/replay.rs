@@ -136,7 +136,7 @@ fn replayed(stages: Vec<StageCost>, streams: u32, micro_batches: u32, period: f6
         prefill_chunk: 64,
         max_batch_tokens: streams + 64,
         max_model_len: 4096,
-        policy: Policy { prefix_cache: false, speculate: false, ..Policy::DEFAULT },
+        policy: Policy { prefix_cache: false.into(), speculate: false, ..Policy::DEFAULT },
     };
     let mut sim = Simulation::new(config, PipelineModel { stages, link, jitter: 0.0 });
     for id in 0..u64::from(streams) {

@@ -19,7 +19,7 @@ use millrace_shared::id::{Epoch, NodeId, PipelineId, StageIndex};
 use millrace_shared::model::{
     Dtype, ModelConfig, ModelManifest, StageTensors, numerics_id, stage_tensors,
 };
-use millrace_shared::options::{EngineKind, MicroBatches, Pin, Replan};
+use millrace_shared::options::{EngineKind, MicroBatches, Pin, PrefixCache, Replan};
 use millrace_shared::partition::{
     Choice, Goal, LayerRange, Link, Network, NodeCosts, PartitionError, Problem, StageCut, Stood,
     Wish, choose, from_cuts, in_order, keep,
@@ -71,7 +71,7 @@ pub struct Deployment {
     /// Engine that every node must run.
     pub engine: EngineKind,
     /// Whether the cache is searched for the beginnings of prompts.
-    pub prefix_cache: bool,
+    pub prefix_cache: PrefixCache,
     /// Whether drafts are checked where the pipeline has time.
     pub speculate: bool,
     /// Type of the KV cache.

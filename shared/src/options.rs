@@ -48,6 +48,36 @@ impl FromStr for MicroBatches {
     }
 }
 
+/// Whose computed beginnings of prompts are used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum PrefixCache {
+    /// Everybody's.
+    #[default]
+    On,
+    /// Those of the same API key: nobody can tell by the time of an answer what others asked.
+    PerKey,
+    /// Nobody's.
+    Off,
+}
+
+impl From<bool> for PrefixCache {
+    fn from(on: bool) -> Self {
+        if on { Self::On } else { Self::Off }
+    }
+}
+
+impl FromStr for PrefixCache {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "on" => Ok(Self::On),
+            "per-key" => Ok(Self::PerKey),
+            "off" => Ok(Self::Off),
+            _ => Err(format!("'{s}' is none of on, per-key, off")),
+        }
+    }
+}
+
 /// How quickly an idle processor must wake up while requests run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum WakeLatency {
@@ -212,18 +242,6 @@ pub struct CacheOptions {
     pub cache_limit: Option<u64>,
 }
 
-/// `on` or `off` from a flag.
-///
-/// # Errors
-/// If it is neither.
-pub fn on_off(s: &str) -> Result<bool, String> {
-    match s {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err(format!("'{s}' is neither 'on' nor 'off'")),
-    }
-}
-
 /// `auto` or `off` from a flag.
 ///
 /// # Errors
@@ -253,9 +271,10 @@ pub struct EngineOptions {
     /// Micro-batches in flight: a number, or auto
     #[cfg_attr(feature = "clap", arg(long, value_name = "N|auto", default_value = "auto"))]
     pub micro_batches: MicroBatches,
-    /// Reuse what the cache holds of a prompt's beginning: on or off; answers are the same
-    #[cfg_attr(feature = "clap", arg(long, value_name = "on|off", default_value = "on", action = clap::ArgAction::Set, value_parser = on_off))]
-    pub prefix_cache: bool,
+    /// Reuse what the cache holds of a prompt's beginning: on, per-key (only what the same API key computed,
+    /// so that nobody's answer is faster for what others asked) or off; answers are the same
+    #[cfg_attr(feature = "clap", arg(long, value_name = "on|per-key|off", default_value = "on"))]
+    pub prefix_cache: PrefixCache,
     /// Check guesses of several tokens at once where the pipeline has time: auto or off; answers are the same
     #[cfg_attr(feature = "clap", arg(long, value_name = "auto|off", default_value = "auto", action = clap::ArgAction::Set, value_parser = auto_off))]
     pub speculate: bool,
@@ -284,7 +303,7 @@ impl Default for EngineOptions {
             cuts: None,
             prefill_chunk: DEFAULT_PREFILL_CHUNK,
             micro_batches: MicroBatches::Auto,
-            prefix_cache: true,
+            prefix_cache: PrefixCache::On,
             speculate: true,
             kv_cache_dtype: Dtype::F16,
             activation_dtype: Dtype::F32,
@@ -300,9 +319,9 @@ mod tests {
 
     #[test]
     fn switches_say_what_they_take() {
-        assert_eq!((on_off("on"), on_off("off")), (Ok(true), Ok(false)));
         assert_eq!((auto_off("auto"), auto_off("off")), (Ok(true), Ok(false)));
-        assert!(on_off("true").is_err_and(|e| e.contains("'on' nor 'off'")));
+        assert_eq!("per-key".parse(), Ok(PrefixCache::PerKey));
+        assert!("true".parse::<PrefixCache>().is_err_and(|e| e.contains("on, per-key, off")));
         assert!(auto_off("on").is_err_and(|e| e.contains("'auto' nor 'off'")));
     }
 

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use millrace_shared::id::{MicroBatchId, SequenceId};
+use millrace_shared::options::PrefixCache;
 use millrace_shared::scheduler::{
     Kind, NewSequence, Outcome, Policy, Priority, Scheduler, SchedulerConfig, Step,
 };
@@ -390,10 +391,14 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
+fn cache() -> impl Strategy<Value = PrefixCache> {
+    prop::sample::select(vec![PrefixCache::On, PrefixCache::PerKey, PrefixCache::Off])
+}
+
 fn config() -> impl Strategy<Value = SchedulerConfig> {
     (
         (2u32..40, 1u32..8, 1u32..10, 1u32..40),
-        (1u32..6, 1u32..80, 1u32..100, any::<bool>(), any::<bool>()),
+        (1u32..6, 1u32..80, 1u32..100, cache(), any::<bool>()),
     )
         .prop_map(
             |(
@@ -458,7 +463,7 @@ proptest! {
     }
 }
 
-fn roomy(prefix_cache: bool, speculate: bool) -> SchedulerConfig {
+fn roomy(prefix_cache: impl Into<PrefixCache>, speculate: bool) -> SchedulerConfig {
     SchedulerConfig {
         num_blocks: 512,
         block_size: 64,
@@ -468,12 +473,12 @@ fn roomy(prefix_cache: bool, speculate: bool) -> SchedulerConfig {
         prefill_chunk: 64,
         max_batch_tokens: 128,
         max_model_len: 2048,
-        policy: Policy { prefix_cache, speculate, ..Policy::DEFAULT },
+        policy: Policy { prefix_cache: prefix_cache.into(), speculate, ..Policy::DEFAULT },
     }
 }
 
 /// 64 requests with 1,000 tokens in common and 16 of their own: positions computed for prompts.
-fn shared_prefix(cache: bool, first_alone: bool) -> u64 {
+fn shared_prefix(cache: impl Into<PrefixCache>, first_alone: bool) -> u64 {
     let mut world = World::new(roomy(cache, false));
     for n in 0..64 {
         assert!(world.submit(prompt(1, 1000, 16, n), 8, Kind::Generate));
@@ -497,6 +502,17 @@ fn a_shared_prefix_is_computed_about_once() {
         );
         assert!(without >= 64 * 1016);
         assert!(saved > 90.0);
+    }
+}
+
+/// Each of the three clients computes the common part once for itself, and neither finds nor waits for
+/// what others compute.
+#[test]
+fn clients_that_do_not_share_find_only_their_own() {
+    for first_alone in [true, false] {
+        let apart = shared_prefix(PrefixCache::PerKey, first_alone);
+        let together = shared_prefix(PrefixCache::On, first_alone);
+        assert_eq!(apart - together, 2 * (1000 / 64 * 64), "first alone: {first_alone}");
     }
 }
 

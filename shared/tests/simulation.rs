@@ -27,7 +27,7 @@ fn config(stages: u32) -> SchedulerConfig {
         max_model_len: 8192,
         policy: Policy {
             measured_from: Some(stages + 1),
-            prefix_cache: false,
+            prefix_cache: false.into(),
             speculate: false,
             ..Policy::DEFAULT
         },

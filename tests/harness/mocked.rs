@@ -293,7 +293,7 @@ fn coordinator_config(shape: &Shape, dir: &Path, model: PathBuf) -> CoordinatorC
         micro_batches: shape.micro_batches,
         // Guesses would be right by chance only, and every prompt is another one.
         speculate: false,
-        prefix_cache: false,
+        prefix_cache: false.into(),
         ..EngineOptions::default()
     };
     let limits = LimitArgs {

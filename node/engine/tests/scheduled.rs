@@ -150,7 +150,7 @@ impl Drafter for Oracle {
 }
 
 fn policy(prefix_cache: bool, speculate: bool) -> Policy {
-    Policy { prefix_cache, speculate, ..Policy::DEFAULT }
+    Policy { prefix_cache: prefix_cache.into(), speculate, ..Policy::DEFAULT }
 }
 
 fn mock(stages: u16, policy: Policy) -> Served {

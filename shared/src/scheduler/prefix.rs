@@ -7,6 +7,9 @@
 //! next, the newcomer waits for it instead of computing it too: many requests with one beginning,
 //! sent at once, compute it once.
 //!
+//! Clients need not share: with [`PrefixCache::PerKey`] the chains of each begin with its own number,
+//! so that nobody finds, or waits for, what others computed.
+//!
 //! Such a wait ends: the other one's blocks are no longer announced once it is preempted, fails or
 //! ends; one that has had no row for [`PATIENCE`] micro-batches is not waited for; and where nothing
 //! else can run, nobody waits. Invariant: a block that is announced here is not published, and its
@@ -19,6 +22,7 @@ use super::sequence::{Phase, Sequence};
 use super::types::Kind;
 use crate::id::SequenceId;
 use crate::kv::BlockHash;
+use crate::options::PrefixCache;
 
 /// Micro-batches without a row of the other after which one no longer waits for it: far above what
 /// a fair share of the pipeline takes, far below what a client would notice as a stall.
@@ -59,7 +63,7 @@ impl Prefixes {
 impl Scheduler {
     /// The contents that a sequence may take from the cache.
     fn wanted<'a>(&self, seq: &'a Sequence) -> &'a [BlockHash] {
-        if !self.config.policy.prefix_cache {
+        if !self.caches_prefixes() {
             return &[];
         }
         let most = match seq.kind {
@@ -83,16 +87,21 @@ impl Scheduler {
 
     /// Names the blocks that the tokens of a sequence fill.
     pub(super) fn name_blocks(&mut self, id: SequenceId) {
-        if let Some(seq) = self.sequences.get_mut(&id).filter(|_| self.config.policy.prefix_cache) {
-            BlockHash::extend(&mut seq.contents, &seq.tokens, self.config.block_size);
+        let caches = self.caches_prefixes();
+        if let Some(seq) = self.sequences.get_mut(&id).filter(|_| caches) {
+            seq.name_blocks(self.config.policy.prefix_cache, self.config.block_size);
         }
+    }
+
+    fn caches_prefixes(&self) -> bool {
+        self.config.policy.prefix_cache != PrefixCache::Off
     }
 
     /// Gives a sequence that has no table yet what the cache holds of it. `false` where it should
     /// wait, which only the `patient` do, because another one computes its next block right now.
     pub(super) fn begin(&mut self, id: SequenceId, patient: bool) -> bool {
         let Some(seq) = self.sequences.get(&id) else { return false };
-        if seq.begun || !self.config.policy.prefix_cache {
+        if seq.begun || !self.caches_prefixes() {
             return true;
         }
         let wanted = self.wanted(seq);
@@ -122,8 +131,9 @@ impl Scheduler {
     /// Publishes the blocks of a running sequence that are confirmed up to position `end`, counted
     /// from `start`; what lies before must have been confirmed already.
     pub(super) fn confirm(&mut self, id: SequenceId, start: u32, end: u32) {
-        let Some(seq) = self.sequences.get_mut(&id) else { return };
-        if start > seq.computed || end <= seq.computed || !self.config.policy.prefix_cache {
+        let caches = self.caches_prefixes();
+        let Some(seq) = self.sequences.get_mut(&id).filter(|_| caches) else { return };
+        if start > seq.computed || end <= seq.computed {
             return;
         }
         seq.computed = end;
@@ -131,7 +141,7 @@ impl Scheduler {
         if full <= seq.published {
             return;
         }
-        BlockHash::extend(&mut seq.contents, &seq.tokens, self.config.block_size);
+        seq.name_blocks(self.config.policy.prefix_cache, self.config.block_size);
         for index in seq.published..full {
             let Some(&content) = seq.contents.get(index as usize) else { break };
             self.kv.publish(id, index, content);

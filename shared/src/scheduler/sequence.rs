@@ -8,6 +8,7 @@ use super::types::{Kind, NewSequence};
 use super::{MAX_SCORE_POSITIONS, policy};
 use crate::id::SequenceId;
 use crate::kv::BlockHash;
+use crate::options::PrefixCache;
 use crate::wire::data::Want;
 
 /// Where a sequence stands; see the module's transition table.
@@ -120,6 +121,12 @@ impl Sequence {
     /// Positions that exist but were not issued.
     pub(super) fn remaining(&self) -> u32 {
         self.len() - self.issued
+    }
+
+    /// Names the blocks that its tokens fill.
+    pub(super) fn name_blocks(&mut self, cache: PrefixCache, block_size: u32) {
+        let own = (cache == PrefixCache::PerKey).then(|| BlockHash::of_client(self.flow.client));
+        BlockHash::extend(&mut self.contents, own.as_ref(), &self.tokens, block_size);
     }
 
     /// The next row, at most `budget` positions: how many, and what it wants.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::id::{MicroBatchId, SequenceId};
+use crate::options::PrefixCache;
 use crate::wire::data::StepMeta;
 use crate::wire::rpc::{PositionScore, TokenLogprobs};
 
@@ -46,8 +47,8 @@ pub struct Policy {
     /// Whether chunks of prompts are as long as their predicted time allows; else they are of
     /// `prefill_chunk`.
     pub timed_chunks: bool,
-    /// Whether sequences take what the KV cache holds of their beginning.
-    pub prefix_cache: bool,
+    /// Whose computed beginnings sequences take from the KV cache.
+    pub prefix_cache: PrefixCache,
     /// Whether decodes carry drafts where the pipeline has time for them.
     pub speculate: bool,
     /// Whether of one client's prompts the shortest goes first every other time; else always the
@@ -63,7 +64,7 @@ impl Policy {
         min_prefill: 4,
         cohorts: true,
         timed_chunks: true,
-        prefix_cache: true,
+        prefix_cache: PrefixCache::On,
         speculate: true,
         short_turns: true,
     };
