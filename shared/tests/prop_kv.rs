@@ -44,7 +44,7 @@ fn contents(sequence: u64) -> Vec<BlockHash> {
     };
     let tokens: Vec<u32> = (0..BLOCKS * BLOCK_SIZE).map(token).collect();
     let mut chain = Vec::new();
-    BlockHash::extend(&mut chain, &tokens, BLOCK_SIZE);
+    BlockHash::extend(&mut chain, None, &tokens, BLOCK_SIZE);
     chain
 }
 
