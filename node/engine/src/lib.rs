@@ -11,6 +11,7 @@ pub mod cpu;
 mod head;
 pub mod mock;
 pub mod model;
+pub mod profile;
 pub mod quantize;
 mod seam;
 pub mod stage;

@@ -114,6 +114,36 @@ pub struct StageSpec {
     pub packed_cache: Option<PathBuf>,
 }
 
+impl StageSpec {
+    /// Whether settings make sense for engines and this machine.
+    ///
+    /// # Errors
+    /// Naming the first that does not.
+    pub fn check(&self) -> Result<(), LoadError> {
+        let bad = |what: String| Err(LoadError::Settings(what));
+        let s = &self.settings;
+        if s.kv_block_size == 0 || 64 % s.kv_block_size != 0 {
+            return bad(format!("a KV block of {} positions does not divide 64", s.kv_block_size));
+        }
+        if s.max_batch_tokens == 0 || s.max_num_seqs == 0 || s.max_model_len == 0 {
+            return bad("batch tokens, sequences and sequence length must be at least 1".to_owned());
+        }
+        if self.isa > Isa::best() {
+            return bad(format!("this machine does not run {}", self.isa));
+        }
+        if self.layers.start > self.layers.end || self.layers.end > self.config.layers {
+            return bad(format!(
+                "layers {:?} of a model of {} layers",
+                self.layers, self.config.layers
+            ));
+        }
+        if self.layers.is_empty() && !self.head && !self.embed {
+            return bad("a stage without layers, embedding and head".to_owned());
+        }
+        Ok(())
+    }
+}
+
 /// Where the bytes of a tensor lie on this machine; already verified against the hash.
 #[derive(Clone, Debug)]
 pub struct TensorSource {
@@ -269,6 +299,9 @@ pub enum StepError {
     /// A kernel panicked.
     #[error("the engine panicked: {0}")]
     Panic(String),
+    /// What computes failed: memory ran out, or a device has a fault.
+    #[error("the engine failed: {0}")]
+    Engine(String),
     /// The frame asks for what this stage cannot do.
     #[error("{0}")]
     Invalid(String),

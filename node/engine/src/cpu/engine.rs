@@ -13,13 +13,13 @@ use super::kernels::best::Best;
 use super::kernels::{group_rows, paged};
 use super::pack::{Layout, kind_of};
 use super::store::cache_of;
-use super::{memory, numerics_revision, profile};
+use super::{memory, numerics_revision};
 use crate::cache::InUse;
 use crate::model::weights::Sources;
 use crate::model::{Batch, BlockTables, Decoder, Source, TOP_ROWS};
+use crate::profile;
 use crate::{
-    Engine, Isa, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError,
-    TensorSource,
+    Engine, LoadError, LoadedStage, StageInput, StageOutput, StageSpec, StepError, TensorSource,
 };
 
 /// Left to the rest of the machine when checking whether a stage fits.
@@ -68,7 +68,7 @@ impl CpuEngine {
         progress: &mut dyn FnMut(u64),
     ) -> Result<LoadedStage, LoadError> {
         self.unload();
-        check(spec)?;
+        spec.check()?;
         let checked = Sources::new(&spec.config, sources)?;
         check_memory(spec, sources)?;
         let mut backend = CpuBackend::new(spec.isa, spec.threads, spec.host_threads)
@@ -129,38 +129,17 @@ impl Engine for CpuEngine {
     }
 
     fn profile(&mut self, spec: &ProfileSpec, threads: usize) -> Result<StageProfile, LoadError> {
-        profile::profile(spec, threads)
+        profile::profile(spec, threads, &mut |stage, sources| {
+            let mut engine = Self::new();
+            engine.load_sources(stage, sources, &mut |_| {})?;
+            Ok(Box::new(engine))
+        })
     }
 
     fn busy(&self) -> Duration {
         let now = self.stage.as_ref().map_or(Duration::ZERO, |s| s.backend.compute.pool.busy());
         self.busy + now
     }
-}
-
-/// Whether settings make sense for this engine and machine.
-fn check(spec: &StageSpec) -> Result<(), LoadError> {
-    let bad = |what: String| Err(LoadError::Settings(what));
-    let s = &spec.settings;
-    if s.kv_block_size == 0 || 64 % s.kv_block_size != 0 {
-        return bad(format!("a KV block of {} positions does not divide 64", s.kv_block_size));
-    }
-    if s.max_batch_tokens == 0 || s.max_num_seqs == 0 || s.max_model_len == 0 {
-        return bad("batch tokens, sequences and sequence length must be at least 1".to_owned());
-    }
-    if spec.isa > Isa::best() {
-        return bad(format!("this machine does not run {}", spec.isa));
-    }
-    if spec.layers.start > spec.layers.end || spec.layers.end > spec.config.layers {
-        return bad(format!(
-            "layers {:?} of a model of {} layers",
-            spec.layers, spec.config.layers
-        ));
-    }
-    if spec.layers.is_empty() && !spec.head && !spec.embed {
-        return bad("a stage without layers, embedding and head".to_owned());
-    }
-    Ok(())
 }
 
 /// Whether everything the stage will allocate fits in what is free, before any of it is touched.

@@ -34,7 +34,6 @@ mod mapping;
 mod memory;
 mod pack;
 mod pool;
-mod profile;
 mod rope;
 mod store;
 mod tensor;
@@ -42,8 +41,8 @@ mod tensor;
 pub use backend::CpuBackend;
 pub use engine::CpuEngine;
 pub use memory::available_bytes;
-pub(crate) use pack::dequantise_row;
-pub use pack::packed_bytes;
+pub use pack::{dequantise_row, packed_bytes};
+pub use rope::rope_tables;
 
 /// Revision of everything in this engine that may change a token. Raise the first number with any
 /// change of an order or formula in the table above. Another `libm` gives another revision by itself.

@@ -193,9 +193,9 @@ fn unpack_row<F: Format>(group: &[u8], r: usize, lane: usize, out: &mut [f32]) {
     }
 }
 
-/// A row in the file's layout as numbers, exactly as [`Packed::unpack`] gives them; `out` has the
+/// A row in the file's layout as numbers, exactly as rows that are packed read back; `out` has the
 /// row's elements. `false` where the engine does not know the type.
-pub(crate) fn dequantise_row(dtype: TensorType, row: &[u8], out: &mut [f32]) -> bool {
+pub fn dequantise_row(dtype: TensorType, row: &[u8], out: &mut [f32]) -> bool {
     let Some(Packing { from, kind }) = kind_of(dtype).filter(|p| p.from == dtype) else {
         return false;
     };

@@ -33,19 +33,7 @@ impl Rope {
         let pairs = config.dim as usize / 2;
         let mut cos = arena.take(positions * pairs)?;
         let mut sin = arena.take(positions * pairs)?;
-        let size = match config.scaling {
-            RopeScaling::Yarn { attention_factor, .. }
-            | RopeScaling::Long { attention_factor, .. } => f64::from(attention_factor),
-            RopeScaling::Linear(_) | RopeScaling::Llama3 { .. } => 1.0,
-        };
-        for pair in 0..pairs {
-            let turn = turn(config, pair, factors.map_or(1.0, |f| f[pair]));
-            for position in 0..positions {
-                let (s, c) = libm::sincos(position as f64 * turn);
-                cos[position * pairs + pair] = (c * size) as f32;
-                sin[position * pairs + pair] = (s * size) as f32;
-            }
-        }
+        fill(config, factors, &mut cos, &mut sin);
         let interleaved = config.style == RopeStyle::Interleaved;
         Ok(Self { cos, sin, pairs, head_dim, interleaved })
     }
@@ -55,6 +43,37 @@ impl Rope {
         let range = position * self.pairs..(position + 1) * self.pairs;
         (&self.cos[range.clone()], &self.sin[range])
     }
+}
+
+/// Fills tables of `positions x pairs`.
+fn fill(config: &RopeConfig, factors: Option<&[f32]>, cos: &mut [f32], sin: &mut [f32]) {
+    let pairs = config.dim as usize / 2;
+    let size = match config.scaling {
+        RopeScaling::Yarn { attention_factor, .. } | RopeScaling::Long { attention_factor, .. } => {
+            f64::from(attention_factor)
+        }
+        RopeScaling::Linear(_) | RopeScaling::Llama3 { .. } => 1.0,
+    };
+    for pair in 0..pairs {
+        let turn = turn(config, pair, factors.map_or(1.0, |f| f[pair]));
+        let lines = cos.chunks_exact_mut(pairs).zip(sin.chunks_exact_mut(pairs));
+        for (position, (cos, sin)) in lines.enumerate() {
+            let (s, c) = libm::sincos(position as f64 * turn);
+            (cos[pair], sin[pair]) = ((c * size) as f32, (s * size) as f32);
+        }
+    }
+}
+
+/// Cosines and sines for so many positions, each `positions x dim / 2`, as the CPU engine has them.
+pub fn rope_tables(
+    config: &RopeConfig,
+    positions: usize,
+    factors: Option<&[f32]>,
+) -> (Vec<f32>, Vec<f32>) {
+    let elements = positions * config.dim as usize / 2;
+    let (mut cos, mut sin) = (vec![0.0; elements], vec![0.0; elements]);
+    fill(config, factors, &mut cos, &mut sin);
+    (cos, sin)
 }
 
 /// The angle from one position to the next.

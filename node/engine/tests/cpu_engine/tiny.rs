@@ -217,7 +217,7 @@ impl Tiny {
             let (spec, sources) = self.stage(first..end, i == 0, last, threads, isa);
             let mut engine = CpuEngine::new();
             engine.load(&spec, &sources, &mut |_| {}).unwrap();
-            stages.push(engine);
+            stages.push(Box::new(engine) as Box<dyn Engine>);
         }
         let block_size = self.settings.kv_block_size;
         Pipeline { stages, hidden: self.config.hidden as usize, block_size }
@@ -226,7 +226,7 @@ impl Tiny {
 
 /// Stages in one process.
 pub(crate) struct Pipeline {
-    stages: Vec<CpuEngine>,
+    stages: Vec<Box<dyn Engine>>,
     hidden: usize,
     pub(crate) block_size: u32,
 }
@@ -236,7 +236,7 @@ pub(crate) type Logits = (usize, u32, Vec<u32>);
 
 impl Pipeline {
     /// A pipeline over engines that are loaded.
-    pub(crate) fn of(stages: Vec<CpuEngine>, hidden: usize, block_size: u32) -> Self {
+    pub(crate) fn of(stages: Vec<Box<dyn Engine>>, hidden: usize, block_size: u32) -> Self {
         Self { stages, hidden, block_size }
     }
 

@@ -22,8 +22,18 @@ pub(crate) fn sources(files: &ModelFiles) -> Vec<TensorSource> {
 
 /// Stages that end at the given layers.
 pub(crate) fn pipeline(files: &ModelFiles, ends: &[u32], isa: Isa) -> Pipeline {
+    pipeline_of(files, ends, isa, &mut |_| Box::new(CpuEngine::new()))
+}
+
+/// The same, each on an engine of its own.
+pub(crate) fn pipeline_of(
+    files: &ModelFiles,
+    ends: &[u32],
+    isa: Isa,
+    engine: &mut dyn FnMut(usize) -> Box<dyn Engine>,
+) -> Pipeline {
     let sources = sources(files);
-    let stage = |i: usize| {
+    let mut stage = |i: usize| {
         let spec = StageSpec {
             config: files.config.clone(),
             layers: if i == 0 { 0 } else { ends[i - 1] }..ends[i],
@@ -43,11 +53,11 @@ pub(crate) fn pipeline(files: &ModelFiles, ends: &[u32], isa: Isa) -> Pipeline {
             isa,
             packed_cache: None,
         };
-        let mut engine = CpuEngine::new();
+        let mut engine = engine(i);
         engine.load(&spec, &sources, &mut |_| {}).unwrap();
         engine
     };
-    Pipeline::of((0..ends.len()).map(stage).collect(), files.config.hidden as usize, 16)
+    Pipeline::of((0..ends.len()).map(&mut stage).collect(), files.config.hidden as usize, 16)
 }
 
 /// Bits of the logits of every position, computed in chunks.

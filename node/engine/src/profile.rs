@@ -14,7 +14,6 @@ use millrace_shared::wire::control::{
 };
 use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
 
-use super::CpuEngine;
 use crate::model::Source;
 use crate::{Engine, HeadWant, Isa, LoadError, StageInput, StageOutput, StageSpec};
 
@@ -32,8 +31,20 @@ const BLOCK: u32 = 64;
 /// Blocks of each sequence.
 const BLOCKS: u32 = PROFILE_CONTEXT.div_ceil(BLOCK);
 
-/// Seconds of one layer and of the head for decodes of each of [`PROFILE_ROWS`].
-pub(super) fn profile(spec: &ProfileSpec, threads: usize) -> Result<StageProfile, LoadError> {
+/// Loads a stage of such sources into an engine of its own.
+pub type LoadStage<'a> =
+    dyn FnMut(&StageSpec, &[Source]) -> Result<Box<dyn Engine>, LoadError> + 'a;
+
+/// Seconds of one layer and of the head for decodes of each of [`PROFILE_ROWS`], by the engines that
+/// `load` makes.
+///
+/// # Errors
+/// If the instruction set asked for is not there, or a stage cannot be loaded.
+pub fn profile(
+    spec: &ProfileSpec,
+    threads: usize,
+    load: &mut LoadStage<'_>,
+) -> Result<StageProfile, LoadError> {
     let one: u64 = layer_entries(&spec.config, spec.layer_type, 0).iter().map(|t| t.bytes).sum();
     let layers = (LAYER_BYTES / one.max(1)).clamp(1, 8) as u32;
     let mut config = ModelConfig { layers, rope_factors: false, ..spec.config.clone() };
@@ -52,10 +63,10 @@ pub(super) fn profile(spec: &ProfileSpec, threads: usize) -> Result<StageProfile
     entries.push(entry(head_name(&config).to_owned(), spec.head_type, &head_dims));
     let sources: Vec<Source> = entries.into_iter().map(Source::Synthetic).collect();
     let isa = Isa::detect().map_err(LoadError::Settings)?;
-    let rig = |layers: u32, head: bool| {
+    let mut rig = |layers: u32, head: bool| {
         let host_threads = threads * spec.sharing.max(1) as usize;
         let stage = stage_spec(&config, layers, head, (threads, host_threads), isa);
-        Rig::load(&stage, &sources)
+        Ok::<_, LoadError>(Rig::new(load(&stage, &sources)?, &stage))
     };
     let (mut stage, mut head) = (rig(layers, false)?, rig(0, true)?);
     let mut profile = StageProfile::default();
@@ -115,7 +126,7 @@ fn stage_spec(
 
 /// A stage on made-up weights, and steps for it.
 struct Rig {
-    engine: CpuEngine,
+    engine: Box<dyn Engine>,
     meta: StepMeta,
     input: Vec<f32>,
     out: Vec<f32>,
@@ -123,9 +134,7 @@ struct Rig {
 }
 
 impl Rig {
-    fn load(spec: &StageSpec, sources: &[Source]) -> Result<Self, LoadError> {
-        let mut engine = CpuEngine::new();
-        engine.load_sources(spec, sources, &mut |_| {})?;
+    fn new(engine: Box<dyn Engine>, spec: &StageSpec) -> Self {
         let sequences = || (0..MOST_ROWS).map(|i| (SequenceId(u64::from(i)), i));
         let row = |(sequence, _)| Row {
             sequence,
@@ -148,7 +157,7 @@ impl Rig {
         let input: Vec<f32> =
             (0..meta.rows.len() * width).map(|i| (i % 13) as f32 / 13.0 - 0.5).collect();
         let out = vec![0f32; input.len()];
-        Ok(Self { engine, meta, input, out, head: spec.head })
+        Self { engine, meta, input, out, head: spec.head }
     }
 
     /// One step of the first `rows` sequences.
