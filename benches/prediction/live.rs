@@ -54,6 +54,7 @@ pub(crate) fn node(args: &[OsString]) {
         nodes_in_process: 1,
         memory_bytes: None,
         engine: millrace_shared::options::EngineKind::Cpu,
+        torch: millrace_shared::options::TorchOptions::default(),
         require_kv_dtype: None,
         require_activation_dtype: None,
         show_progress: false,

@@ -198,6 +198,7 @@ fn node_config(
         nodes_in_process: nodes,
         memory_bytes: None,
         engine: options.engine.engine,
+        torch: options.engine.torch,
         require_kv_dtype: None,
         require_activation_dtype: None,
         show_progress: false,

@@ -118,6 +118,7 @@ impl RunArgs {
             nodes_in_process: 1,
             memory_bytes: self.memory,
             engine: self.engine.engine,
+            torch: self.engine.torch,
             require_kv_dtype: given(self.engine.kv_cache_dtype, defaults.kv_cache_dtype),
             require_activation_dtype: given(
                 self.engine.activation_dtype,

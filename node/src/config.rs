@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use millrace_net::join::JoinToken;
 use millrace_shared::model::Dtype;
-use millrace_shared::options::EngineKind;
+use millrace_shared::options::{EngineKind, TorchOptions};
 
 /// First UDP port that nodes try; the next free one is taken on a shared host.
 pub const DEFAULT_PORT: u16 = 8010;
@@ -42,6 +42,8 @@ pub struct Config {
     pub memory_bytes: Option<u64>,
     /// Engine.
     pub engine: EngineKind,
+    /// Where and in what the torch engine computes.
+    pub torch: TorchOptions,
     /// Refuse assignments whose KV cache has another type.
     pub require_kv_dtype: Option<Dtype>,
     /// Refuse assignments whose activations have another type.

@@ -6,6 +6,7 @@
 pub mod actors;
 pub mod cli;
 pub mod config;
+mod engines;
 pub mod enrol;
 pub mod hardware;
 pub mod loader;
@@ -18,12 +19,10 @@ use std::rc::Rc;
 
 use actix::{Actor, Addr};
 use anyhow::Context as _;
-use millrace_engine::cpu::CpuEngine;
-use millrace_engine::mock::{self, MockConfig, MockEngine};
-use millrace_engine::thread::{EngineFactory, EngineHandle};
-use millrace_engine::{Engine as _, Isa};
+use millrace_engine::Isa;
+use millrace_engine::mock::MockConfig;
+use millrace_engine::thread::EngineHandle;
 use millrace_net::{Endpoint, PeerName, timing, tls};
-use millrace_shared::options::EngineKind;
 use millrace_shared::wire::WIRE_VERSION;
 use millrace_shared::wire::control::Hello;
 use tokio::sync::oneshot;
@@ -85,7 +84,8 @@ pub async fn start_with(
     mock: MockConfig,
 ) -> anyhow::Result<Running> {
     let isa = Isa::detect().map_err(anyhow::Error::msg)?;
-    let hardware = Hardware::probe();
+    let engine = engines::of(&config, &mock)?;
+    let hardware = engine.hardware(Hardware::probe(), isa);
     let server = tls::cluster_server(&membership.identity)?;
     let endpoint = if config.next_free_port {
         Endpoint::bind_next_free(config.listen, config::PORT_TRIES, Some(&server))
@@ -95,10 +95,8 @@ pub async fn start_with(
     .context("--listen")?;
     let listen = endpoint.local_addr()?;
     let threads = config.threads.unwrap_or(hardware.cores).max(1);
-    let numerics = engine(config.engine, &mock).0;
-    let processor = format!("{}, {isa}", hardware.processor);
-    let hello =
-        hello(&config, (&hardware, processor), listen, threads, numerics.clone(), &membership);
+    let numerics = engine.numerics;
+    let hello = hello(&config, &hardware, listen, threads, numerics.clone(), &membership);
     let client = tls::cluster_client(&membership.identity)?;
     if config.show_progress {
         announce(&config, &hardware, &hello, listen);
@@ -115,8 +113,9 @@ pub async fn start_with(
         endpoint: endpoint.clone(),
         tls: client,
         mock,
-        spawn_engine: |kind, mock| {
-            EngineHandle::spawn("engine", ENGINE_QUEUE, engine(kind, mock).1)
+        spawn_engine: |config, mock| {
+            let engine = engines::of(config, mock).map_err(std::io::Error::other)?;
+            EngineHandle::spawn("engine", ENGINE_QUEUE, engine.factory)
         },
         numerics,
         cores: hardware.cores,
@@ -132,20 +131,9 @@ pub async fn start_with(
     Ok(Running { listen, endpoint, node, refused: Some(refused) })
 }
 
-fn engine(kind: EngineKind, mock: &MockConfig) -> (String, EngineFactory) {
-    match kind {
-        EngineKind::Cpu => {
-            (millrace_engine::cpu::numerics_revision(), Box::new(|| Box::new(CpuEngine::new())))
-        }
-        EngineKind::Mock => {
-            (MockEngine::new(mock.clone()).numerics_revision(), mock::factory(mock.clone()))
-        }
-    }
-}
-
 fn hello(
     config: &Config,
-    (hardware, processor): (&Hardware, String),
+    hardware: &Hardware,
     listen: SocketAddr,
     threads: usize,
     numerics_revision: String,
@@ -163,7 +151,7 @@ fn hello(
         memory_bytes: config
             .memory_bytes
             .map_or(hardware.memory_bytes, |m| m.min(hardware.memory_bytes)),
-        hardware: processor,
+        hardware: hardware.processor.clone(),
     }
 }
 

@@ -30,6 +30,8 @@ pub mod env {
     pub const API_KEY: &str = "MILLRACE_API_KEY";
     /// Join token of a node.
     pub const TOKEN: &str = "MILLRACE_TOKEN";
+    /// Where the torch engine computes (`--device`).
+    pub const DEVICE: &str = "MILLRACE_DEVICE";
     /// Threads of an engine.
     pub const THREADS: &str = "MILLRACE_THREADS";
     /// How quickly idle processors must wake up (`--wake-latency`).

@@ -1,10 +1,13 @@
 //! Engine options: the same flags on every command that starts an engine or a plan.
 
+mod torch;
+
 use std::fmt;
 use std::str::FromStr;
 
 use crate::model::Dtype;
 use crate::partition::LayerRange;
+pub use torch::{Device, Fraction, TorchDtype, TorchOptions};
 
 /// Micro-batches in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +111,8 @@ pub enum EngineKind {
     /// The CPU engine.
     #[default]
     Cpu,
+    /// The engine over libtorch: GPUs, and processors.
+    Torch,
     /// The deterministic mock: tokens are hashes. For tests of everything around the engine.
     Mock,
 }
@@ -117,6 +122,7 @@ impl EngineKind {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Cpu => "cpu",
+            Self::Torch => "torch",
             Self::Mock => "mock",
         }
     }
@@ -127,8 +133,9 @@ impl FromStr for EngineKind {
     fn from_str(s: &str) -> Result<Self, String> {
         match s {
             "cpu" => Ok(Self::Cpu),
+            "torch" => Ok(Self::Torch),
             "mock" => Ok(Self::Mock),
-            _ => Err(format!("unknown engine '{s}': use cpu or mock")),
+            _ => Err(format!("unknown engine '{s}': use cpu, torch or mock")),
         }
     }
 }
@@ -288,9 +295,12 @@ pub struct EngineOptions {
     /// or a number; needs write access to /dev/cpu_dma_latency
     #[cfg_attr(feature = "clap", arg(long, value_name = "auto|off|N", default_value = "auto", env = crate::names::env::WAKE_LATENCY))]
     pub wake_latency: WakeLatency,
-    /// Engine: cpu, or mock for tests
+    /// Engine: cpu; torch, in builds that have it; or mock for tests
     #[cfg_attr(feature = "clap", arg(long, value_name = "ENGINE", default_value = "cpu"))]
     pub engine: EngineKind,
+    /// Of the torch engine.
+    #[cfg_attr(feature = "clap", command(flatten))]
+    pub torch: TorchOptions,
 }
 
 /// 64 positions already saturate a CPU stage; more only lengthens the pipeline's bubbles.
@@ -309,6 +319,7 @@ impl Default for EngineOptions {
             activation_dtype: Dtype::F32,
             wake_latency: WakeLatency::Auto,
             engine: EngineKind::Cpu,
+            torch: TorchOptions::default(),
         }
     }
 }

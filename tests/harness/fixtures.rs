@@ -11,6 +11,8 @@ pub const CERTAIN: f32 = 0.6;
 const LOGIT_LIMIT: f32 = 0.45;
 /// Farthest that logits may be on average over all cases.
 const LOGIT_MEAN_LIMIT: f32 = 0.1;
+/// Farthest that a logit of f32 may be from the reference.
+const EXACT_LIMIT: f32 = 1e-3;
 /// Farthest that a mean likelihood may be, in nats.
 const NLL_LIMIT: f32 = 0.015;
 /// Logits to ask for, so that the reference's best ten are among them.
@@ -90,6 +92,25 @@ pub fn check(who: &str, cases: &[Reference], scores: &[Vec<PositionScore>]) {
     let worst = deviations.iter().copied().fold(0.0, f32::max);
     eprintln!("{who}: logits deviate by {mean:.4} on average, {worst:.4} at most");
     assert!(mean <= LOGIT_MEAN_LIMIT, "{who}: logits deviate by {mean} on average");
+}
+
+/// Holds them to the rule for engines that compute in f32: every logit, and every step.
+pub fn check_exact(who: &str, cases: &[Reference], scores: &[Vec<PositionScore>]) {
+    let mut worst = 0f32;
+    for (case, scores) in cases.iter().zip(scores) {
+        let at = format!("{who}, {}", case.name);
+        let last = case.token_ids.len() - 1;
+        for (step, (expected, score)) in case.greedy.iter().zip(&scores[last..]).enumerate() {
+            assert_eq!(score.top_logits[0].0, *expected, "{at}, step {step}");
+        }
+        for (id, expected) in &case.top_logits {
+            let own = scores[last].top_logits.iter().find(|(own, _)| own == id);
+            let own = own.unwrap_or_else(|| panic!("{at}: {id} is not among the best {TOP}")).1;
+            worst = worst.max((own - expected).abs());
+        }
+    }
+    eprintln!("{who}: logits deviate by {worst:.6} at most");
+    assert!(worst <= EXACT_LIMIT, "{who}: a logit deviates by {worst}");
 }
 
 fn check_arg_max(at: &str, case: &Reference, scores: &[PositionScore]) {

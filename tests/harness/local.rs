@@ -6,12 +6,13 @@ use std::thread::JoinHandle;
 
 use millrace_cli::embedded::{EmbeddedCluster, EmbeddedOptions};
 use millrace_net::client::ClientConfig;
-use millrace_shared::options::{EngineOptions, MicroBatches};
+use millrace_shared::model::Dtype;
+use millrace_shared::options::{EngineKind, EngineOptions, MicroBatches};
 use tokio::sync::oneshot;
 
 use crate::{DEADLINE, model};
 
-/// What may differ without changing a token.
+/// What may differ without changing a token, and by what is computed.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     /// Nodes in the pipeline.
@@ -24,6 +25,10 @@ pub struct Shape {
     pub micro_batches: MicroBatches,
     /// Positions of KV cache.
     pub kv_cache_tokens: u32,
+    /// What computes.
+    pub engine: EngineKind,
+    /// What keys and values are kept as.
+    pub kv_cache_dtype: Dtype,
 }
 
 impl Default for Shape {
@@ -34,6 +39,8 @@ impl Default for Shape {
             prefill_chunk: 64,
             micro_batches: MicroBatches::Auto,
             kv_cache_tokens: 8192,
+            engine: EngineKind::Cpu,
+            kv_cache_dtype: Dtype::F16,
         }
     }
 }
@@ -109,6 +116,8 @@ fn options(model: &Path, shape: Shape) -> EmbeddedOptions {
             threads: Some(shape.threads),
             prefill_chunk: shape.prefill_chunk,
             micro_batches: shape.micro_batches,
+            engine: shape.engine,
+            kv_cache_dtype: shape.kv_cache_dtype,
             ..EngineOptions::default()
         },
         dir: None,

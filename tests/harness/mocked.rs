@@ -23,7 +23,7 @@ use millrace_node::enrol::Issued;
 use millrace_shared::id::NodeId;
 use millrace_shared::model::gguf::{Gguf, GgufWriter};
 use millrace_shared::model::{ModelConfig, TensorType};
-use millrace_shared::options::{EngineKind, EngineOptions, MicroBatches, Replan};
+use millrace_shared::options::{EngineKind, EngineOptions, MicroBatches, Replan, TorchOptions};
 use tokio::sync::{oneshot, watch};
 
 use crate::relay::{Relay, Way};
@@ -337,6 +337,7 @@ fn node_config(dir: &Path, index: usize, nodes: usize, front: Option<SocketAddr>
         nodes_in_process: nodes as u32,
         memory_bytes: None,
         engine: EngineKind::Mock,
+        torch: TorchOptions::default(),
         require_kv_dtype: None,
         require_activation_dtype: None,
         show_progress: false,

@@ -27,6 +27,7 @@ use millrace_shared::membership::{
     Action, Event, Membership, MembershipConfig, PipelineConfig, PipelineState, Session,
 };
 use millrace_shared::model::ModelManifest;
+use millrace_shared::options::EngineKind;
 use millrace_shared::partition::LayerRange;
 use millrace_shared::wire::WIRE_VERSION;
 use millrace_shared::wire::control::{
@@ -361,11 +362,13 @@ impl Cluster {
 
     /// Why a node cannot be a member.
     fn objection(&self, id: NodeId, hello: &Hello) -> Option<String> {
-        if hello.engine != self.deployment.engine.as_str() {
+        let ours = self.deployment.engine.as_str();
+        if hello.engine != ours
+            && [hello.engine.as_str(), ours].contains(&EngineKind::Mock.as_str())
+        {
             return Some(format!(
                 "the node runs the engine '{}', this cluster '{}': start both with the same --engine",
-                hello.engine,
-                self.deployment.engine.as_str()
+                hello.engine, ours
             ));
         }
         if hello.wire_version != WIRE_VERSION {
@@ -377,8 +380,15 @@ impl Cluster {
                 hello.version
             ));
         }
+        // What torch computes is approximate anyway: each stage's id says what it is computed with.
+        if hello.engine == EngineKind::Torch.as_str() {
+            return None;
+        }
         // Not the node's own former self: it may come back as another build.
-        let mut others = self.members.iter().filter(|(other, _)| **other != id);
+        let mut others = self
+            .members
+            .iter()
+            .filter(|(other, m)| **other != id && m.hello.engine == hello.engine);
         let (_, other) =
             others.find(|(_, m)| m.hello.numerics_revision != hello.numerics_revision)?;
         Some(format!(

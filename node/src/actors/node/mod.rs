@@ -21,7 +21,6 @@ use millrace_net::pump::pump_out;
 use millrace_net::{ClientTls, Connection, Endpoint, FramePool, PeerName};
 use millrace_shared::id::{Epoch, PipelineId};
 use millrace_shared::model::numerics_id;
-use millrace_shared::options::EngineKind;
 use millrace_shared::wire::control::{
     Assignment, CoordinatorMessage, Heartbeat, NodeMessage, Peer, ProfileSpec,
 };
@@ -48,7 +47,7 @@ pub struct Parts {
     /// How the mock engine behaves, where that is the engine.
     pub mock: MockConfig,
     /// Makes an engine's thread.
-    pub spawn_engine: fn(EngineKind, &MockConfig) -> std::io::Result<EngineHandle>,
+    pub spawn_engine: fn(&Config, &MockConfig) -> std::io::Result<EngineHandle>,
     /// Revision of the engine's numerics.
     pub numerics: String,
     /// Cores that the process may use.
@@ -59,7 +58,7 @@ pub struct Parts {
 
 impl Parts {
     fn engine(&self) -> std::io::Result<EngineHandle> {
-        (self.spawn_engine)(self.config.engine, &self.mock)
+        (self.spawn_engine)(&self.config, &self.mock)
     }
 
     /// Processes that share the host's cores, where it has so many nodes or stages.

@@ -9,6 +9,7 @@ use millrace_engine::stage::StagePlace;
 use millrace_engine::thread::{EngineHandle, Job, LoadJob};
 use millrace_engine::{Isa, PackingReport, StageSpec};
 use millrace_net::{Connection, EdgeSender, FramePool, NetError, timing};
+use millrace_shared::options::EngineKind;
 use millrace_shared::wire::control::{Assignment, LoadReport, Peer, WayMeasured};
 use millrace_shared::wire::{Edge, node_name};
 use tokio::sync::oneshot;
@@ -30,8 +31,8 @@ pub(super) async fn load(
     let loader = Loader::new(parts.config.weights.clone(), &parts.config.cache, connection);
     // The mock engine computes from its configuration alone.
     let wanted = match parts.config.engine {
-        millrace_shared::options::EngineKind::Mock => &[][..],
-        millrace_shared::options::EngineKind::Cpu => &assignment.tensors[..],
+        EngineKind::Mock => &[][..],
+        EngineKind::Cpu | EngineKind::Torch => &assignment.tensors[..],
     };
     let (tensors, mut report) =
         loader.fetch(wanted, |done| fetching.set(done)).await.map_err(|e| e.to_string())?;

@@ -1,0 +1,94 @@
+//! Which engine a node computes with, and what that says of its machine.
+
+use anyhow::{anyhow, ensure};
+use millrace_engine::cpu::{self, CpuEngine};
+use millrace_engine::mock::{self, MockConfig, MockEngine};
+use millrace_engine::thread::EngineFactory;
+use millrace_engine::{Engine as _, Isa};
+use millrace_shared::options::{EngineKind, TorchOptions};
+
+use crate::Config;
+use crate::hardware::Hardware;
+
+/// An engine to be made on a thread of its own.
+pub(crate) struct Chosen {
+    /// Revision of its numerics.
+    pub(crate) numerics: String,
+    pub(crate) factory: EngineFactory,
+    /// The device and its free memory, where that is not this machine's processor.
+    device: Option<Device>,
+}
+
+/// What computes beside the processor's own kernels.
+struct Device {
+    description: String,
+    memory_bytes: Option<u64>,
+}
+
+impl Chosen {
+    /// What the machine offers with this engine.
+    pub(crate) fn hardware(&self, mut hardware: Hardware, isa: Isa) -> Hardware {
+        match &self.device {
+            None => hardware.processor = format!("{}, {isa}", hardware.processor),
+            Some(device) => {
+                hardware.processor = format!("{}, {}", hardware.processor, device.description);
+                if let Some(bytes) = device.memory_bytes {
+                    hardware.memory_bytes = bytes;
+                }
+            }
+        }
+        hardware
+    }
+}
+
+/// The engine that the settings name.
+///
+/// # Errors
+/// If it is not in this build, or its device is not there: with what to type.
+pub(crate) fn of(config: &Config, mock: &MockConfig) -> anyhow::Result<Chosen> {
+    ensure!(
+        config.engine == EngineKind::Torch || config.torch.is_default(),
+        "--device, --torch-dtype and --memory-fraction are the torch engine's: add --engine torch"
+    );
+    Ok(match config.engine {
+        EngineKind::Cpu => Chosen {
+            numerics: cpu::numerics_revision(),
+            factory: Box::new(|| Box::new(CpuEngine::new())),
+            device: None,
+        },
+        EngineKind::Torch => torch(config.torch)?,
+        EngineKind::Mock => Chosen {
+            numerics: MockEngine::new(mock.clone()).numerics_revision(),
+            factory: mock::factory(mock.clone()),
+            device: None,
+        },
+    })
+}
+
+#[cfg(feature = "torch")]
+fn torch(options: TorchOptions) -> anyhow::Result<Chosen> {
+    use millrace_shared::options::Device as At;
+    use millrace_torch::{Place, TorchEngine, numerics_revision};
+
+    let place = Place::open(options.device, options.dtype()).map_err(|e| anyhow!("{e}"))?;
+    let memory = place.memory().filter(|_| options.device != At::Cpu);
+    let memory_bytes = memory.map(|m| options.memory_fraction.of(m.free));
+    // What is free changes, and measurements are kept under this name.
+    let gib = |bytes: u64| format!(" ({:.1} GiB)", bytes as f64 / f64::from(1 << 30));
+    let size = memory.map_or_else(String::new, |m| gib(m.total));
+    let dtype = options.dtype().as_str();
+    let description = format!("libtorch on {}{size}, {dtype}", options.device);
+    Ok(Chosen {
+        numerics: numerics_revision(&options),
+        factory: Box::new(move || Box::new(TorchEngine::new(options))),
+        device: Some(Device { description, memory_bytes }),
+    })
+}
+
+#[cfg(not(feature = "torch"))]
+fn torch(_: TorchOptions) -> anyhow::Result<Chosen> {
+    Err(anyhow!(
+        "this program was built without the torch engine. With it: eval \"$(deploy/libtorch.sh)\" \
+         && cargo build --release --features torch (here: --engine cpu)"
+    ))
+}

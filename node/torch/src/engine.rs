@@ -1,0 +1,199 @@
+//! [`TorchEngine`]: the engine seam over the decoder and [`TorchBackend`].
+
+use std::time::{Duration, Instant};
+
+use millrace_engine::model::weights::Sources;
+use millrace_engine::model::{Batch, BlockTables, Decoder, Source};
+use millrace_engine::profile::profile;
+use millrace_engine::{
+    Engine, LoadError, LoadedStage, PackingReport, StageInput, StageOutput, StageSpec, StepError,
+    TensorSource,
+};
+use millrace_shared::model::{StageTensors, TensorEntry, stage_tensors};
+use millrace_shared::options::TorchOptions;
+use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
+use millrace_shared::wire::data::StepMeta;
+
+use crate::matrix::{Matrix, Role};
+use crate::{Place, TorchBackend};
+
+/// Revision of what this engine computes, and in what. Its results are approximate: another build of
+/// libtorch, another GPU or another batch may round otherwise, whatever stands here.
+pub fn numerics_revision(options: &TorchOptions) -> String {
+    let device =
+        if options.device == millrace_shared::options::Device::Cpu { "cpu" } else { "cuda" };
+    format!("torch/1;approximate;{device};{}", options.dtype().as_str())
+}
+
+/// Computes a stage by libtorch.
+#[derive(Debug)]
+pub struct TorchEngine {
+    options: TorchOptions,
+    stage: Option<Stage>,
+    busy: Duration,
+}
+
+/// What is loaded.
+#[derive(Debug)]
+struct Stage {
+    backend: TorchBackend,
+    model: Decoder<TorchBackend>,
+    tables: BlockTables,
+    batch: Batch,
+}
+
+impl TorchEngine {
+    /// An engine with nothing loaded.
+    pub fn new(options: TorchOptions) -> Self {
+        Self { options, stage: None, busy: Duration::ZERO }
+    }
+
+    /// Whether the device is there.
+    ///
+    /// # Errors
+    /// If it is not: what to type instead.
+    pub fn check(options: &TorchOptions) -> Result<(), LoadError> {
+        Place::open(options.device, options.dtype()).map(drop)
+    }
+
+    /// As [`Engine::load`], for tensors of any source.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn load_sources(
+        &mut self,
+        spec: &StageSpec,
+        sources: &[Source],
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<LoadedStage, LoadError> {
+        let started = Instant::now();
+        self.stage = None;
+        spec.check()?;
+        let checked = Sources::new(&spec.config, sources)?;
+        let place = Place::open(self.options.device, self.options.dtype())?;
+        self.check_memory(place, spec, sources)?;
+        // Of this thread's work alone.
+        tch::set_num_threads(spec.threads.clamp(1, 1024) as i32);
+        let mut backend = TorchBackend::new(place, spec.threads);
+        let model = Decoder::load(&mut backend, spec, &checked, progress)?;
+        let (weight_bytes, kv_bytes) = backend.bytes();
+        let tables = BlockTables::new(&spec.settings);
+        let batch = Batch::new(&spec.settings);
+        self.stage = Some(Stage { backend, model, tables, batch });
+        let seconds = started.elapsed().as_secs_f64();
+        let packing =
+            PackingReport { packed_bytes: weight_bytes, seconds, ..PackingReport::default() };
+        Ok(LoadedStage { weight_bytes, kv_bytes, packing })
+    }
+
+    /// Whether weights and KV cache fit, before any of them is there.
+    fn check_memory(
+        &self,
+        place: Place,
+        spec: &StageSpec,
+        sources: &[Source],
+    ) -> Result<(), LoadError> {
+        let Some(memory) = place.memory() else { return Ok(()) };
+        let fraction = self.options.memory_fraction;
+        let weights = weight_bytes(place, spec, sources);
+        let kv = kv_bytes(spec, &spec.settings);
+        let needed = weights.saturating_add(kv);
+        let (may, device) = (fraction.of(memory.free), self.options.device);
+        if needed <= may {
+            return Ok(());
+        }
+        Err(LoadError::OutOfMemory {
+            what: "weights and KV cache",
+            needed_bytes: needed,
+            cause: format!(
+                "of {} free bytes of {device} ({} in all) it may take {may} (--memory-fraction \
+                 {fraction}); {weights} are for weights as {}, {kv} for the KV cache: use more \
+                 stages, fewer KV blocks, a smaller --torch-dtype or a smaller model{}",
+                memory.free,
+                memory.total,
+                self.options.dtype().as_str(),
+                if device == millrace_shared::options::Device::Cpu {
+                    ""
+                } else {
+                    "; nvidia-smi shows what holds the rest"
+                }
+            ),
+        })
+    }
+}
+
+/// What the weights of a stage will take.
+fn weight_bytes(place: Place, spec: &StageSpec, sources: &[Source]) -> u64 {
+    let entries: Vec<TensorEntry> = sources.iter().map(|s| s.entry().clone()).collect();
+    let part = StageTensors { layers: spec.layers.clone(), embed: spec.embed, head: spec.head };
+    let one = |t: &&TensorEntry| match t.dims[..] {
+        [cols, rows] => Matrix::expected_bytes(place, Role::of(&t.name), rows, cols),
+        _ => t.elements().saturating_mul(4),
+    };
+    let tensors = stage_tensors(&spec.config, &entries, &part);
+    tensors.iter().map(one).fold(0, u64::saturating_add)
+}
+
+fn kv_bytes(spec: &StageSpec, settings: &EngineSettings) -> u64 {
+    [spec.layers.len() as u64, u64::from(settings.kv_blocks), u64::from(settings.kv_block_size)]
+        .into_iter()
+        .fold(spec.config.kv_bytes_per_position(settings.kv_dtype), u64::saturating_mul)
+}
+
+impl Engine for TorchEngine {
+    fn numerics_revision(&self) -> String {
+        numerics_revision(&self.options)
+    }
+
+    fn load(
+        &mut self,
+        spec: &StageSpec,
+        tensors: &[TensorSource],
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<LoadedStage, LoadError> {
+        self.load_sources(spec, &Source::of_tensors(tensors)?, progress)
+    }
+
+    fn step(
+        &mut self,
+        meta: &StepMeta,
+        input: StageInput<'_>,
+        output: StageOutput<'_>,
+    ) -> Result<(), StepError> {
+        let Some(Stage { backend, model, tables, batch }) = &mut self.stage else {
+            return Err(StepError::Invalid("no stage is loaded".to_owned()));
+        };
+        let started = Instant::now();
+        tables.apply(meta);
+        batch.fill(meta, tables)?;
+        if batch.positions == 0 {
+            return Ok(());
+        }
+        backend.begin_step();
+        let result = model.step(backend, meta, batch, tables, input, output);
+        let failure = backend.end_step();
+        self.busy += started.elapsed();
+        match failure {
+            Some(failure) => Err(StepError::Engine(failure)),
+            None => result,
+        }
+    }
+
+    fn skip(&mut self, meta: &StepMeta) {
+        if let Some(stage) = &mut self.stage {
+            stage.tables.apply(meta);
+        }
+    }
+
+    fn profile(&mut self, spec: &ProfileSpec, threads: usize) -> Result<StageProfile, LoadError> {
+        profile(spec, threads, &mut |stage, sources| {
+            let mut engine = Self::new(self.options);
+            engine.load_sources(stage, sources, &mut |_| {})?;
+            Ok(Box::new(engine))
+        })
+    }
+
+    fn busy(&self) -> Duration {
+        self.busy
+    }
+}
