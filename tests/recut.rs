@@ -13,7 +13,9 @@ use millrace_net::client::ClientConfig;
 use millrace_net::keys::ApiKeyStore;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::admin::{AdminReply, AdminRequest, NodeRole, NodeStatus};
+use millrace_shared::wire::admin::{
+    AdminReply, AdminRequest, NewKey, NodeRole, NodeStatus, Scope,
+};
 use millrace_shared::wire::rpc::Prompt;
 
 const TOKENS: u32 = 240;
@@ -148,14 +150,60 @@ fn a_cordoned_node_hands_over_while_requests_run() {
 }
 
 #[test]
+fn nodes_that_drain_leave_nothing_behind() {
+    let _turn = alone();
+    let truth = truth();
+    let root = tempfile::tempdir().unwrap();
+    let mut coordinator = Coordinator::start(root.path(), 2, &["--kv-cache-tokens", "16384"]);
+    let mut running: Vec<_> = ["one", "two"].map(|name| coordinator.node(name, &[])).into();
+    coordinator.wait_ready();
+    for name in ["three", "four"] {
+        coordinator.renew_token();
+        running.push(coordinator.node(name, &[]));
+    }
+    let config = &coordinator.client;
+    let measured = |count: usize| {
+        wait_for("measured stand-bys", || {
+            match admin(config, AdminRequest::Describe).unwrap() {
+                AdminReply::Description(text) => text.matches("[[node]]").count() == count,
+                other => panic!("{other:?}"),
+            }
+            .then_some(())
+        });
+    };
+    measured(4);
+    // A signal: the process ends by itself, with status 0, and nobody reads an error.
+    under_load(config, &truth, || {
+        assert_eq!(running[0].terminate().code(), Some(0), "{}", running[0].log());
+        assert!(!running[0].log().contains("leaving with the layers"), "{}", running[0].log());
+    });
+    // An operator's word does the same.
+    under_load(config, &truth, || {
+        admin(config, AdminRequest::Drain { node: "two".into() }).unwrap();
+        assert_eq!(running[1].wait().code(), Some(0), "{}", running[1].log());
+        assert!(!running[1].log().contains("leaving with the layers"), "{}", running[1].log());
+    });
+    let names: Vec<String> = nodes(config).into_iter().map(|n| n.name).collect();
+    assert_eq!(names, ["three", "four"]);
+    // It comes back as a node like any other, and where nobody else can, its leaving is a loss.
+    running[0] = coordinator.node("one", &[]);
+    measured(3);
+    assert_eq!(role(config, "one"), NodeRole::StandBy);
+    assert_eq!(running[0].terminate().code(), Some(0), "a stand-by leaves at once");
+    assert_eq!(running[2].terminate().code(), Some(0));
+    assert!(running[2].log().contains("leaving with the layers"), "{}", running[2].log());
+    coordinator.wait_not_ready();
+}
+
+#[test]
 fn only_administrators_change_the_cluster() {
     let _turn = alone();
     let root = tempfile::tempdir().unwrap();
     let coordinator = Coordinator::start(root.path(), 1, &["--engine", "mock"]);
     let _node = coordinator.node("only", &["--engine", "mock"]);
     coordinator.wait_ready();
-    let (_, key) =
-        ApiKeyStore::open(&coordinator.dir()).unwrap().create("client", false, 1).unwrap();
+    let key = NewKey::new("client", Scope::Generate);
+    let (_, key) = ApiKeyStore::open(&coordinator.dir()).unwrap().create(&key, 1).unwrap();
     let client = ClientConfig { api_key: key, ..coordinator.client.clone() };
     for request in [
         AdminRequest::Nodes,

@@ -57,6 +57,7 @@ pub(crate) fn node(args: &[OsString]) {
         torch: millrace_shared::options::TorchOptions::default(),
         require_kv_dtype: None,
         require_activation_dtype: None,
+        journal: millrace_coordinator::journal::JournalConfig::default(),
         show_progress: false,
     };
     actix_rt::System::new().block_on(async {
@@ -217,6 +218,7 @@ fn config(folder: &Path, streams: u32) -> Config {
         deployment: deployment(&EngineOptions::default(), &limits),
         http: None,
         http_hosts: Vec::new(),
+        security: millrace_coordinator::security::Security::default(),
         quic: loopback,
         cluster: loopback,
         advertise: Some("127.0.0.1".to_owned()),

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use millrace_coordinator::cli::{LimitArgs, deployment};
+use millrace_coordinator::security::Security;
+use millrace_coordinator::journal::JournalConfig;
 use millrace_coordinator::{Config as CoordinatorConfig, Running as Coordinator, start};
 use millrace_net::awake;
 use millrace_net::client::ClientConfig;
@@ -42,12 +44,16 @@ pub struct EmbeddedOptions {
     pub http: Option<SocketAddr>,
     /// Names that HTTP answers to besides loopback and the bound address.
     pub http_hosts: Vec<String>,
+    /// How HTTP is protected.
+    pub security: Security,
     /// Longest sequence.
     pub max_model_len: Option<u32>,
     /// Sequences at once.
     pub max_num_seqs: u32,
     /// Positions of KV cache.
     pub kv_cache_tokens: Option<u32>,
+    /// What is kept of requests.
+    pub journal: JournalConfig,
 }
 
 /// A running cluster.
@@ -170,9 +176,11 @@ fn coordinator_config(options: &EmbeddedOptions, dir: PathBuf, stages: u32) -> C
         deployment: deployment(&options.engine, &limits),
         http: options.http,
         http_hosts: options.http_hosts.clone(),
+        security: options.security.clone(),
         quic: options.quic.unwrap_or(loopback),
         cluster: loopback,
         advertise: None,
+        journal: options.journal,
         show_progress: false,
     }
 }

@@ -10,6 +10,7 @@
 
 mod bench;
 mod cache;
+mod demo;
 mod error;
 mod eval;
 mod generate;
@@ -17,6 +18,7 @@ mod input;
 mod inspect;
 mod inspect_report;
 mod kept;
+mod keys;
 mod nodes;
 mod output;
 mod plan;
@@ -39,11 +41,13 @@ const EXAMPLES: &str = "\
 Examples:
   millrace run smollm2:135m \"Why is the sky blue?\"    answer once
   millrace run smollm2:135m                           chat
+  millrace demo                                       kill a machine in mid-sentence, lose nothing
   millrace up --model smollm2:135m --stages 3         serve over HTTP and QUIC until Ctrl-C
   millrace generate --prompt \"Once upon\" --output json   ask a running cluster
   millrace bench serve --model smollm2:135m --stages 2  measure a whole pipeline
   millrace plan --model M.gguf --nodes 3xh100-80g     which machines a model needs
   millrace nodes cordon gpu-2                         move the layers off a node, requests go on
+  millrace keys create --name alice --expires 90d     an API key for somebody else
   millrace inspect ./model.gguf                       what a model file holds
   millrace pull Qwen/Qwen3-0.6B-GGUF                  fetch a model of the Hugging Face hub
   millrace quantize ./f16.gguf ./q8.gguf --type q8_0  a smaller copy of a model file
@@ -65,6 +69,11 @@ struct Cli {
 enum Command {
     /// Answer a prompt, or chat, with a cluster inside this process
     Run(run::RunArgs),
+    /// Show an answer that survives the death of a process
+    Demo(demo::DemoArgs),
+    /// One process of a demo
+    #[command(hide = true)]
+    DemoPart(demo::PartArgs),
     /// Serve a model over HTTP and QUIC until stopped
     Up(up::UpArgs),
     /// Continue a prompt as it is, without a chat template
@@ -91,6 +100,8 @@ enum Command {
     Quantize(Box<quantize::QuantizeArgs>),
     /// List the nodes of a running cluster, take one out of use, cut the model anew
     Nodes(nodes::NodesArgs),
+    /// List, make and revoke the API keys of a running cluster
+    Keys(keys::KeysArgs),
     /// Try the network ways between all members of a running cluster
     Doctor(nodes::DoctorArgs),
     /// Measure the engine alone, or a whole pipeline
@@ -103,7 +114,7 @@ impl Command {
     /// what went wrong.
     fn log_filter(&self) -> &'static str {
         match self {
-            Self::Up(_) => "warn,millrace=info",
+            Self::Up(_) | Self::DemoPart(_) => "warn,millrace=info",
             _ => "warn",
         }
     }
@@ -112,6 +123,8 @@ impl Command {
 async fn dispatch(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Run(args) => run::run(args).await,
+        Command::Demo(args) => demo::run(args).await,
+        Command::DemoPart(args) => demo::run_part(args).await,
         Command::Up(args) => up::run(args).await,
         Command::Generate(args) => generate::run(args).await,
         Command::Tokenize(args) => tokenize::run(&args),
@@ -124,6 +137,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Plan(args) => plan::run(*args).await,
         Command::Quantize(args) => quantize::run(*args).await,
         Command::Nodes(args) => nodes::run(args).await,
+        Command::Keys(args) => keys::run(args).await,
         Command::Doctor(args) => nodes::doctor(args).await,
         Command::Bench(command) => bench::run(command).await,
     }

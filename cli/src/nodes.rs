@@ -15,7 +15,9 @@ Examples:
   millrace nodes                       who is there and what each does
   millrace nodes cordon gpu-2          move the layers off gpu-2 before a reboot; requests go on
   millrace nodes uncordon gpu-2        it may be used again
-  millrace nodes recut                 what a new cut would bring; --apply makes it";
+  millrace nodes drain gpu-2           the same as cordon, and then its process ends
+  millrace nodes recut                 what a new cut would bring; --apply makes it
+  millrace nodes revoke gpu-2          never let it in again: lost, stolen or sold";
 
 /// Flags of `nodes`.
 #[derive(Debug, Args)]
@@ -39,9 +41,19 @@ enum NodesCommand {
         /// Its name or id
         node: String,
     },
+    /// Hand a node's layers over while requests go on, then end its process
+    Drain {
+        /// Its name or id
+        node: String,
+    },
     /// Let a cordoned node be used again
     Uncordon {
         /// Its name or id
+        node: String,
+    },
+    /// Never let a node in again, and close its connection; to come back it has to enrol anew
+    Revoke {
+        /// Its name, or its id where it is not there
         node: String,
     },
     /// Show what a new cut over the nodes of now would bring
@@ -66,7 +78,9 @@ pub(crate) async fn run(args: NodesArgs) -> anyhow::Result<()> {
     let request = match args.command.unwrap_or(NodesCommand::List) {
         NodesCommand::List => AdminRequest::Nodes,
         NodesCommand::Cordon { node } => AdminRequest::Cordon { node },
+        NodesCommand::Drain { node } => AdminRequest::Drain { node },
         NodesCommand::Uncordon { node } => AdminRequest::Uncordon { node },
+        NodesCommand::Revoke { node } => AdminRequest::RevokeNode { node },
         NodesCommand::Recut { apply } => AdminRequest::Recut { apply },
     };
     print(args.running.admin(request).await?, args.output)
@@ -93,6 +107,10 @@ fn print(reply: AdminReply, format: TextOrJson) -> anyhow::Result<()> {
         AdminReply::Recut(report) => output::write(recut_text(&report)),
         AdminReply::Edges(edges) => output::write(edges_text(&edges)),
         AdminReply::Description(text) => output::write(text),
+        // The answers of 'millrace keys'.
+        other @ (AdminReply::Keys(_) | AdminReply::NewKey { .. }) => {
+            Err(anyhow::anyhow!("the cluster's answer makes no sense: {other:?}"))
+        }
     }
 }
 

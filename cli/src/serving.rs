@@ -3,8 +3,10 @@
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 
 use millrace_cli::embedded::EmbeddedOptions;
+use millrace_coordinator::security::Security;
 use millrace_coordinator::cli::served_name;
 use millrace_coordinator::config::DEFAULT_MAX_NUM_SEQS;
+use millrace_coordinator::journal::JournalConfig;
 use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::plan::DEFAULT_KV_TOKENS;
 use millrace_shared::model::ModelFiles;
@@ -60,9 +62,11 @@ pub(crate) fn private_cluster(
         quic: None,
         http: None,
         http_hosts: Vec::new(),
+        security: Security::default(),
         max_model_len: None,
         max_num_seqs: DEFAULT_MAX_NUM_SEQS,
         kv_cache_tokens: None,
+        journal: JournalConfig::default(),
     })
 }
 

@@ -30,7 +30,7 @@ pub(crate) struct TargetArgs {
         short,
         value_name = "MODEL",
         help_heading = "Cluster",
-        conflicts_with_all = ["cluster", "connect", "ca", "api_key_file"]
+        conflicts_with_all = ["cluster", "connect", "ca", "system_ca", "server_name", "api_key_file"]
     )]
     model: Option<String>,
     /// Stages of the cluster that --model starts [default: 1]
@@ -77,6 +77,12 @@ pub(crate) struct RunningArgs {
     /// PEM file of the cluster's CA, instead of the one in client.toml
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
+    /// Trust whom this system trusts, where the coordinator shows its company's certificate
+    #[arg(long, conflicts_with = "ca")]
+    system_ca: bool,
+    /// Name in the coordinator's certificate, where it is its company's [default: the host of --connect]
+    #[arg(long, value_name = "NAME")]
+    server_name: Option<String>,
     /// File that holds the API key, instead of $MILLRACE_API_KEY or the one in client.toml
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
@@ -191,6 +197,12 @@ impl RunningArgs {
         if let Some(ca) = &self.ca {
             config.ca_pem = read(ca)?;
         }
+        if self.system_ca {
+            config.ca_pem.clear();
+        }
+        if let Some(name) = &self.server_name {
+            config.server_name = Some(name.clone());
+        }
         match (&self.api_key_file, std::env::var(env::API_KEY)) {
             (Some(file), _) => read(file)?.trim().clone_into(&mut config.api_key),
             (None, Ok(key)) if !key.is_empty() => config.api_key = key,
@@ -201,20 +213,23 @@ impl RunningArgs {
 
     /// A cluster known from the command line alone.
     fn without_file(&self, expected: &Path) -> anyhow::Result<ClientConfig> {
-        if let (Some(_), Some(_), Some(_)) = (&self.connect, &self.ca, &self.api_key_file) {
+        let trusted = self.ca.is_some() || self.system_ca;
+        if self.connect.is_some() && trusted && self.api_key_file.is_some() {
             let empty = String::new;
             return Ok(ClientConfig {
                 quic: empty(),
                 http: empty(),
                 api_key: empty(),
                 ca_pem: empty(),
+                server_name: None,
             });
         }
         Err(usage(format!(
             "no cluster to talk to: there is no {}\n  \
              start one for this command alone: add --model smollm2:135m\n  \
              start one that stays:             millrace up --model smollm2:135m\n  \
-             or name one:                      --cluster FILE, or --connect, --ca and --api-key-file",
+             or name one:                      --cluster FILE, or --connect, --ca or --system-ca, and \
+             --api-key-file",
             expected.display()
         )))
     }
@@ -355,6 +370,8 @@ mod tests {
             cluster: Some(dir.join(CLIENT_FILE)),
             connect: None,
             ca: None,
+            system_ca: false,
+            server_name: None,
             api_key_file: None,
         }
     }
@@ -367,6 +384,7 @@ mod tests {
             http: "http://a:2".to_owned(),
             api_key: "file".to_owned(),
             ca_pem: "PEM".to_owned(),
+            server_name: None,
         };
         config.save(&dir.path().join(CLIENT_FILE)).unwrap();
         let mut args = running(dir.path());

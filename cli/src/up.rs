@@ -9,8 +9,10 @@ use clap::Args;
 use millrace_cli::embedded::EmbeddedOptions;
 use millrace_coordinator::cli::DirArg;
 use millrace_coordinator::config::{DEFAULT_HTTP_PORT, DEFAULT_MAX_NUM_SEQS, DEFAULT_QUIC_PORT};
+use millrace_coordinator::journal::JournalArgs;
 use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::paste::paste_lines;
+use millrace_coordinator::security::Security;
 use millrace_coordinator::state::CLIENT_FILE;
 use millrace_engine::cache::set_limit;
 use millrace_shared::options::{CacheOptions, EngineOptions};
@@ -45,6 +47,10 @@ pub(crate) struct UpArgs {
     model_options: ModelOptions,
     #[command(flatten)]
     network: NetworkArgs,
+    #[command(flatten)]
+    journal: JournalArgs,
+    #[command(flatten)]
+    security: Security,
     #[command(flatten)]
     cache: CacheOptions,
     #[command(flatten)]
@@ -94,6 +100,7 @@ pub(crate) async fn run(args: UpArgs) -> anyhow::Result<()> {
 fn options(args: &UpArgs, dir: PathBuf) -> anyhow::Result<EmbeddedOptions> {
     let stages = serving::stages(args.stages, &args.engine, serving::DEFAULT_STAGES)?;
     let http = serving::address(&args.network.host, args.network.port)?;
+    args.security.check(Some(http))?;
     if args.served_model_name.as_deref() == Some("") {
         return Err(usage("--served-model-name must not be empty"));
     }
@@ -104,9 +111,11 @@ fn options(args: &UpArgs, dir: PathBuf) -> anyhow::Result<EmbeddedOptions> {
         quic: Some(args.network.quic),
         http: Some(http),
         http_hosts: args.network.http_host.clone(),
+        security: args.security.clone(),
         max_model_len: args.max_model_len,
         max_num_seqs: args.max_num_seqs,
         kv_cache_tokens: args.kv_cache_tokens,
+        journal: args.journal.config(),
         ..plain
     })
 }
@@ -145,8 +154,10 @@ async fn announce(session: &Session, model: &str, dir: &Path) -> anyhow::Result<
         cluster.quic_addr(),
         config.display()
     ))?;
-    if let Some(http) = cluster.http_addr() {
-        output::write(format_args!("HTTP http://{http}\n\n{}", paste_lines(http, model, &config)))?;
+    if cluster.http_addr().is_some() {
+        let (url, ca) = (&cluster.client_config().http, cluster.coordinator().own_ca());
+        let lines = paste_lines(url, model, &config, ca.as_deref());
+        output::write(format_args!("HTTP {url}\n\n{lines}"))?;
     }
     output::stream("\nready; Ctrl-C stops\n")
 }

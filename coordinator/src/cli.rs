@@ -10,15 +10,19 @@ use millrace_engine::cache::set_limit;
 use millrace_net::awake;
 use millrace_net::telemetry::LogFormat;
 use millrace_shared::dirs;
+use millrace_shared::membership::{HEARTBEAT, LEASE};
 use millrace_shared::names::env;
 use millrace_shared::options::{CacheOptions, EngineOptions, Pin, Replan};
+use millrace_shared::wire::admin::{KeyInfo, KeyLimits, NewKey, Scope};
 
 use crate::config::{
     Config, DEFAULT_CLUSTER_PORT, DEFAULT_HTTP_PORT, DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_WAITING,
     DEFAULT_QUIC_PORT, DEFAULT_RECOVERY_SECONDS, host_port, own_address,
 };
+use crate::journal::JournalArgs;
 use crate::models::{ConsoleProgress, HubName, ModelOptions, resolve_as};
 use crate::plan::Deployment;
+use crate::security::Security;
 use crate::state::{ClusterDir, unix_now};
 
 /// Coordinates a Millrace cluster: admits nodes, cuts the model, schedules, serves clients.
@@ -39,8 +43,12 @@ Examples:
       make the cluster's folder, print the line to paste on every other machine, serve
   millrace-coordinator token create --uses 5 --expires 2h
       another join token, beside the running coordinator
-  millrace-coordinator key create --label alice
+  millrace-coordinator key create --name alice
       an API key for a client
+  millrace-coordinator serve --model smollm2:135m --host 0.0.0.0 --tls-cert c.pem --tls-key k.pem
+      HTTPS for everybody, with the company's certificate
+  millrace-coordinator backup cluster.backup
+      CA, keys and revocations in one file, also while it serves; 'restore' makes a folder of it
 
 Ports: HTTP 8000/tcp (loopback unless --host says otherwise), 8001/udp for clients and joining
 nodes, 8002/udp for members.";
@@ -58,6 +66,34 @@ pub enum Command {
     /// API keys of clients
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Copy the cluster's folder into one file, also while it serves
+    Backup(BackupArgs),
+    /// Make a cluster's folder from a backup, on this machine or another
+    Restore(RestoreArgs),
+}
+
+/// Flags of `backup`.
+#[derive(Debug, Args)]
+pub struct BackupArgs {
+    #[command(flatten)]
+    dir: DirArg,
+    /// The file to write. It holds the CA's private key: keep it like one
+    file: PathBuf,
+}
+
+/// Flags of `restore`.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    #[command(flatten)]
+    dir: DirArg,
+    /// What `backup` wrote
+    file: PathBuf,
+    /// Where clients will find the QUIC API [default: where they found it]
+    #[arg(long, value_name = "HOST:PORT")]
+    quic: Option<String>,
+    /// Where clients will find the HTTP API [default: where they found it]
+    #[arg(long, value_name = "URL")]
+    http: Option<String>,
 }
 
 /// The cluster's folder.
@@ -128,9 +164,13 @@ pub struct ServeArgs {
     #[arg(long, value_name = "HOST", value_parser = host, help_heading = "Network")]
     advertise: Option<String>,
     #[command(flatten)]
+    security: Security,
+    #[command(flatten)]
     model_options: ModelOptions,
     #[command(flatten)]
     limits: LimitArgs,
+    #[command(flatten)]
+    journal: JournalArgs,
     #[command(flatten)]
     cache: CacheOptions,
     #[command(flatten)]
@@ -160,6 +200,12 @@ pub struct LimitArgs {
     /// Seconds that requests wait, after a node was lost, for the pipeline to form again
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_RECOVERY_SECONDS)]
     pub recovery_timeout: u32,
+    /// Milliseconds between heartbeats of a node
+    #[arg(long, value_name = "MS", default_value_t = HEARTBEAT.as_millis() as u32, value_parser = clap::value_parser!(u32).range(10..=60_000))]
+    pub heartbeat: u32,
+    /// Milliseconds of silence after which a node is lost; three heartbeats at least
+    #[arg(long, value_name = "MS", default_value_t = LEASE.as_millis() as u32, value_parser = clap::value_parser!(u32).range(100..=600_000))]
+    pub lease: u32,
     /// Positions of KV cache over all sequences [default: 32768, less where memory is short]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub kv_cache_tokens: Option<u32>,
@@ -174,6 +220,8 @@ impl Default for LimitArgs {
             max_waiting: DEFAULT_MAX_WAITING,
             replan: Replan::Propose,
             recovery_timeout: DEFAULT_RECOVERY_SECONDS,
+            heartbeat: HEARTBEAT.as_millis() as u32,
+            lease: LEASE.as_millis() as u32,
             kv_cache_tokens: None,
         }
     }
@@ -199,6 +247,8 @@ pub fn deployment(engine: &EngineOptions, limits: &LimitArgs) -> Deployment {
         kv_cache_tokens: limits.kv_cache_tokens,
         replan: limits.replan,
         recovery_timeout: Duration::from_secs(limits.recovery_timeout.into()),
+        heartbeat: Duration::from_millis(limits.heartbeat.into()),
+        lease: Duration::from_millis(limits.lease.into()),
     }
 }
 
@@ -219,7 +269,17 @@ impl ServeArgs {
             (None, Some(cuts)) => Some(cuts.len() as u16 + 1),
             (stages, _) => stages,
         };
+        if self.limits.lease < 3 * self.limits.heartbeat {
+            return Err(anyhow!(
+                "--lease {} is less than three heartbeats of {} ms: one lost packet would end a node; \
+                 raise --lease or lower --heartbeat",
+                self.limits.lease,
+                self.limits.heartbeat
+            ));
+        }
         let dir = self.dir.resolve()?;
+        let http = SocketAddr::new(self.host, self.port);
+        self.security.check(Some(http))?;
         self.cache.cache_limit.into_iter().for_each(set_limit);
         awake::set(self.engine.wake_latency);
         let model = resolve_as(&self.model, self.model_options, &mut ConsoleProgress::new())?;
@@ -232,11 +292,13 @@ impl ServeArgs {
                 pins: self.pin.clone(),
                 ..deployment(&self.engine, &self.limits)
             },
-            http: Some(SocketAddr::new(self.host, self.port)),
+            http: Some(http),
             http_hosts: self.http_host.clone(),
+            security: self.security.clone(),
             quic: self.quic,
             cluster: self.cluster,
             advertise: self.advertise.clone(),
+            journal: self.journal.config(),
             show_progress: true,
         })
     }
@@ -278,12 +340,8 @@ pub enum KeyCommand {
     Create {
         #[command(flatten)]
         dir: DirArg,
-        /// Whose it is
-        #[arg(long, default_value = "client")]
-        label: String,
-        /// Its holder may also change the cluster: 'millrace nodes', 'millrace doctor'
-        #[arg(long)]
-        admin: bool,
+        #[command(flatten)]
+        key: KeyArgs,
     },
     /// List keys
     List {
@@ -299,6 +357,49 @@ pub enum KeyCommand {
     },
 }
 
+/// What a new key is to be.
+#[derive(Clone, Debug, Args)]
+pub struct KeyArgs {
+    /// Whose it is
+    #[arg(long, alias = "label", default_value = "client")]
+    name: String,
+    /// What its holder may do: read (models, state, metrics), generate (that, and run the model) or
+    /// admin (that, and change the cluster)
+    #[arg(long, value_name = "SCOPE", default_value = "generate")]
+    scope: Scope,
+    /// The same as --scope admin
+    #[arg(long, conflicts_with = "scope")]
+    admin: bool,
+    /// How long it is valid: 12h, 90d [default: until it is revoked]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    expires: Option<Duration>,
+    /// Continuations and scorings a minute
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    requests_per_minute: Option<u32>,
+    /// Tokens of prompts and answers a minute
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    tokens_per_minute: Option<u32>,
+    /// Continuations and scorings at once
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    concurrent: Option<u32>,
+}
+
+impl KeyArgs {
+    /// The key that is asked for.
+    pub fn key(&self) -> NewKey {
+        NewKey {
+            name: self.name.clone(),
+            scope: if self.admin { Scope::Admin } else { self.scope },
+            limits: KeyLimits {
+                requests_per_minute: self.requests_per_minute,
+                tokens_per_minute: self.tokens_per_minute,
+                concurrent: self.concurrent,
+            },
+            expires: self.expires.map(|time| unix_now().saturating_add(time.as_secs())),
+        }
+    }
+}
+
 fn host(s: &str) -> Result<String, String> {
     if s.contains(':') && s.parse::<std::net::Ipv6Addr>().is_err() {
         return Err(format!(
@@ -308,7 +409,7 @@ fn host(s: &str) -> Result<String, String> {
     Ok(s.to_owned())
 }
 
-fn duration(s: &str) -> Result<Duration, String> {
+pub(crate) fn duration(s: &str) -> Result<Duration, String> {
     let wrong = || format!("'{s}' is not a time such as 30m, 24h or 7d");
     let unit_at = s.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
     let n: u64 = s[..unit_at].parse().map_err(|_| wrong())?;
@@ -362,27 +463,59 @@ pub fn create_token(dir: &ClusterDir, uses: u32, expires: Duration) -> anyhow::R
     Ok(token.to_string())
 }
 
+/// Writes a backup.
+///
+/// # Errors
+/// If the folder is not a cluster's, or the file cannot be written.
+pub fn backup(args: &BackupArgs) -> anyhow::Result<String> {
+    let dir = ClusterDir::open(&args.dir.resolve()?)?;
+    crate::backup::write(&dir.path, &args.file)?;
+    Ok(format!(
+        "{} holds the CA's key, API keys (hashed), revocations and client.toml of {}",
+        args.file.display(),
+        dir.path.display()
+    ))
+}
+
+/// Makes a folder from a backup.
+///
+/// # Errors
+/// If the file is no backup, or the folder is not empty.
+pub fn restore(args: &RestoreArgs) -> anyhow::Result<String> {
+    let path = args.dir.resolve()?;
+    crate::backup::restore(&args.file, &path)?;
+    let mut dir = ClusterDir::open(&path)?;
+    let quic = args.quic.clone().unwrap_or_else(|| dir.client.quic.clone());
+    let http = args.http.clone().unwrap_or_else(|| dir.client.http.clone());
+    dir.set_addresses(&quic, &http)?;
+    let host = quic.rsplit_once(':').map_or(quic.as_str(), |(host, _)| host);
+    Ok(format!(
+        "{0} was restored.\nNext: millrace-coordinator serve --dir {0} --model MODEL --advertise {host}\n\
+         Where its address has changed, start each node once with --coordinator {quic} (no token \
+         is needed), and give clients the new client.toml or --connect {quic}.\n\
+         API keys and nodes that were revoked after the backup have to be revoked again.",
+        path.display(),
+    ))
+}
+
 /// Makes, lists or revokes keys.
 ///
 /// # Errors
 /// If the folder is not a cluster's, or no key has the id.
 pub fn key(command: &KeyCommand) -> anyhow::Result<String> {
     match command {
-        KeyCommand::Create { dir, label, admin } => {
+        KeyCommand::Create { dir, key } => {
             let dir = ClusterDir::open(&dir.resolve()?)?;
-            let (_, secret) = dir.keys.create(label, *admin, unix_now())?;
+            let (_, secret) = dir.keys.create(&key.key(), unix_now())?;
             Ok(secret)
         }
         KeyCommand::List { dir } => {
             let keys = ClusterDir::open(&dir.resolve()?)?.keys.list()?;
             let mut table =
-                format!("{:<14}  {:<20}  {:<6}  created (Unix time)", "id", "label", "rights");
-            for key in keys {
-                let rights = if key.admin { "admin" } else { "client" };
-                table.push_str(&format!(
-                    "\n{:<14}  {:<20}  {rights:<6}  {}",
-                    key.id, key.label, key.created
-                ));
+                format!("{:<14}  {:<20}  {:<8}  created (Unix time)", "id", "name", "scope");
+            for KeyInfo { id, key, created, .. } in keys {
+                let scope = key.scope.as_str();
+                table.push_str(&format!("\n{id:<14}  {:<20}  {scope:<8}  {created}", key.name));
             }
             Ok(table)
         }

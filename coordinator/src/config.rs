@@ -3,7 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
 
+use crate::journal::JournalConfig;
 use crate::plan::Deployment;
+use crate::security::Security;
 
 /// HTTP, TCP.
 pub const DEFAULT_HTTP_PORT: u16 = 8000;
@@ -36,12 +38,16 @@ pub struct Config {
     pub http: Option<SocketAddr>,
     /// Host names that HTTP answers to besides loopback and the bound address.
     pub http_hosts: Vec<String>,
+    /// How HTTP is protected.
+    pub security: Security,
     /// QUIC endpoint of clients and joining nodes.
     pub quic: SocketAddr,
     /// QUIC endpoint of members.
     pub cluster: SocketAddr,
     /// Host under which others reach this machine; found out where not given.
     pub advertise: Option<String>,
+    /// What is kept of requests, and where.
+    pub journal: JournalConfig,
     /// Bars on stderr while the model is read.
     pub show_progress: bool,
 }

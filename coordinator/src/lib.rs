@@ -3,21 +3,26 @@
 //! [`start()`] runs one inside the current actix system, for the `millrace-coordinator` binary and
 //! for programs that embed it. Layout: [`actors`] translate between the machines of
 //! `millrace-shared` and the world; [`plan`] turns a cut into assignments; [`request`] is one
-//! request's way; [`serving`] implements the [`service`] that [`api`] offers over QUIC and HTTP;
+//! request's way; [`serving`] implements the [`service`] that [`api`] offers over QUIC and HTTP,
+//! and [`gate`] stands in front of it;
 //! [`text`] tokenises; [`models`] finds and hashes model files; [`blobs`] hands weights to nodes;
-//! [`state`] is the cluster's folder.
+//! [`state`] is the cluster's folder, [`journal`] what is kept of requests there.
 
 pub mod actors;
 pub mod api;
+pub mod backup;
 pub mod blobs;
 pub mod cli;
 pub mod config;
+pub mod gate;
+pub mod journal;
 pub mod metrics;
 pub mod models;
 pub mod paste;
 pub mod plan;
 pub mod recut;
 pub mod request;
+pub mod security;
 pub mod service;
 pub mod serving;
 pub mod start;

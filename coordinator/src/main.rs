@@ -7,7 +7,7 @@ use std::process::exit;
 use std::time::Duration;
 
 use clap::Parser;
-use millrace_coordinator::cli::{Cli, Command, create_token, init, key, token};
+use millrace_coordinator::cli::{Cli, Command, backup, create_token, init, key, restore, token};
 use millrace_coordinator::paste::paste_lines;
 use millrace_coordinator::state::CLIENT_FILE;
 use millrace_coordinator::{Config, start};
@@ -27,6 +27,8 @@ fn main() {
         Command::Init(args) => init(&args).and_then(|text| print(&text)),
         Command::Token(command) => token(&command).and_then(|text| print(&text)),
         Command::Key(command) => key(&command).and_then(|text| print(&text)),
+        Command::Backup(args) => backup(&args).and_then(|text| print(&text)),
+        Command::Restore(args) => restore(&args).and_then(|text| print(&text)),
         Command::Serve(args) => match args.resolve() {
             Ok(config) => actix_rt::System::new().block_on(serve(config)),
             Err(e) => Err(e),
@@ -62,9 +64,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tokio::select! {
         ready = running.ready() => {
             ready?;
-            if let Some(http) = running.http {
-                let file = running.dir.path.join(CLIENT_FILE);
-                eprint!("\n{}", paste_lines(http, &running.served_name, &file));
+            if running.http.is_some() {
+                let (file, ca) = (running.dir.path.join(CLIENT_FILE), running.own_ca());
+                let url = &running.client().http;
+                eprint!("\n{}", paste_lines(url, &running.served_name, &file, ca.as_deref()));
             }
             stop.await;
         }

@@ -1,18 +1,11 @@
 //! Lines to paste: what `serve` and `up` print when they are ready.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
 /// A curl line and five lines of Python that work when pasted. The key is read from `client.toml`
-/// rather than printed: what is on a screen ends up in logs.
-pub fn paste_lines(http: SocketAddr, model: &str, config: &Path) -> String {
-    let mut reachable = http;
-    if http.ip().is_unspecified() {
-        reachable.set_ip(match http {
-            SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-            SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-        });
-    }
+/// rather than printed: what is on a screen ends up in logs. `http`: the API's URL; `ca`: whom to
+/// trust where HTTPS shows a certificate of the cluster's own.
+pub fn paste_lines(http: &str, model: &str, config: &Path, ca: Option<&Path>) -> String {
     let config = config.display().to_string();
     let body = serde_json::json!({
         "model": model,
@@ -22,15 +15,21 @@ pub fn paste_lines(http: SocketAddr, model: &str, config: &Path) -> String {
     .to_string();
     let (shell_config, shell_body) = (shell_quote(&config), shell_quote(&body));
     let (python_config, python_body) = (python_quote(&config), python_quote(&body));
+    let ca = ca.map(|ca| ca.display().to_string());
+    let curl_ca = ca.as_deref().map(|ca| format!(" --cacert {}", shell_quote(ca)));
+    let python_ca = ca.as_deref().map(|ca| {
+        format!(", context=__import__('ssl').create_default_context(cafile={})", python_quote(ca))
+    });
+    let (curl_ca, python_ca) = (curl_ca.unwrap_or_default(), python_ca.unwrap_or_default());
     format!(
         "Ask it with curl:\n\n\
-curl -sS http://{reachable}/v1/chat/completions -H \"Authorization: Bearer $(sed -n 's/^api_key *= *\"\\(.*\\)\"/\\1/p' {shell_config})\" -H 'Content-Type: application/json' -d {shell_body}\n\n\
+curl -sS{curl_ca} {http}/v1/chat/completions -H \"Authorization: Bearer $(sed -n 's/^api_key *= *\"\\(.*\\)\"/\\1/p' {shell_config})\" -H 'Content-Type: application/json' -d {shell_body}\n\n\
 or with Python:\n\n\
 import json, re, urllib.request\n\
 key = re.search(r'^api_key *= *\"(.*)\"', open({python_config}).read(), re.M).group(1)\n\
 headers = {{'Authorization': 'Bearer ' + key, 'Content-Type': 'application/json'}}\n\
-request = urllib.request.Request('http://{reachable}/v1/chat/completions', {python_body}.encode(), headers)\n\
-print(json.load(urllib.request.urlopen(request))['choices'][0]['message']['content'])\n"
+request = urllib.request.Request('{http}/v1/chat/completions', {python_body}.encode(), headers)\n\
+print(json.load(urllib.request.urlopen(request{python_ca}))['choices'][0]['message']['content'])\n"
     )
 }
 
@@ -48,11 +47,15 @@ mod tests {
 
     #[test]
     fn pasted_lines_are_quoted_and_reach_a_bound_address() {
-        let any = "0.0.0.0:8123".parse().unwrap();
-        let text = paste_lines(any, "it's", Path::new("/a b/client.toml"));
+        let (url, config) = ("http://127.0.0.1:8123", Path::new("/a b/client.toml"));
+        let text = paste_lines(url, "it's", config, None);
         assert!(text.contains("http://127.0.0.1:8123/v1/chat/completions"), "{text}");
+        assert!(!text.contains("cacert") && !text.contains("cafile"), "{text}");
         assert!(text.contains(r#""model":"it'\''s""#), "{text}");
         assert!(text.contains(r#""model":"it\'s""#), "{text}");
         assert!(text.contains("'/a b/client.toml'"), "{text}");
+        let own = paste_lines("https://h:1", "m", config, Some(Path::new("/a b/ca.pem")));
+        assert!(own.contains("--cacert '/a b/ca.pem' https://h:1/v1"), "{own}");
+        assert!(own.contains("cafile='/a b/ca.pem'"), "{own}");
     }
 }

@@ -1,7 +1,10 @@
 //! What the APIs ask of the coordinator. The QUIC and HTTP servers know only this trait, so they
 //! can be tested without a cluster, and neither can do more than the other.
 
+use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -12,18 +15,32 @@ use millrace_shared::sampling::SamplingParams;
 use millrace_shared::scheduler::Priority;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
-    ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
+    AttachRequest, ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt,
+    ScoreRequest,
 };
 use tokio::sync::mpsc;
 
 use crate::metrics::Metrics;
 
 /// Events of one request. Bounded by the request's own token limit, so it never blocks the
-/// scheduler; dropping it cancels the request.
+/// scheduler. Dropping it cancels the request, unless somebody else listens, or it was said to be
+/// [`EventStream::lost`] and the request is to be kept for a while.
 #[derive(Debug)]
 pub struct EventStream {
     request_id: RequestId,
     events: mpsc::Receiver<Result<GenerateEvent, Status>>,
+    meter: Option<Box<dyn Meter>>,
+    lost: Arc<AtomicBool>,
+    /// What the API that took the request wanted to be remembered.
+    tag: u32,
+    /// When it was submitted, milliseconds since 1970; 0 where nobody knows.
+    submitted_ms: u64,
+}
+
+/// Is told of the events that a stream hands out, and dropped with it.
+pub trait Meter: fmt::Debug + Send {
+    /// One more event.
+    fn see(&mut self, event: &GenerateEvent);
 }
 
 impl EventStream {
@@ -33,7 +50,47 @@ impl EventStream {
         capacity: usize,
     ) -> (mpsc::Sender<Result<GenerateEvent, Status>>, Self) {
         let (sender, events) = mpsc::channel(capacity);
-        (sender, Self { request_id, events })
+        let stream = Self {
+            request_id,
+            events,
+            meter: None,
+            lost: Arc::default(),
+            tag: 0,
+            submitted_ms: 0,
+        };
+        (sender, stream)
+    }
+
+    /// The same stream, of a request that was submitted with this tag at this time.
+    #[must_use]
+    pub fn with_origin(self, tag: u32, submitted_ms: u64) -> Self {
+        Self { tag, submitted_ms, ..self }
+    }
+
+    /// [`Caller::tag`] of whoever submitted the request.
+    pub fn tag(&self) -> u32 {
+        self.tag
+    }
+
+    /// When the request was submitted, milliseconds since 1970; 0 where nobody knows.
+    pub fn submitted_ms(&self) -> u64 {
+        self.submitted_ms
+    }
+
+    /// Says that the client did not go, but its connection was lost: call it right before dropping.
+    pub fn lost(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+
+    /// For the other end: whether [`EventStream::lost`] was called.
+    pub(crate) fn lost_flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.lost)
+    }
+
+    /// The same stream, with somebody who counts.
+    #[must_use]
+    pub fn metered(self, meter: Box<dyn Meter>) -> Self {
+        Self { meter: Some(meter), ..self }
     }
 
     /// Name of the request, for `cancel`.
@@ -43,7 +100,11 @@ impl EventStream {
 
     /// The next event; after `Finished` or an error comes `None`.
     pub async fn next(&mut self) -> Option<Result<GenerateEvent, Status>> {
-        self.events.recv().await
+        let event = self.events.recv().await;
+        if let (Some(meter), Some(Ok(event))) = (&mut self.meter, &event) {
+            meter.see(event);
+        }
+        event
     }
 }
 
@@ -56,13 +117,27 @@ pub struct Caller {
     pub client: u64,
     /// The class of the request.
     pub priority: Priority,
+    /// The client's own name for the request.
+    pub request_id: Option<RequestId>,
+    /// How long the request goes on after a connection was lost; nothing ends it at once.
+    pub keep: Option<Duration>,
+    /// What the API wants to know when somebody attaches; only kept.
+    pub tag: u32,
+    /// Whether the key is an administrator's; the gate says so.
+    pub admin: bool,
 }
 
 impl Caller {
-    /// The number that stands for a key; without one, that of nobody (FNV-1a).
+    /// The number that stands for a key, the same in every life of a coordinator; without one, that
+    /// of nobody. The first eight bytes of the key's BLAKE3: nobody finds another key of the same
+    /// number, nor the key by the number.
     pub fn client_of(key: Option<&str>) -> u64 {
-        let fold = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3);
-        key.map_or(0, |key| key.bytes().fold(0xcbf2_9ce4_8422_2325, fold))
+        let number = |key: &str| {
+            let hash = blake3::hash(key.as_bytes());
+            let first = hash.as_bytes().first_chunk::<8>().copied().unwrap_or_default();
+            u64::from_le_bytes(first)
+        };
+        key.map_or(0, number)
     }
 }
 
@@ -75,6 +150,17 @@ pub trait Service: Send + Sync + 'static {
         request: GenerateRequest,
         caller: Caller,
     ) -> BoxFuture<'_, Result<EventStream, Status>>;
+
+    /// The events of a request of this caller, from a token on, whether it runs or ended a while
+    /// ago. Fails with `NotFound` where there is none that is this caller's.
+    fn attach(
+        &self,
+        request: AttachRequest,
+        caller: Caller,
+    ) -> BoxFuture<'_, Result<EventStream, Status>> {
+        let _ = caller;
+        async move { Err(unknown_request(request.request_id)) }.boxed()
+    }
 
     /// Scores given tokens, all positions in order.
     fn score(
@@ -127,6 +213,24 @@ pub trait Service: Send + Sync + 'static {
     /// # Errors
     /// `Unauthenticated` where it is missing or wrong.
     fn authenticate(&self, key: Option<&str>) -> Result<(), Status>;
+
+    /// The same, for a caller at this address, who may not guess too often.
+    ///
+    /// # Errors
+    /// Also `ResourceExhausted`.
+    fn authenticate_from(&self, key: Option<&str>, from: IpAddr) -> Result<(), Status> {
+        let _ = from;
+        self.authenticate(key)
+    }
+}
+
+/// What is said of a request that is not there, or somebody else's.
+pub fn unknown_request(id: RequestId) -> Status {
+    let message = format!(
+        "no request {id} of this key is known here: it was never submitted, was not kept, or ended \
+         too long ago (--journal and --retain of the coordinator say what is kept)"
+    );
+    Status::new(ErrorCode::NotFound, message)
 }
 
 /// A service whose refusals are counted. What it admits is for the scheduler's side to count.
@@ -166,6 +270,14 @@ impl<S: Service> Service for Counted<S> {
         self.inner.generate(request, caller).map(count).boxed()
     }
 
+    fn attach(
+        &self,
+        request: AttachRequest,
+        caller: Caller,
+    ) -> BoxFuture<'_, Result<EventStream, Status>> {
+        self.inner.attach(request, caller)
+    }
+
     fn score(
         &self,
         request: ScoreRequest,
@@ -187,6 +299,10 @@ impl<S: Service> Service for Counted<S> {
 
     fn detokenize(&self, ids: &[u32]) -> Result<String, Status> {
         self.inner.detokenize(ids)
+    }
+
+    fn sampling(&self) -> SamplingParams {
+        self.inner.sampling()
     }
 
     fn token_bytes(&self, id: u32) -> Vec<u8> {
@@ -215,5 +331,9 @@ impl<S: Service> Service for Counted<S> {
 
     fn authenticate(&self, key: Option<&str>) -> Result<(), Status> {
         self.inner.authenticate(key)
+    }
+
+    fn authenticate_from(&self, key: Option<&str>, from: IpAddr) -> Result<(), Status> {
+        self.inner.authenticate_from(key, from)
     }
 }

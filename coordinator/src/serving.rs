@@ -6,17 +6,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use actix::{Addr, MailboxError};
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use millrace_net::keys::ApiKeyStore;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::sampling::SamplingParams;
+use millrace_shared::wire::codec;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
-    ClusterStatus, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
+    AttachRequest, ClusterStatus, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
 };
 use uuid::Uuid;
 
-use crate::actors::batcher::{Cancel, GetCounters, Submit, SubmitScore};
+use crate::actors::batcher::{Attach, Cancel, GetCounters, Submit, SubmitScore};
 use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
 use crate::service::{Caller, EventStream, Service};
@@ -36,8 +36,6 @@ pub struct Serving {
     pub cluster: Addr<Cluster>,
     /// What turns prompts into ids.
     pub prompts: Arc<Prompts>,
-    /// Keys of clients.
-    pub keys: ApiKeyStore,
     /// Distinguishes seeds drawn within one clock tick.
     pub draws: AtomicU64,
 }
@@ -187,13 +185,22 @@ impl Service for Serving {
                 .validate(self.prompts.card.vocab)
                 .map_err(|e| Status::invalid(e.param, e.to_string()))?;
             let chat = matches!(request.prompt, Prompt::Chat(_));
+            let digest = *blake3::hash(&codec::encode(&request)).as_bytes();
             let tokens = self.prompts.prompt_ids(request.prompt).await?;
-            let id = RequestId(Uuid::now_v7());
+            let id = caller.request_id.unwrap_or_else(|| RequestId(Uuid::now_v7()));
             let seed = request.params.seed.unwrap_or_else(|| self.draw_seed(id));
-            let submit = Submit { id, tokens, params: request.params, seed, chat, caller };
+            let submit = Submit { id, tokens, params: request.params, seed, chat, caller, digest };
             self.batcher.send(submit).await.map_err(crossed)?
         }
         .boxed()
+    }
+
+    fn attach(
+        &self,
+        request: AttachRequest,
+        caller: Caller,
+    ) -> BoxFuture<'_, Result<EventStream, Status>> {
+        async move { self.batcher.send(Attach { request, caller }).await.map_err(crossed)? }.boxed()
     }
 
     fn score(
@@ -267,37 +274,21 @@ impl Service for Serving {
         .boxed()
     }
 
+    /// The gate has checked the key.
     fn admin(
         &self,
-        key: Option<&str>,
+        _: Option<&str>,
         request: AdminRequest,
     ) -> BoxFuture<'_, Result<AdminReply, Status>> {
-        let allowed = key.and_then(|key| self.keys.verify(key)).is_some_and(|key| key.admin);
         async move {
-            if !allowed {
-                return Err(Status::new(
-                    ErrorCode::PermissionDenied,
-                    "this key may not change the cluster: use the one in the coordinator's \
-                     client.toml, or make one with 'millrace-coordinator key create --admin'",
-                ));
-            }
             let blocks_used = self.batcher.send(GetCounters).await.map_err(crossed)?.blocks_used;
             self.cluster.send(Admin { request, blocks_used }).await.map_err(crossed)?
         }
         .boxed()
     }
 
-    fn authenticate(&self, key: Option<&str>) -> Result<(), Status> {
-        let refused = |message: &str| Err(Status::new(ErrorCode::Unauthenticated, message));
-        match key {
-            None => refused(
-                "an API key is required: send 'Authorization: Bearer KEY' (keys are made with \
-                 'millrace-coordinator key create')",
-            ),
-            Some(key) => match self.keys.verify(key) {
-                Some(_) => Ok(()),
-                None => refused("the API key is not valid (unknown or revoked)"),
-            },
-        }
+    /// Nobody comes in here: keys are the gate's.
+    fn authenticate(&self, _: Option<&str>) -> Result<(), Status> {
+        Err(Status::new(ErrorCode::Unauthenticated, "there are no keys behind the gate"))
     }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicU64;
 
 use actix::{Actor, Addr};
 use anyhow::{Context as _, anyhow};
+use millrace_net::certs::LiveIdentity;
 use millrace_net::client::ClientConfig;
 use millrace_net::join::JoinDesk;
 use millrace_net::{Alpn, Endpoint, timing, tls};
@@ -20,9 +21,12 @@ use crate::api;
 use crate::api::http::{HttpConfig, HttpServerHandle};
 use crate::blobs::Blobs;
 use crate::config::{Config, host_port};
+use crate::gate::{Gate, keep_uses};
+use crate::journal::{Journal, begin_life};
 use crate::metrics::Metrics;
 use crate::models::{ConsoleProgress, NoProgress, Progress, cache_dir, hash_manifest};
 use crate::plan::{Deployment, check_stages};
+use crate::security::Certs;
 use crate::service::{Counted, Service};
 use crate::serving::{Prompts, Serving};
 use crate::state::{ClusterDir, unix_now};
@@ -43,6 +47,7 @@ pub struct Running {
     pub readiness: watch::Receiver<Readiness>,
     /// Name that clients use.
     pub served_name: String,
+    own_https: bool,
     public: Endpoint,
     members: Endpoint,
     server: Option<HttpServerHandle>,
@@ -53,6 +58,11 @@ impl Running {
     /// What a client needs.
     pub fn client(&self) -> &ClientConfig {
         &self.dir.client
+    }
+
+    /// The CA's file, where HTTPS shows a certificate of the cluster's own.
+    pub fn own_ca(&self) -> Option<std::path::PathBuf> {
+        self.own_https.then(|| self.dir.path.join("ca.pem"))
     }
 
     /// Waits until requests are served for the first time.
@@ -71,6 +81,9 @@ impl Running {
         if let Some(server) = &self.server {
             server.stop().await;
         }
+        if let Err(e) = self.dir.keys.save_uses() {
+            tracing::warn!("when keys were used is not written: {e}");
+        }
         let _ = self.actor.send(Shutdown).await;
     }
 
@@ -88,6 +101,7 @@ impl Running {
 /// # Errors
 /// If the model cannot be served, the folder cannot be used, or a port is taken.
 pub async fn start(config: Config) -> anyhow::Result<Running> {
+    config.security.check(config.http)?;
     let files = ModelFiles::open(&config.model)
         .with_context(|| format!("cannot serve {}", config.model.display()))?;
     let model_config = files.config.clone();
@@ -104,20 +118,26 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let blobs = Arc::new(Blobs::open(&files.paths, &manifest)?);
 
     let host = config.advertised_host();
-    let (quic, http) = (host_port(&host, config.quic.port()), http_url(config.http));
+    let scheme = config.security.scheme();
+    let (quic, http) = (host_port(&host, config.quic.port()), http_url(scheme, config.http));
     let mut dir = ClusterDir::open_or_init(&config.dir, &quic, &http)?;
-    let public =
-        Endpoint::bind(config.quic, Some(tls::public_server(&dir.identity)?)).context("--quic")?;
-    let members = Endpoint::bind(config.cluster, Some(tls::cluster_server(&dir.identity)?))
-        .context("--cluster")?;
+    let own = LiveIdentity::new(&dir.identity)?;
+    let certs = Certs::new(&config.security, &dir.ca, own, web_names(&config, &host))?;
+    let public = tls::public_server_of(&certs.own, certs.files.as_ref())?;
+    let public = Endpoint::bind(config.quic, Some(public)).context("--quic")?;
+    let members = tls::cluster_server_of(&certs.own, Some(Arc::clone(&dir.revoked)))?;
+    let members = Endpoint::bind(config.cluster, Some(members)).context("--cluster")?;
     let (quic_addr, cluster_addr) = (public.local_addr()?, members.local_addr()?);
 
     let metrics = Arc::new(Metrics::new(&config.served_name));
     let (readiness, watching) = watch::channel(Readiness::default());
+    let life = begin_life(&dir.path).context("cannot count the starts of this coordinator")?;
+    let (journal, entries) = Journal::open(config.journal, &dir.path, &metrics)?;
     let batcher = Batcher::new(
         Arc::clone(&text.tokenizer),
         Arc::clone(&metrics),
         config.deployment.recovery_timeout,
+        (journal, manifest.content_hash, entries),
     )
     .start();
     let card = ModelCard {
@@ -129,7 +149,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     };
     let deployment = Deployment { stages: config.stages, ..config.deployment };
     let cluster = Cluster::new(manifest, deployment, config.stages, batcher.clone(), readiness);
-    let actor = cluster.start();
+    let actor = cluster.in_life(life).start();
     // What fails below drops the runtime; an actor that has not run by then would set its timers up
     // while it is dropped, where there are none. An answer proves that it runs.
     batcher.send(GetCounters).await.context("the batcher")?;
@@ -138,30 +158,34 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         batcher,
         cluster: actor.clone(),
         prompts: Arc::new(Prompts { text, card }),
-        keys: millrace_net::keys::ApiKeyStore::open(&dir.path)?,
         draws: AtomicU64::new(0),
     };
-    let service: Arc<dyn Service> = Arc::new(Counted::new(Arc::new(serving), Arc::clone(&metrics)));
+    let gate = Gate::new(Arc::new(serving), Arc::clone(&dir.keys), Arc::clone(&dir.revoked));
+    actix_rt::spawn(keep_uses(Arc::clone(&dir.keys)));
+    let service: Arc<dyn Service> = Arc::new(Counted::new(Arc::new(gate), Arc::clone(&metrics)));
 
     let server = match config.http {
         None => None,
         Some(bind) => {
             let mut http = HttpConfig::new(bind);
             http.allowed_hosts = config.http_hosts;
+            http.tls = certs.https();
+            http.public_metrics = config.security.public_metrics;
             Some(api::http::start(http, Arc::clone(&service), metrics)?)
         }
     };
     let http_addr = server.as_ref().map(|s| s.addr);
-    if let Some(addr) = http_addr.filter(|a| !a.ip().is_loopback()) {
-        tracing::warn!(
-            "HTTP on {addr} is not encrypted: keys and prompts can be read on the way; put a proxy \
-             with TLS in front, or use the QUIC API"
-        );
-    }
-    dir.set_addresses(&host_port(&host, quic_addr.port()), &http_url(http_addr))?;
+    dir.set_addresses(&host_port(&host, quic_addr.port()), &http_url(scheme, http_addr))?;
+    actix_rt::spawn(certs.keep(dir.path.clone(), Arc::clone(&dir.ca)));
 
-    actix_rt::spawn(member::accept_members(members.clone(), actor.clone(), blobs));
+    actix_rt::spawn(member::accept_members(
+        members.clone(),
+        actor.clone(),
+        blobs,
+        Arc::clone(&dir.revoked),
+    ));
     let desk = JoinDesk::new(Arc::clone(&dir.ca), Arc::clone(&dir.tokens), cluster_addr.port());
+    let desk = desk.keeping_out(Arc::clone(&dir.revoked));
     actix_rt::spawn(accept_public(public.clone(), Arc::new(desk), service));
     Ok(Running {
         dir,
@@ -170,6 +194,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         http: http_addr,
         readiness: watching,
         served_name: config.served_name,
+        own_https: config.security.https,
         public,
         members,
         server,
@@ -177,11 +202,27 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     })
 }
 
-fn http_url(addr: Option<SocketAddr>) -> String {
+/// Hosts and addresses under which HTTPS is reached.
+fn web_names(config: &Config, host: &str) -> Vec<String> {
+    let mut names: Vec<String> = ["localhost", "127.0.0.1", "::1", host].map(str::to_owned).into();
+    let bound = config.http.map(|addr| addr.ip()).filter(|ip| !ip.is_unspecified());
+    names.extend(bound.map(|ip| ip.to_string()));
+    names.extend(
+        config
+            .http_hosts
+            .iter()
+            .map(|name| name.rsplit_once(':').map_or(name.as_str(), |(host, _)| host).to_owned()),
+    );
+    names.sort();
+    names.dedup();
+    names
+}
+
+fn http_url(scheme: &str, addr: Option<SocketAddr>) -> String {
     match addr {
         None => String::new(),
-        Some(addr) if addr.ip().is_unspecified() => format!("http://127.0.0.1:{}", addr.port()),
-        Some(addr) => format!("http://{addr}"),
+        Some(addr) if addr.ip().is_unspecified() => format!("{scheme}://127.0.0.1:{}", addr.port()),
+        Some(addr) => format!("{scheme}://{addr}"),
     }
 }
 

@@ -190,7 +190,7 @@ fn a_key_is_needed_even_on_loopback() {
             format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{{}}");
         assert_eq!(exchange(s.addr, text.as_bytes()).status, 401, "{path}");
     }
-    for path in ["/health", "/ready", "/live", "/version", "/metrics"] {
+    for path in ["/health", "/ready", "/live"] {
         assert_eq!(get(path, "").status, 200, "{path}");
     }
 }
@@ -349,10 +349,8 @@ fn failures_on_the_way() {
     // Neither an end without a reason nor a cancelled answer passes for a complete one.
     s.fake.set(play(vec![started(), token(0, 7, "Hello", None)]));
     let answer = post(s.addr, CHAT, &streamed);
-    assert!(
-        answer.chunks()[2]["error"]["message"].as_str().unwrap().contains("without saying why")
-    );
-    assert_eq!(post(s.addr, CHAT, &chat_body(json!({}))).status, 500);
+    assert!(answer.chunks()[2]["error"]["message"].as_str().unwrap().contains("attach"));
+    assert_eq!(post(s.addr, CHAT, &chat_body(json!({}))).status, 503);
     s.fake.set(play(vec![started(), finished(FinishReason::Cancelled, "")]));
     assert_eq!(post(s.addr, CHAT, &streamed).chunks()[0]["error"]["code"], "cancelled");
     assert_eq!(post(s.addr, CHAT, &chat_body(json!({}))).status, 499);
@@ -419,6 +417,66 @@ fn request_headers() {
     assert_eq!(id.len(), 36, "an id that is too long is replaced");
     s.fake.set(refuse(Status::new(ErrorCode::DeadlineExceeded, "too late")));
     assert_eq!(send("x-request-timeout-ms: 1\r\n").status, 504);
+}
+
+#[test]
+fn requests_are_attached_to() {
+    let s = server(hello());
+    let streamed = chat_body(json!({"stream": true, "stream_options": {"include_usage": true}}));
+    let send =
+        |extra: &str| exchange(s.addr, post_text(CHAT, &streamed.to_string(), extra).as_bytes());
+    let answer = send("idempotency-key: mine\r\nx-millrace-keep-alive: 60\r\n");
+    let id = answer.headers["x-millrace-request-id"].clone();
+    let ids: Vec<_> = answer.body.lines().filter_map(|l| l.strip_prefix("id: ")).collect();
+    assert_eq!(ids, ["0:1", "0:3", "0:3"], "each chunk with text, and the one that ends it");
+    let caller = s.fake.last().1;
+    assert_eq!(
+        (caller.request_id.unwrap().to_string(), caller.keep),
+        (id, Some(Duration::from_secs(60)))
+    );
+    assert_ne!(caller.tag, 0);
+    let name = |key: &str| {
+        send(&format!("idempotency-key: {key}\r\n"));
+        s.fake.last().1.request_id.unwrap()
+    };
+    assert_eq!(name("mine"), caller.request_id.unwrap());
+    assert_ne!(name("another"), name("mine"));
+    let uuid = "0190aaaa-0000-7000-8000-000000000001";
+    assert_eq!(name(uuid).to_string(), uuid);
+    for (header, wrong) in [
+        ("idempotency-key", "x".repeat(257)),
+        ("x-millrace-keep-alive", "soon".to_owned()),
+        ("x-millrace-keep-alive", "90000".to_owned()),
+    ] {
+        let answer = send(&format!("{header}: {wrong}\r\n"));
+        assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!(header)));
+    }
+
+    let attach = |name: &str, from: &str| {
+        let text = format!(
+            "GET /v1/requests/{name}/events HTTP/1.1\r\nhost: localhost\r\n\
+             authorization: Bearer {KEY}\r\n{from}\r\n"
+        );
+        exchange(s.addr, text.as_bytes())
+    };
+    let content = |answer: &Answer| -> String {
+        let chunks = answer.chunks();
+        let pieces = chunks.iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str());
+        pieces.collect()
+    };
+    // From the beginning, it is the very same stream; the form is that of the request.
+    send("idempotency-key: mine\r\n");
+    let again = attach("mine", "");
+    assert_eq!((again.status, content(&again).as_str()), (200, "Hello world"));
+    assert!(again.body.contains("\"usage\""), "{}", again.body);
+    let rest = attach("mine", "last-event-id: 0:1\r\n");
+    assert_eq!(content(&rest), " world");
+    assert!(rest.chunks()[0]["choices"][0]["delta"]["role"].is_null(), "no second opening");
+    assert_eq!(attach("mine", "last-event-id: 12\r\n").status, 400);
+    assert_eq!(attach("nobody's", "").status, 404);
+    let cancel = post(s.addr, "/v1/requests/mine/cancel", &json!({}));
+    assert_eq!(cancel.status, 204);
+    assert_eq!(*s.fake.cancelled.lock().unwrap(), [caller.request_id.unwrap()]);
 }
 
 #[test]

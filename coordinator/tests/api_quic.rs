@@ -39,6 +39,7 @@ fn server_with(script: Script, first_call: Option<Duration>) -> Server {
         http: "http://127.0.0.1:8000".into(),
         api_key: KEY.into(),
         ca_pem: ca.ca_pem(),
+        server_name: None,
     };
     let (fake, dropped) = Fake::new(script);
     let service = fake.clone();

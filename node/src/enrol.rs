@@ -1,10 +1,19 @@
-//! Membership on disk: the node's certificate, key and coordinator, or how to get them.
+//! Membership on disk: the node's certificate, key and coordinator; how to get them, and how they
+//! stay valid.
+//!
+//! A node enrols once, with a token. From then on its present certificate is what speaks for it:
+//! it renews it over the same endpoint when two thirds of its life are over, and asks there for the
+//! cluster's address when `--coordinator` names another host than before. `node.toml` carries the
+//! number of its format: an older one is kept beside the new, a newer one is refused.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, anyhow};
-use millrace_net::join::request_join;
-use millrace_net::{Identity, NodeKey, PeerName};
+use millrace_net::certs::LiveIdentity;
+use millrace_net::join::{request_join, request_renewal};
+use millrace_net::{Identity, NodeKey, PeerName, private_file};
+use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::NodeId;
 use serde::{Deserialize, Serialize};
 
@@ -14,13 +23,27 @@ use crate::config::Config;
 const IDENTITY: &str = "node";
 /// Where the coordinator is.
 const FILE: &str = "node.toml";
+/// The format that this program writes. 1 had no number, and no public address.
+const FORMAT: u32 = 2;
+/// How often a running node looks whether its certificate is due. By the clock of the day, which
+/// may jump: a renewal too early does no harm, and one too late is caught here.
+const LOOK: Duration = Duration::from_secs(600);
 
 /// What is kept beside the certificate.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Saved {
+    #[serde(default = "first_format")]
+    format: u32,
     /// `host:port` of the coordinator's cluster endpoint.
     coordinator: String,
+    /// `host:port` of its public endpoint, where certificates are renewed.
+    #[serde(default)]
+    public: Option<String>,
+}
+
+fn first_format() -> u32 {
+    1
 }
 
 /// A member's papers.
@@ -32,6 +55,17 @@ pub struct Membership {
     pub node_id: NodeId,
     /// `host:port` of the coordinator's cluster endpoint.
     pub coordinator: String,
+    /// How the certificate is renewed; `None` where it is not.
+    pub renewal: Option<Renewal>,
+}
+
+/// What renewing takes.
+#[derive(Clone, Debug)]
+pub struct Renewal {
+    /// The node's folder.
+    dir: PathBuf,
+    /// `host:port` of the coordinator's public endpoint.
+    public: String,
 }
 
 /// Loads the node's membership, or enrols with the token.
@@ -41,7 +75,7 @@ pub struct Membership {
 pub async fn membership(config: &Config) -> anyhow::Result<Membership> {
     let file = config.dir.join(FILE);
     if file.exists() {
-        return load(config, &file);
+        return load(config, &file).await;
     }
     let mut token = config.token.clone().ok_or_else(|| {
         anyhow!(
@@ -66,27 +100,74 @@ pub async fn membership(config: &Config) -> anyhow::Result<Membership> {
         .await
         .map_err(|status| anyhow!("cannot join the cluster at {}: {status}", token.addr))?;
     joined.identity.save(&config.dir, IDENTITY)?;
-    save(&file, &Saved { coordinator: joined.cluster_addr.clone() })?;
+    let saved = Saved {
+        format: FORMAT,
+        coordinator: joined.cluster_addr.clone(),
+        public: Some(token.addr.clone()),
+    };
+    save(&file, &saved)?;
     tracing::info!(node = %joined.node_id, "enrolled; the token is no longer needed");
     Ok(Membership {
         identity: joined.identity,
         node_id: joined.node_id,
         coordinator: joined.cluster_addr,
+        renewal: Some(Renewal { dir: config.dir.clone(), public: token.addr }),
     })
 }
 
-fn load(config: &Config, file: &Path) -> anyhow::Result<Membership> {
-    let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
-    let saved: Saved = toml::from_str(&text).with_context(|| file.display().to_string())?;
-    let identity = Identity::load(&config.dir, IDENTITY)?;
+async fn load(config: &Config, file: &Path) -> anyhow::Result<Membership> {
+    let mut saved = read(file)?;
+    let mut identity = Identity::load(&config.dir, IDENTITY)?;
     let PeerName::Node(node_id) = identity.name()? else {
         return Err(anyhow!("{} does not hold a node's certificate", config.dir.display()));
     };
-    Ok(Membership { identity, node_id, coordinator: moved(config, saved.coordinator) })
+    let public = config.coordinator.clone().or_else(|| saved.public.clone());
+    let moved = config.coordinator.is_some() && config.coordinator != saved.public;
+    let renewal = public.map(|public| Renewal { dir: config.dir.clone(), public });
+    if let Some(renewal) = renewal.as_ref().filter(|_| moved || is_due(&identity)) {
+        match renewal.renew(&mut identity).await {
+            Ok(coordinator) => saved = renewal.remember(coordinator)?,
+            Err(status) if is_final(&status) => {
+                return Err(anyhow!("the coordinator refuses this node: {}", status.message));
+            }
+            Err(status) => {
+                tracing::warn!("the certificate is not renewed: {status}");
+                saved.coordinator = on_host(config, saved.coordinator);
+            }
+        }
+    }
+    Ok(Membership { identity, node_id, coordinator: saved.coordinator, renewal })
+}
+
+fn read(file: &Path) -> anyhow::Result<Saved> {
+    let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+    let newer = |found: i64| {
+        anyhow!(
+            "{} has format {found}, and this program ({}) knows formats up to {FORMAT}: run the \
+             release that wrote it, or a newer one",
+            file.display(),
+            env!("CARGO_PKG_VERSION")
+        )
+    };
+    let table: toml::Table = toml::from_str(&text).with_context(|| file.display().to_string())?;
+    match table.get("format").and_then(toml::Value::as_integer) {
+        Some(found) if found > i64::from(FORMAT) => Err(newer(found)),
+        _ => toml::from_str(&text).with_context(|| file.display().to_string()),
+    }
+}
+
+/// Whether asking again cannot help.
+fn is_final(status: &Status) -> bool {
+    matches!(status.code, ErrorCode::PermissionDenied)
+}
+
+fn is_due(identity: &Identity) -> bool {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    identity.validity().is_ok_and(|validity| validity.is_due(now))
 }
 
 /// The coordinator's cluster address, on another host where `--coordinator` names one.
-fn moved(config: &Config, saved: String) -> String {
+fn on_host(config: &Config, saved: String) -> String {
     let host = config.coordinator.as_deref().and_then(|c| c.rsplit_once(':'));
     match (host, saved.rsplit_once(':')) {
         (Some((host, _)), Some((_, port))) => format!("{host}:{port}"),
@@ -94,10 +175,55 @@ fn moved(config: &Config, saved: String) -> String {
     }
 }
 
-fn save(path: &PathBuf, saved: &Saved) -> anyhow::Result<()> {
-    let part = path.with_extension("part");
-    std::fs::write(&part, toml::to_string(saved)?).with_context(|| part.display().to_string())?;
-    std::fs::rename(&part, path).with_context(|| path.display().to_string())
+impl Renewal {
+    /// Gets and saves a new certificate; the answer is the cluster's address.
+    async fn renew(&self, identity: &mut Identity) -> Result<String, Status> {
+        let joined = request_renewal(&self.public, identity).await?;
+        if let Err(e) = joined.identity.save(&self.dir, IDENTITY) {
+            tracing::warn!("the renewed certificate is not saved: {e}");
+        }
+        *identity = joined.identity;
+        tracing::info!(node = %joined.node_id, "the certificate was renewed");
+        Ok(joined.cluster_addr)
+    }
+
+    fn remember(&self, coordinator: String) -> anyhow::Result<Saved> {
+        let saved = Saved { format: FORMAT, coordinator, public: Some(self.public.clone()) };
+        save(&self.dir.join(FILE), &saved)?;
+        Ok(saved)
+    }
+
+    /// Renews what `live` shows, before its end, for as long as the node runs. A refusal is for the
+    /// link to notice: here it is only logged.
+    pub async fn keep(self, mut identity: Identity, live: LiveIdentity) {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if !is_due(&identity) {
+                continue;
+            }
+            match self.renew(&mut identity).await {
+                Ok(coordinator) => {
+                    let saved = self.remember(coordinator).map(|_| ());
+                    let used = live.replace(&identity).map_err(anyhow::Error::from);
+                    if let Err(e) = saved.and(used) {
+                        tracing::warn!("the renewed certificate: {e:#}");
+                    }
+                }
+                Err(status) => tracing::warn!("the certificate is not renewed: {status}"),
+            }
+        }
+    }
+}
+
+fn save(path: &Path, saved: &Saved) -> anyhow::Result<()> {
+    if let Ok(old) = read(path)
+        && old.format < saved.format
+    {
+        let copy = path.with_extension(format!("toml.format-{}", old.format));
+        std::fs::copy(path, &copy).with_context(|| copy.display().to_string())?;
+    }
+    private_file::write(path, toml::to_string(saved)?.as_bytes())?;
+    Ok(())
 }
 
 /// Papers for a node inside the coordinator's own process.
@@ -110,7 +236,7 @@ pub struct Issued {
 }
 
 impl Issued {
-    /// As a membership.
+    /// As a membership. Such a node lives as long as its process, and its papers are new.
     ///
     /// # Errors
     /// If the certificate is not a node's.
@@ -118,6 +244,30 @@ impl Issued {
         let PeerName::Node(node_id) = self.identity.name()? else {
             return Err(anyhow!("not a node's certificate"));
         };
-        Ok(Membership { identity: self.identity, node_id, coordinator: self.coordinator })
+        let (identity, coordinator) = (self.identity, self.coordinator);
+        Ok(Membership { identity, node_id, coordinator, renewal: None })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_file_has_a_format() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join(FILE);
+        std::fs::write(&file, "coordinator = \"h:8002\"\n").unwrap();
+        let old = read(&file).unwrap();
+        assert_eq!((old.format, old.public.as_deref()), (1, None));
+        let now =
+            Saved { format: FORMAT, coordinator: "h:8002".into(), public: Some("h:1".into()) };
+        save(&file, &now).unwrap();
+        assert_eq!(read(&file).unwrap(), now);
+        let copy = std::fs::read_to_string(dir.path().join("node.toml.format-1")).unwrap();
+        assert_eq!(copy, "coordinator = \"h:8002\"\n");
+        std::fs::write(&file, "format = 9\nnew = 1\n").unwrap();
+        let message = read(&file).unwrap_err().to_string();
+        assert!(message.contains("node.toml has format 9") && message.contains("up to 2"));
     }
 }

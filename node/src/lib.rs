@@ -22,13 +22,14 @@ use anyhow::Context as _;
 use millrace_engine::Isa;
 use millrace_engine::mock::MockConfig;
 use millrace_engine::thread::EngineHandle;
+use millrace_net::certs::LiveIdentity;
 use millrace_net::{Endpoint, PeerName, timing, tls};
 use millrace_shared::wire::WIRE_VERSION;
 use millrace_shared::wire::control::Hello;
 use tokio::sync::oneshot;
 
 use actors::link::{self, LinkParts};
-use actors::node::{Leave, Parts};
+use actors::node::{Drain, Leave, Parts};
 pub use config::Config;
 use enrol::Membership;
 use hardware::Hardware;
@@ -45,6 +46,7 @@ pub struct Running {
     endpoint: Endpoint,
     node: Addr<actors::Node>,
     refused: Option<oneshot::Receiver<String>>,
+    drain: Option<oneshot::Receiver<()>>,
 }
 
 impl Running {
@@ -53,6 +55,35 @@ impl Running {
         match self.refused.as_mut() {
             Some(refused) => refused.await.unwrap_or_else(|_| "the link task ended".into()),
             None => std::future::pending().await,
+        }
+    }
+
+    /// Completes when the coordinator wants this process to end.
+    pub fn told_to_drain(&mut self) -> impl Future<Output = ()> + use<> {
+        let drain = self.drain.take();
+        async move {
+            let told = match drain {
+                Some(drain) => drain.await.is_ok(),
+                None => false,
+            };
+            if !told {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Asks the coordinator to give this node's layers to others, and waits until they have them:
+    /// requests run on. What stands against it, where nobody can take them or it takes longer than
+    /// `limit`.
+    pub async fn drain(&self, limit: std::time::Duration) -> Option<String> {
+        let drained = match self.node.send(Drain).await {
+            Ok(drained) => drained,
+            Err(_) => return Some("the node has stopped".to_owned()),
+        };
+        match tokio::time::timeout(limit, drained).await {
+            Ok(Ok(trouble)) => trouble,
+            Ok(Err(_)) => Some("there is no link to the coordinator".to_owned()),
+            Err(_) => Some(format!("nobody has taken its layers over within {limit:?}")),
         }
     }
 
@@ -86,7 +117,8 @@ pub async fn start_with(
     let isa = Isa::detect().map_err(anyhow::Error::msg)?;
     let engine = engines::of(&config, &mock)?;
     let hardware = engine.hardware(Hardware::probe(), isa);
-    let server = tls::cluster_server(&membership.identity)?;
+    let live = LiveIdentity::new(&membership.identity)?;
+    let server = tls::cluster_server_of(&live, None)?;
     let endpoint = if config.next_free_port {
         Endpoint::bind_next_free(config.listen, config::PORT_TRIES, Some(&server))
     } else {
@@ -97,7 +129,10 @@ pub async fn start_with(
     let threads = config.threads.unwrap_or(hardware.cores).max(1);
     let numerics = engine.numerics;
     let hello = hello(&config, &hardware, listen, threads, numerics.clone(), &membership);
-    let client = tls::cluster_client(&membership.identity)?;
+    let client = tls::cluster_client_of(&live)?;
+    if let Some(renewal) = membership.renewal {
+        actix_rt::spawn(renewal.keep(membership.identity, live));
+    }
     if config.show_progress {
         announce(&config, &hardware, &hello, listen);
     }
@@ -121,14 +156,15 @@ pub async fn start_with(
         cores: hardware.cores,
         machine,
     };
-    let node = actors::Node::new(Rc::new(parts)).start();
+    let (telling, drain) = oneshot::channel();
+    let node = actors::Node::new(Rc::new(parts)).telling(telling).start();
     actix_rt::spawn(accept_neighbours(endpoint.clone(), node.clone()));
     let (sender, refused) = oneshot::channel();
     let linked = node.clone();
     actix_rt::spawn(async move {
         let _ = sender.send(link::run(link, linked).await);
     });
-    Ok(Running { listen, endpoint, node, refused: Some(refused) })
+    Ok(Running { listen, endpoint, node, refused: Some(refused), drain: Some(drain) })
 }
 
 fn hello(

@@ -8,3 +8,4 @@ mod machine;
 mod members;
 mod peers;
 mod requests;
+mod trust;

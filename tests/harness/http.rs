@@ -47,7 +47,12 @@ impl Response {
 
 /// `GET`.
 pub fn get(addr: SocketAddr, path: &str) -> Response {
-    send(addr, "GET", path, "", b"").whole()
+    send(addr, "GET", path, "", "", b"").whole()
+}
+
+/// `GET` with an API key.
+pub fn get_with(addr: SocketAddr, path: &str, key: &str) -> Response {
+    send(addr, "GET", path, key, "", b"").whole()
 }
 
 /// `POST` with an API key and a JSON body.
@@ -57,16 +62,39 @@ pub fn post(addr: SocketAddr, path: &str, key: &str, body: &[u8]) -> Response {
 
 /// As [`post`], for answers that stream.
 pub fn begin_post(addr: SocketAddr, path: &str, key: &str, body: &[u8]) -> Exchange {
-    send(addr, "POST", path, key, body)
+    send(addr, "POST", path, key, "", body)
 }
 
-fn send(addr: SocketAddr, method: &str, path: &str, key: &str, body: &[u8]) -> Exchange {
+/// As [`begin_post`], with further header lines, each with its line break.
+pub fn begin_post_with(
+    addr: SocketAddr,
+    path: &str,
+    key: &str,
+    headers: &str,
+    body: &[u8],
+) -> Exchange {
+    send(addr, "POST", path, key, headers, body)
+}
+
+/// `GET` with an API key and further header lines, each with its line break.
+pub fn begin_get(addr: SocketAddr, path: &str, key: &str, headers: &str) -> Exchange {
+    send(addr, "GET", path, key, headers, b"")
+}
+
+fn send(
+    addr: SocketAddr,
+    method: &str,
+    path: &str,
+    key: &str,
+    headers: &str,
+    body: &[u8],
+) -> Exchange {
     let mut stream = TcpStream::connect(addr).expect("the HTTP API is there");
     stream.set_read_timeout(Some(DEADLINE)).expect("a deadline");
     let head = format!(
         "{method} {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\
          Authorization: Bearer {key}\r\nContent-Type: application/json\r\n\
-         Content-Length: {}\r\n\r\n",
+         {headers}Content-Length: {}\r\n\r\n",
         body.len()
     );
     stream.write_all(&[head.as_bytes(), body].concat()).expect("the request is sent");
@@ -97,6 +125,28 @@ impl Exchange {
         let mut body = Vec::new();
         self.body.read_to_end(&mut body).expect("a whole body");
         Response { status: self.status, headers: self.headers, body }
+    }
+
+    /// The value of a header, if it is there.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        find(&self.headers, name)
+    }
+
+    /// The id, where it has one, and the data of the next server-sent event; `None` where the stream
+    /// ends, in order or not.
+    pub fn event_with_id(&mut self) -> Option<(Option<String>, String)> {
+        let mut id = None;
+        loop {
+            let mut line = String::new();
+            if self.body.read_line(&mut line).unwrap_or_default() == 0 {
+                return None;
+            }
+            if let Some(found) = line.trim_end().strip_prefix("id: ") {
+                id = Some(found.to_owned());
+            } else if let Some(data) = line.trim_end().strip_prefix("data: ") {
+                return Some((id, data.to_owned()));
+            }
+        }
     }
 
     /// The data of the next server-sent event; `None` at the end. Dropping the exchange closes the

@@ -5,6 +5,8 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use millrace_cli::embedded::{EmbeddedCluster, EmbeddedOptions};
+use millrace_coordinator::journal::JournalConfig;
+use millrace_coordinator::security::Security;
 use millrace_net::client::ClientConfig;
 use millrace_shared::model::Dtype;
 use millrace_shared::options::{EngineKind, EngineOptions, MicroBatches};
@@ -124,8 +126,10 @@ fn options(model: &Path, shape: Shape) -> EmbeddedOptions {
         quic: None,
         http: None,
         http_hosts: Vec::new(),
+        security: Security::default(),
         max_model_len: Some(2048),
         max_num_seqs: 16,
         kv_cache_tokens: Some(shape.kv_cache_tokens),
+        journal: JournalConfig::default(),
     }
 }

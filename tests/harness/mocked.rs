@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use millrace_coordinator::actors::cluster::Readiness;
 use millrace_coordinator::cli::{LimitArgs, deployment};
+use millrace_coordinator::journal::JournalConfig;
+use millrace_coordinator::security::Security;
 use millrace_coordinator::{Config as CoordinatorConfig, start};
 use millrace_engine::mock::{MockConfig, expected_tokens};
 use millrace_net::ClusterCa;
@@ -34,6 +36,8 @@ use crate::{DEADLINE, http, wait_for};
 pub struct Shape {
     /// What each node is like.
     pub nodes: Vec<MockConfig>,
+    /// The last so many of them stand by: they come when the others serve.
+    pub stand_bys: usize,
     /// Every link, each way; `None` for none but the machine's own loopback.
     pub link: Option<Way>,
     /// Layers of the model.
@@ -50,6 +54,8 @@ pub struct Shape {
     pub replan: Replan,
     /// Positions in the KV cache; `None` for 128 per sequence.
     pub kv_cache_tokens: Option<u32>,
+    /// What is kept of requests.
+    pub journal: JournalConfig,
 }
 
 impl Shape {
@@ -64,6 +70,7 @@ impl Shape {
         };
         Self {
             nodes: layer.into_iter().map(node).collect(),
+            stand_bys: 0,
             link: None,
             layers,
             hidden: 8,
@@ -72,6 +79,7 @@ impl Shape {
             max_num_seqs: 64,
             replan: Replan::Off,
             kv_cache_tokens: None,
+            journal: JournalConfig::default(),
         }
     }
 }
@@ -141,7 +149,15 @@ impl Mocked {
             Gguf::open(&file).and_then(|f| f.config()).expect("the model that was written");
         let (coordinator, head) = start_coordinator(coordinator_config(shape, dir.path(), file));
         let (mut relays, mut nodes) = (Vec::new(), Vec::new());
+        let ready = || {
+            let state = head.readiness.borrow();
+            assert!(state.failed.is_none(), "no pipeline: {state:?}");
+            state.ready.then_some(())
+        };
         for (index, mock) in shape.nodes.iter().enumerate() {
+            if index + shape.stand_bys >= shape.nodes.len() {
+                wait_for("pipeline", ready);
+            }
             let seed = 2 * index as u64;
             let link = |seed| shape.link.map(|way| Relay::start(way, way, seed));
             let (towards, front) = (link(seed), link(seed + 1));
@@ -156,11 +172,7 @@ impl Mocked {
             relays.extend(towards.into_iter().chain(front));
             nodes.push(node);
         }
-        wait_for("pipeline", || {
-            let state = head.readiness.borrow();
-            assert!(state.failed.is_none(), "no pipeline: {state:?}");
-            state.ready.then_some(())
-        });
+        wait_for("pipeline", ready);
         let (coordinator, Head { client, http, .. }) = (Some(coordinator), head);
         Self { nodes, coordinator, relays, client, http, config, _dir: dir }
     }
@@ -168,6 +180,11 @@ impl Mocked {
     /// What a client needs.
     pub fn client(&self) -> &ClientConfig {
         &self.client
+    }
+
+    /// Where the HTTP API listens.
+    pub fn http(&self) -> SocketAddr {
+        self.http
     }
 
     /// What the coordinator measures of itself and its cluster.
@@ -309,13 +326,15 @@ fn coordinator_config(shape: &Shape, dir: &Path, model: PathBuf) -> CoordinatorC
         dir: dir.join("coordinator"),
         model,
         served_name: "mocked".to_owned(),
-        stages: Some(shape.nodes.len() as u16),
+        stages: Some((shape.nodes.len() - shape.stand_bys) as u16),
         deployment: deployment(&engine, &limits),
         http: Some(loopback()),
         http_hosts: Vec::new(),
+        security: Security { public_metrics: true, ..Security::default() },
         quic: loopback(),
         cluster: loopback(),
         advertise: None,
+        journal: shape.journal,
         show_progress: false,
     }
 }

@@ -97,6 +97,11 @@ impl Process {
         })
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).expect("it runs");
+    }
+
     /// `kill -9`.
     pub fn kill(&mut self) {
         self.child.kill().expect("it runs");
@@ -150,8 +155,20 @@ impl Coordinator {
 
     /// As [`Coordinator::start`], for another model.
     pub fn serve(model: &str, root: &Path, stages: u32, extra: &[&str]) -> Self {
+        Self::begin(model, root, stages, extra, "info")
+    }
+
+    /// As [`Coordinator::start`], with everything in its log.
+    pub fn start_logging(root: &Path, stages: u32, extra: &[&str]) -> Self {
+        Self::begin(model_arg(), root, stages, extra, "debug")
+    }
+
+    fn begin(model: &str, root: &Path, stages: u32, extra: &[&str], level: &str) -> Self {
         let dir = root.join("coordinator");
         let mut serve = command("millrace-coordinator", root);
+        if level != "info" {
+            serve.env("RUST_LOG", level);
+        }
         serve.arg("serve").arg("--dir").arg(&dir).args(["--model", model]);
         serve.args(["--stages", &stages.to_string(), "--port", "0"]);
         serve.args(["--quic", "127.0.0.1:0", "--cluster", "127.0.0.1:0"]);
@@ -167,6 +184,22 @@ impl Coordinator {
         let cluster = cluster.trim_end_matches("/udp").parse().expect("an address");
         let client = ClientConfig::load(&dir.join("client.toml")).expect("client.toml");
         Self { process, root: root.to_owned(), token, cluster, client }
+    }
+
+    /// Starts it again in the same folder and on the same addresses, after its end, and waits until
+    /// it answers.
+    pub fn start_again(&mut self, stages: u32, extra: &[&str]) {
+        let mut serve = command("millrace-coordinator", &self.root);
+        serve.arg("serve").arg("--dir").arg(self.dir()).args(["--model", model_arg()]);
+        serve.args(["--stages", &stages.to_string(), "--port", &self.http().port().to_string()]);
+        serve.args(["--quic", &self.client.quic, "--cluster", &self.cluster.to_string()]);
+        serve.args(["--served-model-name", "model", "--max-model-len", "2048"]).args(extra);
+        self.process = Process::start("coordinator", serve, &self.root);
+        let addr = self.http();
+        wait_for("coordinator that is back", || {
+            assert!(self.process.is_alive(), "it ended:\n{}", self.process.log());
+            std::net::TcpStream::connect(addr).ok()
+        });
     }
 
     /// Its folder.
@@ -191,8 +224,16 @@ impl Coordinator {
     /// Starts a node whose folder and cache carry its name. It joins with the token the first time,
     /// and is known from then on.
     pub fn node(&self, name: &str, extra: &[&str]) -> Process {
+        self.node_logging(name, "info", extra)
+    }
+
+    /// As [`Coordinator::node`], with another level of its log.
+    pub fn node_logging(&self, name: &str, level: &str, extra: &[&str]) -> Process {
         let dir = self.root.join(name);
         let mut run = command("millrace-node", &self.root);
+        if level != "info" {
+            run.env("RUST_LOG", level);
+        }
         run.env("MILLRACE_CACHE", self.root.join(format!("{name}-cache")));
         run.arg("run").arg("--dir").arg(&dir).args(["--name", name, "--threads", "1"]);
         run.args(["--listen", "127.0.0.1:0"]).args(extra);
@@ -227,7 +268,7 @@ impl Coordinator {
 
     /// The value of a metric without labels of its own.
     pub fn metric(&self, name: &str) -> f64 {
-        let text = http::get(self.http(), "/metrics").text();
+        let text = http::get_with(self.http(), "/metrics", &self.client.api_key).text();
         let line = text
             .lines()
             .find(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use actix::Addr;
+use millrace_net::revoked::Revocations;
 use millrace_net::{
     Connection, Endpoint, MessageReceiver, MessageSender, NetError, PeerName, RecvStream,
     SendStream, timing,
@@ -21,13 +22,26 @@ use crate::blobs::Blobs;
 const OUT_CAPACITY: usize = 64;
 
 /// Accepts members until the endpoint closes.
-pub async fn accept_members(endpoint: Endpoint, cluster: Addr<Cluster>, blobs: Arc<Blobs>) {
+pub async fn accept_members(
+    endpoint: Endpoint,
+    cluster: Addr<Cluster>,
+    blobs: Arc<Blobs>,
+    revoked: Arc<Revocations>,
+) {
     while let Some(incoming) = endpoint.accept().await {
         let (cluster, blobs) = (cluster.clone(), Arc::clone(&blobs));
+        let revoked = Arc::clone(&revoked);
         actix_rt::spawn(async move {
             match incoming.handshake(timing::HANDSHAKE).await {
                 Ok(connection) => match connection.peer_name() {
-                    Ok(PeerName::Node(id)) => serve(id, connection, cluster, blobs).await,
+                    Ok(PeerName::Node(id)) => {
+                        tokio::select! {
+                            () = serve(id, connection.clone(), cluster, blobs) => {}
+                            () = revoked.until(id) => {
+                                connection.close("this node's certificate was revoked");
+                            }
+                        }
+                    }
                     _ => connection.close("only nodes connect here"),
                 },
                 Err(e) => tracing::warn!("refused on the cluster endpoint: {e}"),

@@ -1,7 +1,8 @@
 //! The QUIC API: one bidirectional stream per call, as `millrace_shared::wire::rpc` defines it.
 //!
 //! All calls of a connection run inside one future: when the connection ends, or a client resets a
-//! stream, its calls are dropped, and with them their event streams, which cancels the requests. At
+//! stream, its calls are dropped, and with them their event streams, which cancels the requests; a
+//! request whose connection was cut, not closed, waits for its client as long as the call allowed. At
 //! most [`MAX_CALLS`] calls of a connection run at once; more wait as unaccepted streams. The key is
 //! checked before the method is read, and a client that shows none in time is turned out.
 
@@ -15,12 +16,15 @@ use millrace_net::{Connection, IncomingStream, NetError, timing};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::scheduler::Priority;
 use millrace_shared::wire::MAX_REPLY_BYTES;
-use millrace_shared::wire::rpc::{GenerateEvent, GenerateRequest, Method, Reply};
+use millrace_shared::id::RequestId;
+use millrace_shared::wire::rpc::{
+    GenerateEvent, META_KEEP_ALIVE, META_PRIORITY, META_REQUEST_ID, Method, Reply,
+};
 
-use crate::service::{Caller, Service};
+use crate::service::{Caller, EventStream, Service};
 
-/// Name of the metadata with the class of a request.
-const PRIORITY: &str = "millrace-priority";
+/// Longest time that a request goes on by itself.
+pub(super) const MAX_KEEP: Duration = Duration::from_secs(24 * 3600);
 /// Calls of one connection that run at once.
 pub const MAX_CALLS: usize = 128;
 /// Positions per `Scores` reply: below 1 MiB with 64 logits each.
@@ -88,7 +92,8 @@ impl Client {
     /// One call, from its header to its last reply.
     async fn serve_call(&self, stream: IncomingStream) -> Result<(), NetError> {
         let call = accept_call(stream).await?;
-        if let Err(status) = self.service.authenticate(call.bearer()) {
+        let from = self.connection.remote_address().ip();
+        if let Err(status) = self.service.authenticate_from(call.bearer(), from) {
             return call.refuse(status).await;
         }
         if !self.proven.swap(true, Ordering::Relaxed) {
@@ -106,7 +111,9 @@ impl Client {
         let (method, room, mut replies) = call.method().await?;
         let gone = replies.closed();
         let answered = async {
-            match answer(method, room, (key, caller), &mut replies, &self.service).await? {
+            let connection = &self.connection;
+            let asked = (method, room);
+            match answer(asked, (key, caller), &mut replies, (&self.service, connection)).await? {
                 Ok(()) => replies.done().await,
                 Err(status) => replies.fail(status).await,
             }
@@ -119,34 +126,58 @@ impl Client {
     }
 }
 
-/// Who asks: the metadata `millrace-priority` is the class.
+/// Who asks, and what the metadata says of the request.
 fn caller(call: &IncomingCall) -> Result<Caller, Status> {
     let header = call.header();
-    let named = header.metadata.iter().find(|(name, _)| name.eq_ignore_ascii_case(PRIORITY));
-    let priority = match named {
-        None => Priority::Normal,
-        Some((_, value)) => {
-            value.trim().parse().map_err(|e: String| Status::invalid(PRIORITY, e))?
-        }
+    let named = |name: &str| {
+        let found = header.metadata.iter().find(|(n, _)| n.eq_ignore_ascii_case(name));
+        found.map(|(_, value)| value.trim())
     };
+    let priority = match named(META_PRIORITY) {
+        None => Priority::Normal,
+        Some(value) => value.parse().map_err(|e: String| Status::invalid(META_PRIORITY, e))?,
+    };
+    let request_id = named(META_REQUEST_ID).map(|value| {
+        let wrong = |_| Status::invalid(META_REQUEST_ID, "the id of a request must be a UUID");
+        value.parse::<RequestId>().map_err(wrong)
+    });
+    let keep = named(META_KEEP_ALIVE).map(|value| {
+        let seconds = value.parse::<u64>().map(Duration::from_secs).ok();
+        seconds.filter(|keep| *keep <= MAX_KEEP).ok_or_else(|| {
+            let most = MAX_KEEP.as_secs();
+            Status::invalid(META_KEEP_ALIVE, format!("must be whole seconds, at most {most}"))
+        })
+    });
     Ok(Caller {
         deadline: header.deadline_ms.map(Duration::from_millis),
         client: Caller::client_of(call.bearer()),
         priority,
+        request_id: request_id.transpose()?,
+        keep: keep.transpose()?,
+        ..Caller::default()
     })
 }
 
 /// Sends all replies but the last. The outer error is the network's, the inner one the caller's.
 async fn answer(
-    method: Method,
-    room: BodyPermit,
+    (method, room): (Method, BodyPermit),
     (key, caller): (Option<String>, Caller),
     replies: &mut ReplySender,
-    service: &Arc<dyn Service>,
+    (service, connection): (&Arc<dyn Service>, &Connection),
 ) -> Result<Result<(), Status>, NetError> {
-    if let Method::Generate(request) = method {
-        return generate(request, room, caller, replies, service.as_ref()).await;
-    }
+    let method = match method {
+        Method::Generate(request) => {
+            let events = service.generate(request, caller).await;
+            // The prompt has become ids, which the scheduler's own limits bound.
+            drop(room);
+            return hear(events, replies, connection).await;
+        }
+        Method::Attach(request) => {
+            drop(room);
+            return hear(service.attach(request, caller).await, replies, connection).await;
+        }
+        other => other,
+    };
     let found = match caller.deadline {
         None => unary(method, key, caller, service).await,
         Some(limit) => tokio::time::timeout(limit, unary(method, key, caller, service))
@@ -165,22 +196,34 @@ async fn answer(
     }
 }
 
-async fn generate(
-    request: GenerateRequest,
-    room: BodyPermit,
-    caller: Caller,
+/// Tells, when a client's stream of events is dropped, whether the client went or was cut off.
+struct Heard<'a> {
+    events: EventStream,
+    connection: &'a Connection,
+}
+
+impl Drop for Heard<'_> {
+    fn drop(&mut self) {
+        if self.connection.was_cut() {
+            self.events.lost();
+        }
+    }
+}
+
+async fn hear(
+    events: Result<EventStream, Status>,
     replies: &mut ReplySender,
-    service: &dyn Service,
+    connection: &Connection,
 ) -> Result<Result<(), Status>, NetError> {
-    let mut events = match service.generate(request, caller).await {
-        Ok(events) => events,
+    let mut heard = match events {
+        Ok(events) => Heard { events, connection },
         Err(status) => return Ok(Err(status)),
     };
-    // The prompt has become ids, which the scheduler's own limits bound.
-    drop(room);
     loop {
-        match events.next().await {
-            None => return Ok(Err(Status::internal("the answer ended without saying why"))),
+        match heard.events.next().await {
+            // The coordinator stops, and goes on with the request when it is back: a stream that
+            // breaks off is what tells the client to attach again.
+            None => return Err(NetError::Ended("the coordinator stops")),
             Some(Err(status)) => return Ok(Err(status)),
             Some(Ok(event)) => {
                 let last = matches!(event, GenerateEvent::Finished { .. });
@@ -193,7 +236,7 @@ async fn generate(
     }
 }
 
-/// Every method but `Generate`: its replies, without `Done`.
+/// Every method but `Generate` and `Attach`: its replies, without `Done`.
 async fn unary(
     method: Method,
     key: Option<String>,
@@ -201,7 +244,9 @@ async fn unary(
     service: &Arc<dyn Service>,
 ) -> Result<Vec<Reply>, Status> {
     let reply = match method {
-        Method::Generate(_) => return Err(Status::internal("Generate is a stream of events")),
+        Method::Generate(_) | Method::Attach(_) => {
+            return Err(Status::internal("it is answered with a stream of events"));
+        }
         Method::Score(request) => {
             let scores = service.score(request, caller).await?;
             let chunks = scores.chunks(SCORES_PER_REPLY);

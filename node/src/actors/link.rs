@@ -110,6 +110,11 @@ async fn session(parts: &LinkParts, node: &Addr<Node>, wait: &mut Duration) -> L
 
 #[expect(clippy::needless_pass_by_value, reason = "an error is used up where it ends a session")]
 fn lost(e: NetError) -> LinkEnd {
+    if e.is_revocation() {
+        return LinkEnd::Refused(format!(
+            "{e}: to enrol the machine as a new node, remove its folder and start it with --token"
+        ));
+    }
     LinkEnd::Lost(e.to_string())
 }
 

@@ -6,8 +6,8 @@
 //! the protocol that was agreed on and, where certificates were shown, the peer's name.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use quinn::congestion::CubicConfig;
@@ -16,9 +16,11 @@ use quinn::{
 };
 use rustls::pki_types::CertificateDer;
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::time::Instant;
 
+use crate::budget::{Bucket, Budgets, Rate};
 use crate::error::{describe, within};
-use crate::seats::{Seat, Seats};
+use crate::seats::{self, Seat, Seats};
 use crate::tls::{Alpn, ClientTls, ServerTls};
 use crate::{NetError, PeerName, timing};
 
@@ -48,6 +50,11 @@ const MAX_CONNECTIONS: usize = 1024;
 const RETRY_ABOVE: usize = 64;
 /// Connections of one host at the public endpoint; more are refused.
 const MAX_PER_HOST: usize = 64;
+/// Handshakes of one host at the public endpoint, at once and a second after that. Each costs a
+/// signature; loopback is not counted.
+const HANDSHAKES_OF_HOST: Rate = Rate { burst: 64.0, per_second: 16.0 };
+/// Those of all hosts at the public endpoint, this one included: about a fifth of a core.
+const HANDSHAKES: Rate = Rate { burst: 512.0, per_second: 256.0 };
 /// Handshakes that wait to be accepted; more are refused.
 const MAX_WAITING: usize = 128;
 
@@ -59,6 +66,35 @@ pub struct Endpoint {
     server: Option<ServerTls>,
     /// Counted at the public endpoint only.
     seats: Seats,
+    pace: Arc<Mutex<Pace>>,
+}
+
+/// How many handshakes may begin.
+#[derive(Debug)]
+struct Pace {
+    hosts: Budgets,
+    all: Bucket,
+}
+
+impl Pace {
+    fn new() -> Self {
+        let all = Bucket::full(HANDSHAKES, Instant::now());
+        Self { hosts: Budgets::new(HANDSHAKES_OF_HOST), all }
+    }
+
+    /// One more from this host.
+    fn admits(&mut self, ip: IpAddr) -> bool {
+        let now = Instant::now();
+        let counted = seats::host(ip).is_some();
+        (!counted || self.hosts.take_of(ip, now)) && self.all.take(HANDSHAKES, now)
+    }
+
+    /// Whether hosts come faster than they may, so that each has to show that it is one.
+    fn is_tight(&self, ip: IpAddr) -> bool {
+        let now = Instant::now();
+        self.all.level(HANDSHAKES, now) < HANDSHAKES.burst / 2.0
+            || self.hosts.level_of(ip, now) < HANDSHAKES_OF_HOST.burst / 2.0
+    }
 }
 
 impl Endpoint {
@@ -79,10 +115,11 @@ impl Endpoint {
         })?;
         let server_config =
             server.as_ref().map(|tls| server_config(tls, transport(tls.public, false, window)));
+        let pace = Arc::new(Mutex::new(Pace::new()));
         let runtime = Arc::new(quinn::TokioRuntime);
         let inner =
             quinn::Endpoint::new(config, server_config, socket, runtime).map_err(bind_error)?;
-        Ok(Self { inner, window, server, seats: Seats::new(MAX_PER_HOST) })
+        Ok(Self { inner, window, server, seats: Seats::new(MAX_PER_HOST), pace })
     }
 
     /// Binds `addr`, or the first free one of the `tries - 1` ports after it.
@@ -186,10 +223,18 @@ impl Endpoint {
             let open = self.inner.open_connections();
             let ip = inner.remote_address().ip();
             // Whoever only pretends to be at this address must not use up its owner's places.
-            let suspect = open >= RETRY_ABOVE || self.seats.taken(ip) >= MAX_PER_HOST / 2;
+            let pace = || self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+            let suspect = open >= RETRY_ABOVE
+                || self.seats.taken(ip) >= MAX_PER_HOST / 2
+                || (tls.public && pace().is_tight(ip));
             if suspect && !inner.remote_address_validated() && inner.may_retry() {
                 // It cannot fail where `may_retry` holds.
                 let _ = inner.retry();
+                continue;
+            }
+            if tls.public && !pace().admits(ip) {
+                tracing::debug!(peer = %inner.remote_address(), "too many handshakes, one refused");
+                inner.refuse();
                 continue;
             }
             let seat = if tls.public { self.seats.take(ip).map(Some) } else { Some(None) };
@@ -299,8 +344,12 @@ impl Connection {
         let peer = inner
             .peer_identity()
             .and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok())
-            .and_then(|chain| chain.first().map(|leaf| PeerName::of_certificate(leaf)))
-            .transpose()?;
+            .and_then(|chain| chain.first().map(|leaf| PeerName::of_certificate(leaf)));
+        // Only members must have names of the cluster's; to clients a company may show its own.
+        let peer = match alpn {
+            Alpn::Cluster => peer.transpose()?,
+            Alpn::Client | Alpn::Join => peer.and_then(Result::ok),
+        };
         Ok((alpn, peer))
     }
 
@@ -345,6 +394,13 @@ impl Connection {
     /// Waits until the connection is gone, and says why. Cancel-safe.
     pub async fn closed(&self) -> NetError {
         self.inner.closed().await.into()
+    }
+
+    /// Whether the connection is gone although nobody closed it: the peer died, or is cut off.
+    pub fn was_cut(&self) -> bool {
+        use quinn::ConnectionError as E;
+        let reason = self.inner.close_reason();
+        reason.is_some_and(|e| !matches!(e, E::ApplicationClosed(_) | E::LocallyClosed))
     }
 
     /// Why the connection is gone, if it is.

@@ -99,6 +99,14 @@ impl NetError {
         matches!(self, Self::Codec(_) | Self::Frame(_) | Self::Protocol(_))
     }
 
+    /// Whether the other side says that our certificate was revoked.
+    pub fn is_revocation(&self) -> bool {
+        match self {
+            Self::Lost(message) | Self::Connect { message, .. } => message.contains("revoked"),
+            _ => false,
+        }
+    }
+
     /// As a client sees it.
     pub fn to_status(&self) -> Status {
         match self {
@@ -159,7 +167,10 @@ pub(crate) fn describe(e: &quinn::ConnectionError) -> String {
         quinn::ConnectionError::LocallyClosed => "closed on this side".to_owned(),
         other => {
             let text = other.to_string();
-            if text.contains("UnknownIssuer") || text.contains("unknown_ca") {
+            // The alert's number: its name comes from the other side's text, if at all.
+            if text.contains("CertificateRevoked") || text.contains("error 44") {
+                format!("{text} (this certificate was revoked)")
+            } else if text.contains("UnknownIssuer") || text.contains("unknown_ca") {
                 format!("{text} (it belongs to another cluster)")
             } else {
                 text

@@ -3,7 +3,7 @@
 //! A certificate carries one name, chosen by the coordinator: `coordinator.millrace.internal` or
 //! `<uuid>.node.millrace.internal`. Of a certificate request only the public key and its proof of
 //! possession are used; names and extensions that it asks for are ignored. Nothing here talks to
-//! the network; revocation is not part of it.
+//! the network; who is kept out is in [`crate::revoked`].
 
 use std::fmt;
 use std::path::Path;
@@ -25,8 +25,8 @@ use crate::{NetError, private_file};
 
 /// The CA lives as long as a cluster is likely to.
 const CA_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
-/// Members: shorter than the CA; a node enrols again when its certificate runs out.
-const MEMBER_LIFETIME: Duration = Duration::from_secs(5 * 365 * 86_400);
+/// Members renew theirs when two thirds of it are over, so a month is left to notice trouble.
+pub const MEMBER_LIFETIME: Duration = Duration::from_secs(90 * 86_400);
 /// Certificates are valid from a day ago, so that clocks may differ.
 const CLOCK_SLACK: Duration = Duration::from_secs(86_400);
 
@@ -80,6 +80,41 @@ impl fmt::Display for PeerName {
     }
 }
 
+/// When a certificate is valid, Unix seconds, both included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Validity {
+    /// The first second.
+    pub from: u64,
+    /// The last second.
+    pub until: u64,
+}
+
+impl Validity {
+    /// From now on, with a day's slack for clocks that differ.
+    pub fn lasting(lifetime: Duration) -> Self {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let from = now.saturating_sub(CLOCK_SLACK).as_secs();
+        Self { from, until: (now + lifetime).as_secs() }
+    }
+
+    /// Reads it from a certificate.
+    ///
+    /// # Errors
+    /// If that is malformed.
+    pub fn of_certificate(der: &[u8]) -> Result<Self, NetError> {
+        let (_, cert) = X509Certificate::from_der(der)
+            .map_err(|_| NetError::Identity("unusable certificate: not X.509".into()))?;
+        let seconds = |time: x509_parser::time::ASN1Time| time.timestamp().try_into().unwrap_or(0);
+        let validity = cert.validity();
+        Ok(Self { from: seconds(validity.not_before), until: seconds(validity.not_after) })
+    }
+
+    /// Whether it should be renewed by `now`: two thirds are over.
+    pub fn is_due(self, now: u64) -> bool {
+        now >= self.until.saturating_sub(self.until.saturating_sub(self.from) / 3)
+    }
+}
+
 /// SHA-256 of a certificate: what join tokens pin.
 pub fn fingerprint(certificate_der: &[u8]) -> [u8; 32] {
     Sha256::digest(certificate_der).into()
@@ -109,6 +144,14 @@ impl Identity {
     /// If the certificate is not one of ours.
     pub fn name(&self) -> Result<PeerName, NetError> {
         PeerName::of_certificate(&self.cert_der)
+    }
+
+    /// When it is valid.
+    ///
+    /// # Errors
+    /// If the certificate is malformed.
+    pub fn validity(&self) -> Result<Validity, NetError> {
+        Validity::of_certificate(&self.cert_der)
     }
 
     /// Writes `{prefix}.pem` (certificate, then CA) and `{prefix}.key` (mode 0600) into `dir`.
@@ -196,6 +239,15 @@ impl NodeKey {
         &self.csr_der
     }
 
+    /// The key of an identity, and a new request with it.
+    ///
+    /// # Errors
+    /// If the key is unusable.
+    pub fn of_identity(identity: &Identity) -> Result<Self, NetError> {
+        let pair = key_pair(&identity.key_der).map_err(|e| NetError::Identity(e.to_string()))?;
+        Self::from_pair(&pair)
+    }
+
     /// Puts key and certificate together.
     ///
     /// # Errors
@@ -239,6 +291,13 @@ impl ProvenKey {
         Ok(Self(request))
     }
 
+    /// Whether this is the key that a certificate is for.
+    pub(crate) fn is_of(&self, certificate_der: &[u8]) -> bool {
+        X509Certificate::from_der(certificate_der).is_ok_and(|(_, certificate)| {
+            certificate.public_key().raw == self.0.public_key.subject_public_key_info()
+        })
+    }
+
     /// SHA-256 of the public key, which names the key in records.
     pub fn spki_sha256(&self) -> [u8; 32] {
         Sha256::digest(self.0.public_key.subject_public_key_info()).into()
@@ -271,7 +330,7 @@ impl ClusterCa {
         params.distinguished_name.push(DnType::CommonName, format!("Millrace cluster CA {serial}"));
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        set_validity(&mut params, CA_LIFETIME);
+        set_validity(&mut params, Validity::lasting(CA_LIFETIME));
         let cert_der = params.self_signed(&key).map_err(unexpected)?.der().to_vec();
         Ok(Self { issuer: Issuer::new(params, key), cert_der })
     }
@@ -337,9 +396,43 @@ impl ClusterCa {
         self.issue(PeerName::Node(id))
     }
 
+    /// [`ClusterCa::issue_node`] for a certificate that is valid at other times.
+    ///
+    /// # Errors
+    /// If the system has no randomness to give.
+    pub fn issue_node_for(&self, id: NodeId, validity: Validity) -> Result<Identity, NetError> {
+        let name = PeerName::Node(id);
+        self.with_new_key(|key| self.sign(key, member(name)?, validity))
+    }
+
+    /// Makes an identity for HTTPS under these names and addresses. No member's: it carries none
+    /// of their names, and cannot be shown as a client.
+    ///
+    /// # Errors
+    /// If a name is none, or the system has no randomness to give.
+    pub fn issue_web(&self, names: &[String]) -> Result<Identity, NetError> {
+        let is_members = |name: &String| name == COORDINATOR_NAME || node_of_name(name).is_some();
+        if let Some(name) = names.iter().find(|name| is_members(name)) {
+            return Err(NetError::Identity(format!("{name} is a member's name")));
+        }
+        let mut params = CertificateParams::new(names).map_err(unexpected)?;
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, "Millrace HTTPS");
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        self.with_new_key(|key| self.sign(key, params, Validity::lasting(MEMBER_LIFETIME)))
+    }
+
     fn issue(&self, name: PeerName) -> Result<Identity, NetError> {
+        let validity = Validity::lasting(MEMBER_LIFETIME);
+        self.with_new_key(|key| self.sign(key, member(name)?, validity))
+    }
+
+    fn with_new_key(
+        &self,
+        sign: impl FnOnce(&KeyPair) -> Result<Vec<u8>, NetError>,
+    ) -> Result<Identity, NetError> {
         let key = KeyPair::generate().map_err(unexpected)?;
-        let cert_der = self.sign(&key, name)?;
+        let cert_der = sign(&key)?;
         Ok(Identity { cert_der, key_der: key.serialize_der(), ca_der: self.cert_der.clone() })
     }
 
@@ -348,28 +441,37 @@ impl ClusterCa {
     /// # Errors
     /// If the certificate cannot be built.
     pub fn sign_node(&self, key: &ProvenKey, id: NodeId) -> Result<Vec<u8>, NetError> {
-        self.sign(&key.0.public_key, PeerName::Node(id))
+        let validity = Validity::lasting(MEMBER_LIFETIME);
+        self.sign(&key.0.public_key, member(PeerName::Node(id))?, validity)
     }
 
-    fn sign(&self, key: &impl PublicKeyData, name: PeerName) -> Result<Vec<u8>, NetError> {
-        let mut params = CertificateParams::new(vec![name.dns()]).map_err(unexpected)?;
-        params.distinguished_name = rcgen::DistinguishedName::new();
-        params.distinguished_name.push(DnType::CommonName, name.to_string());
+    fn sign(
+        &self,
+        key: &impl PublicKeyData,
+        mut params: CertificateParams,
+        validity: Validity,
+    ) -> Result<Vec<u8>, NetError> {
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
-        set_validity(&mut params, MEMBER_LIFETIME);
+        set_validity(&mut params, validity);
         Ok(params.signed_by(key, &self.issuer).map_err(unexpected)?.der().to_vec())
     }
 }
 
-fn set_validity(params: &mut CertificateParams, lifetime: Duration) {
+fn member(name: PeerName) -> Result<CertificateParams, NetError> {
+    let mut params = CertificateParams::new(vec![name.dns()]).map_err(unexpected)?;
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, name.to_string());
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    Ok(params)
+}
+
+fn set_validity(params: &mut CertificateParams, validity: Validity) {
     let epoch = rcgen::date_time_ymd(1970, 1, 1);
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    params.not_before = epoch + now.saturating_sub(CLOCK_SLACK);
-    params.not_after = epoch + now + lifetime;
+    params.not_before = epoch + Duration::from_secs(validity.from);
+    params.not_after = epoch + Duration::from_secs(validity.until);
 }
 
 fn unexpected(e: rcgen::Error) -> NetError {

@@ -10,7 +10,8 @@
 //! [`endpoint`] binds sockets and shakes hands; [`transport`] opens and accepts typed streams;
 //! [`framed`] puts messages and stage frames on them; [`edge`] adds credits; [`awake`] keeps processors
 //! from sleeping while frames pass; [`burst`] measures ways; [`join`] enrols nodes;
-//! [`keys`] keeps API keys; [`client`] and [`rpc_server`] are the two halves of the client API;
+//! [`certs`] changes certificates in use, [`revoked`] keeps nodes out, [`keys`] keeps API keys; [`client`] and [`rpc_server`] are the two halves of the client API;
+//! [`budget`] bounds how often;
 //! [`timing`] holds every deadline; [`telemetry`] sets logging up.
 //!
 //! # Invariants
@@ -19,8 +20,10 @@
 //! for it; every wait for a peer has a deadline or is a wait for work.
 #![forbid(unsafe_code)]
 
+pub mod budget;
 pub mod awake;
 pub mod burst;
+pub mod certs;
 pub mod client;
 pub mod cpu_time;
 pub mod edge;
@@ -30,10 +33,11 @@ pub mod framed;
 pub mod identity;
 pub mod join;
 pub mod keys;
-mod private_file;
+pub mod private_file;
 pub mod pump;
+pub mod revoked;
 pub mod rpc_server;
-mod seats;
+pub mod seats;
 pub mod signals;
 pub mod telemetry;
 pub mod timing;

@@ -9,7 +9,10 @@ use rustls::crypto::SecureRandom;
 use crate::NetError;
 
 /// Makes a folder (and its parents) that only its owner may enter.
-pub(crate) fn create_dir(path: &Path) -> Result<(), NetError> {
+///
+/// # Errors
+/// If it cannot be made.
+pub fn create_dir(path: &Path) -> Result<(), NetError> {
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]
@@ -18,7 +21,10 @@ pub(crate) fn create_dir(path: &Path) -> Result<(), NetError> {
 }
 
 /// Writes a file of mode 0600 by way of a temporary one, so that readers see old or new, whole.
-pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), NetError> {
+///
+/// # Errors
+/// If it cannot be written; nothing is left behind then.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<(), NetError> {
     let temporary = temporary_beside(path)?;
     let written = write_new(&temporary, bytes)
         .and_then(|()| fs::rename(&temporary, path).map_err(|e| NetError::file(path, e)));
@@ -43,12 +49,15 @@ fn temporary_beside(path: &Path) -> Result<PathBuf, NetError> {
 }
 
 /// Reads a file that must exist.
-pub(crate) fn read(path: &Path) -> Result<Vec<u8>, NetError> {
+///
+/// # Errors
+/// If it cannot be read.
+pub fn read(path: &Path) -> Result<Vec<u8>, NetError> {
     fs::read(path).map_err(|e| NetError::file(path, e))
 }
 
 /// Lower-case hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut s, b| {
         let _ = write!(s, "{b:02x}");
@@ -57,7 +66,10 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 }
 
 /// Cryptographically secure random bytes, from the program's one crypto provider.
-pub(crate) fn random<const N: usize>() -> Result<[u8; N], NetError> {
+///
+/// # Errors
+/// If the system has none to give.
+pub fn random<const N: usize>() -> Result<[u8; N], NetError> {
     let mut bytes = [0; N];
     let source: &dyn SecureRandom = rustls::crypto::ring::default_provider().secure_random;
     source

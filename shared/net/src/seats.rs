@@ -1,4 +1,4 @@
-//! How many connections each address has at the public endpoint.
+//! How many connections each address has at a public endpoint.
 //!
 //! One host must not take all of the endpoint's places. A host is an IPv4 address or an IPv6 /64,
 //! which is the least that one subscriber gets. Loopback is not counted: those are the operator's
@@ -10,14 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// The seats of one endpoint. Clones share them.
 #[derive(Clone, Debug)]
-pub(crate) struct Seats {
+pub struct Seats {
     taken: Arc<Mutex<HashMap<IpAddr, usize>>>,
     per_host: usize,
 }
 
 /// One connection's place.
 #[derive(Debug)]
-pub(crate) struct Seat {
+pub struct Seat {
     seats: Seats,
     /// `None` where it is not counted.
     host: Option<IpAddr>,
@@ -25,18 +25,18 @@ pub(crate) struct Seat {
 
 impl Seats {
     /// At most `per_host` seats for each host.
-    pub(crate) fn new(per_host: usize) -> Self {
+    pub fn new(per_host: usize) -> Self {
         Self { taken: Arc::default(), per_host }
     }
 
     /// Seats that this host has.
-    pub(crate) fn taken(&self, addr: IpAddr) -> usize {
+    pub fn taken(&self, addr: IpAddr) -> usize {
         let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         host(addr).and_then(|host| taken.get(&host).copied()).unwrap_or(0)
     }
 
     /// One more seat for this host; `None` if it has all it may have.
-    pub(crate) fn take(&self, addr: IpAddr) -> Option<Seat> {
+    pub fn take(&self, addr: IpAddr) -> Option<Seat> {
         let host = host(addr);
         if let Some(host) = host {
             let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
@@ -64,7 +64,7 @@ impl Drop for Seat {
 }
 
 /// What an address is counted as; `None` for loopback.
-pub(crate) fn host(addr: IpAddr) -> Option<IpAddr> {
+pub fn host(addr: IpAddr) -> Option<IpAddr> {
     let addr = addr.to_canonical();
     if addr.is_loopback() {
         return None;

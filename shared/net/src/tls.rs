@@ -4,6 +4,7 @@
 //! either side, so that every connection of the cluster endpoint shows a client certificate.
 //! A joining node trusts exactly the CA certificate whose SHA-256 its token carries.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use millrace_shared::wire::{ALPN_CLIENT, ALPN_CLUSTER, ALPN_JOIN, COORDINATOR_NAME};
@@ -12,12 +13,14 @@ use rustls::RootCertStore;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
 
-use crate::identity::fingerprint;
-use crate::{Identity, NetError};
+use crate::certs::{CertFiles, CompanyOnly, LiveIdentity, MembersOnly, PublicCerts};
+use crate::identity::{fingerprint, parse_certificates};
+use crate::revoked::Revocations;
+use crate::{Identity, NetError, private_file};
 
 /// The protocol that a handshake agreed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -77,15 +80,27 @@ impl std::fmt::Debug for ClientTls {
 /// # Errors
 /// If the identity is unusable.
 pub fn cluster_server(identity: &Identity) -> Result<ServerTls, NetError> {
-    let verifier =
-        WebPkiClientVerifier::builder_with_provider(Arc::new(roots(&identity.ca_der)?), provider())
-            .build()
-            .map_err(unusable)?;
-    let builder = rustls::ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(unusable)?
-        .with_client_cert_verifier(verifier);
-    finish_server(builder, identity, &[Alpn::Cluster])
+    cluster_server_of(&LiveIdentity::new(identity)?, None)
+}
+
+/// [`cluster_server`] with an identity that may be renewed, and nodes that are kept out.
+///
+/// # Errors
+/// If the identity is unusable.
+pub fn cluster_server_of(
+    identity: &LiveIdentity,
+    revoked: Option<Arc<Revocations>>,
+) -> Result<ServerTls, NetError> {
+    let roots = Arc::new(roots(identity.ca_der())?);
+    let members = WebPkiClientVerifier::builder_with_provider(roots, provider());
+    let mut verifier = members.build().map_err(unusable)?;
+    if let Some(revoked) = revoked {
+        verifier = Arc::new(MembersOnly { inner: verifier, revoked });
+    }
+    let config = server_builder()?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(Arc::new(identity.clone()));
+    finish_server(config, &[Alpn::Cluster])
 }
 
 /// The endpoint for clients and joining nodes: no client certificates; the CA is presented with
@@ -94,19 +109,55 @@ pub fn cluster_server(identity: &Identity) -> Result<ServerTls, NetError> {
 /// # Errors
 /// If the identity is unusable.
 pub fn public_server(identity: &Identity) -> Result<ServerTls, NetError> {
-    let builder = rustls::ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(unusable)?
-        .with_no_client_auth();
-    finish_server(builder, identity, &[Alpn::Client, Alpn::Join])
+    public_server_of(&LiveIdentity::new(identity)?, None)
 }
 
-fn finish_server(
-    builder: rustls::ConfigBuilder<rustls::ServerConfig, rustls::server::WantsServerCert>,
-    identity: &Identity,
-    alpns: &[Alpn],
+/// [`public_server`] with an identity that may be renewed, and the company's certificate for
+/// clients that do not ask for the coordinator by its own name.
+///
+/// # Errors
+/// If the provider cannot do TLS 1.3.
+pub fn public_server_of(
+    identity: &LiveIdentity,
+    company: Option<&CertFiles>,
 ) -> Result<ServerTls, NetError> {
-    let mut config = builder.with_single_cert(chain(identity), key(identity)).map_err(unusable)?;
+    let certs = PublicCerts { own: identity.clone(), company: company.cloned() };
+    let config = server_builder()?.with_no_client_auth().with_cert_resolver(Arc::new(certs));
+    finish_server(config, &[Alpn::Client, Alpn::Join])
+}
+
+/// HTTPS with a certificate in files, or with one of the cluster's CA ([`crate::ClusterCa::issue_web`]).
+///
+/// # Errors
+/// If the provider cannot do TLS.
+pub fn https_server(certs: &WebCerts) -> Result<rustls::ServerConfig, NetError> {
+    let builder = rustls::ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(unusable)?
+        .with_no_client_auth();
+    Ok(match certs {
+        WebCerts::Files(files) => builder.with_cert_resolver(Arc::new(CompanyOnly(files.clone()))),
+        WebCerts::Own(identity) => builder.with_cert_resolver(Arc::new(identity.clone())),
+    })
+}
+
+/// What HTTPS shows.
+#[derive(Clone, Debug)]
+pub enum WebCerts {
+    /// The company's certificate.
+    Files(CertFiles),
+    /// One of the cluster's CA.
+    Own(LiveIdentity),
+}
+
+fn server_builder()
+-> Result<rustls::ConfigBuilder<rustls::ServerConfig, rustls::WantsVerifier>, NetError> {
+    rustls::ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(unusable)
+}
+
+fn finish_server(mut config: rustls::ServerConfig, alpns: &[Alpn]) -> Result<ServerTls, NetError> {
     config.alpn_protocols = alpns.iter().map(|a| a.bytes().to_vec()).collect();
     config.max_early_data_size = 0;
     config.send_tls13_tickets = 0;
@@ -120,10 +171,17 @@ fn finish_server(
 /// # Errors
 /// If the identity is unusable.
 pub fn cluster_client(identity: &Identity) -> Result<ClientTls, NetError> {
+    cluster_client_of(&LiveIdentity::new(identity)?)
+}
+
+/// [`cluster_client`] with an identity that may be renewed.
+///
+/// # Errors
+/// If the CA certificate is unusable.
+pub fn cluster_client_of(identity: &LiveIdentity) -> Result<ClientTls, NetError> {
     let config = client_builder()?
-        .with_root_certificates(roots(&identity.ca_der)?)
-        .with_client_auth_cert(chain(identity), key(identity))
-        .map_err(unusable)?;
+        .with_root_certificates(roots(identity.ca_der())?)
+        .with_client_cert_resolver(Arc::new(identity.clone()));
     finish_client(config, Alpn::Cluster)
 }
 
@@ -132,9 +190,53 @@ pub fn cluster_client(identity: &Identity) -> Result<ClientTls, NetError> {
 /// # Errors
 /// If the CA certificate is unusable.
 pub fn api_client(ca_der: &[u8]) -> Result<ClientTls, NetError> {
-    let config = client_builder()?.with_root_certificates(roots(ca_der)?).with_no_client_auth();
+    api_client_of(&[ca_der.to_vec()])
+}
+
+/// A client of the API that trusts these CAs.
+///
+/// # Errors
+/// If one is unusable.
+pub fn api_client_of(cas: &[Vec<u8>]) -> Result<ClientTls, NetError> {
+    let mut roots = RootCertStore::empty();
+    for ca in cas {
+        roots.add(CertificateDer::from(ca.clone())).map_err(unusable)?;
+    }
+    let config = client_builder()?.with_root_certificates(roots).with_no_client_auth();
     finish_client(config, Alpn::Client)
 }
+
+/// A client of the API that trusts whom this system trusts (`$SSL_CERT_FILE`, else the bundle of
+/// the distribution).
+///
+/// # Errors
+/// If there is no bundle, or none of its certificates is usable.
+pub fn api_client_of_system() -> Result<ClientTls, NetError> {
+    let told = std::env::var_os("SSL_CERT_FILE").map(PathBuf::from);
+    let path = told.or_else(|| BUNDLES.iter().map(PathBuf::from).find(|path| path.exists()));
+    let path = path.ok_or_else(|| {
+        NetError::Identity("this system has no bundle of CAs: set SSL_CERT_FILE to one".into())
+    })?;
+    let found = parse_certificates(&private_file::read(&path)?)
+        .map_err(|e| NetError::Identity(format!("{}: {e}", path.display())))?;
+    let mut roots = RootCertStore::empty();
+    // Bundles hold old ones that nobody can use.
+    roots.add_parsable_certificates(found.into_iter().map(CertificateDer::from));
+    if roots.is_empty() {
+        let message = format!("{}: no usable certificate in it", path.display());
+        return Err(NetError::Identity(message));
+    }
+    let config = client_builder()?.with_root_certificates(roots).with_no_client_auth();
+    finish_client(config, Alpn::Client)
+}
+
+/// Where distributions keep the CAs that they trust.
+const BUNDLES: [&str; 4] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/cert.pem",
+    "/etc/ssl/ca-bundle.pem",
+];
 
 /// A joining node: its only root is the presented CA certificate with this SHA-256.
 ///
@@ -146,6 +248,24 @@ pub fn join_client(ca_fingerprint: [u8; 32]) -> Result<ClientTls, NetError> {
         .with_custom_certificate_verifier(Arc::new(PinnedCa { ca_fingerprint }))
         .with_no_client_auth();
     finish_client(config, Alpn::Join)
+}
+
+/// Checks that a certificate is the cluster's, at this time.
+///
+/// # Errors
+/// If it is another's, or not valid then.
+pub(crate) fn check_member(
+    ca_der: &[u8],
+    certificate: &[u8],
+    at: UnixTime,
+) -> Result<(), NetError> {
+    let roots = Arc::new(roots(ca_der)?);
+    let members = WebPkiClientVerifier::builder_with_provider(roots, provider());
+    let members = members.build().map_err(unusable)?;
+    members
+        .verify_client_cert(&CertificateDer::from(certificate.to_vec()), &[], at)
+        .map(|_| ())
+        .map_err(|e| NetError::Identity(e.to_string()))
 }
 
 fn client_builder()
@@ -222,7 +342,7 @@ impl ServerCertVerifier for PinnedCa {
     }
 }
 
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
@@ -230,14 +350,6 @@ fn roots(ca_der: &[u8]) -> Result<RootCertStore, NetError> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from(ca_der.to_vec())).map_err(unusable)?;
     Ok(roots)
-}
-
-fn chain(identity: &Identity) -> Vec<CertificateDer<'static>> {
-    vec![identity.cert_der.clone().into(), identity.ca_der.clone().into()]
-}
-
-fn key(identity: &Identity) -> PrivateKeyDer<'static> {
-    PrivatePkcs8KeyDer::from(identity.key_der.clone()).into()
 }
 
 fn unusable(e: impl std::fmt::Display) -> NetError {

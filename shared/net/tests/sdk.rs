@@ -37,6 +37,7 @@ fn server() -> Server {
         http: "http://127.0.0.1:8000".into(),
         api_key: "mlr-test".into(),
         ca_pem: cluster.ca.ca_pem(),
+        server_name: None,
     };
     Server { endpoint, config, ca_der: cluster.ca.ca_der().to_vec() }
 }
@@ -140,7 +141,7 @@ async fn unary_calls() {
                     continue;
                 }
                 Method::Admin(AdminRequest::Nodes) => Reply::Admin(AdminReply::Nodes(Vec::new())),
-                Method::Admin(_) | Method::Generate(_) => panic!("not asked for"),
+                Method::Admin(_) | Method::Generate(_) | Method::Attach(_) => panic!("not asked for"),
             };
             replies.reply(&reply).await.unwrap();
             replies.done().await.unwrap();
@@ -399,6 +400,7 @@ fn configurations_survive_the_disk() {
         http: "http://127.0.0.1:8000".into(),
         api_key: "mlr-x".into(),
         ca_pem: "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n".into(),
+        server_name: None,
     };
     config.save(&path).unwrap();
     assert_eq!(ClientConfig::load(&path).unwrap(), config);

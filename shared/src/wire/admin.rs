@@ -1,5 +1,8 @@
-//! What operators ask of a running cluster: its nodes, who may be used, new cuts, edges. Part of the
-//! client API; a call needs the key of an administrator.
+//! What operators ask of a running cluster: its nodes, who may be used, new cuts, edges, API keys.
+//! Part of the client API; a call needs the key of an administrator.
+
+use std::fmt;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +32,119 @@ pub enum AdminRequest {
     Doctor,
     /// The members as plans see them: answer `Description`.
     Describe,
+    /// Never let a node in again, and close its connection: answer `Nodes`.
+    RevokeNode {
+        /// Its name where it is there, or its id.
+        node: String,
+    },
+    /// API keys: answer `Keys`, or `NewKey` where one was made.
+    Keys(KeyRequest),
+    /// Hand a node's layers over and end its process: answer `Nodes`.
+    Drain {
+        /// Its name or id.
+        node: String,
+    },
+}
+
+/// What is asked about API keys.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum KeyRequest {
+    /// All of them.
+    List,
+    /// Make one.
+    Create(NewKey),
+    /// Make one invalid, from the next call on.
+    Revoke {
+        /// As `List` shows it.
+        id: String,
+    },
+}
+
+/// What the holder of an API key may do; each includes those before it.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// Read what is served and how it fares: models, state, metrics; text to ids and back.
+    Read,
+    /// Run the model.
+    #[default]
+    Generate,
+    /// Change the cluster, and make keys.
+    Admin,
+}
+
+impl Scope {
+    /// Its name on command lines and in files.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Generate => "generate",
+            Self::Admin => "admin",
+        }
+    }
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Scope {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        [Self::Read, Self::Generate, Self::Admin]
+            .into_iter()
+            .find(|scope| scope.as_str() == s)
+            .ok_or_else(|| format!("'{s}' is no scope: it must be read, generate or admin"))
+    }
+}
+
+/// What a key may use up; `None` is as much as there is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyLimits {
+    /// Continuations and scorings a minute.
+    pub requests_per_minute: Option<u32>,
+    /// Tokens of prompts and answers a minute.
+    pub tokens_per_minute: Option<u32>,
+    /// Continuations and scorings at once.
+    pub concurrent: Option<u32>,
+}
+
+/// A key to be made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewKey {
+    /// What people call it.
+    pub name: String,
+    /// What its holder may do.
+    pub scope: Scope,
+    /// What its holder may use up.
+    pub limits: KeyLimits,
+    /// Unix seconds from which on it is not valid.
+    pub expires: Option<u64>,
+}
+
+impl NewKey {
+    /// A key without limits or end.
+    pub fn new(name: impl Into<String>, scope: Scope) -> Self {
+        Self { name: name.into(), scope, ..Self::default() }
+    }
+}
+
+/// What is known of a key; never its secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyInfo {
+    /// Name of the key for `revoke`, logs and metrics.
+    pub id: String,
+    /// What was asked for when it was made.
+    pub key: NewKey,
+    /// Unix seconds at which it was made.
+    pub created: u64,
+    /// Unix seconds at which it was used last, to within a minute.
+    pub last_used: Option<u64>,
 }
 
 /// The answer.
@@ -42,6 +158,15 @@ pub enum AdminReply {
     Edges(Vec<EdgeStatus>),
     /// A `cluster_file` in TOML; empty before any member was measured.
     Description(String),
+    /// All API keys, oldest first.
+    Keys(Vec<KeyInfo>),
+    /// A key was made; its secret is shown this once.
+    NewKey {
+        /// What is known of it.
+        info: KeyInfo,
+        /// What its holder sends.
+        secret: String,
+    },
 }
 
 /// What a node does.

@@ -61,6 +61,8 @@ pub enum NodeMessage {
     },
     /// The node leaves on purpose.
     Leaving,
+    /// The node wants to leave: hand its layers over first.
+    Draining,
 }
 
 /// What a trial of a way has shown.
@@ -95,6 +97,45 @@ pub struct Hello {
     pub memory_bytes: u64,
     /// Processor and instruction set, for people.
     pub hardware: String,
+}
+
+/// Longest text in a [`Hello`]: it is shown to people, and kept for as long as the node is there.
+pub const MAX_HELLO_TEXT_BYTES: usize = 256;
+/// Most memory that a node may claim: a pebibyte, so that sums over nodes stay numbers.
+pub const MAX_HELLO_MEMORY_BYTES: u64 = 1 << 50;
+/// Most threads that a node may claim.
+pub const MAX_HELLO_THREADS: u32 = 1 << 16;
+
+impl Hello {
+    /// Whether what the node says of itself can be shown and reckoned with.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self) -> Result<(), String> {
+        for (field, text) in [
+            ("numerics_revision", &self.numerics_revision),
+            ("version", &self.version),
+            ("name", &self.name),
+            ("advertise", &self.advertise),
+            ("host", &self.host),
+            ("engine", &self.engine),
+            ("hardware", &self.hardware),
+        ] {
+            if text.len() > MAX_HELLO_TEXT_BYTES || text.chars().any(char::is_control) {
+                return Err(format!(
+                    "the hello's {field} is longer than {MAX_HELLO_TEXT_BYTES} bytes, or has \
+                     control characters"
+                ));
+            }
+        }
+        if self.memory_bytes > MAX_HELLO_MEMORY_BYTES || self.threads > MAX_HELLO_THREADS {
+            return Err(format!(
+                "the hello claims {} bytes of memory and {} threads, which nobody has",
+                self.memory_bytes, self.threads
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// Sign of life with cumulative counters.
@@ -188,6 +229,13 @@ pub enum CoordinatorMessage {
     Ping(u64),
     /// The cluster is shutting down.
     Shutdown,
+    /// An operator wants the node's process to end, as SIGTERM would.
+    Drain,
+    /// Answer to [`NodeMessage::Draining`]: the node may go.
+    Drained {
+        /// Why it takes requests along, where nobody could take its layers over.
+        trouble: Option<String>,
+    },
 }
 
 /// Every row of a sequence up to an epoch of its own: it was cancelled, or will be computed anew.
@@ -229,7 +277,22 @@ pub struct StageProfile {
     pub head_seconds: [f64; PROFILE_ROWS.len()],
 }
 
+/// What a measured time is at least, and at most: what lies outside is no time that a stage takes.
+const PROFILE_BOUNDS: (f64, f64) = (1e-9, 1e4);
+
 impl StageProfile {
+    /// The same with times that plans can reckon with: what is no number, or no time that a stage
+    /// takes, counts as the slowest, so that whoever lies gets little to do.
+    #[must_use]
+    pub fn sound(self) -> Self {
+        let (least, most) = PROFILE_BOUNDS;
+        let sound = |s: f64| if s >= least && s <= most { s } else { most };
+        Self {
+            layer_seconds: self.layer_seconds.map(sound),
+            head_seconds: self.head_seconds.map(sound),
+        }
+    }
+
     /// The same where everything takes `factor` times as long.
     #[must_use]
     pub fn slower(self, factor: f64) -> Self {
@@ -366,4 +429,45 @@ pub enum BlobResponse {
     Bytes(u64),
     /// No.
     Refused(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn profiles_that_are_none_count_as_slow() {
+        let honest = StageProfile::flat(1e-3, 5e-3);
+        assert_eq!(honest.sound(), honest);
+        for lie in [0.0, -1.0, 1e-300, 1e300, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            assert_eq!(StageProfile::flat(lie, 5e-3).sound(), StageProfile::flat(1e4, 5e-3));
+            assert_eq!(StageProfile::flat(1e-3, lie).sound(), StageProfile::flat(1e-3, 1e4));
+        }
+    }
+
+    #[test]
+    fn hellos_that_cannot_be() {
+        let honest = Hello {
+            wire_version: 1,
+            numerics_revision: "cpu/1".into(),
+            version: "1".into(),
+            name: "node".into(),
+            advertise: "h:1".into(),
+            host: "h".into(),
+            engine: "cpu".into(),
+            threads: 4,
+            memory_bytes: 1 << 30,
+            hardware: "none".into(),
+        };
+        assert_eq!(honest.check(), Ok(()));
+        for (lie, part) in [
+            (Hello { name: "a\u{1b}[2Jb".into(), ..honest.clone() }, "name"),
+            (Hello { hardware: "x".repeat(257), ..honest.clone() }, "hardware"),
+            (Hello { host: "a\nb".into(), ..honest.clone() }, "host"),
+            (Hello { memory_bytes: u64::MAX, ..honest.clone() }, "memory"),
+            (Hello { threads: u32::MAX, ..honest.clone() }, "threads"),
+        ] {
+            assert!(lie.check().unwrap_err().contains(part));
+        }
+    }
 }

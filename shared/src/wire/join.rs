@@ -1,4 +1,5 @@
-//! The one exchange of `millrace-join/1`: a token and a public key against a certificate.
+//! The one exchange of `millrace-join/2`: a token, or a certificate that is to be renewed, and a
+//! public key against a certificate.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,10 +11,20 @@ use crate::id::NodeId;
 pub struct JoinRequest {
     /// [`super::WIRE_VERSION`] of the node.
     pub wire_version: u16,
-    /// The secret part of the join token.
-    pub secret: String,
+    /// What speaks for it.
+    pub proof: JoinProof,
     /// PKCS#10 certificate request, DER.
     pub csr_der: Vec<u8>,
+}
+
+/// Why a node may have a certificate.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum JoinProof {
+    /// The secret part of a join token.
+    Token(String),
+    /// It is a member already: its certificate, DER, for the same key. Who only repeats such a
+    /// request gains nothing: the answer is of use to the holder of the key alone.
+    Renewal(Vec<u8>),
 }
 
 /// What the coordinator answers.

@@ -7,6 +7,7 @@ use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::NodeId;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest, EdgeStatus, NodeRole, NodeStatus};
+use millrace_shared::wire::control::CoordinatorMessage;
 use tokio::sync::oneshot;
 
 use super::Cluster;
@@ -43,7 +44,10 @@ impl Handler<Admin> for Cluster {
             AdminRequest::Cordon { node } => self.cordon(&node, cached),
             AdminRequest::Uncordon { node } => self.uncordon(&node),
             AdminRequest::Recut { apply } => self.recut(apply, cached),
+            AdminRequest::Drain { node } => self.drain(&node),
             AdminRequest::Describe => Ok(AdminReply::Description(self.description())),
+            AdminRequest::RevokeNode { node } => Ok(self.turn_out(&node)),
+            AdminRequest::Keys(_) => Err(refused("keys are not the cluster's business".into())),
             AdminRequest::Doctor => {
                 let waiting = self.examine();
                 self.advance(ctx);
@@ -127,6 +131,21 @@ impl Cluster {
             None => AdminReply::Nodes(self.node_statuses()),
             Some(offer) => AdminReply::Recut(Box::new(self.apply_offer(offer))),
         })
+    }
+
+    /// Closes the connection of a node that was revoked; one that is not there has none.
+    fn turn_out(&mut self, node: &str) -> AdminReply {
+        if let Some(member) = self.find(node).ok().and_then(|id| self.members.get(&id)) {
+            member.connection.close("this node's certificate was revoked");
+        }
+        AdminReply::Nodes(self.node_statuses())
+    }
+
+    /// Tells a node to hand its layers over and to end, as SIGTERM would.
+    fn drain(&mut self, node: &str) -> Result<AdminReply, Status> {
+        let id = self.find(node)?;
+        self.say(id, CoordinatorMessage::Drain);
+        Ok(AdminReply::Nodes(self.node_statuses()))
     }
 
     fn uncordon(&mut self, node: &str) -> Result<AdminReply, Status> {

@@ -5,13 +5,21 @@
 //! loopback, addresses of the connection itself and names the operator gave are served. Cross-origin
 //! headers are never sent.
 
-use std::net::{IpAddr, SocketAddr};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::pin::Pin;
+use std::time::Duration;
 
 use actix_web::body::{EitherBody, MessageBody};
-use actix_web::dev::{ServiceRequest, ServiceResponse};
+use actix_web::dev::{Payload, ServiceRequest, ServiceResponse};
+use actix_web::error::PayloadError;
+use actix_web::http::ConnectionType;
 use actix_web::http::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
 use actix_web::middleware::Next;
-use actix_web::{Error, ResponseError, web};
+use actix_web::web::Bytes;
+use actix_web::{Error, HttpMessage as _, ResponseError, web};
+use futures::{Stream, StreamExt as _, stream};
+use millrace_net::seats::Seat;
 use millrace_shared::error::{ErrorCode, Status};
 use uuid::Uuid;
 
@@ -25,6 +33,13 @@ const MAX_REQUEST_ID_BYTES: usize = 128;
 /// Our end of a connection.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LocalAddr(pub(crate) SocketAddr);
+
+/// The connection's place among those of its host; `None` where there was none left.
+#[derive(Debug)]
+pub(crate) struct Place(pub(crate) Option<Seat>);
+
+/// When to try again, told to hosts that have too many connections.
+const CROWDED_RETRY_MS: u32 = 5000;
 
 /// Which names this server answers to.
 #[derive(Clone, Debug)]
@@ -52,6 +67,10 @@ impl HostPolicy {
     }
 
     fn check(&self, request: &ServiceRequest) -> Result<(), ApiError> {
+        if request.conn_data::<Place>().is_some_and(|place| place.0.is_none()) {
+            let message = "too many connections from this address: close some";
+            return Err(Status::exhausted(message, CROWDED_RETRY_MS).into());
+        }
         let local = request.conn_data::<LocalAddr>().map(|l| l.0.ip());
         let mut hosts = request.headers().get_all(HOST).peekable();
         if hosts.peek().is_none() {
@@ -85,17 +104,42 @@ fn host_of(authority: &str) -> &str {
 /// Around everything: the host check, and the request id on every answer.
 pub(crate) async fn check_host<B: MessageBody + 'static>(
     state: web::Data<AppState>,
-    request: ServiceRequest,
+    mut request: ServiceRequest,
     next: Next<B>,
 ) -> Result<ServiceResponse<EitherBody<B>>, Error> {
     let id = request_id(request.headers());
     tracing::debug!(request_id = ?id, method = %request.method(), path = request.path(), "http");
     let mut response = match state.hosts.check(&request) {
-        Ok(()) => next.call(request).await?.map_into_left_body(),
-        Err(error) => request.into_response(error.error_response()).map_into_right_body(),
+        Ok(()) => {
+            hurry(&mut request, state.body_timeout);
+            next.call(request).await?.map_into_left_body()
+        }
+        Err(error) => {
+            let mut refused = request.into_response(error.error_response()).map_into_right_body();
+            refused.response_mut().head_mut().set_connection_type(ConnectionType::Close);
+            refused
+        }
     };
     response.headers_mut().insert(REQUEST_ID, id);
     Ok(response)
+}
+
+/// Gives the body a time by which all of it must have come. Until then it is read as fast as it
+/// comes, and a slow one holds nobody up; but it holds a place.
+fn hurry(request: &mut ServiceRequest, limit: Duration) {
+    if matches!(request.parts_mut().1, Payload::None) {
+        return;
+    }
+    let until = tokio::time::Instant::now() + limit;
+    let body = request.take_payload();
+    let timed = stream::unfold(body, move |mut body| async move {
+        let late = || PayloadError::Io(io::Error::from(io::ErrorKind::TimedOut));
+        let next = tokio::time::timeout_at(until, body.next()).await;
+        let next = next.unwrap_or_else(|_| Some(Err(late())))?;
+        Some((next, body))
+    });
+    let timed: Pin<Box<dyn Stream<Item = Result<Bytes, PayloadError>>>> = Box::pin(timed);
+    request.set_payload(Payload::Stream { payload: timed });
 }
 
 /// Around what needs a key.
@@ -104,7 +148,9 @@ pub(crate) async fn check_key<B: MessageBody + 'static>(
     request: ServiceRequest,
     next: Next<B>,
 ) -> Result<ServiceResponse<EitherBody<B>>, Error> {
-    match state.service.authenticate(bearer(request.headers())) {
+    // Not what a proxy's header says: anybody can send that.
+    let from = request.peer_addr().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |peer| peer.ip());
+    match state.service.authenticate_from(bearer(request.headers()), from) {
         Ok(()) => Ok(next.call(request).await?.map_into_left_body()),
         Err(status) => {
             let response = ApiError::from(status).error_response();

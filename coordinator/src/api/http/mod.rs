@@ -1,11 +1,6 @@
 //! The HTTP API: OpenAI's endpoints with server-sent events, and what operators expect beside them.
 //!
-//! | path | key | |
-//! |---|---|---|
-//! | `POST /v1/chat/completions`, `POST /v1/completions` | yes | whole or streamed |
-//! | `GET /v1/models`, `GET /v1/models/{id}` | yes | what is served |
-//! | `POST /tokenize`, `POST /detokenize` | yes | text to ids and back |
-//! | `GET /health`, `GET /ready`, `GET /live`, `GET /version`, `GET /metrics` | no | |
+//! What there is, and what protects it, is the table [`ENDPOINTS`], from which the server is built.
 //!
 //! One worker thread: everything here is parsing and forwarding. The server runs in a runtime of its
 //! own, so it can be started from anywhere. A connection that the client closes, even only its
@@ -13,6 +8,7 @@
 
 mod chat;
 mod completions;
+mod dashboard;
 mod error;
 mod fields;
 mod generation;
@@ -21,6 +17,7 @@ mod info;
 mod logprobs;
 mod options;
 mod request;
+mod requests;
 mod sse;
 mod tokenize;
 mod types;
@@ -33,21 +30,34 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use actix_tls::accept::rustls_0_23::TlsStream;
 use actix_web::dev::{Server, ServerHandle};
 use actix_web::middleware::from_fn;
 use actix_web::rt::System;
 use actix_web::rt::net::TcpStream;
 use actix_web::{App, HttpRequest, HttpServer, ResponseError, guard as route, web};
+use millrace_net::seats::Seats;
+use millrace_net::tls::{self, WebCerts};
 use millrace_shared::error::Status;
+#[cfg(target_os = "linux")]
+use socket2::SockRef;
 
 use self::error::ApiError;
-use self::guard::{HostPolicy, LocalAddr};
+use self::guard::{HostPolicy, LocalAddr, Place};
 use self::request::MAX_BODY_BYTES;
 use crate::metrics::Metrics;
 use crate::service::Service;
 
 /// Connections at once; each holds at most one body of 4 MiB.
 const MAX_CONNECTIONS: usize = 1024;
+/// Those of one host, but for this one; a proxy needs many.
+const MAX_PER_HOST: usize = 512;
+/// TLS handshakes at once.
+const MAX_HANDSHAKES: usize = 64;
+/// From the first byte of a request's head to its last; slower ones are turned out.
+const HEAD: Duration = Duration::from_secs(10);
+/// How long a client may take nothing of what was sent to it, before its connection is cut.
+const UNREAD: Duration = Duration::from_secs(60);
 /// How long an idle connection stays open: longer than the 60 s at which proxies drop theirs.
 const IDLE: Duration = Duration::from_secs(75);
 /// When to try again, told to clients while the server stops.
@@ -64,6 +74,12 @@ pub struct HttpConfig {
     pub keep_alive: Duration,
     /// How long a graceful stop waits for answers in the making.
     pub shutdown_timeout: Duration,
+    /// How long a request's body may take to come.
+    pub body_timeout: Duration,
+    /// HTTPS, and what it shows.
+    pub tls: Option<WebCerts>,
+    /// Let anybody read `/metrics`.
+    pub public_metrics: bool,
 }
 
 impl HttpConfig {
@@ -74,6 +90,9 @@ impl HttpConfig {
             allowed_hosts: Vec::new(),
             keep_alive: Duration::from_secs(15),
             shutdown_timeout: Duration::from_secs(30),
+            body_timeout: Duration::from_secs(30),
+            tls: None,
+            public_metrics: false,
         }
     }
 }
@@ -113,6 +132,7 @@ pub(crate) struct AppState {
     metrics: Arc<Metrics>,
     hosts: HostPolicy,
     keep_alive: Duration,
+    body_timeout: Duration,
     draining: Arc<AtomicBool>,
 }
 
@@ -150,6 +170,7 @@ pub fn start(
         metrics,
         hosts: HostPolicy::new(config.bind.ip(), &config.allowed_hosts),
         keep_alive: config.keep_alive,
+        body_timeout: config.body_timeout,
         draining: draining.clone(),
     });
     let (started, server) = mpsc::channel();
@@ -193,62 +214,135 @@ fn serve(
     listener: TcpListener,
     state: web::Data<AppState>,
 ) -> io::Result<Server> {
+    let public_metrics = config.public_metrics;
     let server = HttpServer::new(move || {
         App::new()
             .app_data(state.clone())
             .app_data(web::PayloadConfig::new(MAX_BODY_BYTES))
             .wrap(from_fn(guard::check_host))
-            .configure(routes)
+            .configure(|config| routes(config, public_metrics))
             .default_service(web::to(no_route))
     });
+    let seats = Seats::new(MAX_PER_HOST);
     let server = server
         .workers(1)
         .max_connections(MAX_CONNECTIONS)
+        .max_connection_rate(MAX_HANDSHAKES)
         .keep_alive(IDLE)
+        .client_request_timeout(HEAD)
         .tcp_nodelay(true)
         // A client that has hung up must not be taken for one that only stopped sending.
         .h1_allow_half_closed(false)
         .disable_signals()
         .shutdown_timeout(config.shutdown_timeout.as_secs())
-        .on_connect(|connection, data| {
-            let tcp = connection.downcast_ref::<TcpStream>();
-            if let Some(local) = tcp.and_then(|tcp| tcp.local_addr().ok()) {
+        .on_connect(move |connection, data| {
+            let tls = connection.downcast_ref::<TlsStream<TcpStream>>().map(|tls| tls.get_ref().0);
+            let Some(tcp) = connection.downcast_ref::<TcpStream>().or(tls) else { return };
+            #[cfg(target_os = "linux")]
+            if let Err(e) = SockRef::from(tcp).set_tcp_user_timeout(Some(UNREAD)) {
+                tracing::debug!("a client that reads nothing will not be noticed: {e}");
+            }
+            if let Ok(local) = tcp.local_addr() {
                 data.insert(LocalAddr(local));
             }
+            if let Ok(peer) = tcp.peer_addr() {
+                data.insert(Place(seats.take(peer.ip())));
+            }
         });
-    Ok(server.listen(listener)?.run())
+    let server = match &config.tls {
+        None => server.listen(listener)?,
+        Some(certs) => {
+            let tls = tls::https_server(certs).map_err(io::Error::other)?;
+            server.listen_rustls_0_23(listener, tls)?
+        }
+    };
+    Ok(server.run())
 }
 
-fn routes(config: &mut web::ServiceConfig) {
-    let get = |path: &str| web::resource(path).default_service(web::to(only_get));
-    let post = |path: &str| web::resource(path).default_service(web::to(only_post));
-    let read = || web::route().guard(route::Any(route::Get()).or(route::Head()));
-    config
-        .service(get("/health").route(read().to(info::health)))
-        .service(get("/ready").route(read().to(info::health)))
-        .service(get("/live").route(read().to(info::live)))
-        .service(get("/version").route(read().to(info::version)))
-        .service(get("/metrics").route(read().to(info::metrics)))
-        .service(
-            web::scope("/v1")
-                .wrap(from_fn(guard::check_key))
-                .service(post("/chat/completions").route(web::post().to(chat::chat)))
-                .service(post("/completions").route(web::post().to(completions::completions)))
-                .service(get("/models").route(read().to(info::models)))
-                // Names may hold slashes.
-                .service(get("/models/{id:.+}").route(read().to(info::model)))
-                .default_service(web::to(no_route)),
-        )
-        .service(
-            post("/tokenize")
-                .route(web::post().to(tokenize::tokenize))
-                .wrap(from_fn(guard::check_key)),
-        )
-        .service(
-            post("/detokenize")
-                .route(web::post().to(tokenize::detokenize))
-                .wrap(from_fn(guard::check_key)),
-        );
+/// What protects an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protection {
+    /// Nothing: for those who watch over processes.
+    Open,
+    /// An API key; running the model also needs the scope `generate`.
+    Key,
+    /// An API key, unless the operator says `--public-metrics`.
+    Metrics,
+}
+
+/// How an endpoint is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb {
+    /// GET and HEAD.
+    Get,
+    /// POST.
+    Post,
+}
+
+/// An endpoint of the HTTP API.
+#[derive(Clone, Copy, Debug)]
+pub struct Route {
+    /// How it is asked.
+    pub verb: Verb,
+    /// Where it is; names in braces are parameters.
+    pub path: &'static str,
+    /// What protects it.
+    pub protection: Protection,
+    handler: fn(actix_web::Route) -> actix_web::Route,
+}
+
+const fn route_of(
+    verb: Verb,
+    path: &'static str,
+    protection: Protection,
+    handler: fn(actix_web::Route) -> actix_web::Route,
+) -> Route {
+    Route { verb, path, protection, handler }
+}
+
+/// All endpoints. Whatever else is asked for is not there; below `/v1` one is told so only with a
+/// key.
+pub const ENDPOINTS: &[Route] = &[
+    route_of(Verb::Get, "/", Protection::Open, |r| r.to(dashboard::page)),
+    route_of(Verb::Get, "/dashboard/style.css", Protection::Open, |r| r.to(dashboard::style)),
+    route_of(Verb::Get, "/dashboard/app.js", Protection::Open, |r| r.to(dashboard::script)),
+    route_of(Verb::Get, "/health", Protection::Open, |r| r.to(info::health)),
+    route_of(Verb::Get, "/ready", Protection::Open, |r| r.to(info::health)),
+    route_of(Verb::Get, "/live", Protection::Open, |r| r.to(info::live)),
+    route_of(Verb::Get, "/metrics", Protection::Metrics, |r| r.to(info::metrics)),
+    route_of(Verb::Get, "/version", Protection::Key, |r| r.to(info::version)),
+    route_of(Verb::Post, "/v1/chat/completions", Protection::Key, |r| r.to(chat::chat)),
+    route_of(Verb::Post, "/v1/completions", Protection::Key, |r| r.to(completions::completions)),
+    route_of(Verb::Get, "/v1/requests/{id}/events", Protection::Key, |r| r.to(requests::events)),
+    route_of(Verb::Post, "/v1/requests/{id}/cancel", Protection::Key, |r| r.to(requests::cancel)),
+    route_of(Verb::Get, "/v1/models", Protection::Key, |r| r.to(info::models)),
+    route_of(Verb::Get, "/v1/cluster", Protection::Key, |r| r.to(dashboard::cluster)),
+    route_of(Verb::Get, "/v1/cluster/timeline", Protection::Key, |r| r.to(dashboard::timeline)),
+    // Names may hold slashes.
+    route_of(Verb::Get, "/v1/models/{id:.+}", Protection::Key, |r| r.to(info::model)),
+    route_of(Verb::Post, "/tokenize", Protection::Key, |r| r.to(tokenize::tokenize)),
+    route_of(Verb::Post, "/detokenize", Protection::Key, |r| r.to(tokenize::detokenize)),
+];
+
+fn routes(config: &mut web::ServiceConfig, public_metrics: bool) {
+    for endpoint in ENDPOINTS {
+        let (route, other) = match endpoint.verb {
+            Verb::Get => {
+                (web::route().guard(route::Any(route::Get()).or(route::Head())), web::to(only_get))
+            }
+            Verb::Post => (web::post(), web::to(only_post)),
+        };
+        let resource =
+            web::resource(endpoint.path).route((endpoint.handler)(route)).default_service(other);
+        match endpoint.protection {
+            Protection::Open => config.service(resource),
+            Protection::Metrics if public_metrics => config.service(resource),
+            _ => config.service(resource.wrap(from_fn(guard::check_key))),
+        };
+    }
+    config.service(
+        web::scope("/v1").wrap(from_fn(guard::check_key)).default_service(web::to(no_route)),
+    );
 }
 
 async fn no_route(request: HttpRequest) -> actix_web::HttpResponse {

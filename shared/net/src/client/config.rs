@@ -3,9 +3,11 @@
 use std::fmt;
 use std::path::Path;
 
+use millrace_shared::wire::COORDINATOR_NAME;
 use serde::{Deserialize, Serialize};
 
-use crate::{NetError, private_file};
+use crate::identity::parse_certificates;
+use crate::{ClientTls, NetError, private_file, tls};
 
 /// Addresses, CA and key of a cluster. Written by `init`, `serve` and `up`; mode 0600.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,8 +19,12 @@ pub struct ClientConfig {
     pub http: String,
     /// The API key.
     pub api_key: String,
-    /// The cluster's CA certificate, PEM.
+    /// The cluster's CA certificate, PEM; empty to trust whom this system trusts.
     pub ca_pem: String,
+    /// Name in the coordinator's certificate, where that is not of the cluster's own CA but the
+    /// company's [default: the host of `quic` where `ca_pem` is empty, else the cluster's own].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_name: Option<String>,
 }
 
 impl fmt::Debug for ClientConfig {
@@ -40,6 +46,25 @@ impl ClientConfig {
         let text = String::from_utf8_lossy(&bytes);
         toml::from_str(&text)
             .map_err(|e| NetError::Identity(format!("{}: {}", path.display(), e.message())))
+    }
+
+    /// How to connect: whom to trust, and the name that the certificate must carry.
+    ///
+    /// # Errors
+    /// What of the configuration is unusable.
+    pub(super) fn tls(&self) -> Result<(ClientTls, String), String> {
+        let host = || self.quic.rsplit_once(':').map_or(self.quic.as_str(), |(host, _)| host);
+        let bare = || host().trim_start_matches('[').trim_end_matches(']').to_owned();
+        if self.ca_pem.is_empty() {
+            let tls = tls::api_client_of_system().map_err(|e| e.to_string())?;
+            return Ok((tls, self.server_name.clone().unwrap_or_else(bare)));
+        }
+        let cas = parse_certificates(self.ca_pem.as_bytes()).map_err(|e| format!("ca_pem: {e}"))?;
+        if cas.is_empty() {
+            return Err("ca_pem holds no certificate".to_owned());
+        }
+        let tls = tls::api_client_of(&cas).map_err(|e| e.to_string())?;
+        Ok((tls, self.server_name.clone().unwrap_or_else(|| COORDINATOR_NAME.to_owned())))
     }
 
     /// Writes `client.toml` with mode 0600.

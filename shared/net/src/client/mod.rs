@@ -1,8 +1,9 @@
 //! The client SDK: calls over QUIC to a coordinator.
 //!
 //! One connection carries all calls of a [`Client`], one stream each; a lost connection is made
-//! again at the next call, and a call that was running on it fails with `UNAVAILABLE`. Nothing is
-//! retried by itself.
+//! again at the next call, and a call that was running on it fails with `UNAVAILABLE`: but a
+//! continuation goes on by itself where the coordinator still knows it (see [`GenerateStream`]), so
+//! that its events come once each, in order, also across a restart of the coordinator.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -30,8 +31,10 @@
 
 mod call;
 mod config;
+mod generate;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use millrace_shared::error::{ErrorCode, Status};
@@ -41,31 +44,36 @@ use millrace_shared::wire::rpc::{
     CallHeader, ClusterStatus, GenerateRequest, Method, ModelCard, PositionScore, Reply,
     ScoreRequest, TokenizeRequest,
 };
-use millrace_shared::wire::{COORDINATOR_NAME, MAX_CALL_HEADER_BYTES, MAX_RPC_BYTES, codec};
+use millrace_shared::wire::{MAX_CALL_HEADER_BYTES, MAX_RPC_BYTES, codec};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
+use uuid::Uuid;
 
-pub use call::GenerateStream;
 use call::Replies;
 pub use config::ClientConfig;
+pub use generate::GenerateStream;
 
 use crate::endpoint::resolve;
-use crate::identity::parse_certificates;
-use crate::{ClientTls, Connection, Endpoint, MessageSender, NetError, timing, tls};
+use crate::{ClientTls, Connection, Endpoint, MessageSender, NetError, timing};
 
 /// A client of one cluster. Clones share the connection.
 #[derive(Clone, Debug)]
 pub struct Client {
     shared: Arc<Shared>,
     deadline: Option<Duration>,
+    /// When the call that this clone was made for ends.
+    ends: Option<Instant>,
 }
 
 struct Shared {
     endpoint: Endpoint,
     tls: ClientTls,
+    /// That the server's certificate must carry.
+    name: String,
     address: String,
     api_key: String,
     connection: Mutex<Option<Connection>>,
+    closed: AtomicBool,
 }
 
 impl std::fmt::Debug for Shared {
@@ -84,12 +92,7 @@ impl Client {
         let unusable = |what: String| {
             Status::new(ErrorCode::FailedPrecondition, format!("client configuration: {what}"))
         };
-        let ca = parse_certificates(config.ca_pem.as_bytes())
-            .map_err(|e| unusable(format!("ca_pem: {e}")))?
-            .into_iter()
-            .next()
-            .ok_or_else(|| unusable("ca_pem holds no certificate".into()))?;
-        let tls = tls::api_client(&ca).map_err(|e| unusable(e.to_string()))?;
+        let (tls, name) = config.tls().map_err(unusable)?;
         let failed = |e: NetError| unreachable_status(&config.quic, &e);
         let remote = resolve(&config.quic).await.map_err(failed)?;
         let first = remote.first().ok_or_else(|| unusable("quic names no address".into()))?;
@@ -98,11 +101,14 @@ impl Client {
             shared: Arc::new(Shared {
                 endpoint,
                 tls,
+                name,
                 address: config.quic.clone(),
                 api_key: config.api_key.clone(),
                 connection: Mutex::new(None),
+                closed: AtomicBool::new(false),
             }),
             deadline: None,
+            ends: None,
         };
         client.connection().await?;
         Ok(client)
@@ -111,15 +117,53 @@ impl Client {
     /// The same client whose calls end with `DEADLINE_EXCEEDED` after this long.
     #[must_use]
     pub fn with_deadline(&self, deadline: Duration) -> Self {
-        Self { shared: self.shared.clone(), deadline: Some(deadline) }
+        Self { shared: self.shared.clone(), deadline: Some(deadline), ends: None }
     }
 
-    /// Streams a continuation. Dropping the stream cancels the request.
+    /// Streams a continuation. Dropping the stream cancels the request; a lost connection does not,
+    /// for the stream attaches again.
     ///
     /// # Errors
     /// If the call cannot be made; errors of the request come from the stream.
     pub async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, Status> {
-        Ok(GenerateStream::new(self.call(Method::Generate(request), timing::STREAM_SILENCE).await?))
+        self.generate_as(RequestId(Uuid::now_v7()), request).await
+    }
+
+    /// The same under an id of the client's own. Sent again with the same id and content, it attaches
+    /// to the request that is there already, from its beginning.
+    ///
+    /// # Errors
+    /// As [`Client::generate`]; the stream ends with `INVALID_ARGUMENT` where the id is in use for
+    /// other content.
+    pub async fn generate_as(
+        &self,
+        id: RequestId,
+        request: GenerateRequest,
+    ) -> Result<GenerateStream, Status> {
+        GenerateStream::ask(&self.for_a_call(), id, request).await
+    }
+
+    /// Hears a request that was submitted before with the same key, from token `next` on: also one
+    /// that has ended, as long as the coordinator keeps it.
+    ///
+    /// # Errors
+    /// If the call cannot be made; the stream ends with `NOT_FOUND` where there is no such request.
+    pub async fn attach(&self, id: RequestId, next: u32) -> Result<GenerateStream, Status> {
+        GenerateStream::attach(&self.for_a_call(), id, next).await
+    }
+
+    /// The same client, whose deadline counts from now.
+    fn for_a_call(&self) -> Self {
+        Self { ends: self.deadline.map(|d| Instant::now() + d), ..self.clone() }
+    }
+
+    /// When its call ends.
+    fn ends_at(&self) -> Option<Instant> {
+        self.ends
+    }
+
+    fn is_closed(&self) -> bool {
+        self.shared.closed.load(Ordering::Relaxed)
     }
 
     /// Scores given tokens: one entry per position, in order.
@@ -127,7 +171,8 @@ impl Client {
     /// # Errors
     /// What the server says, or `UNAVAILABLE`.
     pub async fn score(&self, request: ScoreRequest) -> Result<Vec<PositionScore>, Status> {
-        let mut replies = self.call(Method::Score(request), timing::STREAM_SILENCE).await?;
+        let method = Method::Score(request);
+        let mut replies = self.call(&method, Vec::new(), timing::STREAM_SILENCE).await?;
         let mut scores = Vec::new();
         loop {
             match replies.next().await? {
@@ -204,7 +249,8 @@ impl Client {
     /// # Errors
     /// `NOT_FOUND` if there is none of this name, what else the server says, or `UNAVAILABLE`.
     pub async fn cancel(&self, request_id: RequestId) -> Result<(), Status> {
-        let mut replies = self.call(Method::Cancel { request_id }, timing::UNARY_CALL).await?;
+        let method = Method::Cancel { request_id };
+        let mut replies = self.call(&method, Vec::new(), timing::UNARY_CALL).await?;
         match replies.next().await? {
             Reply::Done => Ok(()),
             other => Err(replies.unexpected(&other)),
@@ -213,6 +259,7 @@ impl Client {
 
     /// Closes the connection and waits until the server has been told. Other clones lose it too.
     pub async fn close(&self) {
+        self.shared.closed.store(true, Ordering::Relaxed);
         self.shared.endpoint.close("client closed");
         self.shared.endpoint.drain().await;
     }
@@ -222,7 +269,7 @@ impl Client {
         method: Method,
         pick: impl FnOnce(Reply) -> Result<T, Reply>,
     ) -> Result<T, Status> {
-        let mut replies = self.call(method, timing::UNARY_CALL).await?;
+        let mut replies = self.call(&method, Vec::new(), timing::UNARY_CALL).await?;
         let first = replies.next().await?;
         let value = pick(first).map_err(|other| replies.unexpected(&other))?;
         match replies.next().await? {
@@ -233,15 +280,23 @@ impl Client {
 
     /// Opens a stream and sends the call; `silence` bounds the wait for each reply where the
     /// client has no deadline.
-    async fn call(&self, method: Method, silence: Duration) -> Result<Replies, Status> {
-        let ends = self.deadline.map(|d| (Instant::now() + d, d));
-        let header = CallHeader {
-            metadata: vec![("authorization".to_owned(), format!("Bearer {}", self.shared.api_key))],
-            deadline_ms: self.deadline.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
-        };
+    async fn call(
+        &self,
+        method: &Method,
+        mut metadata: Vec<(String, String)>,
+        silence: Duration,
+    ) -> Result<Replies, Status> {
+        let now = Instant::now();
+        // A call that is made again has what is left.
+        let left = self.ends.map(|until| until.saturating_duration_since(now)).or(self.deadline);
+        let ends = left.map(|left| (now + left, self.deadline.unwrap_or(left)));
+        let key = format!("Bearer {}", self.shared.api_key);
+        metadata.push(("authorization".to_owned(), key));
+        let deadline_ms = left.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
+        let header = CallHeader { metadata, deadline_ms };
         // Both at once: the server answers neither by itself.
         let mut call = codec::encode_frame(&header);
-        call.extend(codec::encode_frame(&method));
+        call.extend(codec::encode_frame(method));
         if call.len() > MAX_CALL_HEADER_BYTES + MAX_RPC_BYTES {
             let message =
                 format!("the call of {} bytes is too long: send less at once", call.len());
@@ -258,7 +313,7 @@ impl Client {
             out.finish();
             Ok(Replies::new(out.into_stream(), recv, address.clone(), ends, silence))
         };
-        let limit = self.deadline.unwrap_or(timing::UNARY_CALL);
+        let limit = left.unwrap_or(timing::UNARY_CALL);
         tokio::time::timeout(limit, open).await.unwrap_or_else(|_| Err(call::late(limit)))
     }
 
@@ -271,7 +326,7 @@ impl Client {
         }
         let connection = shared
             .endpoint
-            .connect_host(&shared.address, COORDINATOR_NAME, &shared.tls, timing::HANDSHAKE)
+            .connect_host(&shared.address, &shared.name, &shared.tls, timing::HANDSHAKE)
             .await
             .map_err(|e| unreachable_status(&shared.address, &e))?;
         *slot = Some(connection.clone());

@@ -1,57 +1,57 @@
 //! The coordinator's half of the join exchange.
 
-use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::NodeId;
-use millrace_shared::wire::join::{JoinRequest, JoinResponse};
+use millrace_shared::wire::join::{JoinProof, JoinRequest, JoinResponse};
 use millrace_shared::wire::{MAX_JOIN_BYTES, WIRE_VERSION};
+use rustls_pki_types::UnixTime;
 use tokio::time::Instant;
 
 use super::{JoinToken, SpendError, TokenStore};
+use crate::budget::{Bucket, Budgets, Rate};
 use crate::error::within;
-use crate::identity::ProvenKey;
-use crate::{ClusterCa, Connection, MessageReceiver, MessageSender, NetError, seats, timing};
+use crate::identity::{ProvenKey, Validity};
+use crate::revoked::Revocations;
+use crate::{
+    ClusterCa, Connection, MessageReceiver, MessageSender, NetError, PeerName, timing, tls,
+};
 
-/// Requests answered at once before the rate applies: a rack that is switched on together.
-const BURST: f64 = 32.0;
-/// Requests a second after that, from one host and with good tokens from all hosts together; each
-/// costs two signatures.
-const RATE: f64 = 4.0;
-/// Hosts whose budgets are remembered.
-const MAX_HOSTS: usize = 4096;
+/// Requests answered at once before the rate applies (a rack that is switched on together), and a
+/// second after that; from one host, and with good tokens from all hosts together. Each costs two
+/// signatures.
+const RATE: Rate = Rate { burst: 32.0, per_second: 4.0 };
 
-/// Answers joining nodes: spends their tokens and signs their keys.
+/// How long after its end a certificate may still be renewed: machines are switched off for weeks.
+const GRACE: u64 = 30 * 86_400;
+
+/// Answers joining nodes: spends their tokens and signs their keys. Renews members' certificates.
 #[derive(Debug)]
 pub struct JoinDesk {
+    revoked: Option<Arc<Revocations>>,
     ca: Arc<ClusterCa>,
     tokens: Arc<TokenStore>,
     cluster_port: u16,
     budgets: Mutex<Budgets>,
-}
-
-/// A bucket of requests that fills up again with time.
-#[derive(Clone, Copy, Debug)]
-struct Bucket {
-    left: f64,
-    at: Instant,
-}
-
-/// What is left to each host, and to all requests whose token is good.
-#[derive(Debug)]
-struct Budgets {
-    hosts: HashMap<IpAddr, Bucket>,
-    good: Bucket,
+    /// What is left to all requests whose token is good.
+    good: Mutex<Bucket>,
 }
 
 impl JoinDesk {
     /// A desk that tells nodes the port of the cluster endpoint.
     pub fn new(ca: Arc<ClusterCa>, tokens: Arc<TokenStore>, cluster_port: u16) -> Self {
-        let good = Bucket { left: BURST, at: Instant::now() };
-        let budgets = Mutex::new(Budgets { hosts: HashMap::new(), good });
-        Self { ca, tokens, cluster_port, budgets }
+        let budgets = Mutex::new(Budgets::new(RATE));
+        let good = Mutex::new(Bucket::full(RATE, Instant::now()));
+        Self { revoked: None, ca, tokens, cluster_port, budgets, good }
+    }
+
+    /// The same desk, which renews nothing for nodes that are kept out.
+    #[must_use]
+    pub fn keeping_out(self, revoked: Arc<Revocations>) -> Self {
+        Self { revoked: Some(revoked), ..self }
     }
 
     /// Serves the one request of a connection of [`crate::Alpn::Join`]; `now` is Unix seconds.
@@ -100,11 +100,9 @@ impl JoinDesk {
         from: IpAddr,
         now: u64,
     ) -> Result<JoinResponse, Status> {
-        let admitted = |yes: bool| {
-            let full = || Status::exhausted("too many join requests: try again", 1000);
-            if yes { Ok(()) } else { Err(full()) }
-        };
-        admitted(self.budgets().take_of(from, Instant::now()))?;
+        if !lock(&self.budgets).take_of(from, Instant::now()) {
+            return Err(Status::exhausted("too many join requests: try again", 1000));
+        }
         if request.wire_version != WIRE_VERSION {
             return Err(Status::new(
                 ErrorCode::FailedPrecondition,
@@ -115,20 +113,10 @@ impl JoinDesk {
                 ),
             ));
         }
-        let refused = |e: SpendError| match e {
-            SpendError::Store(e) => {
-                tracing::error!(error = %e, "the token store failed");
-                Status::internal("the coordinator cannot read its token store: see its log")
-            }
-            e => Status::new(ErrorCode::PermissionDenied, e.to_string()),
+        let (key, node_id) = match &request.proof {
+            JoinProof::Token(secret) => self.enrol(secret, request, now)?,
+            JoinProof::Renewal(certificate) => self.renew(certificate, request, now)?,
         };
-        let secret =
-            JoinToken::parse_secret(&request.secret).ok_or(SpendError::Unknown).map_err(refused)?;
-        self.tokens.check(&secret, now).map_err(refused)?;
-        admitted(self.budgets().good.take(Instant::now()))?;
-        let key = ProvenKey::from_csr(&request.csr_der)
-            .map_err(|e| Status::invalid("csr_der", e.to_string()))?;
-        let node_id = self.tokens.spend(&secret, key.spki_sha256(), now).map_err(refused)?;
         let certificate_der =
             self.ca.sign_node(&key, node_id).map_err(|e| Status::internal(e.to_string()))?;
         Ok(JoinResponse::Accepted {
@@ -138,47 +126,83 @@ impl JoinDesk {
             cluster_port: self.cluster_port,
         })
     }
-
-    fn budgets(&self) -> MutexGuard<'_, Budgets> {
-        self.budgets.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
-impl Bucket {
-    fn level(&self, now: Instant) -> f64 {
-        let elapsed = now.saturating_duration_since(self.at);
-        (self.left + elapsed.as_secs_f64() * RATE).min(BURST)
-    }
-
-    /// Takes one request, if there is one.
-    fn take(&mut self, now: Instant) -> bool {
-        let level = self.level(now);
-        let admitted = level >= 1.0;
-        *self = Self { left: if admitted { level - 1.0 } else { level }, at: now };
-        admitted
-    }
-}
-
-impl Budgets {
-    /// Takes one request of this host, if there is one.
-    fn take_of(&mut self, from: IpAddr, now: Instant) -> bool {
-        // Loopback is one host like others here.
-        let host = seats::host(from).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
-        if self.hosts.len() >= MAX_HOSTS && !self.hosts.contains_key(&host) {
-            self.hosts.retain(|_, bucket| bucket.level(now) < BURST);
-            let oldest = self.hosts.iter().min_by_key(|(_, bucket)| bucket.at).map(|(h, _)| *h);
-            if let Some(oldest) = oldest.filter(|_| self.hosts.len() >= MAX_HOSTS) {
-                self.hosts.remove(&oldest);
+impl JoinDesk {
+    fn enrol(
+        &self,
+        secret: &str,
+        request: &JoinRequest,
+        now: u64,
+    ) -> Result<(ProvenKey, NodeId), Status> {
+        let refused = |e: SpendError| match e {
+            SpendError::Store(e) => {
+                tracing::error!(error = %e, "the token store failed");
+                Status::internal("the coordinator cannot read its token store: see its log")
             }
-        }
-        self.hosts.entry(host).or_insert(Bucket { left: BURST, at: now }).take(now)
+            e => Status::new(ErrorCode::PermissionDenied, e.to_string()),
+        };
+        let secret = JoinToken::parse_secret(secret).ok_or(SpendError::Unknown).map_err(refused)?;
+        self.tokens.check(&secret, now).map_err(refused)?;
+        self.begin_good()?;
+        let key = proven(request)?;
+        let node_id = self.tokens.spend(&secret, key.spki_sha256(), now).map_err(refused)?;
+        Ok((key, node_id))
     }
+
+    /// Checks that the request is signed by the key of a certificate of ours that is valid, or was
+    /// until lately, and whose node is not kept out.
+    fn renew(
+        &self,
+        certificate: &[u8],
+        request: &JoinRequest,
+        now: u64,
+    ) -> Result<(ProvenKey, NodeId), Status> {
+        let refused = |message: String| {
+            Status::new(ErrorCode::PermissionDenied, format!("{message}: {ANEW}"))
+        };
+        let validity = Validity::of_certificate(certificate).map_err(|e| refused(e.to_string()))?;
+        if now > validity.until.saturating_add(GRACE) {
+            return Err(refused("the certificate ended more than 30 days ago".to_owned()));
+        }
+        self.begin_good()?;
+        let at = UnixTime::since_unix_epoch(Duration::from_secs(now.min(validity.until)));
+        tls::check_member(self.ca.ca_der(), certificate, at)
+            .map_err(|e| refused(format!("not a certificate of this cluster ({e})")))?;
+        let Ok(PeerName::Node(node)) = PeerName::of_certificate(certificate) else {
+            return Err(refused("the certificate is not a node's".to_owned()));
+        };
+        if self.revoked.as_ref().is_some_and(|revoked| revoked.has(node)) {
+            return Err(refused(format!("node {node} was revoked")));
+        }
+        let key = proven(request)?;
+        if !key.is_of(certificate) {
+            return Err(refused("the certificate is for another key".to_owned()));
+        }
+        Ok((key, node))
+    }
+
+    /// One more request that looks good: it costs signatures.
+    fn begin_good(&self) -> Result<(), Status> {
+        let full = || Status::exhausted("too many join requests: try again", 1000);
+        lock(&self.good).take(RATE, Instant::now()).then_some(()).ok_or_else(full)
+    }
+}
+
+/// What helps where renewal does not.
+const ANEW: &str =
+    "to enrol the machine as a new node, remove its folder and start it with --token";
+
+fn proven(request: &JoinRequest) -> Result<ProvenKey, Status> {
+    ProvenKey::from_csr(&request.csr_der).map_err(|e| Status::invalid("csr_der", e.to_string()))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::NodeKey;
 
@@ -199,12 +223,13 @@ mod tests {
         let key = NodeKey::generate().unwrap();
         let good = JoinRequest {
             wire_version: WIRE_VERSION,
-            secret: token.secret_text(),
+            proof: JoinProof::Token(token.secret_text()),
             csr_der: key.csr_der().to_vec(),
         };
         let guess = JoinToken { secret: [9; 32], ..token };
         // Not even looked at: it is no certificate request.
-        let guess = JoinRequest { secret: guess.secret_text(), csr_der: vec![1], ..good.clone() };
+        let proof = JoinProof::Token(guess.secret_text());
+        let guess = JoinRequest { proof, csr_der: vec![1], ..good.clone() };
         for host in 1..5 {
             let host = IpAddr::from([10, 0, 0, host]);
             let codes: Vec<_> =
@@ -218,16 +243,58 @@ mod tests {
         assert!(desk.answer(&good, other, NOW).is_ok());
     }
 
+    /// A member's certificate is renewed for its own key, in time and for a while after, and not
+    /// where it was revoked, is another cluster's or another's.
     #[test]
-    fn budgets_are_forgotten_when_there_are_many() {
-        let (_dir, desk) = desk();
-        let now = Instant::now();
-        let mut budgets = desk.budgets();
-        for i in 0..3 * MAX_HOSTS as u32 {
-            assert!(budgets.take_of(IpAddr::from((i + (10 << 24)).to_be_bytes()), now));
+    fn renewal() {
+        let (dir, desk) = desk();
+        let revoked = Arc::new(Revocations::open(dir.path()).unwrap());
+        let desk = desk.keeping_out(revoked.clone());
+        let host = IpAddr::from([10, 0, 0, 1]);
+        let id = NodeId(uuid::Uuid::now_v7());
+        let day = 86_400;
+        let now = 2_000 * day;
+        let validity = Validity { from: now - 90 * day, until: now };
+        let node = desk.ca.issue_node_for(id, validity).unwrap();
+        assert_eq!(node.validity().unwrap(), validity);
+        assert!(validity.is_due(now) && !validity.is_due(now - 31 * day));
+        let key = NodeKey::of_identity(&node).unwrap();
+        let of = |certificate: &[u8], key: &NodeKey| JoinRequest {
+            wire_version: WIRE_VERSION,
+            proof: JoinProof::Renewal(certificate.to_vec()),
+            csr_der: key.csr_der().to_vec(),
+        };
+        let good = of(&node.cert_der, &key);
+        for at in [now - 40 * day, now, now + 29 * day] {
+            let JoinResponse::Accepted { node_id, certificate_der, .. } =
+                desk.answer(&good, host, at).unwrap()
+            else {
+                panic!("refused")
+            };
+            assert_eq!(node_id, id);
+            let renewed = key.certified(certificate_der, node.ca_der.clone()).unwrap();
+            assert_eq!(renewed.name().unwrap(), PeerName::Node(id));
+            assert!(renewed.validity().unwrap().until > now);
         }
-        assert_eq!(budgets.hosts.len(), MAX_HOSTS);
-        budgets.take_of(IpAddr::from([11, 0, 0, 1]), now + Duration::from_secs(60));
-        assert_eq!(budgets.hosts.len(), 1, "full buckets need not be remembered");
+        let stranger = ClusterCa::create().unwrap().issue_node_for(id, validity).unwrap();
+        let strange = of(&stranger.cert_der, &NodeKey::of_identity(&stranger).unwrap());
+        let stolen = of(&node.cert_der, &NodeKey::generate().unwrap());
+        let posed = of(&desk.ca.issue_coordinator().unwrap().cert_der, &key);
+        for (request, at, message) in [
+            (&good, now + 31 * day, "30 days ago"),
+            (&good, now - 100 * day, "not a certificate of this cluster"),
+            (&strange, now, "not a certificate of this cluster"),
+            (&stolen, now, "another key"),
+        ] {
+            let status = desk.answer(request, host, at).unwrap_err();
+            assert!(status.message.contains(message), "{status}");
+            assert_eq!(status.code, ErrorCode::PermissionDenied);
+        }
+        let posed_at = Validity::lasting(Duration::from_secs(1)).until;
+        let status = desk.answer(&posed, host, posed_at).unwrap_err();
+        assert!(status.message.contains("not a node's"), "{status}");
+        revoked.revoke(id, "n", now).unwrap();
+        let status = desk.answer(&good, host, now).unwrap_err();
+        assert!(status.message.contains("was revoked"), "{status}");
     }
 }

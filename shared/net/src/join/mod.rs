@@ -1,9 +1,10 @@
-//! Enrolment: a token and a public key against a certificate, over `millrace-join/1`.
+//! Enrolment: a token and a public key against a certificate, over `millrace-join/2`.
 //!
 //! The joiner authenticates the coordinator by the CA fingerprint in its [`JoinToken`], sends one
 //! bounded request, and gets a certificate for a name that the coordinator chose. The coordinator's
 //! half is [`JoinDesk`]; [`TokenStore`] keeps the records. The private key never leaves the node.
-//! An interrupted exchange can be repeated with the same key until the token expires.
+//! An interrupted exchange can be repeated with the same key until the token expires. A member
+//! renews its certificate the same way, with its present one instead of a token.
 
 mod desk;
 mod store;
@@ -11,7 +12,7 @@ mod token;
 
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::NodeId;
-use millrace_shared::wire::join::{JoinRequest, JoinResponse};
+use millrace_shared::wire::join::{JoinProof, JoinRequest, JoinResponse};
 use millrace_shared::wire::{COORDINATOR_NAME, MAX_JOIN_BYTES, WIRE_VERSION};
 
 pub use desk::JoinDesk;
@@ -43,13 +44,41 @@ pub struct Joined {
 /// A status that says what was refused and what to do; [`ErrorCode::Unavailable`] if the
 /// coordinator cannot be reached.
 pub async fn request_join(token: &JoinToken, key: &NodeKey) -> Result<Joined, Status> {
+    let proof = JoinProof::Token(token.secret_text());
+    ask(&token.addr, token.ca_sha256, proof, key).await
+}
+
+/// Renews a member's certificate, for the same key and name. `addr`: `host:port` of the
+/// coordinator's public endpoint.
+///
+/// # Errors
+/// As [`request_join`]; [`ErrorCode::PermissionDenied`] if the node was revoked.
+pub async fn request_renewal(addr: &str, identity: &Identity) -> Result<Joined, Status> {
+    let unusable = |e: NetError| Status::new(ErrorCode::FailedPrecondition, e.to_string());
+    let key = NodeKey::of_identity(identity).map_err(unusable)?;
+    let proof = JoinProof::Renewal(identity.cert_der.clone());
+    let joined = ask(addr, fingerprint(&identity.ca_der), proof, &key).await?;
+    if joined.identity.name().map_err(unusable)? != identity.name().map_err(unusable)? {
+        let message = "the coordinator answered with another name".to_owned();
+        return Err(unusable(NetError::Identity(message)));
+    }
+    Ok(joined)
+}
+
+async fn ask(
+    addr: &str,
+    ca_sha256: [u8; 32],
+    proof: JoinProof,
+    key: &NodeKey,
+) -> Result<Joined, Status> {
     let exchange = Box::pin(async {
-        let tls = tls::join_client(token.ca_sha256)?;
-        let remote = resolve(&token.addr).await?;
-        let addr = remote.first().copied().ok_or(NetError::Ended("no address"))?;
-        let endpoint = Endpoint::client(addr)?;
-        let connection = endpoint.connect(addr, COORDINATOR_NAME, &tls, timing::HANDSHAKE).await?;
-        let response = exchange(&connection, token, key).await;
+        let tls = tls::join_client(ca_sha256)?;
+        let remote = resolve(addr).await?;
+        let remote = remote.first().copied().ok_or(NetError::Ended("no address"))?;
+        let endpoint = Endpoint::client(remote)?;
+        let connection =
+            endpoint.connect(remote, COORDINATOR_NAME, &tls, timing::HANDSHAKE).await?;
+        let response = exchange(&connection, proof, key).await;
         endpoint.close("joined");
         endpoint.drain().await;
         response
@@ -58,9 +87,9 @@ pub async fn request_join(token: &JoinToken, key: &NodeKey) -> Result<Joined, St
     match response {
         JoinResponse::Refused(status) => Err(status),
         JoinResponse::Accepted { node_id, certificate_der, ca_der, cluster_port } => {
-            let identity = accept(token, key, node_id, certificate_der, ca_der)
+            let identity = accept(ca_sha256, key, node_id, certificate_der, ca_der)
                 .map_err(|e| Status::new(ErrorCode::FailedPrecondition, e.to_string()))?;
-            let host = token.addr.rsplit_once(':').map_or(token.addr.as_str(), |(host, _)| host);
+            let host = addr.rsplit_once(':').map_or(addr, |(host, _)| host);
             Ok(Joined { node_id, identity, cluster_addr: format!("{host}:{cluster_port}") })
         }
     }
@@ -68,16 +97,13 @@ pub async fn request_join(token: &JoinToken, key: &NodeKey) -> Result<Joined, St
 
 async fn exchange(
     connection: &Connection,
-    token: &JoinToken,
+    proof: JoinProof,
     key: &NodeKey,
 ) -> Result<JoinResponse, NetError> {
     let (send, recv) = connection.open_bare().await?;
     let mut out = MessageSender::new(send);
-    let request = JoinRequest {
-        wire_version: WIRE_VERSION,
-        secret: token.secret_text(),
-        csr_der: key.csr_der().to_vec(),
-    };
+    let request =
+        JoinRequest { wire_version: WIRE_VERSION, proof, csr_der: key.csr_der().to_vec() };
     out.send(&request).await?;
     out.finish();
     MessageReceiver::new(recv).recv_one(MAX_JOIN_BYTES).await
@@ -85,13 +111,13 @@ async fn exchange(
 
 /// Checks what the coordinator signed: CA, name and key.
 fn accept(
-    token: &JoinToken,
+    ca_sha256: [u8; 32],
     key: &NodeKey,
     node_id: NodeId,
     certificate_der: Vec<u8>,
     ca_der: Vec<u8>,
 ) -> Result<Identity, NetError> {
-    if fingerprint(&ca_der) != token.ca_sha256 {
+    if fingerprint(&ca_der) != ca_sha256 {
         return Err(NetError::Identity("the coordinator answered with another CA".into()));
     }
     let identity = key.certified(certificate_der, ca_der)?;

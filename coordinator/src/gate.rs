@@ -1,0 +1,401 @@
+//! Who may do what, and how much: the [`Service`] in front of the real one.
+//!
+//! Knows API keys, what their scopes allow and what their limits leave; counts guesses of keys by
+//! host; makes and revokes keys, and keeps nodes out. It knows nothing of models or schedules. A
+//! key is looked up at every call, so a revoked one ends with the next call. A host that has sent
+//! too many wrong keys waits, whatever it sends, unless the key has been good before.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use millrace_net::budget::{Bucket, Budgets, Rate};
+use millrace_net::keys::{ApiKey, ApiKeyStore};
+use millrace_net::revoked::Revocations;
+use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::{NodeId, RequestId};
+use millrace_shared::sampling::SamplingParams;
+use millrace_shared::wire::admin::{AdminReply, AdminRequest, KeyLimits, KeyRequest, Scope};
+use millrace_shared::wire::rpc::{
+    AttachRequest, ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt,
+    ScoreRequest,
+};
+use tokio::time::Instant;
+
+use crate::service::{Caller, EventStream, Meter, Service};
+use crate::state::unix_now;
+
+/// Wrong keys from one host: a person who mistypes is not kept waiting, a search is.
+const GUESSES: Rate = Rate { burst: 20.0, per_second: 0.5 };
+/// How often the times of uses are written.
+const SAVE_USES: Duration = Duration::from_secs(60);
+/// When to try again, told to callers with too many requests at once.
+const BUSY_RETRY_MS: u32 = 1000;
+
+/// See the module's documentation.
+pub struct Gate<S> {
+    inner: Arc<S>,
+    keys: Arc<ApiKeyStore>,
+    revoked: Arc<Revocations>,
+    guesses: Mutex<Budgets>,
+    /// Keys that were good when they were last shown, by [`Caller::client`]; at most one for each
+    /// secret that was ever made.
+    holders: Mutex<HashMap<u64, Arc<Holder>>>,
+}
+
+impl<S> fmt::Debug for Gate<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gate").finish_non_exhaustive()
+    }
+}
+
+/// A key in use.
+#[derive(Debug)]
+struct Holder {
+    key: ApiKey,
+    account: Mutex<Account>,
+}
+
+/// What a key has left.
+#[derive(Clone, Copy, Debug)]
+struct Account {
+    requests: Bucket,
+    tokens: Bucket,
+    running: u32,
+}
+
+/// A minute's worth at once.
+fn a_minute(limit: u32) -> Rate {
+    Rate { burst: f64::from(limit), per_second: f64::from(limit) / 60.0 }
+}
+
+impl Holder {
+    fn new(key: ApiKey, now: Instant) -> Self {
+        let full = |limit: Option<u32>| Bucket::full(a_minute(limit.unwrap_or(1)), now);
+        let KeyLimits { requests_per_minute, tokens_per_minute, .. } = key.key.limits;
+        let (requests, tokens) = (full(requests_per_minute), full(tokens_per_minute));
+        Self { key, account: Mutex::new(Account { requests, tokens, running: 0 }) }
+    }
+
+    fn account(&self) -> MutexGuard<'_, Account> {
+        self.account.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets one more request in, if the limits leave room for it. One that was let in before, and
+    /// whose client has come back, only counts among those that run.
+    fn admit(self: &Arc<Self>, again: bool, now: Instant) -> Result<Pass, Status> {
+        let mut limits = self.key.key.limits;
+        if again {
+            limits = KeyLimits { concurrent: limits.concurrent, ..KeyLimits::default() };
+        }
+        let mut account = self.account();
+        let over = |limit: u32, what: &str, wait: u32| {
+            let message = format!("this key may have {limit} {what}: try again later");
+            Err(Status::exhausted(message, wait.max(1)))
+        };
+        if let Some(most) = limits.concurrent.filter(|most| account.running >= *most) {
+            return over(most, "requests at once", BUSY_RETRY_MS);
+        }
+        if let Some(limit) = limits.tokens_per_minute {
+            // What the last ones used beyond it is waited for.
+            let wait = account.tokens.wait_ms(a_minute(limit), 1.0, now);
+            if wait > 0 {
+                return over(limit, "tokens a minute", wait);
+            }
+        }
+        if let Some(limit) = limits.requests_per_minute
+            && !account.requests.take(a_minute(limit), now)
+        {
+            let wait = account.requests.wait_ms(a_minute(limit), 1.0, now);
+            return over(limit, "requests a minute", wait);
+        }
+        account.running += 1;
+        Ok(Pass { holder: Arc::clone(self), again })
+    }
+}
+
+/// A request that was let in, and runs until this is dropped.
+#[derive(Debug)]
+struct Pass {
+    holder: Arc<Holder>,
+    /// Its tokens were counted when they were sent for the first time.
+    again: bool,
+}
+
+impl Pass {
+    fn charge(&self, tokens: usize, now: Instant) {
+        let limit = self.holder.key.key.limits.tokens_per_minute;
+        if let Some(limit) = limit.filter(|_| !self.again) {
+            self.holder.account().tokens.charge(a_minute(limit), tokens as f64, now);
+        }
+    }
+}
+
+impl Meter for Pass {
+    fn see(&mut self, event: &GenerateEvent) {
+        let tokens = match event {
+            GenerateEvent::Started { prompt_token_ids, .. } => prompt_token_ids.len(),
+            GenerateEvent::Token { .. } => 1,
+            GenerateEvent::Finished { .. } => return,
+        };
+        self.charge(tokens, Instant::now());
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        let mut account = self.holder.account();
+        account.running = account.running.saturating_sub(1);
+    }
+}
+
+fn unauthenticated(message: &str) -> Status {
+    Status::new(ErrorCode::Unauthenticated, message)
+}
+
+fn lacks(scope: Scope, need: Scope) -> Status {
+    let message = match need {
+        Scope::Admin => {
+            "this key may not change the cluster: use the one in the coordinator's client.toml, or \
+             make one with 'millrace-coordinator key create --scope admin'"
+                .to_owned()
+        }
+        _ => format!("this key's scope is '{scope}', and this needs '{need}': use another key"),
+    };
+    Status::new(ErrorCode::PermissionDenied, message)
+}
+
+impl<S: Service> Gate<S> {
+    /// A gate in front of `inner`.
+    pub fn new(inner: Arc<S>, keys: Arc<ApiKeyStore>, revoked: Arc<Revocations>) -> Self {
+        let guesses = Mutex::new(Budgets::new(GUESSES));
+        Self { inner, keys, revoked, guesses, holders: Mutex::default() }
+    }
+
+    /// Looks the key up, and remembers its holder.
+    fn holder(&self, key: Option<&str>) -> Result<Arc<Holder>, Status> {
+        let secret = key.ok_or_else(|| {
+            unauthenticated(
+                "an API key is required: send 'Authorization: Bearer KEY' (keys are made with \
+                 'millrace keys create' or 'millrace-coordinator key create')",
+            )
+        })?;
+        let client = Caller::client_of(key);
+        let found = self.keys.verify(secret, unix_now());
+        let mut holders = lock(&self.holders);
+        let Some(found) = found else {
+            holders.remove(&client);
+            return Err(unauthenticated("the API key is not valid (unknown, revoked or expired)"));
+        };
+        if let Some(holder) = holders.get(&client).filter(|h| h.key == found) {
+            return Ok(Arc::clone(holder));
+        }
+        let holder = Arc::new(Holder::new(found, Instant::now()));
+        holders.insert(client, Arc::clone(&holder));
+        Ok(holder)
+    }
+
+    /// Checks a key from this address, which may not be wrong too often.
+    fn guess(&self, key: Option<&str>, from: IpAddr, now: Instant) -> Result<(), Status> {
+        let known = lock(&self.holders).contains_key(&Caller::client_of(key));
+        if key.is_some() && !known {
+            let wait = lock(&self.guesses).wait_ms(from, now);
+            if wait > 0 {
+                return Err(Status::exhausted("too many wrong API keys from this address", wait));
+            }
+        }
+        let result = self.authenticate(key);
+        if key.is_some() && result.is_err() {
+            lock(&self.guesses).take_of(from, now);
+        }
+        result
+    }
+
+    /// Lets a request of a caller in whose key was shown before.
+    fn admit(&self, caller: &mut Caller, again: bool) -> Result<Pass, Status> {
+        let holder = lock(&self.holders).get(&caller.client).cloned();
+        let holder = holder.ok_or_else(|| unauthenticated("the API key is not valid"))?;
+        let scope = holder.key.key.scope;
+        if scope < Scope::Generate {
+            return Err(lacks(scope, Scope::Generate));
+        }
+        caller.admin = scope == Scope::Admin;
+        holder.admit(again, Instant::now())
+    }
+
+    fn keys(&self, request: KeyRequest) -> Result<AdminReply, Status> {
+        let failed = |e: millrace_net::NetError| match e {
+            millrace_net::NetError::Protocol(what) => Status::invalid("key", what),
+            other => {
+                tracing::error!("API keys: {other}");
+                Status::internal("the coordinator cannot use its key store: see its log")
+            }
+        };
+        match request {
+            KeyRequest::List => {}
+            KeyRequest::Create(key) => {
+                let (info, secret) = self.keys.create(&key, unix_now()).map_err(failed)?;
+                tracing::info!(id = %info.id, name = ?key.name, scope = %key.scope, "key made");
+                return Ok(AdminReply::NewKey { info, secret });
+            }
+            KeyRequest::Revoke { id } => {
+                if !self.keys.revoke(&id).map_err(failed)? {
+                    let message = format!("no key has the id '{id}'");
+                    return Err(Status::new(ErrorCode::NotFound, message));
+                }
+                tracing::info!(%id, "key revoked");
+            }
+        }
+        Ok(AdminReply::Keys(self.keys.list().map_err(failed)?))
+    }
+
+    /// Keeps a node out, and has its connection closed where it is there.
+    async fn revoke_node(&self, key: Option<&str>, node: String) -> Result<AdminReply, Status> {
+        let present = match self.inner.admin(key, AdminRequest::Nodes).await? {
+            AdminReply::Nodes(nodes) => nodes,
+            _ => Vec::new(),
+        };
+        let named: Vec<_> =
+            present.iter().filter(|n| n.name == node || n.id.to_string() == node).collect();
+        let (id, name) = match (&named[..], node.parse::<NodeId>()) {
+            ([one], _) => (one.id, one.name.as_str()),
+            ([], Ok(id)) => (id, ""),
+            ([], Err(_)) => {
+                let message = format!(
+                    "no node is called '{node}' now; one that is not there is named by its id, \
+                     which the coordinator's log tells"
+                );
+                return Err(Status::new(ErrorCode::NotFound, message));
+            }
+            _ => {
+                let message = format!("{} nodes are called '{node}': name its id", named.len());
+                return Err(Status::invalid("node", message));
+            }
+        };
+        self.revoked.revoke(id, name, unix_now()).map_err(|e| {
+            tracing::error!("revocations: {e}");
+            Status::internal(format!("the revocation is not on disk, and ends at a restart: {e}"))
+        })?;
+        tracing::warn!(node = %id, name = ?name, "node revoked");
+        self.inner.admin(key, AdminRequest::RevokeNode { node: id.to_string() }).await
+    }
+}
+
+/// Writes, now and then, when keys were used. Never ends.
+pub async fn keep_uses(keys: Arc<ApiKeyStore>) {
+    loop {
+        tokio::time::sleep(SAVE_USES).await;
+        let keys = Arc::clone(&keys);
+        let saved = tokio::task::spawn_blocking(move || keys.save_uses()).await;
+        if let Ok(Err(e)) = saved {
+            tracing::warn!("when keys were used is not written: {e}");
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<S: Service> Service for Gate<S> {
+    fn generate(
+        &self,
+        request: GenerateRequest,
+        mut caller: Caller,
+    ) -> BoxFuture<'_, Result<EventStream, Status>> {
+        async move {
+            let pass = self.admit(&mut caller, false)?;
+            Ok(self.inner.generate(request, caller).await?.metered(Box::new(pass)))
+        }
+        .boxed()
+    }
+
+    fn attach(
+        &self,
+        request: AttachRequest,
+        mut caller: Caller,
+    ) -> BoxFuture<'_, Result<EventStream, Status>> {
+        async move {
+            let pass = self.admit(&mut caller, true)?;
+            Ok(self.inner.attach(request, caller).await?.metered(Box::new(pass)))
+        }
+        .boxed()
+    }
+
+    fn score(
+        &self,
+        request: ScoreRequest,
+        mut caller: Caller,
+    ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
+        async move {
+            let pass = self.admit(&mut caller, false)?;
+            pass.charge(request.tokens.len(), Instant::now());
+            self.inner.score(request, caller).await
+        }
+        .boxed()
+    }
+
+    fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {
+        self.inner.tokenize(model, prompt)
+    }
+
+    fn detokenize(&self, ids: &[u32]) -> Result<String, Status> {
+        self.inner.detokenize(ids)
+    }
+
+    fn sampling(&self) -> SamplingParams {
+        self.inner.sampling()
+    }
+
+    fn token_bytes(&self, id: u32) -> Vec<u8> {
+        self.inner.token_bytes(id)
+    }
+
+    fn models(&self) -> Vec<ModelCard> {
+        self.inner.models()
+    }
+
+    fn cancel(&self, request_id: RequestId) -> BoxFuture<'_, Result<(), Status>> {
+        self.inner.cancel(request_id)
+    }
+
+    fn status(&self) -> BoxFuture<'_, ClusterStatus> {
+        self.inner.status()
+    }
+
+    fn admin(
+        &self,
+        key: Option<&str>,
+        request: AdminRequest,
+    ) -> BoxFuture<'_, Result<AdminReply, Status>> {
+        let scope = self.holder(key).map(|holder| holder.key.key.scope);
+        let key = key.map(str::to_owned);
+        async move {
+            match scope? {
+                Scope::Admin => {}
+                scope => return Err(lacks(scope, Scope::Admin)),
+            }
+            match request {
+                AdminRequest::Keys(request) => self.keys(request),
+                AdminRequest::RevokeNode { node } => self.revoke_node(key.as_deref(), node).await,
+                other => self.inner.admin(key.as_deref(), other).await,
+            }
+        }
+        .boxed()
+    }
+
+    fn authenticate(&self, key: Option<&str>) -> Result<(), Status> {
+        self.holder(key).map(|_| ())
+    }
+
+    fn authenticate_from(&self, key: Option<&str>, from: IpAddr) -> Result<(), Status> {
+        self.guess(key, from, Instant::now())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,251 @@
+//! Keys, their scopes and limits, against a service that answers everything.
+
+use millrace_shared::wire::admin::{NewKey, NodeStatus};
+use millrace_shared::wire::rpc::{FinishReason, Timings, Usage};
+use uuid::Uuid;
+
+use super::*;
+
+/// Answers all requests with two tokens; one node is there.
+struct Open;
+
+const NODE: NodeId = NodeId(Uuid::from_u128(7));
+
+impl Service for Open {
+    fn generate(
+        &self,
+        _: GenerateRequest,
+        _: Caller,
+    ) -> BoxFuture<'_, Result<EventStream, Status>> {
+        async {
+            let id = RequestId(Uuid::now_v7());
+            let (sender, stream) = EventStream::new(id, 8);
+            let started =
+                GenerateEvent::Started { request_id: id, prompt_token_ids: vec![1, 2, 3], seed: 1 };
+            let usage = Usage { prompt_tokens: 3, completion_tokens: 0, cached_tokens: 0 };
+            let finished = GenerateEvent::Finished {
+                reason: FinishReason::Stop,
+                text: String::new(),
+                usage,
+                timings: Timings::default(),
+            };
+            for event in [started, finished] {
+                sender.try_send(Ok(event)).unwrap();
+            }
+            Ok(stream)
+        }
+        .boxed()
+    }
+
+    fn score(
+        &self,
+        _: ScoreRequest,
+        _: Caller,
+    ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
+        async { Ok(Vec::new()) }.boxed()
+    }
+
+    fn tokenize(&self, _: &str, _: &Prompt) -> Result<Vec<u32>, Status> {
+        Ok(Vec::new())
+    }
+
+    fn detokenize(&self, _: &[u32]) -> Result<String, Status> {
+        Ok(String::new())
+    }
+
+    fn token_bytes(&self, _: u32) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn models(&self) -> Vec<ModelCard> {
+        Vec::new()
+    }
+
+    fn cancel(&self, _: RequestId) -> BoxFuture<'_, Result<(), Status>> {
+        async { Ok(()) }.boxed()
+    }
+
+    fn status(&self) -> BoxFuture<'_, ClusterStatus> {
+        async { ClusterStatus::default() }.boxed()
+    }
+
+    fn admin(&self, _: Option<&str>, _: AdminRequest) -> BoxFuture<'_, Result<AdminReply, Status>> {
+        let node = NodeStatus {
+            id: NODE,
+            name: "gpu-2".into(),
+            address: String::new(),
+            hardware: String::new(),
+            threads: 1,
+            memory_bytes: 1,
+            role: millrace_shared::wire::admin::NodeRole::StandBy,
+        };
+        async { Ok(AdminReply::Nodes(vec![node])) }.boxed()
+    }
+
+    fn authenticate(&self, _: Option<&str>) -> Result<(), Status> {
+        panic!("the gate asks nobody");
+    }
+}
+
+struct Fixture {
+    gate: Gate<Open>,
+    _dir: tempfile::TempDir,
+}
+
+fn fixture() -> Fixture {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = Arc::new(ApiKeyStore::open(dir.path()).unwrap());
+    let revoked = Arc::new(Revocations::open(dir.path()).unwrap());
+    Fixture { gate: Gate::new(Arc::new(Open), keys, revoked), _dir: dir }
+}
+
+impl Fixture {
+    /// A key's secret.
+    fn key(&self, scope: Scope, limits: KeyLimits) -> (String, String) {
+        let key = NewKey { limits, ..NewKey::new("test", scope) };
+        let (info, secret) = self.gate.keys.create(&key, unix_now()).unwrap();
+        (info.id, secret)
+    }
+
+    async fn generate(&self, key: &str) -> Result<EventStream, Status> {
+        self.gate.authenticate(Some(key))?;
+        let caller = Caller { client: Caller::client_of(Some(key)), ..Caller::default() };
+        let request = GenerateRequest {
+            model: String::new(),
+            prompt: Prompt::Text(String::new()),
+            params: SamplingParams::default(),
+        };
+        self.gate.generate(request, caller).await
+    }
+}
+
+#[tokio::test]
+async fn scopes() {
+    let f = fixture();
+    let keys = [Scope::Read, Scope::Generate, Scope::Admin].map(|s| f.key(s, KeyLimits::default()));
+    let [read, generate, admin] = keys.map(|(_, secret)| secret);
+    assert_eq!(f.generate(&read).await.unwrap_err().code, ErrorCode::PermissionDenied);
+    assert!(f.generate(&generate).await.is_ok() && f.generate(&admin).await.is_ok());
+    for key in [&read, &generate] {
+        let refused = f.gate.admin(Some(key), AdminRequest::Nodes).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::PermissionDenied, "{refused}");
+    }
+    assert!(f.gate.admin(Some(&admin), AdminRequest::Nodes).await.is_ok());
+    for key in [None, Some("mlr-wrong")] {
+        let refused = f.gate.admin(key, AdminRequest::Nodes).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Unauthenticated, "{refused}");
+    }
+}
+
+#[tokio::test]
+async fn keys_are_made_and_revoked_from_afar() {
+    let f = fixture();
+    let (_, admin) = f.key(Scope::Admin, KeyLimits::default());
+    let ask = async |request| f.gate.admin(Some(&admin), AdminRequest::Keys(request)).await;
+    let new = NewKey::new("guest", Scope::Generate);
+    let Ok(AdminReply::NewKey { info, secret }) = ask(KeyRequest::Create(new)).await else {
+        panic!("no key")
+    };
+    assert!(f.generate(&secret).await.is_ok());
+    let Ok(AdminReply::Keys(keys)) = ask(KeyRequest::List).await else { panic!("no keys") };
+    assert!(keys.iter().any(|k| k.id == info.id && k.last_used.is_some()), "{keys:?}");
+    assert!(ask(KeyRequest::Revoke { id: info.id.clone() }).await.is_ok());
+    assert_eq!(f.generate(&secret).await.unwrap_err().code, ErrorCode::Unauthenticated);
+    let again = ask(KeyRequest::Revoke { id: info.id }).await.unwrap_err();
+    assert_eq!(again.code, ErrorCode::NotFound);
+    let wrong = ask(KeyRequest::Create(NewKey::new("a\u{1b}b", Scope::Read))).await.unwrap_err();
+    assert_eq!(wrong.code, ErrorCode::InvalidArgument);
+}
+
+#[tokio::test]
+async fn requests_at_once() {
+    let f = fixture();
+    let limits = KeyLimits { concurrent: Some(2), ..KeyLimits::default() };
+    let (_, key) = f.key(Scope::Generate, limits);
+    let (first, _second) = (f.generate(&key).await.unwrap(), f.generate(&key).await.unwrap());
+    let third = f.generate(&key).await.unwrap_err();
+    assert_eq!(third.code, ErrorCode::ResourceExhausted);
+    assert!(third.retry_after_ms.is_some() && third.message.contains("at once"), "{third}");
+    let (_, other) = f.key(Scope::Generate, limits);
+    assert!(f.generate(&other).await.is_ok(), "each key has its own");
+    drop(first);
+    assert!(f.generate(&key).await.is_ok(), "the place is free again");
+}
+
+#[tokio::test]
+async fn requests_and_tokens_a_minute() {
+    let f = fixture();
+    let start = Instant::now();
+    let later = |seconds| start + Duration::from_secs(seconds);
+    let limits = KeyLimits { requests_per_minute: Some(3), ..KeyLimits::default() };
+    let (_, key) = f.key(Scope::Generate, limits);
+    let holder = f.gate.holder(Some(&key)).unwrap();
+    for _ in 0..3 {
+        drop(holder.admit(false, later(1)).unwrap());
+    }
+    let over = holder.admit(false, later(1)).unwrap_err();
+    assert_eq!((over.code, over.retry_after_ms), (ErrorCode::ResourceExhausted, Some(20_000)));
+    assert!(holder.admit(false, later(22)).is_ok());
+
+    let limits = KeyLimits { tokens_per_minute: Some(4), ..KeyLimits::default() };
+    let (_, key) = f.key(Scope::Generate, limits);
+    let holder = f.gate.holder(Some(&key)).unwrap();
+    holder.admit(false, later(1)).unwrap().charge(3, later(1));
+    // The second one owes.
+    holder.admit(false, later(1)).unwrap().charge(3, later(1));
+    let over = holder.admit(false, later(1)).unwrap_err();
+    assert!(over.message.contains("4 tokens a minute"), "{over}");
+    assert_eq!(over.retry_after_ms, Some(45_000), "two owed, and one to begin with");
+    assert!(holder.admit(false, later(60)).is_ok());
+}
+
+/// What streams count: the prompt, and each token of the answer.
+#[tokio::test]
+async fn streams_are_counted() {
+    let f = fixture();
+    let limits = KeyLimits { tokens_per_minute: Some(3), ..KeyLimits::default() };
+    let (_, key) = f.key(Scope::Generate, limits);
+    let mut stream = f.generate(&key).await.unwrap();
+    while stream.next().await.is_some() {}
+    let over = f.generate(&key).await.unwrap_err();
+    assert_eq!(over.code, ErrorCode::ResourceExhausted, "{over}");
+}
+
+#[tokio::test]
+async fn guessing_is_slow() {
+    let f = fixture();
+    let now = Instant::now();
+    let (_, known) = f.key(Scope::Read, KeyLimits::default());
+    let (_, unknown) = f.key(Scope::Read, KeyLimits::default());
+    let (here, there) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
+    let ask = |key: &str, from| f.gate.guess(Some(key), from, now);
+    assert!(ask(&known, here).is_ok());
+    let codes: Vec<_> = (0..60).map(|i| ask(&format!("mlr-{i}"), here).unwrap_err().code).collect();
+    assert_eq!(codes[0], ErrorCode::Unauthenticated);
+    assert_eq!(codes[59], ErrorCode::ResourceExhausted);
+    let wait = ask(&unknown, here).unwrap_err();
+    assert_eq!(wait.code, ErrorCode::ResourceExhausted, "a good guess would not show");
+    assert!(wait.retry_after_ms.is_some());
+    assert!(ask(&known, here).is_ok(), "who is known is let in");
+    assert!(ask(&unknown, there).is_ok());
+    let nothing = f.gate.guess(None, here, now).unwrap_err();
+    assert_eq!(nothing.code, ErrorCode::Unauthenticated, "no key is no guess");
+    let later = now + Duration::from_secs(3);
+    let code = f.gate.guess(Some("mlr-x"), here, later).unwrap_err().code;
+    assert_eq!(code, ErrorCode::Unauthenticated);
+}
+
+#[tokio::test]
+async fn nodes_are_kept_out_by_name_or_id() {
+    let f = fixture();
+    let (_, admin) = f.key(Scope::Admin, KeyLimits::default());
+    let revoke = async |node: &str| {
+        f.gate.admin(Some(&admin), AdminRequest::RevokeNode { node: node.to_owned() }).await
+    };
+    assert!(revoke("gpu-2").await.is_ok());
+    assert!(f.gate.revoked.has(NODE));
+    let absent = NodeId(Uuid::from_u128(8));
+    assert!(revoke(&absent.to_string()).await.is_ok());
+    assert!(f.gate.revoked.has(absent));
+    assert_eq!(revoke("nobody").await.unwrap_err().code, ErrorCode::NotFound);
+}

@@ -1,0 +1,483 @@
+//! Trust that ends or was never there: revoked, expired and posing members, replays, lies; keys that
+//! are guessed, limited and revoked; crowds; what logs must not hold.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use harness::processes::{Coordinator, Process, command, fails_with, run};
+use harness::{ask, hostile, http, wait_for};
+use millrace_engine::Engine as _;
+use millrace_engine::mock::{MockConfig, MockEngine};
+use millrace_net::client::{Client, ClientConfig};
+use millrace_net::identity::Validity;
+use millrace_net::join::{request_join, request_renewal};
+use millrace_net::{ClusterCa, Identity, NodeKey, PeerName};
+use millrace_net::{Connection, Endpoint, MessageReceiver, MessageSender, tls};
+use millrace_shared::error::ErrorCode;
+use millrace_shared::wire::admin::{
+    AdminReply, AdminRequest, KeyLimits, KeyRequest, NewKey, Scope,
+};
+use millrace_shared::wire::control::{CoordinatorMessage, NodeMessage, StageProfile};
+use millrace_shared::wire::rpc::Prompt;
+use millrace_shared::wire::{COORDINATOR_NAME, Edge, MAX_CONTROL_BYTES, Plane, node_name};
+
+use nix::sys::signal::Signal;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+
+use crate::cluster::{Cluster, under_attack};
+
+/// How a member's connection ends; whether in the handshake or after it is up to TLS.
+async fn refusal(identity: &Identity, cluster: &Cluster) -> String {
+    match hostile::connect(identity, cluster.coordinator.cluster, COORDINATOR_NAME).await {
+        Err(e) => e.to_string(),
+        Ok((_endpoint, connection)) => harness::soon(connection.closed()).await.to_string(),
+    }
+}
+
+/// A client with a key of its own, made from afar.
+async fn with_key(cluster: &Cluster, scope: Scope, limits: KeyLimits) -> (String, ClientConfig) {
+    let key = NewKey { limits, ..NewKey::new("guest", scope) };
+    let made = cluster.client.admin(AdminRequest::Keys(KeyRequest::Create(key))).await;
+    let Ok(AdminReply::NewKey { info, secret }) = made else { panic!("no key: {made:?}") };
+    (info.id, ClientConfig { api_key: secret, ..cluster.coordinator.client.clone() })
+}
+
+#[test]
+fn members_that_are_not_to_be_trusted() {
+    under_attack(async |cluster| {
+        let ca = cluster.ca();
+        let now = Validity::lasting(Duration::ZERO).until;
+        // Expired, and not valid yet.
+        for (from, until) in [(now - 9000, now - 3600), (now + 3600, now + 9000)] {
+            let node = ca.issue_node_for(hostile::new_id(), Validity { from, until }).unwrap();
+            let end = refusal(&node, cluster).await;
+            assert!(end.to_lowercase().contains("expired") || !end.is_empty(), "{end}");
+            cluster.coordinator.process.wait_log("refusal", |log| {
+                log.contains("refused on the cluster endpoint").then_some(())
+            });
+        }
+        // The right CA, the wrong role: HTTPS's certificate, and the coordinator's own.
+        let web = ca.issue_web(&["localhost".to_owned()]).unwrap();
+        assert!(!refusal(&web, cluster).await.is_empty());
+        let posing = ca.issue_coordinator().unwrap();
+        let end = refusal(&posing, cluster).await;
+        assert!(end.contains("only nodes connect here"), "{end}");
+        // Nodes let no coordinator in on their own endpoint, and nobody passes for another node.
+        let (node, papers, address) = cluster.stages().await.remove(1);
+        let (_e, connection) = hostile::connect(&posing, address, &node_name(node)).await.unwrap();
+        let end = harness::soon(connection.closed()).await.to_string();
+        assert!(end.contains("only nodes connect here"), "{end}");
+        let wrong = hostile::connect(&papers, address, &node_name(hostile::new_id())).await;
+        assert!(wrong.is_err(), "another name than the certificate's");
+        cluster.is_unharmed("wrong papers").await;
+    });
+}
+
+/// A node whose certificate is revoked is thrown out at once, ends, and never comes back; the
+/// machine may enrol as a new node. Others renew theirs.
+#[test]
+fn a_node_is_revoked() {
+    under_attack(async |cluster| {
+        let public = cluster.coordinator.client.quic.clone();
+        let guest = cluster.coordinator.root.join("guest");
+        cluster.coordinator.renew_token();
+        let token = cluster.coordinator.token.parse().unwrap();
+        let key = NodeKey::generate().unwrap();
+        let joined = request_join(&token, &key).await.unwrap();
+        assert_eq!(joined.cluster_addr, cluster.coordinator.cluster.to_string());
+        let renewed = request_renewal(&public, &joined.identity).await.unwrap();
+        assert_eq!(renewed.identity.name().unwrap(), PeerName::Node(joined.node_id));
+        assert_ne!(renewed.identity.cert_der, joined.identity.cert_der);
+
+        let epoch = cluster.epoch().await;
+        cluster.coordinator.renew_token();
+        let mut node = cluster.coordinator.node("guest", &["--engine", "mock"]);
+        let admin = cluster.client.clone();
+        let present = async || match admin.admin(AdminRequest::Nodes).await {
+            Ok(AdminReply::Nodes(nodes)) => nodes.iter().any(|n| n.name == "guest"),
+            other => panic!("{other:?}"),
+        };
+        while !present().await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let papers = Identity::load(&guest, "node").unwrap();
+        let (_endpoint, second) =
+            hostile::connect(&papers, cluster.coordinator.cluster, COORDINATOR_NAME).await.unwrap();
+        let mut revoke = command("millrace", &cluster.coordinator.root);
+        revoke.args(["nodes", "revoke", "guest", "--cluster"]);
+        revoke.arg(cluster.coordinator.dir().join("client.toml"));
+        let output = tokio::task::spawn_blocking(|| run(revoke)).await.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let end = harness::soon(second.closed()).await.to_string();
+        assert!(end.contains("revoked"), "every connection of it: {end}");
+        let status = tokio::task::spawn_blocking(move || (node.wait(), node.log())).await.unwrap();
+        assert_eq!(status.0.code(), Some(1));
+        assert!(status.1.contains("revoked"), "{}", status.1);
+
+        assert!(!refusal(&papers, cluster).await.is_empty());
+        let refused = request_renewal(&public, &papers).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::PermissionDenied);
+        assert!(refused.message.contains("was revoked"), "{refused}");
+        let again = cluster.coordinator.node("guest", &["--engine", "mock"]);
+        let ended = |mut node: Process| (node.wait().code(), node.log());
+        let (code, log) = tokio::task::spawn_blocking(move || ended(again)).await.unwrap();
+        assert_eq!(code, Some(1));
+        assert!(log.contains("revoked"), "{log}");
+        assert!(!present().await);
+        assert_eq!(cluster.epoch().await, epoch, "nobody else noticed");
+        cluster.is_unharmed("a revoked node").await;
+    });
+}
+
+#[test]
+fn keys_from_afar() {
+    under_attack(async |cluster| {
+        let greedy = |n| ask::greedy(n);
+        let story = || Prompt::Text("A story".to_owned());
+        let limits = KeyLimits { concurrent: Some(1), ..KeyLimits::default() };
+        let (id, config) = with_key(cluster, Scope::Generate, limits).await;
+        let client = ask::connect(&config).await;
+        let running = ask::begin(&client, story(), greedy(1500)).await.unwrap();
+        let mut running = running;
+        ask::take_tokens(&mut running, 1).await.unwrap();
+        let busy = ask::generate(&client, story(), greedy(2)).await.unwrap_err();
+        assert_eq!(busy.code, ErrorCode::ResourceExhausted, "{busy}");
+        assert!(busy.retry_after_ms.is_some(), "{busy}");
+        let addr = cluster.coordinator.http();
+        let body = br#"{"prompt": "a", "max_tokens": 1}"#;
+        let over = http::post(addr, "/v1/completions", &config.api_key, body);
+        assert_eq!(over.status, 429, "the same limit over HTTP: {}", over.text());
+        assert!(over.header("retry-after").is_some());
+        drop(running);
+        ask::idle(&cluster.client).await;
+        assert!(ask::generate(&client, story(), greedy(2)).await.is_ok());
+
+        // Revoked: from the next call on, also of those who are connected.
+        let revoke = AdminRequest::Keys(KeyRequest::Revoke { id });
+        assert!(client.admin(revoke.clone()).await.is_err(), "not with a client's key");
+        assert!(cluster.client.admin(revoke).await.is_ok());
+        let refused = ask::generate(&client, story(), greedy(2)).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Unauthenticated, "{refused}");
+        assert_eq!(http::post(addr, "/v1/completions", &config.api_key, body).status, 401);
+
+        let (_, reader) = with_key(cluster, Scope::Read, KeyLimits::default()).await;
+        let read = http::get_with(addr, "/metrics", &reader.api_key);
+        assert_eq!(read.status, 200);
+        assert_eq!(http::get(addr, "/metrics").status, 401);
+        let refused = http::post(addr, "/v1/completions", &reader.api_key, body);
+        assert_eq!(refused.status, 403, "{}", refused.text());
+
+        // Guessing: after some wrong keys even a right one that was never seen has to wait.
+        let (_, unseen) = with_key(cluster, Scope::Read, KeyLimits::default()).await;
+        let statuses: Vec<u16> = (0..40)
+            .map(|i| http::get_with(addr, "/v1/models", &format!("mlr-{i}")).status)
+            .collect();
+        assert!(statuses.contains(&401) && statuses.contains(&429), "{statuses:?}");
+        assert_eq!(http::get_with(addr, "/v1/models", &unseen.api_key).status, 429);
+        assert_eq!(http::get_with(addr, "/v1/models", &reader.api_key).status, 200);
+        cluster.is_unharmed("keys").await;
+    });
+}
+
+/// A member by hand, up to the coordinator's request for a profile.
+async fn member(cluster: &Cluster) -> (Endpoint, Connection, MessageSender, MessageReceiver) {
+    let identity = cluster.ca().issue_node(hostile::new_id()).unwrap();
+    let to = cluster.coordinator.cluster;
+    let (endpoint, connection) = hostile::connect(&identity, to, COORDINATOR_NAME).await.unwrap();
+    let (send, recv) = connection.open_stream(&Plane::Control).await.unwrap();
+    (endpoint, connection, MessageSender::new(send), MessageReceiver::new(recv))
+}
+
+#[test]
+fn members_that_lie() {
+    under_attack(async |cluster| {
+        let numerics = MockEngine::new(MockConfig::default()).numerics_revision();
+        let honest = hostile::hello(&numerics);
+        let mut impossible = honest.clone();
+        impossible.memory_bytes = u64::MAX;
+        let mut escape = honest.clone();
+        escape.name = "a\u{1b}[2Jb\nWARN all is well".to_owned();
+        for hello in [impossible, escape] {
+            let answer =
+                hostile::introduce(&cluster.ca(), cluster.coordinator.cluster, hello).await;
+            assert!(matches!(answer, CoordinatorMessage::Refused { .. }), "{answer:?}");
+        }
+        cluster.is_unharmed("impossible hellos").await;
+        let epoch = cluster.epoch().await;
+        for lie in [f64::NAN, 0.0, -1.0, 1e300] {
+            let (endpoint, _connection, mut out, mut messages) = member(cluster).await;
+            let hello = NodeMessage::Hello(Box::new(honest.clone()));
+            out.send(&hello).await.unwrap();
+            loop {
+                let message = messages.recv_one(MAX_CONTROL_BYTES).await.unwrap();
+                if matches!(message, CoordinatorMessage::Profile(_)) {
+                    break;
+                }
+            }
+            let profile = StageProfile::flat(lie, lie);
+            out.send(&NodeMessage::Profiled { profile }).await.unwrap();
+            let what = "what it measured makes no sense";
+            cluster.coordinator.process.wait_log(what, |log| log.contains(what).then_some(()));
+            let recut = cluster.client.admin(AdminRequest::Recut { apply: false }).await;
+            if let Ok(AdminReply::Recut(report)) = recut {
+                assert!(report.gain.is_finite(), "{report:?}");
+            }
+            cluster.is_unharmed("a lie about times").await;
+            let _ = out.send(&NodeMessage::Leaving).await;
+            endpoint.close("done");
+            endpoint.drain().await;
+        }
+        assert_eq!(cluster.epoch().await, epoch, "they were never needed");
+    });
+}
+
+/// Edges of an epoch that is over, and of one that never was.
+#[test]
+fn stale_and_future_epochs() {
+    under_attack(async |cluster| {
+        let epoch = cluster.epoch().await;
+        let stages = cluster.stages().await;
+        let [(_, first, _), (second, _, address)] = &stages[..] else { panic!("two stages") };
+        for wrong in [epoch - 1, epoch + 1, u64::MAX] {
+            let (_endpoint, connection) =
+                hostile::connect(first, *address, &node_name(*second)).await.unwrap();
+            let plane = Plane::Stage {
+                pipeline: millrace_shared::id::PipelineId(1),
+                epoch: millrace_shared::id::Epoch(wrong),
+                edge: Edge::Activations,
+            };
+            let (send, _recv) = connection.open_stream(&plane).await.unwrap();
+            let mut out = MessageSender::new(send);
+            let _ = out.send_bytes(vec![7; 4096].into()).await;
+            cluster.is_unharmed("another epoch's edge").await;
+        }
+        assert_eq!(cluster.epoch().await, epoch);
+    });
+}
+
+/// Crowds that only hold places: the public endpoints go on serving.
+#[test]
+fn crowds() {
+    under_attack(async |cluster| {
+        // QUIC: more than there are places, each a whole handshake and then silence.
+        let tls = tls::api_client(cluster.ca().ca_der()).unwrap();
+        let to = cluster.coordinator.client.quic.parse().unwrap();
+        let endpoint = Endpoint::client(to).unwrap();
+        let (mut held, mut refused) = (Vec::new(), 0);
+        for _ in 0..20 {
+            let wave = (0..100)
+                .map(|_| endpoint.connect(to, COORDINATOR_NAME, &tls, Duration::from_secs(5)));
+            for outcome in futures::future::join_all(wave).await {
+                match outcome {
+                    Ok(connection) => held.push(connection),
+                    Err(_) => refused += 1,
+                }
+            }
+        }
+        assert!(refused > 0 && held.len() <= 1024, "{} held, {refused} refused", held.len());
+        assert!(cluster.client.status().await.is_ok(), "who is in is served");
+        drop(held);
+        endpoint.close("done");
+        endpoint.drain().await;
+
+        // HTTP: connections that begin a request and never end it.
+        let addr = cluster.coordinator.http();
+        let slow: Vec<TcpStream> = (0..200)
+            .map(|_| {
+                let mut stream = TcpStream::connect(addr).unwrap();
+                stream
+                    .write_all(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-")
+                    .unwrap();
+                stream
+            })
+            .collect();
+        assert_eq!(http::get(addr, "/live").status, 200);
+        // They are turned out by themselves.
+        tokio::task::spawn_blocking(move || {
+            for mut stream in slow {
+                stream.set_read_timeout(Some(harness::DEADLINE)).unwrap();
+                let mut answer = Vec::new();
+                let _ = stream.read_to_end(&mut answer);
+            }
+        })
+        .await
+        .unwrap();
+        wait_for("places", || {
+            let ready = http::get(addr, "/health").status == 200;
+            ready.then_some(())
+        });
+        let again = Client::connect(&cluster.coordinator.client).await;
+        assert!(again.is_ok(), "the places are free again: {again:?}");
+        cluster.is_unharmed("crowds").await;
+    });
+}
+
+/// Neither keys nor tokens nor prompts get into logs, however much is logged.
+#[test]
+fn logs_hold_no_secrets() {
+    let _turn = harness::alone();
+    let root = tempfile::tempdir().unwrap();
+    harness::block_on(async {
+        let prompt = "Zanzibar-7731 never tells";
+        let extra = ["--engine", "mock", "--kv-cache-tokens", "8192"];
+        let coordinator = Coordinator::start_logging(root.path(), 1, &extra);
+        let mut node = coordinator.node_logging("node-a", "debug", &["--engine", "mock"]);
+        coordinator.wait_ready();
+        let client = ask::connect(&coordinator.client).await;
+        ask::generate(&client, Prompt::Text(prompt.to_owned()), ask::greedy(4)).await.unwrap();
+        let key = coordinator.client.api_key.clone();
+        let body = serde_json::json!({"prompt": prompt, "max_tokens": 2}).to_string();
+        let answer = http::post(coordinator.http(), "/v1/completions", &key, body.as_bytes());
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let wrong = http::post(coordinator.http(), "/v1/completions", "mlr-wrong-key", b"{}");
+        assert_eq!(wrong.status, 401);
+        let new = AdminRequest::Keys(KeyRequest::Create(NewKey::new("x", Scope::Read)));
+        let Ok(AdminReply::NewKey { secret, .. }) = client.admin(new).await else {
+            panic!("no key")
+        };
+        client.close().await;
+        node.terminate();
+        let log = format!("{}{}", coordinator.process.log(), node.log());
+        assert!(log.contains("DEBUG"), "much is logged: {log}");
+        // What 'serve' prints for the operator to paste is no log line.
+        let logged: String =
+            log.lines().filter(|l| !l.trim_start().starts_with("millrace-node run")).collect();
+        for (what, text) in [
+            ("the key", key.as_str()),
+            ("a new key", &secret),
+            ("a wrong key", "mlr-wrong-key"),
+            ("the join token", &coordinator.token),
+            ("the prompt", "Zanzibar"),
+        ] {
+            assert!(!logged.contains(text), "{what} is in the log");
+        }
+        let key = std::fs::read_to_string(coordinator.dir().join("ca.key")).unwrap();
+        let line = key.lines().nth(1).unwrap();
+        assert!(!logged.contains(line));
+    });
+}
+
+/// A backup, taken while the cluster serves, makes a coordinator elsewhere to which nodes and
+/// clients come back without enrolling.
+#[test]
+fn a_cluster_moves() {
+    under_attack(async |cluster| {
+        let root = cluster.coordinator.root.clone();
+        let mut backup = command("millrace-coordinator", &root);
+        backup.args(["backup", "--dir", "coordinator", "cluster.backup"]);
+        let output = run(backup);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        cluster.is_unharmed("a backup").await;
+        let mut restore = command("millrace-coordinator", &root);
+        restore.args(["restore", "--dir", "coordinator", "cluster.backup"]);
+        fails_with(&run(restore), &["is not empty"]);
+
+        let (key, old) = (cluster.coordinator.client.clone(), cluster.coordinator.cluster);
+        cluster.coordinator.process.kill();
+        let elsewhere = root.join("elsewhere");
+        std::fs::create_dir(&elsewhere).unwrap();
+        let mut restore = command("millrace-coordinator", &root);
+        restore.args(["restore", "--dir", "elsewhere/coordinator", "cluster.backup"]);
+        let output = run(restore);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let moved =
+            Coordinator::start(&elsewhere, 2, &["--kv-cache-tokens", "8192", "--engine", "mock"]);
+        assert_ne!(moved.cluster, old);
+        for (node, name) in cluster.nodes.iter_mut().zip(["node-a", "node-b"]) {
+            node.kill();
+            *node = cluster
+                .coordinator
+                .node(name, &["--engine", "mock", "--coordinator", &moved.client.quic]);
+        }
+        moved.wait_ready();
+        let config = ClientConfig { quic: moved.client.quic.clone(), ..key };
+        cluster.client = ask::connect(&config).await;
+        cluster.coordinator = moved;
+        cluster.is_unharmed("another coordinator").await;
+    });
+}
+
+/// `GET /live` over TLS: the status line, or why there was none.
+fn over_tls(addr: SocketAddr, ca_pem: &[u8], name: &str) -> Result<String, String> {
+    let mut roots = rustls::RootCertStore::empty();
+    for ca in CertificateDer::pem_slice_iter(ca_pem) {
+        roots.add(ca.unwrap()).unwrap();
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let name = name.to_owned().try_into().unwrap();
+    let tls = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+    let tcp = TcpStream::connect(addr).unwrap();
+    tcp.set_read_timeout(Some(harness::DEADLINE)).unwrap();
+    let mut stream = rustls::StreamOwned::new(tls, tcp);
+    let head = format!("GET /live HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).map_err(|e| e.to_string())?;
+    let mut answer = [0; 12];
+    stream.read_exact(&mut answer).map_err(|e| e.to_string())?;
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+/// HTTP that others can reach is encrypted or does not start; certificates of the cluster's own, and
+/// of a company, which is read again at SIGHUP.
+#[test]
+fn https() {
+    let _turn = harness::alone();
+    let root = tempfile::tempdir().unwrap();
+    let open = crate::cluster::serve(root.path(), harness::model_arg(), &["--host", "0.0.0.0"]);
+    fails_with(&open, &["would not be encrypted", "--insecure-http", "--tls-cert", "--https"]);
+
+    let own = root.path().join("own");
+    std::fs::create_dir(&own).unwrap();
+    let coordinator = Coordinator::start(&own, 1, &["--engine", "mock", "--https"]);
+    let url = coordinator.client.http.clone();
+    let addr: SocketAddr = url.strip_prefix("https://").expect("an https URL").parse().unwrap();
+    let ca = coordinator.client.ca_pem.clone();
+    for name in ["localhost", "127.0.0.1"] {
+        assert_eq!(over_tls(addr, ca.as_bytes(), name).unwrap(), "HTTP/1.1 200");
+    }
+    assert!(over_tls(addr, ca.as_bytes(), "evil.example").is_err());
+    let stranger = ClusterCa::create().unwrap();
+    assert!(over_tls(addr, stranger.ca_pem().as_bytes(), "localhost").is_err());
+    let mut plain = TcpStream::connect(addr).unwrap();
+    plain.set_read_timeout(Some(harness::DEADLINE)).unwrap();
+    plain.write_all(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    let _ = plain.read_to_end(&mut answer);
+    assert!(!answer.starts_with(b"HTTP/1.1 200"), "nothing without TLS");
+    drop(coordinator);
+
+    let company = ClusterCa::create().unwrap();
+    let issue = |ca: &ClusterCa| {
+        ca.issue_web(&["models.example".to_owned()]).unwrap().save(root.path(), "web").unwrap();
+    };
+    issue(&company);
+    let other = root.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    let (cert, key) = (root.path().join("web.pem"), root.path().join("web.key"));
+    let mut flags = vec!["--engine", "mock", "--tls-cert", cert.to_str().unwrap()];
+    flags.extend(["--tls-key", key.to_str().unwrap()]);
+    let coordinator = Coordinator::start(&other, 1, &flags);
+    let addr: SocketAddr = coordinator.client.http["https://".len()..].parse().unwrap();
+    let ask = |ca: &ClusterCa| over_tls(addr, ca.ca_pem().as_bytes(), "models.example");
+    assert_eq!(ask(&company).unwrap(), "HTTP/1.1 200");
+    issue(&stranger);
+    coordinator.process.signal(Signal::SIGHUP);
+    wait_for("the new certificate", || ask(&stranger).ok());
+    assert!(ask(&company).is_err());
+    harness::block_on(async {
+        let config = ClientConfig {
+            ca_pem: stranger.ca_pem(),
+            server_name: Some("models.example".to_owned()),
+            ..coordinator.client.clone()
+        };
+        assert!(Client::connect(&config).await.is_ok(), "QUIC shows it too");
+        assert!(Client::connect(&coordinator.client).await.is_ok(), "and the cluster's own");
+    });
+}
