@@ -1,0 +1,63 @@
+//! The dashboard: one static page with its style and script, and the two things it asks for that
+//! nobody else does.
+//!
+//! The page itself is open: it holds nothing but how to ask, and asks with the key of whoever looks at
+//! it. It loads nothing from elsewhere, which its `Content-Security-Policy` enforces, so that it works
+//! in a closed network, and nothing that a model says can become code.
+
+use actix_web::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+use actix_web::{HttpResponse, web};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::AppState;
+
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; \
+                      connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+fn part(kind: &'static str, text: &'static str) -> HttpResponse {
+    HttpResponse::Ok()
+        .insert_header((CONTENT_TYPE, kind))
+        .insert_header((CONTENT_SECURITY_POLICY, POLICY))
+        .insert_header((CACHE_CONTROL, "no-cache"))
+        .insert_header(("x-content-type-options", "nosniff"))
+        .insert_header(("referrer-policy", "no-referrer"))
+        .body(text)
+}
+
+/// `GET /`.
+pub(crate) async fn page() -> HttpResponse {
+    part("text/html; charset=utf-8", include_str!("dashboard/index.html"))
+}
+
+/// `GET /dashboard/style.css`.
+pub(crate) async fn style() -> HttpResponse {
+    part("text/css; charset=utf-8", include_str!("dashboard/style.css"))
+}
+
+/// `GET /dashboard/app.js`.
+pub(crate) async fn script() -> HttpResponse {
+    part("text/javascript; charset=utf-8", include_str!("dashboard/app.js"))
+}
+
+/// `GET /v1/cluster`: stages, nodes and counters.
+pub(crate) async fn cluster(state: web::Data<AppState>) -> HttpResponse {
+    HttpResponse::Ok().json(state.service.status().await)
+}
+
+/// From where the timeline is wanted.
+#[derive(Deserialize)]
+pub(crate) struct After {
+    /// The `last` of the answer before; all that is known where it is missing.
+    #[serde(default)]
+    after: u64,
+}
+
+/// `GET /v1/cluster/timeline?after=N`: micro-batches that came back since.
+pub(crate) async fn timeline(
+    state: web::Data<AppState>,
+    web::Query(After { after }): web::Query<After>,
+) -> HttpResponse {
+    let (now, last, passages) = state.metrics.timeline().after(after);
+    HttpResponse::Ok().json(json!({"now": now, "last": last, "passages": passages}))
+}
