@@ -13,7 +13,7 @@ use millrace_shared::wire::rpc::{ClusterStatus, Prompt};
 fn every_token_is_right_over_links_that_delay_and_lose() {
     let _alone = alone();
     let micros = Duration::from_micros;
-    let link = Way { delay: Duration::from_millis(3), loss: 0.01 };
+    let link = Way { delay: Duration::from_millis(3), loss: 0.01, ..Way::default() };
     let shape = Shape {
         link: Some(link),
         max_batch_tokens: Some(8),

@@ -90,6 +90,10 @@ pub struct Deployment {
     pub replan: Replan,
     /// How long requests wait for a pipeline that was lost to form again.
     pub recovery_timeout: Duration,
+    /// Between heartbeats of a node.
+    pub heartbeat: Duration,
+    /// Silence after which a node is lost.
+    pub lease: Duration,
 }
 
 impl Deployment {

@@ -6,6 +6,7 @@ use std::fs::{DirBuilder, File};
 use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
 use std::process::exit;
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use clap::Parser;
@@ -14,6 +15,9 @@ use millrace_net::telemetry;
 use millrace_node::cli::{Cli, Command};
 use millrace_node::probe::probe;
 use millrace_node::{Config, enrol, start};
+
+/// Longest hand-over before the end: below the 90 s that systemd waits.
+const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 
 fn main() {
     let cli = Cli::parse();
@@ -58,15 +62,20 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let _lock = lock(&config)?;
     let membership = enrol::membership(&config).await?;
     let mut running = start(config, membership).await?;
+    let told = running.told_to_drain();
     tokio::select! {
         reason = running.refused() => return Err(anyhow!("the coordinator refuses this node: {reason}")),
+        () = told => {}
         () = terminated() => {}
     }
-    eprintln!("stopping; once more to stop at once");
+    eprintln!("handing the layers over, then stopping; once more to stop at once");
     actix_rt::spawn(async {
         terminated().await;
         exit(130);
     });
+    if let Some(trouble) = running.drain(DRAIN_LIMIT).await {
+        eprintln!("leaving with the layers: {trouble}");
+    }
     running.stop().await;
     Ok(())
 }

@@ -7,16 +7,18 @@ use millrace_shared::error::Status;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::rpc::{
     ClusterStatus, FinishReason, GenerateEvent, GenerateRequest, PositionScore, Prompt,
-    ScoreRequest,
+    ScoreRequest, TokenLogprobs,
 };
 
 /// A whole continuation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
     /// The ids.
     pub tokens: Vec<u32>,
     /// Their text.
     pub text: String,
+    /// Log-probabilities of the tokens, where they were asked for.
+    pub logprobs: Vec<TokenLogprobs>,
     /// Why it ended.
     pub reason: FinishReason,
 }
@@ -49,16 +51,23 @@ pub async fn begin(
 }
 
 impl Answer {
-    fn empty() -> Self {
-        Self { tokens: Vec::new(), text: String::new(), reason: FinishReason::Cancelled }
+    /// Nothing yet.
+    pub fn empty() -> Self {
+        Self {
+            tokens: Vec::new(),
+            text: String::new(),
+            logprobs: Vec::new(),
+            reason: FinishReason::Cancelled,
+        }
     }
 
     /// Takes an event; checks that indices have no gaps.
-    fn take(&mut self, event: GenerateEvent) {
+    pub fn take(&mut self, event: GenerateEvent) {
         match event {
             GenerateEvent::Started { .. } => {}
-            GenerateEvent::Token { index, token_id, text, .. } => {
+            GenerateEvent::Token { index, token_id, text, logprobs } => {
                 assert_eq!(index as usize, self.tokens.len(), "indices follow each other");
+                self.logprobs.extend(logprobs);
                 self.tokens.push(token_id);
                 self.text.push_str(&text);
             }

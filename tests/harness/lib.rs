@@ -5,8 +5,10 @@
 //! folder and ports of its own.
 
 pub mod ask;
+pub mod chaos;
 pub mod fixtures;
 pub mod frames;
+pub mod fuzz;
 pub mod hostile;
 pub mod http;
 pub mod local;

@@ -7,8 +7,8 @@
 //!
 //! A thread with a tokio runtime receives; another one sleeps until the next datagram is due and
 //! sends it, because tokio's timers tick in milliseconds and a sleeping thread wakes within 0.1 ms.
-//! Neither looks into datagrams. What is lost follows from a seed and the number of the datagram in
-//! its direction. A queue that is full loses what comes, as routers do.
+//! Neither looks into datagrams. What is lost, late, doubled or spoilt follows from a seed and the
+//! number of the datagram in its direction. A queue that is full loses what comes, as routers do.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -35,12 +35,23 @@ pub struct Way {
     pub delay: Duration,
     /// Share of the datagrams that are lost, 0..1.
     pub loss: f64,
+    /// Up to so much later still, each by its own: overtakes others.
+    pub jitter: Duration,
+    /// Share of the datagrams that arrive twice, 0..1.
+    pub duplicated: f64,
+    /// Share of the datagrams of which a byte is changed, 0..1.
+    pub corrupted: f64,
 }
 
 impl Way {
     /// A way without loss.
     pub fn delayed(delay: Duration) -> Self {
-        Self { delay, loss: 0.0 }
+        Self { delay, ..Self::default() }
+    }
+
+    /// A way on which nothing arrives.
+    pub fn cut() -> Self {
+        Self { loss: 1.0, ..Self::default() }
     }
 }
 
@@ -166,6 +177,11 @@ impl Relay {
         let _ = self.shared.target.set(target);
     }
 
+    /// Where the link leads.
+    pub fn target(&self) -> Option<SocketAddr> {
+        self.shared.target.get().copied()
+    }
+
     /// Changes the link from now on: towards the target, and back.
     pub fn set_ways(&self, there: Way, back: Way) {
         *self.shared.ways.lock().unwrap_or_else(PoisonError::into_inner) = [there, back];
@@ -193,15 +209,26 @@ impl Shared {
     /// Queues a datagram that came from direction `way` (0: there, 1: back), or loses it.
     fn take(&self, way: usize, from: &Arc<std::net::UdpSocket>, to: SocketAddr, bytes: &[u8]) {
         let number = self.arrived[way].fetch_add(1, Ordering::Relaxed);
-        let Way { delay, loss } = self.ways.lock().unwrap_or_else(PoisonError::into_inner)[way];
-        if draw(self.seed ^ (way as u64 + 1) << 32, number) < loss {
+        let Way { delay, loss, jitter, duplicated, corrupted } =
+            self.ways.lock().unwrap_or_else(PoisonError::into_inner)[way];
+        let seed = self.seed ^ (way as u64 + 1) << 32;
+        if draw(seed, number) < loss {
             self.lost.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        let at = Instant::now() + delay;
-        let due = Due { at, number, from: Arc::clone(from), to, bytes: bytes.to_vec() };
-        if self.line.try_send(due).is_err() {
-            self.refused.fetch_add(1, Ordering::Relaxed);
+        let mut bytes = bytes.to_vec();
+        if draw(seed ^ 1, number) < corrupted && !bytes.is_empty() {
+            let at = (draw(seed ^ 2, number) * bytes.len() as f64) as usize;
+            bytes[at] ^= 0x55;
+        }
+        let copies = if draw(seed ^ 3, number) < duplicated { 2 } else { 1 };
+        for copy in 0..copies {
+            let late = jitter.mul_f64(draw(seed ^ (4 + copy), number));
+            let at = Instant::now() + delay + late;
+            let due = Due { at, number, from: Arc::clone(from), to, bytes: bytes.clone() };
+            if self.line.try_send(due).is_err() {
+                self.refused.fetch_add(1, Ordering::Relaxed);
+            }
         }
     }
 }
@@ -339,8 +366,7 @@ mod tests {
     #[test]
     fn the_same_seed_loses_the_same_datagrams_and_keeps_the_order() {
         let run = |seed| {
-            let relay =
-                Relay::start(Way { delay: Duration::ZERO, loss: 0.3 }, Way::default(), seed);
+            let relay = Relay::start(Way { loss: 0.3, ..Way::default() }, Way::default(), seed);
             let (target, peer) = (echo(), echo());
             relay.set_target(target.local_addr().expect("an address"));
             for i in 0..200u8 {
@@ -361,5 +387,24 @@ mod tests {
         assert!(first.is_sorted(), "{first:?}");
         assert_eq!(first, run(5));
         assert_ne!(first, run(6));
+    }
+
+    #[test]
+    fn datagrams_are_doubled_and_spoilt_and_overtake_each_other() {
+        let jitter = Duration::from_millis(20);
+        let way = Way { jitter, duplicated: 0.5, corrupted: 0.5, ..Way::default() };
+        let relay = Relay::start(way, Way::default(), 3);
+        let (target, peer) = (echo(), echo());
+        relay.set_target(target.local_addr().expect("an address"));
+        for i in 0..40u8 {
+            peer.send_to(&[i, 0], relay.addr()).expect("sent");
+        }
+        crate::wait_for("datagrams", || (relay.carried().passed > 45).then_some(()));
+        let mut two = [0; 2];
+        let mut next = || target.recv(&mut two).map(|_| two).expect("passed on");
+        let got: Vec<[u8; 2]> = (0..46).map(|_| next()).collect();
+        assert!(!got.is_sorted(), "{got:?}");
+        assert!(got.iter().any(|d| d[0] >= 40 || d[1] != 0), "{got:?}");
+        assert!(got.iter().any(|d| d[0] < 40 && d[1] == 0), "{got:?}");
     }
 }

@@ -5,7 +5,7 @@
 //! refuses what is left as stale.
 //!
 //! Frames run in issue order. At the last stage a frame whose sequences were not announced yet
-//! waits for their `SequenceOpen`, which comes on another stream, for at most one second; every
+//! waits for their `SequenceOpen`, which comes on another stream, for at most [`OPEN_WAIT`]; every
 //! later frame waits behind it. Then it runs as it is: the engine fails those rows alone.
 
 use std::collections::{HashSet, VecDeque};
@@ -24,8 +24,9 @@ use millrace_shared::wire::data::{FrameKind, OpenMeta, StepMeta, Want};
 use millrace_shared::wire::frame::Frame;
 use tokio::sync::mpsc;
 
-/// Longest wait of a frame for the announcement of its sequences.
-const OPEN_WAIT: Duration = Duration::from_secs(1);
+/// Longest wait of a frame for the announcement of its sequences. Longer than a lease: a node that
+/// is cut off from the coordinator loses its epoch first, and with it no request.
+const OPEN_WAIT: Duration = Duration::from_secs(5);
 /// How often waiting frames are looked at.
 const OPEN_SWEEP: Duration = Duration::from_millis(100);
 

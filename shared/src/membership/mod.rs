@@ -11,6 +11,8 @@ mod balance;
 mod lease;
 mod pace;
 mod pipeline;
+mod quarantine;
+mod stall;
 
 pub use balance::{Balance, PATIENCE, UNEVEN};
 pub use lease::{
@@ -22,3 +24,5 @@ pub use pipeline::{
     Action, FLAP_MEMORY, FLAPS, LOAD_TIMEOUT, PROFILE_TIMEOUT, PipelineConfig, PipelinePhase,
     PipelineState, RETRY_NODE, RETRY_PIPELINE,
 };
+pub use quarantine::{Quarantine, SICK, Verdict};
+pub use stall::{STALL, STALL_UNKNOWN, Stalls};

@@ -3,7 +3,7 @@
 use actix::prelude::*;
 use millrace_net::{Connection, RecvStream, SendStream};
 use millrace_shared::id::{Epoch, NodeId};
-use millrace_shared::membership::{HEARTBEAT, Session};
+use millrace_shared::membership::Session;
 use millrace_shared::wire::control::{
     CoordinatorMessage, Heartbeat, Hello, LoadReport, NodeMessage, VoidRows,
 };
@@ -11,7 +11,7 @@ use millrace_shared::wire::rpc::ClusterStatus;
 use millrace_shared::wire::{Edge, Plane};
 use tokio::sync::mpsc;
 
-use super::{Cluster, Member, PIPELINE};
+use super::{Cluster, Member};
 use crate::actors::batcher::PipelineDown;
 use crate::actors::edges;
 use crate::plan::Plan;
@@ -45,7 +45,7 @@ impl Handler<NodeHello> for Cluster {
         );
         let welcome = CoordinatorMessage::Welcome {
             node_id: m.id,
-            heartbeat_ms: HEARTBEAT.as_millis() as u32,
+            heartbeat_ms: self.deployment.heartbeat.as_millis() as u32,
         };
         let _ = m.out.try_send(welcome);
         let member = Member {
@@ -124,7 +124,13 @@ impl Handler<EdgeOffered> for Cluster {
 
     fn handle(&mut self, m: EdgeOffered, ctx: &mut Context<Self>) {
         // Dropping the halves refuses the stream and harms nothing else.
-        let Plane::Stage { pipeline: PIPELINE, epoch, edge: Edge::Results } = m.plane else {
+        let ours = |plane: &Plane| match plane {
+            Plane::Stage { pipeline, epoch, edge: Edge::Results } if *pipeline == self.number => {
+                Some(*epoch)
+            }
+            _ => None,
+        };
+        let Some(epoch) = ours(&m.plane) else {
             tracing::warn!(node = %m.node, plane = ?m.plane, "refused a stream");
             return;
         };
@@ -229,7 +235,7 @@ impl Handler<RowsVoid> for Cluster {
     type Result = ();
 
     fn handle(&mut self, RowsVoid { epoch, rows }: RowsVoid, _: &mut Context<Self>) {
-        let pipeline = PIPELINE;
+        let pipeline = self.number;
         for node in self.plan_of(epoch).map(Plan::nodes).unwrap_or_default() {
             let message = CoordinatorMessage::Void { pipeline, epoch, rows: rows.clone() };
             // It saves work; a link that is busy has more important things to carry.

@@ -8,11 +8,13 @@
 //! `Paced`, `RowsVoid`, `GetStatus`, `Admin`. Held by member tasks, the batcher and the service.
 
 mod admin;
+mod drain;
 mod inbox;
 mod pace;
 mod planning;
 mod recut;
 mod report;
+mod sick;
 mod starting;
 mod ways;
 
@@ -46,11 +48,10 @@ pub use inbox::{
 pub use pace::Paced;
 use planning::Draft;
 pub use recut::Uneven;
+pub use sick::{Fared, StepFailed};
 use starting::Starting;
 use ways::Ways;
 
-/// The one pipeline of a coordinator.
-const PIPELINE: PipelineId = PipelineId(1);
 /// How often leases and deadlines are looked at: a small part of the lease.
 const TICK: Duration = Duration::from_millis(50);
 /// Without `--stages`: quiet time after a node joined until the plan is made from those present.
@@ -88,6 +89,8 @@ pub struct Cluster {
     /// As told; `None` for however many come.
     stages: Option<u16>,
     batcher: Addr<Batcher>,
+    /// Of the one pipeline: which life of the coordinator this is.
+    number: PipelineId,
     membership: Membership,
     pipeline: Option<PipelineState>,
     members: BTreeMap<NodeId, Member>,
@@ -101,6 +104,8 @@ pub struct Cluster {
     starting: Option<Starting>,
     ways: Ways,
     doctors: Vec<Doctor>,
+    drains: drain::Drains,
+    sick: sick::Sick,
     /// How many times as long as measured alone a node takes while it serves.
     pace: BTreeMap<NodeId, f64>,
     /// When a node joined an epoch that serves.
@@ -127,13 +132,15 @@ impl Cluster {
         batcher: Addr<Batcher>,
         readiness: watch::Sender<Readiness>,
     ) -> Self {
+        let membership = Membership::new(MembershipConfig::of_lease(deployment.lease));
         Self {
             started: Instant::now(),
             manifest,
             deployment,
             stages,
             batcher,
-            membership: Membership::new(MembershipConfig::default()),
+            number: PipelineId(1),
+            membership,
             pipeline: stages.map(|n| PipelineState::new(PipelineConfig::new(n))),
             members: BTreeMap::new(),
             last_join: Duration::ZERO,
@@ -144,6 +151,8 @@ impl Cluster {
             starting: None,
             ways: Ways::default(),
             doctors: Vec::new(),
+            drains: drain::Drains::default(),
+            sick: sick::Sick::default(),
             pace: BTreeMap::new(),
             joined: None,
             shrunk: false,
@@ -151,6 +160,14 @@ impl Cluster {
             last_tick: Duration::ZERO,
             stopping: false,
         }
+    }
+
+    /// The same, in this life of the coordinator: no two lives have a pipeline of the same number,
+    /// so that nothing that was meant for one is taken for something of the other.
+    #[must_use]
+    pub fn in_life(mut self, life: u32) -> Self {
+        self.number = PipelineId(life);
+        self
     }
 
     fn now(&self) -> Duration {
@@ -178,6 +195,8 @@ impl Cluster {
         self.settle(now);
         self.check_ways(now);
         self.consider_joined(now);
+        self.check_drains(now);
+        self.check_sick(now);
         if let Some(pipeline) = &mut self.pipeline {
             pipeline.handle_timeout(now);
         }
@@ -242,6 +261,8 @@ impl Cluster {
                     self.shrunk |= pipeline.chosen().contains(&node);
                     pipeline.handle_lost(node, &reason.to_string(), now);
                 }
+                self.end_drain(node, now);
+                self.forget_sick(node, now);
             }
         }
     }
@@ -297,13 +318,13 @@ impl Cluster {
                 self.next_plan = None;
                 self.starting = self.starting.take().filter(|s| s.epoch != epoch);
                 for node in nodes {
-                    self.say(node, CoordinatorMessage::Abandon { pipeline: PIPELINE, epoch });
+                    self.say(node, CoordinatorMessage::Abandon { pipeline: self.number, epoch });
                 }
             }
             Action::Release { epoch, nodes } => {
                 self.starting = self.starting.take().filter(|s| s.epoch > epoch);
                 for node in nodes {
-                    self.say(node, CoordinatorMessage::Release { pipeline: PIPELINE, epoch });
+                    self.say(node, CoordinatorMessage::Release { pipeline: self.number, epoch });
                 }
             }
         }
@@ -362,6 +383,9 @@ impl Cluster {
 
     /// Why a node cannot be a member.
     fn objection(&self, id: NodeId, hello: &Hello) -> Option<String> {
+        if let Err(message) = hello.check() {
+            return Some(message);
+        }
         let ours = self.deployment.engine.as_str();
         if hello.engine != ours
             && [hello.engine.as_str(), ours].contains(&EngineKind::Mock.as_str())
@@ -406,15 +430,22 @@ impl Cluster {
         // Whatever a node says proves that it lives.
         self.membership.handle_heartbeat(id, session, now);
         let Some(pipeline) = &mut self.pipeline else {
-            if let NodeMessage::Heartbeat(beat) = message {
-                member.heartbeat = beat;
+            match message {
+                NodeMessage::Heartbeat(beat) => member.heartbeat = beat,
+                NodeMessage::Draining => self.begin_drain(id, now),
+                _ => {}
             }
             return;
         };
         match message {
             NodeMessage::Hello(_) => tracing::warn!(node = %id, "a second hello, ignored"),
             NodeMessage::Heartbeat(beat) => member.heartbeat = beat,
-            NodeMessage::Profiled { profile } => pipeline.handle_profiled(id, profile, now),
+            NodeMessage::Profiled { profile } => {
+                if profile.sound() != profile {
+                    tracing::warn!(node = %id, "what it measured makes no sense: {profile:?}");
+                }
+                pipeline.handle_profiled(id, profile.sound(), now);
+            }
             NodeMessage::Ready { epoch, report, .. } => {
                 if pipeline.next_epoch() == Some(epoch) {
                     member.next_report = Some(report);
@@ -445,6 +476,7 @@ impl Cluster {
             }
             NodeMessage::EdgeTried { to, outcome } => self.on_way_tried((id, to), outcome, now),
             NodeMessage::Leaving => self.membership.handle_leaving(id, session),
+            NodeMessage::Draining => self.begin_drain(id, now),
         }
     }
 }

@@ -10,7 +10,7 @@ use millrace_shared::id::{Epoch, NodeId};
 use millrace_shared::wire::control::{CoordinatorMessage, Peer, StageProfile, WayMeasured};
 
 use super::ways::Way;
-use super::{Cluster, PIPELINE};
+use super::Cluster;
 use crate::plan::{Plan, PlanNode, pins, plan};
 
 /// Among so many nodes every way is tried before the first plan.
@@ -49,7 +49,7 @@ impl Cluster {
         now: Duration,
     ) -> Result<Plan, String> {
         let (planned, ways) = (self.plan_nodes(nodes), self.ways.known(now));
-        plan(&self.manifest, &self.deployment, (PIPELINE, epoch), &planned, &ways, &self.stood)
+        plan(&self.manifest, &self.deployment, (self.number, epoch), &planned, &ways, &self.stood)
             .map_err(|e| e.to_string())
     }
 

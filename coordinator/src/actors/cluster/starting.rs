@@ -10,7 +10,7 @@ use millrace_shared::wire::Edge;
 use millrace_shared::wire::control::{Assignment, CoordinatorMessage};
 use tokio::sync::mpsc;
 
-use super::{Cluster, Member, PIPELINE};
+use super::{Cluster, Member};
 use crate::actors::batcher::PipelineUp;
 use crate::actors::edges;
 
@@ -52,9 +52,10 @@ impl Cluster {
         let capacity = credits as usize + 64;
         let (steps, step_frames) = mpsc::channel(capacity);
         let (opens, open_frames) = mpsc::channel(capacity);
+        let number = self.number;
         let carry = |member: &Member, edge, frames| {
             let connection = member.connection.clone();
-            edges::carry_out(ctx.address(), connection, (PIPELINE, epoch, edge), credits, frames);
+            edges::carry_out(ctx.address(), connection, (number, epoch, edge), credits, frames);
         };
         carry(first, Edge::Steps, step_frames);
         carry(last, Edge::Sequences, open_frames);
@@ -64,7 +65,7 @@ impl Cluster {
             own: HashSet::from([Edge::Steps, Edge::Sequences, Edge::Results]),
             deadline: now + START_DEADLINE,
             up: Some(PipelineUp {
-                pipeline: PIPELINE,
+                pipeline: self.number,
                 epoch,
                 config: plan.scheduler,
                 costs: plan.costs.clone(),
@@ -75,7 +76,7 @@ impl Cluster {
         });
         self.stood = stood;
         for node in nodes {
-            self.say(*node, CoordinatorMessage::Start { pipeline: PIPELINE, epoch });
+            self.say(*node, CoordinatorMessage::Start { pipeline: self.number, epoch });
         }
     }
 

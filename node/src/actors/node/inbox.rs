@@ -8,7 +8,7 @@ use millrace_net::pump::pump_in;
 use millrace_net::{Connection, EdgeReceiver, PeerName, RecvStream, SendStream};
 use millrace_shared::wire::control::{Assignment, CoordinatorMessage, LoadReport, NodeMessage};
 use millrace_shared::wire::{MAX_FRAME_META_BYTES, Plane};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::{Active, Link, Node};
 use crate::actors::stage::{Inbound, Loss, Stage};
@@ -42,6 +42,7 @@ impl Handler<LinkDown> for Node {
 
     fn handle(&mut self, _: LinkDown, ctx: &mut Context<Self>) {
         self.link = None;
+        self.drained = None;
         if let Some(handle) = self.heartbeat.take() {
             ctx.cancel_future(handle);
         }
@@ -178,6 +179,23 @@ impl Handler<EpochLost> for Node {
                 message: m.message,
             });
         }
+    }
+}
+
+/// The process wants to end: asks the coordinator to hand the layers over. The answer says when it
+/// may, and what stands against it; it is dropped where there is nobody to ask.
+#[derive(Debug, Message)]
+#[rtype(result = "oneshot::Receiver<Option<String>>")]
+pub struct Drain;
+
+impl Handler<Drain> for Node {
+    type Result = MessageResult<Drain>;
+
+    fn handle(&mut self, _: Drain, _: &mut Context<Self>) -> Self::Result {
+        let (sender, receiver) = oneshot::channel();
+        self.drained = self.link.is_some().then_some(sender);
+        self.say(NodeMessage::Draining);
+        MessageResult(receiver)
     }
 }
 

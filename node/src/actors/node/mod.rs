@@ -32,7 +32,7 @@ use tokio::task::JoinHandle;
 use super::stage::{Loss, Stage, Stop};
 use crate::config::Config;
 use crate::profiles::KnownProfile;
-pub use inbox::{Control, EdgeOffered, EpochLost, Leave, LinkDown, LinkUp, Loaded};
+pub use inbox::{Control, Drain, EdgeOffered, EpochLost, Leave, LinkDown, LinkUp, Loaded};
 use work::{edge_out, load, reach};
 
 /// What never changes while the node runs.
@@ -137,6 +137,10 @@ pub struct Node {
     echo: u64,
     heartbeat: Option<SpawnHandle>,
     leaving: bool,
+    /// Told when the coordinator wants this process to end.
+    drain: Option<oneshot::Sender<()>>,
+    /// Told when the node may go, and what stands against it.
+    drained: Option<oneshot::Sender<Option<String>>>,
 }
 
 impl std::fmt::Debug for Node {
@@ -159,7 +163,16 @@ impl Node {
             echo: 0,
             heartbeat: None,
             leaving: false,
+            drain: None,
+            drained: None,
         }
+    }
+
+    /// Tells `drain` when the coordinator wants this process to end.
+    #[must_use]
+    pub fn telling(mut self, drain: oneshot::Sender<()>) -> Self {
+        self.drain = Some(drain);
+        self
     }
 
     /// Says something to the coordinator. A full channel means that the link hangs; its deadline
@@ -225,6 +238,16 @@ impl Node {
             }
             CoordinatorMessage::TryEdge { peer, burst } => self.try_edge(peer, burst),
             CoordinatorMessage::Ping(n) => self.echo = n,
+            CoordinatorMessage::Drain => {
+                if let Some(drain) = self.drain.take() {
+                    let _ = drain.send(());
+                }
+            }
+            CoordinatorMessage::Drained { trouble } => {
+                if let Some(drained) = self.drained.take() {
+                    let _ = drained.send(trouble);
+                }
+            }
             CoordinatorMessage::Shutdown => {
                 tracing::info!("the coordinator is shutting down");
                 self.drop_stages();

@@ -1,0 +1,121 @@
+//! Nodes whose steps failed: quarantine, by `millrace_shared::membership::Quarantine`.
+//!
+//! A node in quarantine is cordoned by the cluster itself, and the pipeline forms again without it.
+//! Which requests are tried again, and which fail, the batcher is told at once.
+
+use std::time::Duration;
+
+use actix::prelude::*;
+use millrace_shared::id::{Epoch, NodeId, SequenceId};
+use millrace_shared::membership::{Quarantine, Verdict};
+
+use super::Cluster;
+use crate::actors::batcher::StepVerdict;
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub(super) struct Sick {
+    quarantine: Quarantine,
+    /// Cordoned because of it.
+    nodes: Vec<NodeId>,
+}
+
+/// A step failed at a stage.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct StepFailed {
+    /// Of this epoch.
+    pub epoch: Epoch,
+    /// Its number in the plan.
+    pub stage: u16,
+    /// Whose rows it had.
+    pub sequences: Vec<SequenceId>,
+}
+
+impl Handler<StepFailed> for Cluster {
+    type Result = ();
+
+    fn handle(&mut self, m: StepFailed, ctx: &mut Context<Self>) {
+        let (now, stage) = (self.now(), usize::from(m.stage));
+        let node = self.plan_of(m.epoch).and_then(|p| Some(p.assignments.get(stage)?.0));
+        let again = |ids, elsewhere| StepVerdict {
+            epoch: m.epoch,
+            failed: Vec::new(),
+            again: ids,
+            elsewhere,
+        };
+        let Some(node) = node else {
+            // The epoch is over: who was in it is computed again anyway.
+            let _ = self.batcher.try_send(again(m.sequences, true));
+            return;
+        };
+        let name = self.name_of(node);
+        let others = self.offer(format!("a step failed on {name}"), Some(node), 0).is_ok();
+        let verdicts = self.sick.quarantine.handle_failed(node, &m.sequences, others);
+        let of = |wanted| {
+            let these = verdicts.iter().filter(move |(_, v)| *v == wanted);
+            these.map(|(id, _)| *id).collect::<Vec<_>>()
+        };
+        let held = self.sick.quarantine.holds(node, now);
+        let verdict =
+            StepVerdict { failed: of(Verdict::Fails), ..again(of(Verdict::Elsewhere), held) };
+        if self.batcher.try_send(verdict).is_err() {
+            tracing::error!("the batcher's mailbox is full");
+        }
+        if held {
+            tracing::warn!(%node, name, "in quarantine: a step failed on it");
+            self.sick.nodes.push(node);
+            if let Some(pipeline) = &mut self.pipeline {
+                pipeline.handle_cordon(node, true, now);
+                pipeline.handle_restart(&format!("a step failed on {name}"), now);
+            }
+        }
+        self.check_sick(now);
+        self.advance(ctx);
+    }
+}
+
+/// How a sequence fares whose step had failed.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Fared {
+    /// Which.
+    pub sequence: SequenceId,
+    /// It has ended; else it has a token more.
+    pub ended: bool,
+}
+
+impl Handler<Fared> for Cluster {
+    type Result = ();
+
+    fn handle(&mut self, m: Fared, ctx: &mut Context<Self>) {
+        let now = self.now();
+        let quarantine = &mut self.sick.quarantine;
+        match m.ended {
+            true => quarantine.handle_ended(m.sequence),
+            false => quarantine.handle_token(m.sequence, now),
+        }
+        self.check_sick(now);
+        self.advance(ctx);
+    }
+}
+
+impl Cluster {
+    /// Lets nodes be used again that are not in quarantine any more.
+    pub(super) fn check_sick(&mut self, now: Duration) {
+        let Sick { quarantine, nodes } = &mut self.sick;
+        let free: Vec<NodeId> = nodes.extract_if(.., |n| !quarantine.holds(*n, now)).collect();
+        for node in free {
+            tracing::info!(%node, "the quarantine is over");
+            if let Some(pipeline) = &mut self.pipeline {
+                pipeline.handle_cordon(node, false, now);
+            }
+        }
+    }
+
+    /// A node is gone: when it comes back it is another chance.
+    pub(super) fn forget_sick(&mut self, node: NodeId, now: Duration) {
+        self.sick.quarantine.handle_lost(node);
+        self.check_sick(now);
+    }
+}
