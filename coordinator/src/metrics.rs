@@ -5,6 +5,8 @@
 //! coordinators can live in one process. Names are in `millrace_shared::names::metric`; the only
 //! labels are the model, the reason of an end and the stage, never a request.
 
+pub mod timeline;
+
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -20,6 +22,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
+
+use self::timeline::Timeline;
 
 /// 1 ms to 60 s, fine where people notice: time to first token, queueing.
 const WAIT_BUCKETS: [f64; 17] = [
@@ -94,6 +98,7 @@ type SecondsCounter = Counter<f64, AtomicU64>;
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
+    timeline: Timeline,
     running: Gauge<i64, AtomicI64>,
     waiting: Gauge<i64, AtomicI64>,
     kv_blocks: Gauge<i64, AtomicI64>,
@@ -109,6 +114,10 @@ pub struct Metrics {
     drafts: Counter,
     drafts_accepted: Counter,
     preemptions: Counter,
+    journal_degraded: Gauge<i64, AtomicI64>,
+    journal_commits: Counter,
+    journal_tokens: Counter,
+    journal_bytes: Gauge<i64, AtomicI64>,
     stale_dropped: Counter,
     success: Family<FinishedLabels, Counter>,
     failure: Family<FailedLabels, Counter>,
@@ -144,6 +153,7 @@ impl Metrics {
         let mut registry = Registry::with_labels(labels.into_iter());
         let r = &mut registry;
         Self {
+            timeline: Timeline::default(),
             running: add(r, metric::REQUESTS_RUNNING, "Requests running", Gauge::default()),
             waiting: add(r, metric::REQUESTS_WAITING, "Requests waiting", Gauge::default()),
             kv_blocks: add(r, metric::KV_BLOCKS, "KV blocks in all", Gauge::default()),
@@ -179,6 +189,30 @@ impl Metrics {
                 Counter::default(),
             ),
             preemptions: add(r, metric::PREEMPTIONS, "Sequences preempted", Counter::default()),
+            journal_degraded: add(
+                r,
+                metric::JOURNAL_DEGRADED,
+                "Whether the journal cannot be written, so that requests would not survive a restart",
+                Gauge::default(),
+            ),
+            journal_commits: add(
+                r,
+                metric::JOURNAL_COMMITS,
+                "Commits of the journal",
+                Counter::default(),
+            ),
+            journal_tokens: add(
+                r,
+                metric::JOURNAL_TOKENS,
+                "Tokens in the journal's commits",
+                Counter::default(),
+            ),
+            journal_bytes: add(
+                r,
+                metric::JOURNAL_BYTES,
+                "Bytes of ended requests that are kept, and that running ones may come to",
+                Gauge::default(),
+            ),
             stale_dropped: add(
                 r,
                 metric::STALE_DROPPED,
@@ -317,6 +351,27 @@ impl Metrics {
     /// A request was turned away for want of room or time; it also counts as refused or failed.
     pub fn on_shed(&self, why: Shed) {
         self.shed.get_or_create(&ShedLabels { reason: why.name() }).inc();
+    }
+
+    /// A group of records with so many tokens is durable.
+    pub fn on_journal_commit(&self, tokens: u64) {
+        self.journal_commits.inc();
+        self.journal_tokens.inc_by(tokens);
+    }
+
+    /// Whether the journal cannot be written.
+    pub fn set_journal_degraded(&self, degraded: bool) {
+        self.journal_degraded.set(degraded.into());
+    }
+
+    /// What the journal holds and has promised.
+    pub fn set_journal_bytes(&self, bytes: u64) {
+        self.journal_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+
+    /// The last micro-batches.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
     }
 
     /// A micro-batch came back: what each stage spent on it, and what had been predicted (seconds;

@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use millrace_coordinator::service::{Caller, EventStream, Service};
+use millrace_coordinator::service::{Caller, EventStream, Service, unknown_request};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
-    ClusterStatus, FinishReason, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt,
-    ScoreRequest, Timings, TokenLogprobs, Usage,
+    AttachRequest, ClusterStatus, FinishReason, GenerateEvent, GenerateRequest, ModelCard,
+    PositionScore, Prompt, ScoreRequest, Timings, TokenLogprobs, Usage,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -149,7 +149,7 @@ impl Service for Fake {
             if !model.is_empty() && model != MODEL {
                 return Err(unknown(&model));
             }
-            let id = RequestId(Uuid::now_v7());
+            let id = caller.request_id.unwrap_or_else(|| RequestId(Uuid::now_v7()));
             let (sender, stream) = EventStream::new(id, 64);
             tokio::spawn(async move {
                 for mut event in script.events {
@@ -167,6 +167,23 @@ impl Service for Fake {
                 }
             });
             Ok(stream)
+        }
+        .boxed()
+    }
+
+    /// Plays the script again for whoever names a request of this caller.
+    fn attach(
+        &self,
+        request: AttachRequest,
+        caller: Caller,
+    ) -> BoxFuture<'_, Result<EventStream, Status>> {
+        let id = request.request_id;
+        let seen = self.seen.lock().unwrap().clone();
+        async move {
+            let same = |c: &Caller| c.request_id == Some(id) && c.client == caller.client;
+            let (asked, by) =
+                seen.into_iter().find(|(_, c)| same(c)).ok_or_else(|| unknown_request(id))?;
+            Ok(self.generate(asked, by).await?.with_origin(by.tag, 0))
         }
         .boxed()
     }

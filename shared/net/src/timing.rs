@@ -52,5 +52,16 @@ pub const UNARY_CALL: Duration = Duration::from_secs(30);
 /// A long queue or a pipeline that forms again are legitimate reasons to wait.
 pub const STREAM_SILENCE: Duration = Duration::from_secs(300);
 
+/// From the loss of a connection until a client gives a continuation up that it could hear on: a
+/// coordinator that was killed is noticed by [`IDLE_TIMEOUT`] at the latest, and has read its model
+/// and journal again by then.
+pub const REATTACH: Duration = Duration::from_secs(30);
+
+/// First wait before a client tries to attach again; doubles up to [`REATTACH_MAX`].
+pub const REATTACH_MIN: Duration = Duration::from_millis(100);
+
+/// Longest wait between two tries to attach again.
+pub const REATTACH_MAX: Duration = Duration::from_secs(2);
+
 /// Waiting for close frames to leave when a program ends.
 pub const DRAIN: Duration = Duration::from_secs(2);

@@ -8,8 +8,8 @@
 use std::time::Duration;
 
 use actix::prelude::*;
-use millrace_shared::error::{ErrorCode, Status};
-use millrace_shared::id::{Epoch, PipelineId};
+use millrace_shared::error::Status;
+use millrace_shared::id::{Epoch, PipelineId, SequenceId};
 use millrace_shared::membership::{Balance, Paces};
 use millrace_shared::scheduler::cost::StageCost;
 use millrace_shared::scheduler::{Scheduler, SchedulerConfig};
@@ -68,7 +68,9 @@ impl Handler<PipelineDown> for Batcher {
         if self.active.take().is_some() && !m.forever {
             self.suspended = Some(self.now());
         }
-        if m.forever {
+        if m.forever && self.survives() {
+            self.leave_to_the_next_life();
+        } else if m.forever {
             self.give_up();
         }
     }
@@ -81,16 +83,17 @@ impl Batcher {
         let fenced = self.active.as_ref().is_some_and(|a| !a.broken)
             && self.scheduler.as_ref().is_some_and(busy);
         let Some(next) = self.next.take_if(|_| !fenced) else { return };
-        let refused = match &mut self.scheduler {
-            Some(scheduler) => scheduler.handle_epoch(next.config),
-            None => {
-                self.scheduler = Some(Scheduler::new(next.config));
-                Vec::new()
+        let (mut scheduler, mut refused) = match self.scheduler.take() {
+            Some(mut scheduler) => {
+                let refused = scheduler.handle_epoch(next.config);
+                (scheduler, refused)
             }
+            None => (Scheduler::new(next.config), Vec::new()),
         };
-        if let Some(scheduler) = &mut self.scheduler {
-            scheduler.set_prior(&next.costs);
-        }
+        refused.extend(self.resume(&mut scheduler));
+        scheduler.set_prior(&next.costs);
+        self.scheduler = Some(scheduler);
+        self.cluster = Some(next.cluster.clone());
         if let Some(since) = self.suspended.take() {
             let waited = now.saturating_sub(since).as_secs_f64();
             let requests = self.requests.len();
@@ -98,8 +101,7 @@ impl Batcher {
         }
         for (sequence, why) in refused {
             let Some(request) = self.forget(sequence) else { continue };
-            self.metrics.on_failed(ErrorCode::ResourceExhausted);
-            request.fail(Status::exhausted(why.to_string(), RETRY_PIPELINE_MS));
+            self.fail(request, Status::exhausted(why.to_string(), RETRY_PIPELINE_MS));
         }
         let _ = next.cluster.try_send(Switched { epoch: next.epoch });
         self.active = Some(Active {
@@ -143,16 +145,15 @@ impl Batcher {
     /// Ends every request; until a pipeline is up, new ones are refused.
     fn give_up(&mut self) {
         self.suspended = None;
-        self.by_id.clear();
-        for (sequence, request) in self.requests.drain() {
-            if let Some(scheduler) = &mut self.scheduler {
-                scheduler.handle_cancel(sequence);
-            }
-            self.metrics.on_failed(ErrorCode::Unavailable);
-            request.fail(Status::unavailable(
+        self.resumed.clear();
+        let all: Vec<SequenceId> = self.requests.keys().copied().collect();
+        for sequence in all {
+            let Some(request) = self.end(sequence) else { continue };
+            let status = Status::unavailable(
                 format!("the pipeline was lost while the request ran: {}", self.detail),
                 RETRY_PIPELINE_MS,
-            ));
+            );
+            self.fail(request, status);
         }
     }
 }

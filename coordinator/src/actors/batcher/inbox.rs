@@ -1,5 +1,7 @@
 //! What others say to [`Batcher`].
 
+use std::time::Duration;
+
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
@@ -7,12 +9,12 @@ use millrace_shared::sampling::{SamplingParams, choice_seed};
 use millrace_shared::scheduler::{Kind, SchedulerStats};
 use millrace_shared::wire::data::{FrameKind, ResultMeta};
 use millrace_shared::wire::frame::Frame;
-use millrace_shared::wire::rpc::{GenerateEvent, PositionScore};
+use millrace_shared::wire::rpc::{AttachRequest, PositionScore};
 use tokio::sync::oneshot;
 
 use super::{Active, Batcher};
-use crate::request::{Generation, Request, Scoring, Work, event_capacity};
-use crate::service::{Caller, EventStream};
+use crate::request::{Generation, Request, Scoring, Work};
+use crate::service::{Caller, EventStream, unknown_request};
 
 /// A continuation to produce. The prompt is tokenised, the parameters are validated.
 #[derive(Debug, Message)]
@@ -30,33 +32,69 @@ pub struct Submit {
     pub chat: bool,
     /// Who asks.
     pub caller: Caller,
+    /// BLAKE3 of the request as it was asked.
+    pub digest: [u8; 32],
 }
 
 impl Handler<Submit> for Batcher {
     type Result = Result<EventStream, Status>;
 
     fn handle(&mut self, m: Submit, _: &mut Context<Self>) -> Self::Result {
+        self.refuse_while_leaving()?;
+        if let Some(known) = self.submitted_before(&m) {
+            return known;
+        }
         let Some(scheduler) = &self.scheduler else { return Err(self.unavailable()) };
-        let prompt_tokens = m.tokens.len() as u32;
-        let room = scheduler.max_sequence_len().saturating_sub(prompt_tokens).max(1);
+        let room = scheduler.max_sequence_len().saturating_sub(m.tokens.len() as u32).max(1);
         let max_new = m.params.max_tokens.unwrap_or(room).min(room);
-        let prompt_token_ids = m.tokens.clone();
-        let sequence = self.submit(m.tokens, Kind::Generate, max_new, m.caller)?;
-        let (events, stream) = EventStream::new(m.id, event_capacity(max_new));
-        let started = GenerateEvent::Started { request_id: m.id, prompt_token_ids, seed: m.seed };
-        let _ = events.try_send(Ok(started));
+        let head = self.head_of(m.id, &m, max_new);
+        let most = head.most_bytes();
+        self.make_room(most)?;
+        let sequence = match self.submit(m.tokens, Kind::Generate, max_new, m.caller) {
+            Ok(sequence) => sequence,
+            Err(status) => {
+                self.retained.release(most);
+                return Err(status);
+            }
+        };
         let now = self.now();
-        let generation = Generation::new(m.params, events, &self.tokenizer, prompt_tokens);
-        let generation = if m.chat { generation } else { generation.continuing() };
+        let mut generation = Generation::new(head, &self.tokenizer, &self.journal);
+        let stream = generation.listen(0, &self.journal)?;
         self.register(Request {
             id: m.id,
             sequence,
             work: Work::Generate(Box::new(generation)),
             seed: choice_seed(m.seed, 0),
             submitted: now,
+            before: Duration::ZERO,
             deadline: m.caller.deadline.map(|d| now + d),
         });
         Ok(stream)
+    }
+}
+
+/// Hear a request that was submitted before.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<EventStream, Status>")]
+pub struct Attach {
+    /// Which, from where.
+    pub request: AttachRequest,
+    /// Who asks.
+    pub caller: Caller,
+}
+
+impl Handler<Attach> for Batcher {
+    type Result = Result<EventStream, Status>;
+
+    fn handle(&mut self, m: Attach, _: &mut Context<Self>) -> Self::Result {
+        self.refuse_while_leaving()?;
+        let id = m.request.request_id;
+        let from = m.request.next.first().copied().unwrap_or_default();
+        let allowed = |client: u64| m.caller.admin || client == m.caller.client;
+        match self.head_of_known(id).filter(|head| allowed(head.client)) {
+            Some(_) => self.attach(id, from),
+            None => Err(unknown_request(id)),
+        }
     }
 }
 
@@ -87,6 +125,7 @@ impl Handler<SubmitScore> for Batcher {
             work: Work::Score(Scoring::new(reply)),
             seed: 0,
             submitted: now,
+            before: Duration::ZERO,
             deadline: m.caller.deadline.map(|d| now + d),
         });
         Ok(receiver)
@@ -103,11 +142,12 @@ impl Handler<Cancel> for Batcher {
 
     fn handle(&mut self, Cancel(id): Cancel, _: &mut Context<Self>) -> Self::Result {
         let sequence = self.by_id.get(&id).copied();
-        let request = sequence.and_then(|s| self.end(s)).ok_or_else(|| {
+        let mut request = sequence.and_then(|s| self.end(s)).ok_or_else(|| {
             Status::new(ErrorCode::NotFound, format!("no request {id} is running or waiting"))
         })?;
         self.metrics.on_failed(ErrorCode::Cancelled);
-        request.cancelled();
+        request.cancelled(&self.journal);
+        self.put_away(request);
         self.pump();
         Ok(())
     }
@@ -135,6 +175,7 @@ impl Handler<ResultFrame> for Batcher {
             return Err(format!("a {:?} frame on the results edge", header.kind));
         }
         let meta: ResultMeta = frame.meta().map_err(|e| e.to_string())?;
+        self.stalls.handle_answer(now);
         let predicted = scheduler.predicted_seconds(header.micro_batch);
         if scheduler.handle_times(header.micro_batch, &meta.times, now) {
             self.watch(&meta, now);
@@ -143,12 +184,14 @@ impl Handler<ResultFrame> for Batcher {
         let outcomes = scheduler.handle_result(header.micro_batch, &meta.rows, now);
         let stats = scheduler.stats();
         self.metrics.on_micro_batch(&meta.times, &predicted, &stats);
+        let round_trip = stats.round_trip.as_secs_f64();
+        self.metrics.timeline().push(header.micro_batch.0, &meta, round_trip);
         tracing::trace!(
             micro_batch = %header.micro_batch,
             at = now.as_secs_f64(),
             rows = meta.rows.len(),
             positions = meta.rows.iter().map(|r| r.count).sum::<u32>(),
-            round_trip = stats.round_trip.as_secs_f64(),
+            round_trip,
             ?predicted,
             times = ?meta.times,
             window = stats.window,

@@ -4,21 +4,24 @@
 //! epoch of one pipeline), *switching* (the next epoch is connected: nothing more is issued in this
 //! one, and when the last result is in, the next begins) and *suspended* (the pipeline was lost and
 //! forms again: requests wait, new ones too, each for at most the recovery time). Every new epoch
-//! computes the sequences anew from their tokens; clients see a pause. Inbox: `Submit*`, `Cancel`,
+//! computes the sequences anew from their tokens; clients see a pause. Requests of an earlier life
+//! of the coordinator wait from its start on, as after a loss. Inbox: `Submit*`, `Attach`, `Cancel`,
 //! `PipelineUp`, `PipelineDown`, `ResultFrame`, `GetCounters`. Held by the service (APIs) and by
 //! [`super::Cluster`].
 
+mod doubt;
 mod epochs;
 mod inbox;
+mod kept;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{Epoch, MicroBatchId, PipelineId, RequestId, SequenceId};
-use millrace_shared::membership::{Balance, Paces};
+use millrace_shared::membership::{Balance, Paces, Stalls};
 use millrace_shared::model::Dtype;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::scheduler::{
@@ -31,20 +34,19 @@ use millrace_shared::wire::stamp::Stamp;
 use tokio::sync::mpsc;
 
 use super::cluster::{Cluster, EdgeFailed, RowsVoid};
+use crate::journal::{Entry, Journal, Retained};
 use crate::metrics::{Metrics, Shed};
 use crate::request::{Request, Verdict, Work};
 use crate::service::Caller;
 use crate::text::Tokenizer;
+pub use doubt::StepVerdict;
 pub use epochs::{PipelineDown, PipelineUp};
-pub use inbox::{Cancel, GetCounters, ResultFrame, Submit, SubmitScore};
+pub use inbox::{Attach, Cancel, GetCounters, ResultFrame, Submit, SubmitScore};
 
 /// Deadlines and vanished clients are looked for this often: well under what a person notices.
 const SWEEP: Duration = Duration::from_millis(25);
 /// Stages hear what is void this often at most: many clients may leave at once.
 const VOID_PAUSE: Duration = Duration::from_millis(4);
-/// A micro-batch that is out this long is lost: a stage hangs although its node still lives. Far
-/// above the slowest step of a machine that is worth having.
-const STALL: Duration = Duration::from_secs(60);
 /// Hint to clients when no pipeline is up: a lost node is noticed and replaced in a few seconds.
 pub const RETRY_PIPELINE_MS: u32 = 2000;
 /// Hint when the queue is full: about the time a short answer takes.
@@ -96,6 +98,21 @@ pub struct Batcher {
     stale_frames: u64,
     /// When the stages last heard what is void.
     told_void: Duration,
+    /// Whether micro-batches come back.
+    stalls: Stalls,
+    /// Requests whose steps failed.
+    doubts: doubt::Doubts,
+    /// Known from the first epoch on.
+    cluster: Option<Addr<Cluster>>,
+    journal: Journal,
+    /// What the journal's requests are of.
+    model: [u8; 32],
+    /// Ended requests.
+    retained: Retained,
+    /// Of an earlier life, until there is a scheduler.
+    resumed: Vec<SequenceId>,
+    /// Requests were left to the next life.
+    leaving: bool,
 }
 
 impl std::fmt::Debug for Batcher {
@@ -105,9 +122,16 @@ impl std::fmt::Debug for Batcher {
 }
 
 impl Batcher {
-    /// A batcher that waits for a pipeline. Requests outlive the loss of one for `recovery`.
-    pub fn new(tokenizer: Arc<Tokenizer>, metrics: Arc<Metrics>, recovery: Duration) -> Self {
-        Self {
+    /// A batcher that waits for a pipeline. Requests outlive the loss of one for `recovery`; those
+    /// that the journal holds of an earlier life go on.
+    pub fn new(
+        tokenizer: Arc<Tokenizer>,
+        metrics: Arc<Metrics>,
+        recovery: Duration,
+        (journal, model, entries): (Journal, [u8; 32], Vec<Entry>),
+    ) -> Self {
+        let retained = journal.retained();
+        let mut batcher = Self {
             started: Instant::now(),
             tokenizer,
             metrics,
@@ -122,7 +146,17 @@ impl Batcher {
             next_sequence: 1,
             stale_frames: 0,
             told_void: Duration::ZERO,
-        }
+            stalls: Stalls::default(),
+            doubts: doubt::Doubts::default(),
+            cluster: None,
+            journal,
+            model,
+            retained,
+            resumed: Vec::new(),
+            leaving: false,
+        };
+        batcher.restore(entries);
+        batcher
     }
 
     fn now(&self) -> Duration {
@@ -139,7 +173,9 @@ impl Batcher {
         let now = self.now();
         self.tell_void(now);
         self.begin_next(now);
-        while self.next.is_none() && self.active.as_ref().is_some_and(|a| !a.broken) {
+        // What was computed and not written waits in memory, so a slow disk slows the pipeline.
+        let goes_on = !self.journal.is_behind();
+        while goes_on && self.next.is_none() && self.active.as_ref().is_some_and(|a| !a.broken) {
             let Some(scheduler) = &mut self.scheduler else { return };
             let Some(step) = scheduler.poll_step(now) else { return };
             match self.issue(&step, now) {
@@ -220,6 +256,7 @@ impl Batcher {
     }
 
     fn apply(&mut self, outcomes: Vec<Outcome>, now: Duration) {
+        let mut doubted: BTreeMap<u16, Vec<SequenceId>> = BTreeMap::new();
         for outcome in outcomes {
             match outcome {
                 Outcome::PrefillDone { .. } => {}
@@ -237,21 +274,25 @@ impl Batcher {
                 Outcome::Shed { sequence, retry_after } => {
                     if let Some(request) = self.forget(sequence) {
                         self.metrics.on_shed(Shed::Deadline);
-                        self.metrics.on_failed(ErrorCode::ResourceExhausted);
-                        request.fail(Status::exhausted(
+                        let status = Status::exhausted(
                             "the queue is too long for the request's deadline; try again later or \
                              allow more time",
                             retry_ms(retry_after),
-                        ));
+                        );
+                        self.fail(request, status);
                     }
                 }
                 Outcome::Failed { sequence, message } => {
-                    if let Some(request) = self.forget(sequence) {
-                        self.metrics.on_failed(ErrorCode::Internal);
-                        request.fail(Status::internal(message));
+                    if let Some(stage) = self.doubt(sequence, &message) {
+                        doubted.entry(stage).or_default().push(sequence);
+                    } else if let Some(request) = self.forget(sequence) {
+                        self.fail(request, Status::internal(message));
                     }
                 }
             }
+        }
+        for (stage, sequences) in doubted {
+            self.ask_verdict(stage, sequences);
         }
     }
 
@@ -262,8 +303,9 @@ impl Batcher {
         logprobs: Option<TokenLogprobs>,
         now: Duration,
     ) {
+        self.note_fared(sequence, false);
         let Some(request) = self.requests.get_mut(&sequence) else { return };
-        let since = now.saturating_sub(request.submitted);
+        let since = request.age(now);
         match request.last_token() {
             Some(previous) => self.metrics.on_token(since.saturating_sub(previous)),
             None => {
@@ -271,16 +313,32 @@ impl Batcher {
             }
         }
         let Work::Generate(generation) = &mut request.work else { return };
-        match generation.on_token(index, token, logprobs, last, since) {
-            Verdict::Continue => {}
+        match generation.on_token((index, token, last), logprobs, since, &self.journal) {
+            Verdict::Continue => {
+                if generation.is_abandoned(now) {
+                    self.abandon(sequence);
+                }
+            }
             Verdict::Finished(reason) => {
                 self.metrics.on_finished(reason, since);
-                self.end(sequence);
-            }
-            Verdict::Gone => {
-                self.end(sequence);
+                if let Some(request) = self.end(sequence) {
+                    self.put_away(request);
+                }
             }
         }
+    }
+
+    /// Nobody wants it any more.
+    fn abandon(&mut self, sequence: SequenceId) {
+        let Some(request) = self.end(sequence) else { return };
+        self.fail(request, Status::new(ErrorCode::Cancelled, "nobody listened any more"));
+    }
+
+    /// Ends a request that the scheduler does not know any more with an error.
+    fn fail(&mut self, mut request: Request, status: Status) {
+        self.metrics.on_failed(status.code);
+        request.fail(status, &self.journal);
+        self.put_away(request);
     }
 
     /// Ends a sequence everywhere: the scheduler frees its blocks, the stages forget it.
@@ -292,6 +350,7 @@ impl Batcher {
     }
 
     fn forget(&mut self, sequence: SequenceId) -> Option<Request> {
+        self.note_fared(sequence, true);
         let request = self.requests.remove(&sequence)?;
         self.by_id.remove(&request.id);
         Some(request)
@@ -299,22 +358,21 @@ impl Batcher {
 
     fn sweep(&mut self) {
         let now = self.now();
-        let due: Vec<_> = self
-            .requests
-            .values()
-            .filter(|r| r.is_abandoned() || r.deadline.is_some_and(|d| d <= now))
-            .map(|r| r.sequence)
-            .collect();
-        for sequence in due {
-            let Some(request) = self.end(sequence) else { continue };
-            let code = if request.is_abandoned() {
-                ErrorCode::Cancelled
-            } else {
-                ErrorCode::DeadlineExceeded
-            };
-            self.metrics.on_failed(code);
-            request.fail(Status::new(code, "the request's deadline passed"));
+        let (mut abandoned, mut late) = (Vec::new(), Vec::new());
+        for (sequence, request) in &mut self.requests {
+            if request.is_abandoned(now) {
+                abandoned.push(*sequence);
+            } else if request.deadline.is_some_and(|d| d <= now) {
+                late.push(*sequence);
+            }
         }
+        abandoned.into_iter().for_each(|sequence| self.abandon(sequence));
+        for sequence in late {
+            let Some(request) = self.end(sequence) else { continue };
+            let code = ErrorCode::DeadlineExceeded;
+            self.fail(request, Status::new(code, "the request's deadline passed"));
+        }
+        self.tidy();
         if let Some(scheduler) = self.scheduler.as_mut().filter(|_| self.active.is_some()) {
             let shed = scheduler.poll_shed(now);
             self.apply(shed, now);
@@ -325,12 +383,12 @@ impl Batcher {
     }
 
     /// Every wait has a deadline: also the one for a stage that neither answers nor dies.
-    fn check_stall(&self, now: Duration) {
+    fn check_stall(&mut self, now: Duration) {
         let (Some(active), Some(scheduler)) = (&self.active, &self.scheduler) else { return };
-        if let Some((id, issued)) = scheduler.oldest_in_flight()
-            && now.saturating_sub(issued) > STALL
-        {
-            let message = format!("micro-batch {id} did not come back within {STALL:?}");
+        let oldest = scheduler.oldest_in_flight();
+        let predicted = oldest.map_or(0.0, |(id, _)| scheduler.predicted_seconds(id).iter().sum());
+        if self.stalls.is_stalled(oldest.map(|(_, issued)| issued), predicted, now) {
+            let message = "a stage does not answer although its node lives".to_owned();
             let _ = active.cluster.try_send(EdgeFailed { epoch: active.epoch, message });
         }
     }

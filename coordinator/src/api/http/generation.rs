@@ -2,16 +2,17 @@
 //!
 //! An [`Answer`] knows how bodies and chunks look; this module and [`super::sse`] feed it the
 //! service's events. Both hold the event stream, so that dropping the HTTP response (the client
-//! went away) drops it too, which cancels the request.
+//! went away) drops it too, which cancels the request, at once or after the time that it named.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use actix_web::HttpResponse;
-use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue};
 use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::RequestId;
 use millrace_shared::wire::rpc::{
-    FinishReason, GenerateEvent, GenerateRequest, Prompt, TokenLogprobs, Usage,
+    AttachRequest, FinishReason, GenerateEvent, GenerateRequest, Prompt, TokenLogprobs, Usage,
 };
 
 use super::AppState;
@@ -22,6 +23,11 @@ use super::request::with_ignored;
 use super::sse;
 use super::types::{Choice, Delta, Envelope, LogprobsBody, Message, UsageBody};
 use crate::service::{Caller, EventStream, Service};
+
+/// Under which id the request can be attached to.
+const REQUEST: HeaderName = HeaderName::from_static("x-millrace-request-id");
+/// When to try again, told to clients of a coordinator that stops.
+const RETRY_MS: u32 = 5000;
 
 /// Which endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,36 +71,97 @@ pub(crate) async fn respond(
     asked: Asked,
 ) -> Result<HttpResponse, ApiError> {
     state.counted(state.refuse_while_draining().map_err(ApiError::from))?;
-    let Asked { options, prompt, caller, ignored } = asked;
+    let Asked { options, prompt, mut caller, ignored } = asked;
     let Options { model, params, stream, include_usage } = options;
     let shown_model = if model.is_empty() { only_model(state) } else { model.clone() };
     let request = GenerateRequest { model, prompt, params };
-    let mut events = state.service.generate(request, caller).await.map_err(ApiError::of_model)?;
-    let answer = Answer::new(state, kind, &events, shown_model, include_usage);
-    if !stream {
-        let body = collect(answer, events).await?;
-        let response = HttpResponse::Ok().content_type("application/json").body(body);
-        return Ok(with_ignored(response, &ignored));
+    caller.tag = tag(kind, include_usage);
+    let events = state.service.generate(request, caller).await.map_err(ApiError::of_model)?;
+    if caller.keep.is_some() || caller.request_id.is_some() {
+        // A connection that closes says nothing of why.
+        events.lost();
     }
+    let id = events.request_id();
+    let answer = Answer::new(state, kind, &events, shown_model, include_usage);
+    let response = match stream {
+        true => streamed(state, answer, events, 0).await?,
+        false => {
+            let body = collect(answer, events).await?;
+            HttpResponse::Ok().content_type("application/json").body(body)
+        }
+    };
+    Ok(with_ignored(with_id(response, id), &ignored))
+}
+
+/// The events of a request that was submitted before, from token `from` on.
+///
+/// # Errors
+/// If there is none that is the caller's.
+pub(crate) async fn attach(
+    state: &AppState,
+    request_id: RequestId,
+    from: u32,
+    caller: Caller,
+) -> Result<HttpResponse, ApiError> {
+    // From the first on: what is sent of a token depends on those before it.
+    let request = AttachRequest { request_id, next: Vec::new() };
+    let events = state.service.attach(request, caller).await?;
+    events.lost();
+    let (kind, include_usage) = of_tag(events.tag());
+    let answer = Answer::new(state, kind, &events, only_model(state), include_usage);
+    Ok(with_id(streamed(state, answer, events, from).await?, request_id))
+}
+
+async fn streamed(
+    state: &AppState,
+    answer: Answer,
+    mut events: EventStream,
+    from: u32,
+) -> Result<HttpResponse, ApiError> {
     // A request that fails at once still gets a proper HTTP status.
     let first = match events.next().await {
         None => return Err(cut_short().into()),
         Some(Err(status)) => return Err(ApiError::of_model(status)),
         Some(Ok(event)) => event,
     };
-    let body = sse::stream(answer, events, first, state.keep_alive);
-    let response = HttpResponse::Ok()
+    let body = sse::stream(answer, events, first, state.keep_alive, from);
+    Ok(HttpResponse::Ok()
         .insert_header((CONTENT_TYPE, "text/event-stream; charset=utf-8"))
         .insert_header((CACHE_CONTROL, "no-cache"))
         // Otherwise nginx collects the stream before it passes it on.
         .insert_header(("x-accel-buffering", "no"))
-        .streaming(body);
-    Ok(with_ignored(response, &ignored))
+        .streaming(body))
 }
 
-/// What a stream that ends without `Finished` means.
+/// Tells the client under which id it can attach.
+fn with_id(mut response: HttpResponse, id: RequestId) -> HttpResponse {
+    if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
+        response.headers_mut().insert(REQUEST, value);
+    }
+    response
+}
+
+/// How an answer looked, to be remembered with the request: [`Kind`], and whether usage is wanted.
+fn tag(kind: Kind, include_usage: bool) -> u32 {
+    let kind = match kind {
+        Kind::Completion => 0,
+        Kind::Chat => 1,
+    };
+    kind | (u32::from(include_usage) << 1)
+}
+
+fn of_tag(tag: u32) -> (Kind, bool) {
+    (if tag & 1 == 1 { Kind::Chat } else { Kind::Completion }, tag & 2 == 2)
+}
+
+/// What a stream that ends without `Finished` means: the coordinator goes down, and goes on with the
+/// request when it is back.
 pub(crate) fn cut_short() -> Status {
-    Status::internal("the answer ended without saying why; please report this")
+    Status::unavailable(
+        "the coordinator stops before the answer is complete: attach to the request again when it \
+         is back (GET /v1/requests/ID/events), or send it again",
+        RETRY_MS,
+    )
 }
 
 /// What becomes of an answer that somebody cancelled.
@@ -147,11 +214,12 @@ impl Answer {
             Kind::Chat => "chatcmpl",
             Kind::Completion => "cmpl",
         };
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = || SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs());
+        let submitted = Some(events.submitted_ms() / 1000).filter(|s| *s > 0);
         Self {
             kind,
             id: format!("{prefix}-{}", events.request_id()),
-            created: now.map(|d| d.as_secs()).unwrap_or_default(),
+            created: submitted.or_else(|| now().ok()).unwrap_or_default(),
             model,
             include_usage,
             logprobs: LogprobWriter::new(kind),

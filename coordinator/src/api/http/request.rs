@@ -6,10 +6,12 @@ use std::time::Duration;
 use actix_web::error::PayloadError;
 use actix_web::http::header::{HeaderName, HeaderValue};
 use actix_web::{HttpRequest, HttpResponse, web};
+use millrace_shared::id::RequestId;
 use millrace_shared::scheduler::Priority;
 
 use super::error::ApiError;
 use super::guard::bearer;
+use crate::api::quic::MAX_KEEP;
 use crate::service::Caller;
 
 /// Longest body that is read.
@@ -21,6 +23,13 @@ const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
 
 /// The class of a request: high, normal or low.
 const PRIORITY: HeaderName = HeaderName::from_static("x-millrace-priority");
+
+/// The client's own name of a request: sent again with it, the same request is not run again.
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+/// Seconds that a request goes on when its connection is gone.
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("x-millrace-keep-alive");
+/// Longest name of a request.
+const MAX_NAME_BYTES: usize = 256;
 
 /// A body as handlers receive it; [`read_body`] says what went wrong.
 pub(crate) type Body = Result<web::Bytes, actix_web::Error>;
@@ -50,7 +59,43 @@ pub(crate) fn caller(request: &HttpRequest) -> Result<Caller, ApiError> {
             .and_then(|v| v.trim().parse())
             .map_err(|e| ApiError::invalid(PRIORITY.as_str(), e))?,
     };
-    Ok(Caller { deadline: deadline(request)?, client, priority })
+    let request_id = match request.headers().get(&IDEMPOTENCY_KEY) {
+        None => None,
+        Some(value) => {
+            let text = value.to_str().ok().map(str::trim).filter(|t| !t.is_empty());
+            let text = text.filter(|t| t.len() <= MAX_NAME_BYTES).ok_or_else(|| {
+                let why = format!("must be 1 to {MAX_NAME_BYTES} visible ASCII characters");
+                ApiError::invalid(IDEMPOTENCY_KEY.as_str(), why)
+            })?;
+            Some(request_named(client, text))
+        }
+    };
+    let keep = keep(request)?;
+    let deadline = deadline(request)?;
+    Ok(Caller { deadline, client, priority, request_id, keep, ..Caller::default() })
+}
+
+/// The id that stands for a client's own name of a request: the name itself where it is a UUID.
+pub(crate) fn request_named(client: u64, name: &str) -> RequestId {
+    if let Ok(id) = name.parse() {
+        return id;
+    }
+    let hash = blake3::Hasher::new().update(&client.to_le_bytes()).update(name.as_bytes()).finalize();
+    let bytes = hash.as_bytes().first_chunk::<16>().copied().unwrap_or_default();
+    RequestId(uuid::Builder::from_custom_bytes(bytes).into_uuid())
+}
+
+/// How long the request goes on when the connection is gone.
+///
+/// # Errors
+/// If the header is there but no whole number of seconds.
+fn keep(request: &HttpRequest) -> Result<Option<Duration>, ApiError> {
+    let Some(value) = request.headers().get(&KEEP_ALIVE) else { return Ok(None) };
+    let seconds = value.to_str().ok().and_then(|v| v.trim().parse::<u64>().ok());
+    let keep = seconds.map(Duration::from_secs).filter(|keep| *keep <= MAX_KEEP);
+    let most = MAX_KEEP.as_secs();
+    let why = format!("the header must be a whole number of seconds, at most {most}");
+    keep.map(Some).ok_or_else(|| ApiError::invalid(KEEP_ALIVE.as_str(), why))
 }
 
 /// The caller's deadline, counted from now.

@@ -3,7 +3,9 @@
 //! Order: the opening chunk (chat only) right before the first text, chunks with text, the last of
 //! them with the reason of the end, the usage chunk where asked for, `[DONE]`. A failure becomes an
 //! `error` event, after which the stream closes without `[DONE]`. While nothing happens a comment
-//! keeps proxies from giving up. A token whose text is still held back makes no chunk.
+//! keeps proxies from giving up. A token whose text is still held back makes no chunk. Each chunk has
+//! the id `CHOICE:NEXT`, the index of the token after those that it completes: whoever attaches with
+//! it as `Last-Event-ID` gets what follows.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -27,17 +29,31 @@ struct State {
     keep_alive: Duration,
     opened: bool,
     ended: bool,
+    /// Index of the next token.
+    next: u32,
+    /// Tokens before this one are not sent again.
+    from: u32,
 }
 
-/// The body of a streamed answer. `first` is an event already taken from `events`.
+/// The body of a streamed answer. `first` is an event already taken from `events`, which begin with
+/// the first token; what belongs to tokens before `from` is not sent.
 pub(crate) fn stream(
     answer: Answer,
     events: EventStream,
     first: GenerateEvent,
     keep_alive: Duration,
+    from: u32,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> {
-    let state =
-        State { answer, events, first: Some(first), keep_alive, opened: false, ended: false };
+    let state = State {
+        answer,
+        events,
+        first: Some(first),
+        keep_alive,
+        opened: from > 0,
+        ended: false,
+        next: 0,
+        from,
+    };
     stream::unfold(state, |mut state| async move {
         let bytes = state.next().await?;
         Some((Ok(bytes), state))
@@ -68,11 +84,16 @@ impl State {
         let mut out = String::new();
         match event {
             GenerateEvent::Started { .. } => {}
-            GenerateEvent::Token { token_id, text, logprobs, .. } => {
+            GenerateEvent::Token { index, token_id, text, logprobs } => {
                 let logprobs = self.answer.logprobs(token_id, logprobs.as_ref())?;
+                self.next = index + 1;
+                if index < self.from {
+                    return Ok(out);
+                }
                 self.open(&mut out);
                 if !text.is_empty() || logprobs.is_some() {
-                    push_event(&mut out, &self.answer.piece(text, logprobs, None));
+                    let piece = self.answer.piece(text, logprobs, None);
+                    push_event_at(&mut out, self.next, &piece);
                 }
             }
             GenerateEvent::Finished { reason: FinishReason::Cancelled, .. } => {
@@ -80,7 +101,7 @@ impl State {
             }
             GenerateEvent::Finished { reason, text, usage, .. } => {
                 self.open(&mut out);
-                push_event(&mut out, &self.answer.piece(text, None, Some(reason)));
+                push_event_at(&mut out, self.next, &self.answer.piece(text, None, Some(reason)));
                 if let Some(chunk) = self.answer.usage(usage) {
                     push_event(&mut out, &chunk);
                 }
@@ -108,6 +129,12 @@ impl State {
         push_event(&mut out, &body.expect("invariant: our own bodies are serialisable"));
         out
     }
+}
+
+/// An event after which token `next` of the one choice follows.
+fn push_event_at(out: &mut String, next: u32, data: &str) {
+    out.push_str(&format!("id: 0:{next}\n"));
+    push_event(out, data);
 }
 
 /// JSON has no raw line breaks, so one `data:` line holds it.

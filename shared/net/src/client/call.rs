@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::wire::MAX_REPLY_BYTES;
-use millrace_shared::wire::rpc::{GenerateEvent, Reply};
+use millrace_shared::wire::rpc::Reply;
 use tokio::time::Instant;
 
 use crate::{MessageReceiver, NetError, RecvStream, SendStream};
@@ -17,6 +17,8 @@ pub(super) struct Replies {
     address: String,
     ends: Option<(Instant, Duration)>,
     silence: Duration,
+    /// The connection or the stream broke, rather than that the server said no.
+    cut: bool,
 }
 
 impl Replies {
@@ -27,7 +29,14 @@ impl Replies {
         ends: Option<(Instant, Duration)>,
         silence: Duration,
     ) -> Self {
-        Self { messages: MessageReceiver::new(recv), _call: call, address, ends, silence }
+        Self {
+            messages: MessageReceiver::new(recv),
+            _call: call,
+            address,
+            ends,
+            silence,
+            cut: false,
+        }
     }
 
     /// The next reply; a `Failed` one comes as the error. Cancel-safe.
@@ -41,15 +50,26 @@ impl Replies {
             Err(_) => Err(late(limit)),
             Ok(Ok(Some(Reply::Failed(status)))) => Err(status),
             Ok(Ok(Some(reply))) => Ok(reply),
-            Ok(Ok(None)) => Err(self.broken("the answer ended before it was complete")),
+            Ok(Ok(None)) => {
+                self.cut = true;
+                Err(self.broken("the answer ended before it was complete"))
+            }
             Ok(Err(e)) if e.is_violation() => {
                 Err(self.broken(&format!("{e}: client and server must be of the same release")))
             }
-            Ok(Err(e)) => Err(self.broken(&match e {
-                NetError::Ended(_) => "the answer was cut off".to_owned(),
-                other => other.to_string(),
-            })),
+            Ok(Err(e)) => {
+                self.cut = true;
+                Err(self.broken(&match e {
+                    NetError::Ended(_) => "the answer was cut off".to_owned(),
+                    other => other.to_string(),
+                }))
+            }
         }
+    }
+
+    /// Whether the last error came of the network, so that the request may go on without us.
+    pub(super) fn was_cut(&self) -> bool {
+        self.cut
     }
 
     fn broken(&self, what: &str) -> Status {
@@ -78,30 +98,4 @@ impl Replies {
 
 pub(super) fn late(limit: Duration) -> Status {
     Status::new(ErrorCode::DeadlineExceeded, format!("no answer within {limit:?}"))
-}
-
-/// The events of a continuation, in order. Dropping it cancels the request.
-#[derive(Debug)]
-pub struct GenerateStream {
-    /// `None` once the stream has ended or failed.
-    replies: Option<Replies>,
-}
-
-impl GenerateStream {
-    pub(super) fn new(replies: Replies) -> Self {
-        Self { replies: Some(replies) }
-    }
-
-    /// The next event; `None` after the last one. After an error nothing follows. Cancel-safe.
-    pub async fn next(&mut self) -> Option<Result<GenerateEvent, Status>> {
-        let replies = self.replies.as_mut()?;
-        let result = match replies.next().await {
-            Ok(Reply::Event(event)) => return Some(Ok(event)),
-            Ok(Reply::Done) => None,
-            Ok(other) => Some(Err(replies.unexpected(&other))),
-            Err(status) => Some(Err(status)),
-        };
-        self.replies = None;
-        result
-    }
 }

@@ -140,7 +140,7 @@ impl Client {
         id: RequestId,
         request: GenerateRequest,
     ) -> Result<GenerateStream, Status> {
-        GenerateStream::ask(&self.for_a_call(), id, request).await
+        GenerateStream::ask(self, &self.for_a_call(), id, request).await
     }
 
     /// Hears a request that was submitted before with the same key, from token `next` on: also one
@@ -149,7 +149,7 @@ impl Client {
     /// # Errors
     /// If the call cannot be made; the stream ends with `NOT_FOUND` where there is no such request.
     pub async fn attach(&self, id: RequestId, next: u32) -> Result<GenerateStream, Status> {
-        GenerateStream::attach(&self.for_a_call(), id, next).await
+        GenerateStream::attach(self, &self.for_a_call(), id, next).await
     }
 
     /// The same client, whose deadline counts from now.

@@ -1,0 +1,170 @@
+//! What the journal holds of a request: what was asked, each token, how it ended.
+//!
+//! Everything is keyed by (request, choice); today every request has the one choice 0. The encoding
+//! is bincode, so the shape of these types *is* the file's format: whoever changes one of them, or a
+//! type inside, raises [`super::store::VERSION`] and writes a migration (a test compares bytes).
+
+use std::sync::Arc;
+
+use millrace_shared::error::Status;
+use millrace_shared::id::RequestId;
+use millrace_shared::sampling::SamplingParams;
+use millrace_shared::scheduler::Priority;
+use millrace_shared::wire::rpc::{FinishReason, Timings, TokenLogprobs};
+use serde::{Deserialize, Serialize};
+
+/// What was asked. Times are milliseconds since 1970.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Head {
+    /// Name of the request.
+    pub id: RequestId,
+    /// Content hash of the model.
+    pub model: [u8; 32],
+    /// Prompt ids.
+    pub prompt: Vec<u32>,
+    /// Sampling and stopping.
+    pub params: SamplingParams,
+    /// The seed, given or drawn.
+    pub seed: u64,
+    /// Whether the prompt is a conversation, rather than a text to go on with.
+    pub chat: bool,
+    /// Most tokens of a choice.
+    pub max_new: u32,
+    /// Choices.
+    pub choices: u32,
+    /// Who asked: the number that stands for the key.
+    pub client: u64,
+    /// The class.
+    pub priority: Priority,
+    /// When it came.
+    pub submitted_ms: u64,
+    /// When it is of no use any more.
+    pub deadline_ms: Option<u64>,
+    /// How long it goes on while nobody is connected.
+    pub keep_ms: u64,
+    /// BLAKE3 of the request as it was asked.
+    pub digest: [u8; 32],
+    /// What the API that took it wants to know when somebody attaches.
+    pub tag: u32,
+}
+
+/// One token of a choice.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Token {
+    /// The token.
+    pub id: u32,
+    /// Milliseconds from submission.
+    pub at_ms: u32,
+    /// Where asked for.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// How a choice ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum End {
+    /// By itself, or cancelled.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// Prompt tokens found in the prefix cache.
+        cached_tokens: u32,
+        /// Where the time went.
+        timings: Timings,
+    },
+    /// With an error.
+    Failed(Status),
+}
+
+/// One entry.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Record {
+    /// A request begins.
+    Request(Arc<Head>),
+    /// A token came.
+    Token {
+        /// Of which request.
+        request: RequestId,
+        /// Of which choice.
+        choice: u32,
+        /// Its index.
+        index: u32,
+        /// What it is.
+        token: Token,
+    },
+    /// A choice ended.
+    End {
+        /// Of which request.
+        request: RequestId,
+        /// Which.
+        choice: u32,
+        /// When, milliseconds since 1970.
+        at_ms: u64,
+        /// How.
+        end: End,
+    },
+    /// Nothing of the request is kept any more.
+    Erase(RequestId),
+}
+
+/// A request as the journal knows it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    /// What was asked.
+    pub head: Arc<Head>,
+    /// Tokens so far, per choice.
+    pub tokens: Vec<Vec<Token>>,
+    /// How each choice ended, and when; `None` where it has not.
+    pub ends: Vec<Option<(u64, End)>>,
+}
+
+/// Bytes that a token takes, roughly: key, entry, and what the log-probabilities hold.
+fn token_bytes(logprobs: Option<u8>) -> u64 {
+    48 + logprobs.map_or(0, |k| 16 + 8 * (u64::from(k) + 1))
+}
+
+impl Head {
+    /// Most bytes that the request can come to.
+    pub fn most_bytes(&self) -> u64 {
+        let tokens = u64::from(self.max_new) * u64::from(self.choices);
+        512 + 4 * self.prompt.len() as u64 + tokens * token_bytes(self.params.logprobs)
+    }
+}
+
+impl Entry {
+    /// A request without tokens.
+    pub fn new(head: Arc<Head>) -> Self {
+        let choices = head.choices as usize;
+        Self { head, tokens: vec![Vec::new(); choices], ends: vec![None; choices] }
+    }
+
+    /// Bytes that it takes, roughly.
+    pub fn bytes(&self) -> u64 {
+        let tokens: u64 = self.tokens.iter().map(|t| t.len() as u64).sum();
+        512 + 4 * self.head.prompt.len() as u64 + tokens * token_bytes(self.head.params.logprobs)
+    }
+
+    /// When the last choice ended; `None` while one runs.
+    pub fn ended_ms(&self) -> Option<u64> {
+        let ends = self.ends.iter().map(|e| e.as_ref().map(|(at, _)| *at));
+        ends.collect::<Option<Vec<_>>>().map(|all| all.into_iter().max().unwrap_or_default())
+    }
+
+    /// All of it as records, the request first.
+    pub fn records(&self) -> Vec<Record> {
+        let request = self.head.id;
+        let mut records = vec![Record::Request(Arc::clone(&self.head))];
+        for (choice, tokens) in self.tokens.iter().enumerate() {
+            records.extend(tokens.iter().enumerate().map(|(index, token)| Record::Token {
+                request,
+                choice: choice as u32,
+                index: index as u32,
+                token: token.clone(),
+            }));
+        }
+        for (choice, end) in self.ends.iter().enumerate() {
+            let Some((at_ms, end)) = end.clone() else { continue };
+            records.push(Record::End { request, choice: choice as u32, at_ms, end });
+        }
+        records
+    }
+}

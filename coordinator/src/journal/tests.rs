@@ -1,0 +1,347 @@
+//! The journal by itself: its file, its bounds, and that nothing is sent before it is written.
+
+use std::fs;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+
+use millrace_shared::error::ErrorCode;
+use millrace_shared::id::RequestId;
+use millrace_shared::sampling::SamplingParams;
+use millrace_shared::scheduler::Priority;
+use millrace_shared::wire::codec;
+use millrace_shared::wire::rpc::{FinishReason, Timings, TokenLogprobs};
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+use super::*;
+
+fn head(n: u128) -> Head {
+    Head {
+        id: RequestId(Uuid::from_u128(n)),
+        model: [7; 32],
+        prompt: vec![1, 2, 70_000],
+        params: SamplingParams {
+            stop: vec!["END".into()],
+            stop_token_ids: vec![5],
+            logit_bias: vec![(3, -1.5)],
+            seed: Some(11),
+            max_tokens: Some(9),
+            logprobs: Some(2),
+            ..SamplingParams::default()
+        },
+        seed: 11,
+        chat: true,
+        max_new: 9,
+        choices: 1,
+        client: 77,
+        priority: Priority::High,
+        submitted_ms: 1_000 + n as u64,
+        deadline_ms: Some(5_000),
+        keep_ms: 30_000,
+        digest: [9; 32],
+        tag: 3,
+    }
+}
+
+fn token(n: u128, index: u32) -> Record {
+    let logprobs = TokenLogprobs { logprob: f32::NEG_INFINITY, top: vec![(4, -0.25)] };
+    Record::Token {
+        request: RequestId(Uuid::from_u128(n)),
+        choice: 0,
+        index,
+        token: Token { id: 40 + index, at_ms: 10 * index, logprobs: Some(logprobs) },
+    }
+}
+
+fn end(n: u128, at_ms: u64) -> Record {
+    let end = End::Finished {
+        reason: FinishReason::Stop,
+        cached_tokens: 1,
+        timings: Timings { queue_ms: 0.5, ttft_ms: 1.5, decode_ms: 2.5 },
+    };
+    Record::End { request: RequestId(Uuid::from_u128(n)), choice: 0, at_ms, end }
+}
+
+fn request(n: u128) -> Record {
+    Record::Request(Arc::new(head(n)))
+}
+
+fn reopened(dir: &Path) -> Vec<Entry> {
+    FileStore::open(dir).unwrap().1
+}
+
+#[test]
+fn what_is_written_is_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut store, empty) = FileStore::open(dir.path()).unwrap();
+    assert!(empty.is_empty());
+    store.write(&[request(1), token(1, 0), request(2)]).unwrap();
+    store.write(&[token(1, 1), end(1, 2_000), token(2, 0)]).unwrap();
+    drop(store);
+    let entries = reopened(dir.path());
+    let ids: Vec<u32> = entries[0].tokens[0].iter().map(|t| t.id).collect();
+    assert_eq!(ids, [40, 41]);
+    assert_eq!((entries[0].ended_ms(), entries[1].ended_ms()), (Some(2_000), None));
+    let records: Vec<Record> = entries.iter().flat_map(Entry::records).collect();
+    let again = [request(1), token(1, 0), token(1, 1), end(1, 2_000), request(2), token(2, 0)];
+    assert_eq!(records, again);
+
+    let (mut store, _) = FileStore::open(dir.path()).unwrap();
+    store.write(&[Record::Erase(RequestId(Uuid::from_u128(1)))]).unwrap();
+    drop(store);
+    let left: Vec<Record> = reopened(dir.path()).iter().flat_map(Entry::records).collect();
+    assert_eq!(left, [request(2), token(2, 0)]);
+
+    let (mut store, _) = FileStore::open(dir.path()).unwrap();
+    store.replace(&[request(3)]).unwrap();
+    drop(store);
+    let left: Vec<Record> = reopened(dir.path()).iter().flat_map(Entry::records).collect();
+    assert_eq!(left, [request(3)]);
+}
+
+#[cfg(unix)]
+#[test]
+fn nobody_else_may_read_it() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    drop(FileStore::open(dir.path()).unwrap());
+    let mode = || fs::metadata(dir.path().join(FILE)).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(), 0o600);
+    fs::set_permissions(dir.path().join(FILE), fs::Permissions::from_mode(0o644)).unwrap();
+    drop(FileStore::open(dir.path()).unwrap());
+    assert_eq!(mode(), 0o600);
+}
+
+#[test]
+fn one_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let _store = FileStore::open(dir.path()).unwrap();
+    let error = FileStore::open(dir.path()).unwrap_err();
+    assert!(matches!(error, JournalError::InUse(_)), "{error}");
+    assert!(error.to_string().contains("--dir"), "{error}");
+}
+
+#[test]
+fn a_newer_version_is_refused_and_an_older_one_migrated() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut store, _) = FileStore::open(dir.path()).unwrap();
+    store.write(&[request(1), token(1, 0)]).unwrap();
+    drop(store);
+    let nothing: store::Migration = |_| Ok(());
+    let (_, entries) = FileStore::open_as(dir.path(), VERSION + 1, &[nothing]).unwrap();
+    assert_eq!(entries[0].records(), [request(1), token(1, 0)]);
+    // The old file is kept, as the old program reads it.
+    let old = tempfile::tempdir().unwrap();
+    fs::copy(dir.path().join(format!("{FILE}.v{VERSION}")), old.path().join(FILE)).unwrap();
+    assert_eq!(reopened(old.path())[0].records(), [request(1), token(1, 0)]);
+
+    let error = FileStore::open(dir.path()).unwrap_err();
+    assert!(matches!(error, JournalError::Newer { found, .. } if found == VERSION + 1));
+    for part in ["version 2", "up to 1", FILE] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    // Without a way there, nothing is touched.
+    let error = FileStore::open_as(dir.path(), VERSION + 2, &[nothing]).unwrap_err();
+    assert!(matches!(error, JournalError::Unreadable { .. }), "{error}");
+}
+
+/// A torn file, or something else, is an error that names it, never a panic; a torn end is undone.
+#[test]
+fn torn_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(FILE);
+    let (mut store, _) = FileStore::open(dir.path()).unwrap();
+    let records: Vec<Record> = (0..200).map(|i| token(1, i)).collect();
+    store.write(&[&[request(1)], &records[..]].concat()).unwrap();
+    drop(store);
+    let whole = fs::read(&path).unwrap();
+    for len in [1, 100, 4096, whole.len() / 2, whole.len() - 1] {
+        fs::write(&path, &whole[..len]).unwrap();
+        if let Err(error) = FileStore::open(dir.path()) {
+            assert!(error.to_string().contains(FILE), "{error}");
+        }
+    }
+    fs::write(&path, vec![0xA5; 100_000]).unwrap();
+    let error = FileStore::open(dir.path()).unwrap_err();
+    assert!(error.to_string().contains(FILE), "{error}");
+}
+
+/// Entries in the layout of [`VERSION`]: whoever changes a type in them changes the format.
+#[test]
+fn the_format_is_that_of_its_version() {
+    let hash = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_owned();
+    let (Record::Token { token, .. }, Record::End { at_ms, end, .. }) =
+        (token(1, 3), end(1, 2_000))
+    else {
+        panic!("they are what they are");
+    };
+    let failed = End::Failed(Status::new(ErrorCode::Internal, "x"));
+    let hashes = [
+        hash(&codec::encode(&head(1))),
+        hash(&codec::encode(&token)),
+        hash(&codec::encode(&(at_ms, end))),
+        hash(&codec::encode(&(at_ms, failed))),
+    ];
+    assert_eq!(VERSION, 1, "write a migration, then the new hashes");
+    assert_eq!(
+        hashes,
+        ["9f300432d6bf6f02", "d51aa3e0f7331e83", "e5feb5eb770923b4", "97e88b65b394723e"]
+    );
+}
+
+fn entry(n: u128, ended: u64) -> Entry {
+    let mut entry = Entry::new(Arc::new(head(n)));
+    let Record::End { end, .. } = end(n, ended) else { panic!("an end") };
+    entry.ends[0] = Some((ended, end));
+    entry
+}
+
+#[test]
+fn ended_requests_are_kept_for_a_time() {
+    let mut retained = Retained::new(1_000, 1 << 20);
+    let id = |n| RequestId(Uuid::from_u128(n));
+    assert!(retained.keep(entry(1, 5_000)).is_empty());
+    assert!(retained.keep(entry(2, 5_500)).is_empty());
+    assert!(retained.expire(5_999).is_empty());
+    assert_eq!(retained.expire(6_000), [id(1)]);
+    assert!(retained.get(id(1)).is_none() && retained.get(id(2)).is_some());
+    assert_eq!(retained.expire(u64::MAX), [id(2)]);
+    assert_eq!(retained.bytes(), 0);
+    assert_eq!(Retained::new(0, 1 << 20).keep(entry(3, 1)), [id(3)]);
+}
+
+#[test]
+fn what_is_kept_is_bounded() {
+    let each = entry(1, 1).bytes();
+    let mut retained = Retained::new(1_000, 3 * each);
+    let id = |n| RequestId(Uuid::from_u128(n));
+    for n in 1..=3 {
+        assert!(retained.keep(entry(n, n as u64)).is_empty());
+    }
+    assert_eq!(retained.keep(entry(4, 4)), [id(1)], "the oldest makes room");
+    assert_eq!(retained.admit(2 * each), Some(vec![id(2), id(3)]), "so it does for those that run");
+    assert_eq!(retained.admit(2 * each), None, "running ones are never erased");
+    assert!(retained.bytes() <= 3 * each);
+    retained.release(2 * each);
+    assert_eq!(retained.admit(each), Some(Vec::new()));
+}
+
+/// Remembers what was written, and whether an event had arrived by then.
+struct Watched {
+    written: Arc<Mutex<Vec<Record>>>,
+    events: mpsc::Receiver<Result<GenerateEvent, Status>>,
+    /// What had arrived when a write began.
+    seen: Arc<Mutex<Vec<u32>>>,
+    full: Arc<AtomicBool>,
+}
+
+impl Watched {
+    fn keep(&mut self, records: &[Record]) -> Result<(), JournalError> {
+        if self.full.load(Ordering::Relaxed) {
+            return Err(JournalError::Failed { path: FILE.into(), why: "disk full".into() });
+        }
+        self.written.lock().unwrap().extend_from_slice(records);
+        Ok(())
+    }
+
+    fn look(&mut self) {
+        while let Ok(event) = self.events.try_recv() {
+            if let Ok(GenerateEvent::Token { index, .. }) = event {
+                self.seen.lock().unwrap().push(index);
+            }
+        }
+    }
+}
+
+impl Store for Watched {
+    fn write(&mut self, records: &[Record]) -> Result<(), JournalError> {
+        self.look();
+        for record in records {
+            if let Record::Token { index, .. } = record {
+                let seen = self.seen.lock().unwrap();
+                assert!(!seen.contains(index), "token {index} was sent before it was written");
+            }
+        }
+        self.keep(records)
+    }
+
+    fn replace(&mut self, records: &[Record]) -> Result<(), JournalError> {
+        self.look();
+        self.written.lock().unwrap().clear();
+        self.keep(records)
+    }
+}
+
+fn event(index: u32) -> Result<GenerateEvent, Status> {
+    Ok(GenerateEvent::Token { index, token_id: 1, text: String::new(), logprobs: None })
+}
+
+struct Rig {
+    journal: Journal,
+    sender: EventSender,
+    written: Arc<Mutex<Vec<Record>>>,
+    seen: Arc<Mutex<Vec<u32>>>,
+    full: Arc<AtomicBool>,
+}
+
+fn rig() -> Rig {
+    let (sender, events) = mpsc::channel(1 << 10);
+    let (written, seen) = (Arc::new(Mutex::default()), Arc::new(Mutex::default()));
+    let full = Arc::new(AtomicBool::new(false));
+    let store = Watched {
+        written: Arc::clone(&written),
+        events,
+        seen: Arc::clone(&seen),
+        full: Arc::clone(&full),
+    };
+    let config = JournalConfig { mode: JournalMode::Disk, ..JournalConfig::default() };
+    let metrics = Arc::new(Metrics::new("test"));
+    let journal = Journal::with_store(config, store, &metrics).unwrap();
+    Rig { journal, sender, written, seen, full }
+}
+
+/// Fails where the writer hands events on before it writes.
+#[tokio::test]
+async fn a_token_is_written_before_it_is_sent() {
+    let rig = rig();
+    rig.journal.write(|| request(1));
+    for index in 0..500 {
+        rig.journal.write(|| token(1, index));
+        rig.journal.deliver(&rig.sender, event(index));
+        if index % 7 == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+    rig.journal.settled().await.unwrap();
+    // One more write, to look at what came.
+    rig.journal.write(|| token(1, 500));
+    rig.journal.settled().await.unwrap();
+    assert_eq!(*rig.seen.lock().unwrap(), (0..500).collect::<Vec<_>>(), "each once, in order");
+    assert_eq!(rig.written.lock().unwrap().len(), 502);
+}
+
+#[tokio::test]
+async fn a_full_disk_degrades_and_heals() {
+    let rig = rig();
+    rig.journal.write(|| request(1));
+    rig.journal.settled().await.unwrap();
+    rig.full.store(true, Ordering::Relaxed);
+    rig.journal.write(|| token(1, 0));
+    rig.journal.deliver(&rig.sender, event(0));
+    rig.journal.settled().await.unwrap();
+    assert!(rig.journal.is_degraded(), "and the event went on, or this would hang");
+    rig.journal.write(|| token(1, 1));
+    rig.journal.deliver(&rig.sender, event(1));
+    // Still full: it stays as it is.
+    rig.journal.snapshot(vec![request(1), token(1, 0), token(1, 1)]);
+    rig.journal.settled().await.unwrap();
+    assert!(rig.journal.is_degraded());
+    rig.full.store(false, Ordering::Relaxed);
+    rig.journal.snapshot(vec![request(1), token(1, 0), token(1, 1)]);
+    rig.journal.write(|| token(1, 2));
+    rig.journal.settled().await.unwrap();
+    assert!(!rig.journal.is_degraded());
+    let whole = [request(1), token(1, 0), token(1, 1), token(1, 2)];
+    assert_eq!(*rig.written.lock().unwrap(), whole);
+    assert_eq!(*rig.seen.lock().unwrap(), [0, 1]);
+}
