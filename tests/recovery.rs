@@ -19,12 +19,28 @@ use serde_json::{Value, json};
 /// Enough that every answer is still under way when the first tokens of all have come.
 const TOKENS: u32 = 160;
 
-/// Greedy ones and sampled ones, short prompts and longer ones.
+/// Greedy ones and sampled ones, with penalties, log-probabilities, and stop strings of which answers
+/// hold the beginning time and again; short prompts and longer ones.
 fn requests() -> Vec<(String, SamplingParams)> {
     let sentence = "The wheel turns slowly while the water runs below the old stone bridge. ";
     let request = |i: usize| {
         let prompt = format!("{}Story {i}:", sentence.repeat(i * 4));
-        (prompt, if i.is_multiple_of(2) { ask::greedy(TOKENS) } else { ask::sampled(7, TOKENS) })
+        let params = match i {
+            1 => SamplingParams {
+                repetition_penalty: 1.1,
+                presence_penalty: 0.3,
+                frequency_penalty: 0.2,
+                ..ask::sampled(7, TOKENS)
+            },
+            2 => SamplingParams { logprobs: Some(3), ..ask::greedy(TOKENS) },
+            3 => SamplingParams {
+                stop: vec![" the Qq".to_owned(), ". And so it never".to_owned()],
+                logprobs: Some(0),
+                ..ask::sampled(7, TOKENS)
+            },
+            _ => ask::greedy(TOKENS),
+        };
+        (prompt, params)
     };
     (0..5).map(request).collect()
 }

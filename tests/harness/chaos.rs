@@ -46,6 +46,8 @@ pub struct Plan {
 pub enum Fault {
     /// `kill -9` of a node, which is started again after a while.
     Kill(usize, Duration),
+    /// `kill -9` of the coordinator, which is started again after a while.
+    Coordinator(Duration),
     /// SIGSTOP of a node, then SIGCONT.
     Stop(usize, Duration),
     /// Nothing passes between a node and the coordinator, or its neighbours (`false`).
@@ -59,6 +61,7 @@ impl Fault {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Kill(..) => "kill -9",
+            Self::Coordinator(_) => "coordinator",
             Self::Stop(..) => "SIGSTOP",
             Self::Cut(..) => "cut link",
             Self::Bad(_, way, _) if way.corrupted > 0.0 => "corrupted",
@@ -101,8 +104,10 @@ impl Dice {
     pub fn fault(&mut self, nodes: usize) -> Fault {
         let node = self.below(nodes);
         let way = Way::default();
-        match self.below(9) {
+        match self.below(11) {
             0 | 1 => Fault::Kill(node, self.millis(0, 1500)),
+            9 => Fault::Coordinator(self.millis(0, 1000)),
+            10 => Fault::Kill(node, self.millis(2000, 4000)),
             2 => Fault::Stop(node, self.millis(200, 3000)),
             3 => Fault::Cut(node, self.below(2) == 0, self.millis(300, 3000)),
             4 => {
@@ -175,6 +180,9 @@ impl Report {
     }
 }
 
+/// Of the coordinator.
+const OPTIONS: [&str; 4] = ["--kv-cache-tokens", "16384", "--recovery-timeout", "120"];
+
 /// What streams ask for: greedy, sampled, with penalties, stop strings and log-probabilities.
 fn requests() -> Vec<(Prompt, SamplingParams)> {
     let sentence = "The wheel turns slowly while the water runs below the old stone bridge. ";
@@ -234,7 +242,8 @@ impl Node {
         let name = format!("node-{index}");
         let dir = coordinator.root.join(&name);
         let listen = free_port();
-        let link = |n| Relay::start(Way::default(), Way::default(), seed ^ ((index as u64) << 8) ^ n);
+        let link =
+            |n| Relay::start(Way::default(), Way::default(), seed ^ ((index as u64) << 8) ^ n);
         let links = [link(1), link(2)];
         links[0].set_target(coordinator.cluster);
         links[1].set_target(listen);
@@ -341,13 +350,19 @@ fn read(
 }
 
 /// Makes the fault and ends it.
-fn suffer(fault: Fault, nodes: &mut [Node], root: &Path) {
+fn suffer(fault: Fault, plan: &Plan, coordinator: &mut Coordinator, nodes: &mut [Node]) {
     match fault {
+        Fault::Coordinator(pause) => {
+            coordinator.process.kill();
+            std::thread::sleep(pause);
+            coordinator.start_again(plan.stages, &OPTIONS);
+        }
         Fault::Kill(node, pause) => {
             let node = &mut nodes[node];
             node.process.kill();
             std::thread::sleep(pause);
             let listen = node.links[1].target().expect("it has a target");
+            let root = &coordinator.root;
             node.process = Node::run(root, &node.name, listen, node.links[1].addr());
         }
         Fault::Stop(node, time) => {
@@ -387,11 +402,7 @@ pub fn run(plan: Plan, mut say: impl FnMut(&str)) -> Report {
     let asked = requests();
     let truth = truth(&asked);
     let root = tempfile::tempdir().expect("a folder");
-    let mut coordinator = Coordinator::start(
-        root.path(),
-        plan.stages,
-        &["--kv-cache-tokens", "16384", "--recovery-timeout", "120"],
-    );
+    let mut coordinator = Coordinator::start(root.path(), plan.stages, &OPTIONS);
     let count = plan.stages as usize + plan.stand_bys;
     let mut nodes: Vec<Node> = Vec::new();
     for index in 0..count {
@@ -426,7 +437,7 @@ pub fn run(plan: Plan, mut say: impl FnMut(&str)) -> Report {
                 break;
             }
             let from = Instant::now();
-            suffer(fault, &mut nodes, root.path());
+            suffer(fault, &plan, &mut coordinator, &mut nodes);
             wait_progress(&coordinator, &seen, plan.streams);
             let until = Instant::now();
             windows.push((fault.name(), from, until));

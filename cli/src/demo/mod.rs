@@ -12,7 +12,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use millrace_coordinator::models::ModelOptions;
 use millrace_net::client::{Client, GenerateStream};
 use millrace_shared::sampling::SamplingParams;
@@ -27,6 +27,15 @@ use processes::Processes;
 const STAGES: usize = 3;
 /// The stage that dies: the one in the middle.
 const VICTIM: usize = 1;
+
+/// Who dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Who {
+    /// The one with the middle stage.
+    Node,
+    /// The one that holds everything together.
+    Coordinator,
+}
 
 /// Flags of `demo`.
 #[derive(Debug, Args)]
@@ -46,8 +55,11 @@ pub(crate) struct DemoArgs {
     /// The node dies when so many tokens are here [default: a third of --max-tokens]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     at: Option<u32>,
+    /// Who dies: a node, or the coordinator, which is started again at once
+    #[arg(long, value_name = "WHO", default_value = "node")]
+    kill: Who,
     /// Nobody dies
-    #[arg(long)]
+    #[arg(long, conflicts_with = "kill")]
     no_kill: bool,
     #[command(flatten)]
     model_options: ModelOptions,
@@ -78,7 +90,7 @@ async fn start(args: &DemoArgs) -> anyhow::Result<Processes> {
         cluster.add_node(&format!("node-{}", index + 1))?;
     }
     cluster.wait_ready().await?;
-    if !args.no_kill {
+    if !args.no_kill && args.kill == Who::Node {
         // Last, so that it has no stage of its own; measured, so that it can take one at once.
         cluster.add_node("stand-by")?;
         cluster.wait_measured(STAGES + 1).await?;
@@ -104,25 +116,32 @@ async fn show(args: &DemoArgs, cluster: &mut Processes) -> anyhow::Result<()> {
         .map(|s| format!("{} ({})", s.node_name, crate::serving::layers(s)))
         .collect();
     output::remark(&format!("layers: {}\n", described.join(" -> ")));
-    let victim = names.get(VICTIM).context("the pipeline has too few stages")?;
+    let victim = match args.kill {
+        Who::Node => names.get(VICTIM).context("the pipeline has too few stages")?,
+        Who::Coordinator => processes::COORDINATOR,
+    };
     let at = args.at.unwrap_or(args.max_tokens / 3).clamp(1, args.max_tokens - 1);
-    let kill = (!args.no_kill).then_some((at, victim.as_str()));
+    let kill = (!args.no_kill).then_some((at, victim));
     let seen = stream(&client, args, cluster, kill).await?;
     output::remark("the same request once more, undisturbed");
     let truth = collect(ask(&client, args).await?).await?;
     client.close().await;
-    report(&seen, &truth, kill.is_some())
+    report(&seen, &truth, (!args.no_kill).then_some(args.kill))
 }
 
-fn report(seen: &Seen, truth: &[u32], killed: bool) -> anyhow::Result<()> {
+fn report(seen: &Seen, truth: &[u32], killed: Option<Who>) -> anyhow::Result<()> {
+    let who = match killed {
+        Some(Who::Coordinator) => "the coordinator".to_owned(),
+        _ => format!("stage {}", VICTIM + 1),
+    };
+    let killed = killed.is_some();
     let same = seen.tokens.iter().zip(truth).filter(|(a, b)| a == b).count();
     let all = seen.tokens.len().max(truth.len());
     let pause = seen.pause.as_secs_f64();
     output::write(match (killed, seen.died_at) {
         (true, Some(at)) => format!(
-            "stage {} died at token {at}, pause {pause:.1} s, {same} of {all} tokens identical to \
-             the run without the fault\n",
-            VICTIM + 1
+            "{who} died at token {at}, pause {pause:.1} s, {same} of {all} tokens identical to the \
+             run without the fault\n"
         ),
         (true, None) => "the answer ended before its time: give --at a smaller number\n".to_owned(),
         (false, _) => format!(
@@ -187,7 +206,11 @@ async fn stream(
                 if let Some((_, name)) = kill.filter(|k| k.0 == here) {
                     cluster.kill(name)?;
                     seen.died_at = Some(here);
-                    mark(&format!("kill -9 {name}, stage {} of {STAGES}", VICTIM + 1), "31;1")?;
+                    let what = match name {
+                        processes::COORDINATOR => "the one that holds it together".to_owned(),
+                        _ => format!("stage {} of {STAGES}", VICTIM + 1),
+                    };
+                    mark(&format!("kill -9 {name}, {what}"), "31;1")?;
                 }
             }
             GenerateEvent::Finished { text, .. } => output::stream(&format!("{text}\n\n"))?,

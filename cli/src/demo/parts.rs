@@ -55,11 +55,11 @@ pub(crate) async fn run(args: PartArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Says on stdout, in one line, how nodes join.
+/// Says on stdout, in one line, how nodes join, and where members connect.
 async fn serve(config: millrace_coordinator::Config) -> anyhow::Result<()> {
     let running = millrace_coordinator::start(config).await?;
     let token = coordinator::create_token(&running.dir, TOKEN_USES, TOKEN_LIFETIME)?;
-    output::stream(&format!("{token}\n"))?;
+    output::stream(&format!("{token} {}\n", running.cluster))?;
     end_of_stdin()?.await.map_err(|_| anyhow!("the thread that reads stdin is gone"))
 }
 

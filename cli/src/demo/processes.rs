@@ -24,19 +24,12 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Lines of each log that an error shows.
 const LOG_LINES: usize = 12;
 
-/// Flags that keep a coordinator to itself.
-const COORDINATOR: [&str; 10] = [
-    "--port",
-    "0",
-    "--quic",
-    "127.0.0.1:0",
-    "--cluster",
-    "127.0.0.1:0",
-    "--max-model-len",
-    "2048",
-    "--kv-cache-tokens",
-    "8192",
-];
+/// The coordinator's name.
+pub(super) const COORDINATOR: &str = "coordinator";
+/// Any free port.
+const ANY: &str = "127.0.0.1:0";
+/// Enough for one answer.
+const LIMITS: [&str; 6] = ["--port", "0", "--max-model-len", "2048", "--kv-cache-tokens", "8192"];
 
 #[derive(Debug)]
 struct Process {
@@ -59,6 +52,9 @@ pub(super) struct Processes {
     coordinator: Process,
     token: String,
     client: ClientConfig,
+    /// Where members connect.
+    cluster: String,
+    stages: String,
     model: String,
     folder: tempfile::TempDir,
 }
@@ -71,23 +67,11 @@ impl Processes {
     pub(super) fn start(model: &Path, stages: usize) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("millrace-demo-").tempdir()?;
         let model = std::path::absolute(model)?.to_str().context("the model's path")?.to_owned();
-        let dir = folder.path().join("coordinator");
-        let mut command = part("coordinator", folder.path(), "coordinator")?;
-        command.arg("--dir").arg(&dir).args(["--model", &model]).args(COORDINATOR);
-        command.args(["--stages", &stages.to_string()]).stdout(Stdio::piped());
-        let mut coordinator = spawn("coordinator", command)?;
-        let stdout = coordinator.child.stdout.take().context("its output")?;
-        let mut token = String::new();
-        BufReader::new(stdout).read_line(&mut token)?;
-        if token.trim().is_empty() {
-            return Err(anyhow!(
-                "the coordinator did not start: {}",
-                tail(&folder.path().join("coordinator.log"))
-            ));
-        }
-        let client = ClientConfig::load(&dir.join(CLIENT_FILE))?;
-        let token = token.trim().to_owned();
-        Ok(Self { nodes: Vec::new(), coordinator, token, client, model, folder })
+        let stages = stages.to_string();
+        let (coordinator, token, cluster) = serve(folder.path(), &model, &stages, (ANY, ANY))?;
+        let client = ClientConfig::load(&folder.path().join(COORDINATOR).join(CLIENT_FILE))?;
+        let nodes = Vec::new();
+        Ok(Self { nodes, coordinator, token, client, cluster, stages, model, folder })
     }
 
     /// Starts one more node.
@@ -103,11 +87,19 @@ impl Processes {
         Ok(())
     }
 
-    /// Ends a node with SIGKILL.
+    /// Ends a node with SIGKILL; the coordinator is started again in the same place.
     ///
     /// # Errors
-    /// If there is none of that name.
+    /// If there is none of that name, or it cannot be started again.
     pub(super) fn kill(&mut self, name: &str) -> anyhow::Result<()> {
+        if name == COORDINATOR {
+            self.coordinator.child.kill()?;
+            self.coordinator.child.wait()?;
+            let addresses = (self.client.quic.as_str(), self.cluster.as_str());
+            let (again, ..) = serve(self.folder.path(), &self.model, &self.stages, addresses)?;
+            self.coordinator = again;
+            return Ok(());
+        }
         let node = self.nodes.iter_mut().find(|n| n.name == name);
         node.with_context(|| format!("no node is called {name}"))?.child.kill()?;
         Ok(())
@@ -169,11 +161,35 @@ impl Processes {
 
     /// The last lines that each process wrote.
     pub(super) fn logs(&self) -> String {
-        let names = self.nodes.iter().map(|n| n.name.as_str()).chain(["coordinator"]);
+        let names = self.nodes.iter().map(|n| n.name.as_str()).chain([COORDINATOR]);
         let log = |name: &str| {
             format!("---- {name}\n{}", tail(&self.folder.path().join(format!("{name}.log"))))
         };
         names.map(log).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// A coordinator at these addresses of clients and members, a join token, and where members connect.
+fn serve(
+    folder: &Path,
+    model: &str,
+    stages: &str,
+    (quic, members): (&str, &str),
+) -> anyhow::Result<(Process, String, String)> {
+    let mut command = part(COORDINATOR, folder, COORDINATOR)?;
+    command.arg("--dir").arg(folder.join(COORDINATOR)).args(["--model", model]).args(LIMITS);
+    command.args(["--stages", stages, "--quic", quic, "--cluster", members]);
+    command.stdout(Stdio::piped());
+    let mut coordinator = spawn(COORDINATOR, command)?;
+    let stdout = coordinator.child.stdout.take().context("its output")?;
+    let mut line = String::new();
+    BufReader::new(stdout).read_line(&mut line)?;
+    match line.trim().split_once(' ') {
+        Some((token, cluster)) => Ok((coordinator, token.to_owned(), cluster.to_owned())),
+        None => {
+            let log = tail(&folder.join(format!("{COORDINATOR}.log")));
+            Err(anyhow!("the coordinator did not start: {log}"))
+        }
     }
 }
 

@@ -70,8 +70,15 @@ impl Handler<StepVerdict> for Batcher {
     }
 }
 
-/// The stage that a failure names, as stages describe what a step of theirs failed of.
+/// The last stage, whatever its number.
+pub const LAST_STAGE: u16 = u16::MAX;
+
+/// The stage that a failure names, as stages describe what a step of theirs failed of. Logits that
+/// are not finite are the last one's.
 fn stage_of(message: &str) -> Option<u16> {
+    if message.starts_with("logit ") && message.contains(" is not finite") {
+        return Some(LAST_STAGE);
+    }
     let (stage, rest) = message.strip_prefix("stage ")?.split_once(',')?;
     stage.parse().ok().filter(|_| rest.starts_with(" layers "))
 }
@@ -133,6 +140,8 @@ mod tests {
     #[test]
     fn failures_name_their_stage() {
         assert_eq!(stage_of("stage 2, layers 10..20: input of layer 11 is not finite"), Some(2));
+        let logit = "logit NaN of token 11 is not finite; the model's output is unusable";
+        assert_eq!(stage_of(logit), Some(super::LAST_STAGE));
         for other in ["", "stage", "stage x, layers 1..2", "stage 1, or so", "the engine panicked"]
         {
             assert_eq!(stage_of(other), None, "{other}");

@@ -39,7 +39,7 @@ use crate::metrics::{Metrics, Shed};
 use crate::request::{Request, Verdict, Work};
 use crate::service::Caller;
 use crate::text::Tokenizer;
-pub use doubt::StepVerdict;
+pub use doubt::{LAST_STAGE, StepVerdict};
 pub use epochs::{PipelineDown, PipelineUp};
 pub use inbox::{Attach, Cancel, GetCounters, ResultFrame, Submit, SubmitScore};
 

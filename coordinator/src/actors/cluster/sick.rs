@@ -10,7 +10,7 @@ use millrace_shared::id::{Epoch, NodeId, SequenceId};
 use millrace_shared::membership::{Quarantine, Verdict};
 
 use super::Cluster;
-use crate::actors::batcher::StepVerdict;
+use crate::actors::batcher::{LAST_STAGE, StepVerdict};
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
@@ -26,7 +26,7 @@ pub(super) struct Sick {
 pub struct StepFailed {
     /// Of this epoch.
     pub epoch: Epoch,
-    /// Its number in the plan.
+    /// Its number in the plan, or [`LAST_STAGE`].
     pub stage: u16,
     /// Whose rows it had.
     pub sequences: Vec<SequenceId>,
@@ -36,8 +36,11 @@ impl Handler<StepFailed> for Cluster {
     type Result = ();
 
     fn handle(&mut self, m: StepFailed, ctx: &mut Context<Self>) {
-        let (now, stage) = (self.now(), usize::from(m.stage));
-        let node = self.plan_of(m.epoch).and_then(|p| Some(p.assignments.get(stage)?.0));
+        let now = self.now();
+        let node = self.plan_of(m.epoch).and_then(|p| match m.stage {
+            LAST_STAGE => p.assignments.last().map(|(id, _)| *id),
+            stage => p.assignments.get(usize::from(stage)).map(|(id, _)| *id),
+        });
         let again = |ids, elsewhere| StepVerdict {
             epoch: m.epoch,
             failed: Vec::new(),
