@@ -14,8 +14,10 @@ cd "$(dirname "$0")/.."
 carried=target/gpu
 
 build() {
-    exports=$(deploy/libtorch.sh)
-    eval "$exports"
+    if [ -z "${LIBTORCH:-}" ]; then
+        exports=$(deploy/libtorch.sh)
+        eval "$exports"
+    fi
     cargo build --locked ${PROFILE:---release} --features torch -p millrace-torch --example gpu
     local folder=release
     [ "${PROFILE:---release}" = --release ] || folder=debug
@@ -34,9 +36,10 @@ run() {
     local exports
     exports=$(deploy/libtorch.sh --python "$python")
     eval "$exports"
+    "$carried/gpu" check "$device"
     local name
     name=$(case "$device" in
-        cuda*) nvidia-smi --query-gpu=name --format=csv,noheader -i "${device#*:}" ;;
+        cuda*) nvidia-smi --query-gpu=name --format=csv,noheader -i "${device#*:}" || echo "$device" ;;
         *) sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1 ;;
     esac)
     mkdir -p benches/results

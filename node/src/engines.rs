@@ -46,17 +46,21 @@ impl Chosen {
 /// # Errors
 /// If it is not in this build, or its device is not there: with what to type.
 pub(crate) fn of(config: &Config, mock: &MockConfig) -> anyhow::Result<Chosen> {
+    choose(config.engine, config.torch, mock)
+}
+
+fn choose(kind: EngineKind, options: TorchOptions, mock: &MockConfig) -> anyhow::Result<Chosen> {
     ensure!(
-        config.engine == EngineKind::Torch || config.torch.is_default(),
+        kind == EngineKind::Torch || options.is_default(),
         "--device, --torch-dtype and --memory-fraction are the torch engine's: add --engine torch"
     );
-    Ok(match config.engine {
+    Ok(match kind {
         EngineKind::Cpu => Chosen {
             numerics: cpu::numerics_revision(),
             factory: Box::new(|| Box::new(CpuEngine::new())),
             device: None,
         },
-        EngineKind::Torch => torch(config.torch)?,
+        EngineKind::Torch => torch(options)?,
         EngineKind::Mock => Chosen {
             numerics: MockEngine::new(mock.clone()).numerics_revision(),
             factory: mock::factory(mock.clone()),
@@ -91,4 +95,33 @@ fn torch(_: TorchOptions) -> anyhow::Result<Chosen> {
         "this program was built without the torch engine. With it: eval \"$(deploy/libtorch.sh)\" \
          && cargo build --release --features torch (here: --engine cpu)"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_shared::options::Device as At;
+
+    use super::*;
+
+    fn refusal(engine: EngineKind, device: At) -> String {
+        let torch = TorchOptions { device, ..TorchOptions::default() };
+        let chosen = choose(engine, torch, &MockConfig::default());
+        chosen.err().map_or_else(String::new, |e| e.to_string())
+    }
+
+    #[test]
+    fn what_is_not_there_is_refused_with_what_to_type() {
+        assert_eq!(refusal(EngineKind::Cpu, At::Cpu), "");
+        assert!(refusal(EngineKind::Cpu, At::Cuda(0)).contains("add --engine torch"));
+        let torch = refusal(EngineKind::Torch, At::Cpu);
+        if cfg!(feature = "torch") {
+            assert_eq!(torch, "");
+            assert!(refusal(EngineKind::Torch, At::Cuda(63)).contains("--device cuda:63"));
+        } else {
+            assert!(
+                torch.contains("--features torch") && torch.contains("--engine cpu"),
+                "{torch}"
+            );
+        }
+    }
 }

@@ -1,6 +1,7 @@
-//! What a device does: `gpu parity DEVICE` compares every family, kept as every type, with f32 on the
-//! processor; `gpu bench DEVICE SHAPE…` measures models of random weights beside what the device's memory
-//! and arithmetic could do at best, measured in the same run. `benches/gpu.sh` carries and runs it.
+//! What a device does: `gpu check DEVICE` says whether it is there; `gpu parity DEVICE` compares every
+//! family, kept as every type, with f32 on the processor; `gpu bench DEVICE SHAPE…` measures models of
+//! random weights beside what the device's memory and arithmetic could do at best, measured in the same
+//! run. `benches/gpu.sh` carries and runs it.
 //!
 //! Shapes: `tiny`, `135m`, `8b`. Run in the repository's root: fixtures are read from there.
 
@@ -155,7 +156,8 @@ fn bench(device: Device, shapes: &[String]) {
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let usage = "usage: gpu parity DEVICE | gpu bench DEVICE SHAPE… (tiny, 135m, 8b)";
+    let usage =
+        "usage: gpu check DEVICE | gpu parity DEVICE | gpu bench DEVICE SHAPE… (tiny, 135m, 8b)";
     let fine = match &args[..] {
         [what, device, rest @ ..] => match (what.as_str(), device.parse::<Device>()) {
             (_, Err(e)) => {
@@ -167,6 +169,7 @@ fn main() {
                 eprintln!("{}", Place::open(device, TorchDtype::F32).unwrap_err());
                 false
             }
+            ("check", Ok(_)) => true,
             ("parity", Ok(device)) => parity(device),
             ("bench", Ok(device)) => {
                 bench(device, rest);
