@@ -123,10 +123,12 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let mut dir = ClusterDir::open_or_init(&config.dir, &quic, &http)?;
     let own = LiveIdentity::new(&dir.identity)?;
     let certs = Certs::new(&config.security, &dir.ca, own, web_names(&config, &host))?;
+    // The same in the next life, unless the certificate is renewed: then peers wait a little longer.
+    let secret = &dir.identity.key_der;
     let public = tls::public_server_of(&certs.own, certs.files.as_ref())?;
-    let public = Endpoint::bind(config.quic, Some(public)).context("--quic")?;
+    let public = Endpoint::bind_lasting(config.quic, public, secret).context("--quic")?;
     let members = tls::cluster_server_of(&certs.own, Some(Arc::clone(&dir.revoked)))?;
-    let members = Endpoint::bind(config.cluster, Some(members)).context("--cluster")?;
+    let members = Endpoint::bind_lasting(config.cluster, members, secret).context("--cluster")?;
     let (quic_addr, cluster_addr) = (public.local_addr()?, members.local_addr()?);
 
     let metrics = Arc::new(Metrics::new(&config.served_name));

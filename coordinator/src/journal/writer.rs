@@ -118,7 +118,7 @@ impl<S: Store> Writer<S> {
     }
 
     fn write(&mut self, records: &[Record], snapshot: bool) {
-        if (records.is_empty() && !snapshot) || (self.failed_at.is_some() && !snapshot) {
+        if !snapshot && (records.is_empty() || self.failed_at.is_some()) {
             return;
         }
         let store = &mut self.store;

@@ -22,7 +22,7 @@ use crate::budget::{Bucket, Budgets, Rate};
 use crate::error::{describe, within};
 use crate::seats::{self, Seat, Seats};
 use crate::tls::{Alpn, ClientTls, ServerTls};
-use crate::{NetError, PeerName, timing};
+use crate::{NetError, PeerName, resets, timing};
 
 /// Asked of the kernel for both directions of the socket; it may grant less (`rmem_max`).
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
@@ -103,12 +103,32 @@ impl Endpoint {
     /// # Errors
     /// [`NetError::InUse`] if the address is taken, [`NetError::Bind`] otherwise.
     pub fn bind(addr: SocketAddr, server: Option<ServerTls>) -> Result<Self, NetError> {
+        Self::bind_with(addr, server, EndpointConfig::default())
+    }
+
+    /// [`Endpoint::bind`] for one that is bound again after a crash: with the same `secret`, peers of
+    /// its former life learn with their next packet that their connections are gone.
+    ///
+    /// # Errors
+    /// As [`Endpoint::bind`].
+    pub fn bind_lasting(
+        addr: SocketAddr,
+        server: ServerTls,
+        secret: &[u8],
+    ) -> Result<Self, NetError> {
+        Self::bind_with(addr, Some(server), resets::lasting(secret)?)
+    }
+
+    fn bind_with(
+        addr: SocketAddr,
+        server: Option<ServerTls>,
+        mut config: EndpointConfig,
+    ) -> Result<Self, NetError> {
         let bind_error = |source: io::Error| match source.kind() {
             io::ErrorKind::AddrInUse => NetError::InUse { addr },
             _ => NetError::Bind { addr, source },
         };
         let (socket, window) = open_socket(addr).map_err(bind_error)?;
-        let mut config = EndpointConfig::default();
         config.max_udp_payload_size(LOOPBACK_MTU).map_err(|e| NetError::Bind {
             addr,
             source: io::Error::new(io::ErrorKind::InvalidInput, e),

@@ -35,6 +35,7 @@ pub mod join;
 pub mod keys;
 pub mod private_file;
 pub mod pump;
+mod resets;
 pub mod revoked;
 pub mod rpc_server;
 pub mod seats;

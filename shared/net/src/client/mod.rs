@@ -190,7 +190,7 @@ impl Client {
     pub async fn tokenize(&self, request: TokenizeRequest) -> Result<Vec<u32>, Status> {
         self.unary(Method::Tokenize(request), |reply| match reply {
             Reply::Tokens(ids) => Ok(ids),
-            other => Err(other),
+            other => Err(Box::new(other)),
         })
         .await
     }
@@ -202,7 +202,7 @@ impl Client {
     pub async fn detokenize(&self, ids: Vec<u32>) -> Result<String, Status> {
         self.unary(Method::Detokenize { ids }, |reply| match reply {
             Reply::Text(text) => Ok(text),
-            other => Err(other),
+            other => Err(Box::new(other)),
         })
         .await
     }
@@ -214,7 +214,7 @@ impl Client {
     pub async fn models(&self) -> Result<Vec<ModelCard>, Status> {
         self.unary(Method::Models, |reply| match reply {
             Reply::Models(cards) => Ok(cards),
-            other => Err(other),
+            other => Err(Box::new(other)),
         })
         .await
     }
@@ -226,7 +226,7 @@ impl Client {
     pub async fn status(&self) -> Result<ClusterStatus, Status> {
         self.unary(Method::Status, |reply| match reply {
             Reply::Status(status) => Ok(*status),
-            other => Err(other),
+            other => Err(Box::new(other)),
         })
         .await
     }
@@ -239,7 +239,7 @@ impl Client {
     pub async fn admin(&self, request: AdminRequest) -> Result<AdminReply, Status> {
         self.unary(Method::Admin(request), |reply| match reply {
             Reply::Admin(reply) => Ok(reply),
-            other => Err(other),
+            other => Err(Box::new(other)),
         })
         .await
     }
@@ -267,7 +267,7 @@ impl Client {
     async fn unary<T>(
         &self,
         method: Method,
-        pick: impl FnOnce(Reply) -> Result<T, Reply>,
+        pick: impl FnOnce(Reply) -> Result<T, Box<Reply>>,
     ) -> Result<T, Status> {
         let mut replies = self.call(&method, Vec::new(), timing::UNARY_CALL).await?;
         let first = replies.next().await?;
