@@ -57,7 +57,6 @@ pub(crate) fn node(args: &[OsString]) {
         torch: millrace_shared::options::TorchOptions::default(),
         require_kv_dtype: None,
         require_activation_dtype: None,
-        journal: millrace_coordinator::journal::JournalConfig::default(),
         show_progress: false,
     };
     actix_rt::System::new().block_on(async {
@@ -222,6 +221,7 @@ fn config(folder: &Path, streams: u32) -> Config {
         quic: loopback,
         cluster: loopback,
         advertise: Some("127.0.0.1".to_owned()),
+        journal: millrace_coordinator::journal::JournalConfig::default(),
         show_progress: false,
     }
 }
