@@ -32,7 +32,7 @@ fn config(world_seed: u64) -> SchedulerConfig {
         max_batch_tokens: pick(107, &[8, 32]),
         max_model_len: 80,
         policy: Policy {
-            measured_from: (world_seed % 2 == 0).then_some(2),
+            measured_from: world_seed.is_multiple_of(2).then_some(2),
             speculate: false,
             ..Policy::DEFAULT
         },

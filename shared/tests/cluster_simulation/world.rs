@@ -382,17 +382,13 @@ impl World {
         }
         let (life, slow) = (self.nodes[node].life, self.nodes[node].slow);
         match message {
-            Message::Closed { link } => {
-                if self.nodes[node].link == link && self.nodes[node].linked {
-                    self.nodes[node].forget();
-                    self.at(self.now + ms(250), Happening::Connects { node, life });
-                }
+            Message::Closed { link }
+                if self.nodes[node].link == link && self.nodes[node].linked =>
+            {
+                self.nodes[node].forget();
+                self.at(self.now + ms(250), Happening::Connects { node, life });
             }
-            Message::Profile => {
-                let took = self.draw(200) * u64::from(slow);
-                let _ = took;
-                self.say(node, Said::Profiled);
-            }
+            Message::Profile => self.say(node, Said::Profiled),
             Message::Assign(assignment) => {
                 let epoch = assignment.epoch;
                 let n = &mut self.nodes[node];
@@ -782,7 +778,7 @@ impl World {
                 self.advance();
             }
             Fault::EdgeLost => {
-                let epoch = self.pipeline.next_epoch().unwrap_or(self.pipeline.epoch());
+                let epoch = self.pipeline.next_epoch().unwrap_or_else(|| self.pipeline.epoch());
                 self.pipeline.handle_edge_lost(epoch, "closed", now);
                 self.advance();
             }

@@ -34,7 +34,7 @@ fn config(byte: u8) -> SchedulerConfig {
         prefill_chunk: 1 + b % 16,
         max_batch_tokens: 4 + b % 32,
         max_model_len: 48,
-        policy: Policy { measured_from: (b % 2 == 0).then_some(1), ..Policy::DEFAULT },
+        policy: Policy { measured_from: b.is_multiple_of(2).then_some(1), ..Policy::DEFAULT },
     }
 }
 
@@ -89,7 +89,7 @@ impl Driver {
             max_new_tokens: 1 + b % 12,
             kind: Kind::Generate,
             submitted: self.now,
-            deadline: (b % 7 == 0).then(|| self.now + Duration::from_millis(u64::from(b))),
+            deadline: b.is_multiple_of(7).then(|| self.now + Duration::from_millis(u64::from(b))),
             client: u64::from(b % 3),
             priority: [Priority::High, Priority::Normal, Priority::Low][(b % 3) as usize],
         };
@@ -131,7 +131,7 @@ impl Driver {
                 self.step();
             }
             3 => self.answer(true),
-            4 => self.answer(byte % 4 != 0),
+            4 => self.answer(!byte.is_multiple_of(4)),
             _ => {
                 let config = config(byte);
                 self.limit = config.max_in_flight;
