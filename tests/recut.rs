@@ -213,7 +213,7 @@ fn only_administrators_change_the_cluster() {
     ] {
         let refused = admin(&client, request).unwrap_err();
         assert_eq!(refused.code, ErrorCode::PermissionDenied, "{refused}");
-        assert!(refused.message.contains("key create --admin"), "{refused}");
+        assert!(refused.message.contains("key create --scope admin"), "{refused}");
     }
     let unknown = AdminRequest::Cordon { node: "nobody".into() };
     let refused = admin(&coordinator.client, unknown).unwrap_err();

@@ -16,6 +16,9 @@ pub use targets::{Http, targets};
 
 use crate::chaos::Dice;
 
+/// Reads bytes; whether they were accepted.
+pub type Read = Box<dyn Fn(&[u8]) -> bool>;
+
 /// Something that reads bytes.
 pub struct Target {
     /// For tables.
@@ -23,7 +26,7 @@ pub struct Target {
     /// Sound inputs.
     pub corpus: Vec<Vec<u8>>,
     /// Reads; whether the bytes were accepted.
-    pub read: Box<dyn Fn(&[u8]) -> bool>,
+    pub read: Read,
 }
 
 impl std::fmt::Debug for Target {
