@@ -13,9 +13,7 @@ use millrace_net::client::ClientConfig;
 use millrace_net::keys::ApiKeyStore;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::admin::{
-    AdminReply, AdminRequest, NewKey, NodeRole, NodeStatus, Scope,
-};
+use millrace_shared::wire::admin::{AdminReply, AdminRequest, NewKey, NodeRole, NodeStatus, Scope};
 use millrace_shared::wire::rpc::Prompt;
 
 const TOKENS: u32 = 240;
