@@ -103,7 +103,13 @@ fn from_der(
 pub struct CertFiles {
     cert: PathBuf,
     key: PathBuf,
-    current: Arc<RwLock<(Arc<CertifiedKey>, [Option<SystemTime>; 2])>>,
+    current: Arc<RwLock<Read>>,
+}
+
+/// What the files held, and when each had been changed.
+struct Read {
+    key: Arc<CertifiedKey>,
+    changed: [Option<SystemTime>; 2],
 }
 
 impl std::fmt::Debug for CertFiles {
@@ -119,7 +125,8 @@ impl CertFiles {
     /// If one cannot be read, or they do not belong together; the file is named.
     pub fn load(cert: &Path, key: &Path) -> Result<Self, NetError> {
         let changed = changed(cert, key);
-        let current = Arc::new(RwLock::new((Arc::new(read(cert, key)?), changed)));
+        let read = Read { key: Arc::new(read(cert, key)?), changed };
+        let current = Arc::new(RwLock::new(read));
         Ok(Self { cert: cert.to_owned(), key: key.to_owned(), current })
     }
 
@@ -129,12 +136,12 @@ impl CertFiles {
     /// As [`CertFiles::load`]; the former pair stays in use then.
     pub fn reload(&self, force: bool) -> Result<bool, NetError> {
         let changed = changed(&self.cert, &self.key);
-        let known = self.current.read().unwrap_or_else(PoisonError::into_inner).1;
+        let known = self.current.read().unwrap_or_else(PoisonError::into_inner).changed;
         if changed == known && !force {
             return Ok(false);
         }
         let key = Arc::new(read(&self.cert, &self.key)?);
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = (key, changed);
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Read { key, changed };
         Ok(true)
     }
 
@@ -145,7 +152,7 @@ impl CertFiles {
     }
 
     fn get(&self) -> Arc<CertifiedKey> {
-        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner).0)
+        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner).key)
     }
 }
 
