@@ -200,7 +200,7 @@ mod tests {
         let back = ClusterDir::open(&to).unwrap();
         assert_eq!(back.ca.fingerprint(), made.ca.fingerprint());
         assert_eq!(back.identity, made.identity);
-        assert!(back.keys.verify(&secret, 6).is_some() && back.revoked.has(node));
+        assert!(back.keys.verify(&secret, 6).unwrap().is_some() && back.revoked.has(node));
         assert_eq!(back.client, made.client);
         let spent = back.tokens.check(&unspent.secret, 6).unwrap_err();
         assert!(spent.to_string().contains("unknown join token"), "{spent}");

@@ -3,7 +3,8 @@
 //! Knows API keys, what their scopes allow and what their limits leave; counts guesses of keys by
 //! host; makes and revokes keys, and keeps nodes out. It knows nothing of models or schedules. A
 //! key is looked up at every call, so a revoked one ends with the next call. A host that has sent
-//! too many wrong keys waits, whatever it sends, unless the key has been good before.
+//! too many wrong keys is told to wait with the next wrong one; right ones never wait, for behind one
+//! address there may be many clients, and nobody finds 256 random bits by trying.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -19,7 +20,9 @@ use millrace_net::revoked::Revocations;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{NodeId, RequestId};
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::admin::{AdminReply, AdminRequest, KeyLimits, KeyRequest, Scope};
+use millrace_shared::wire::admin::{
+    AdminReply, AdminRequest, KeyLimits, KeyRequest, NodeStatus, Scope,
+};
 use millrace_shared::wire::rpc::{
     AttachRequest, ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt,
     ScoreRequest,
@@ -85,13 +88,9 @@ impl Holder {
         self.account.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets one more request in, if the limits leave room for it. One that was let in before, and
-    /// whose client has come back, only counts among those that run.
-    fn admit(self: &Arc<Self>, again: bool, now: Instant) -> Result<Pass, Status> {
-        let mut limits = self.key.key.limits;
-        if again {
-            limits = KeyLimits { concurrent: limits.concurrent, ..KeyLimits::default() };
-        }
+    /// Lets one more request in, if the limits leave room for it.
+    fn admit(self: &Arc<Self>, now: Instant) -> Result<Pass, Status> {
+        let limits = self.key.key.limits;
         let mut account = self.account();
         let over = |limit: u32, what: &str, wait: u32| {
             let message = format!("this key may have {limit} {what}: try again later");
@@ -114,23 +113,19 @@ impl Holder {
             return over(limit, "requests a minute", wait);
         }
         account.running += 1;
-        Ok(Pass { holder: Arc::clone(self), again })
+        Ok(Pass(Arc::clone(self)))
     }
 }
 
-/// A request that was let in, and runs until this is dropped.
+/// A request that was let in, and runs until this is dropped. It goes with the stream of events;
+/// where that is lost and the request goes on, with the request.
 #[derive(Debug)]
-struct Pass {
-    holder: Arc<Holder>,
-    /// Its tokens were counted when they were sent for the first time.
-    again: bool,
-}
+struct Pass(Arc<Holder>);
 
 impl Pass {
     fn charge(&self, tokens: usize, now: Instant) {
-        let limit = self.holder.key.key.limits.tokens_per_minute;
-        if let Some(limit) = limit.filter(|_| !self.again) {
-            self.holder.account().tokens.charge(a_minute(limit), tokens as f64, now);
+        if let Some(limit) = self.0.key.key.limits.tokens_per_minute {
+            self.0.account().tokens.charge(a_minute(limit), tokens as f64, now);
         }
     }
 }
@@ -148,7 +143,7 @@ impl Meter for Pass {
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        let mut account = self.holder.account();
+        let mut account = self.0.account();
         account.running = account.running.saturating_sub(1);
     }
 }
@@ -185,7 +180,10 @@ impl<S: Service> Gate<S> {
             )
         })?;
         let client = Caller::client_of(key);
-        let found = self.keys.verify(secret, unix_now());
+        let found = self.keys.verify(secret, unix_now()).map_err(|e| {
+            tracing::error!("API keys: {e}");
+            Status::unavailable("the coordinator cannot read its API keys: see its log", 1000)
+        })?;
         let mut holders = lock(&self.holders);
         let Some(found) = found else {
             holders.remove(&client);
@@ -201,22 +199,21 @@ impl<S: Service> Gate<S> {
 
     /// Checks a key from this address, which may not be wrong too often.
     fn guess(&self, key: Option<&str>, from: IpAddr, now: Instant) -> Result<(), Status> {
-        let known = lock(&self.holders).contains_key(&Caller::client_of(key));
-        if key.is_some() && !known {
-            let wait = lock(&self.guesses).wait_ms(from, now);
-            if wait > 0 {
-                return Err(Status::exhausted("too many wrong API keys from this address", wait));
-            }
+        let Err(status) = self.authenticate(key) else { return Ok(()) };
+        if key.is_none() || status.code != ErrorCode::Unauthenticated {
+            return Err(status);
         }
-        let result = self.authenticate(key);
-        if key.is_some() && result.is_err() {
-            lock(&self.guesses).take_of(from, now);
+        let mut guesses = lock(&self.guesses);
+        let wait = guesses.wait_ms(from, now);
+        if wait > 0 {
+            return Err(Status::exhausted("too many wrong API keys from this address", wait));
         }
-        result
+        guesses.take_of(from, now);
+        Err(status)
     }
 
-    /// Lets a request of a caller in whose key was shown before.
-    fn admit(&self, caller: &mut Caller, again: bool) -> Result<Pass, Status> {
+    /// The holder of a key that was shown before, and that may use the model.
+    fn known(&self, caller: &mut Caller) -> Result<Arc<Holder>, Status> {
         let holder = lock(&self.holders).get(&caller.client).cloned();
         let holder = holder.ok_or_else(|| unauthenticated("the API key is not valid"))?;
         let scope = holder.key.key.scope;
@@ -224,7 +221,12 @@ impl<S: Service> Gate<S> {
             return Err(lacks(scope, Scope::Generate));
         }
         caller.admin = scope == Scope::Admin;
-        holder.admit(again, Instant::now())
+        Ok(holder)
+    }
+
+    /// Lets a request in.
+    fn admit(&self, caller: &mut Caller) -> Result<Pass, Status> {
+        self.known(caller)?.admit(Instant::now())
     }
 
     fn keys(&self, request: KeyRequest) -> Result<AdminReply, Status> {
@@ -259,12 +261,14 @@ impl<S: Service> Gate<S> {
             AdminReply::Nodes(nodes) => nodes,
             _ => Vec::new(),
         };
-        let named: Vec<_> =
-            present.iter().filter(|n| n.name == node || n.id.to_string() == node).collect();
-        let (id, name) = match (&named[..], node.parse::<NodeId>()) {
+        // What is an id is nobody's name, whatever a node calls itself.
+        let id = node.parse::<NodeId>().ok();
+        let is_meant = |n: &&NodeStatus| id.map_or(n.name == node, |id| n.id == id);
+        let named: Vec<_> = present.iter().filter(is_meant).collect();
+        let (id, name) = match (&named[..], id) {
             ([one], _) => (one.id, one.name.as_str()),
-            ([], Ok(id)) => (id, ""),
-            ([], Err(_)) => {
+            ([], Some(id)) => (id, ""),
+            ([], None) => {
                 let message = format!(
                     "no node is called '{node}' now; one that is not there is named by its id, \
                      which the coordinator's log tells"
@@ -308,7 +312,7 @@ impl<S: Service> Service for Gate<S> {
         mut caller: Caller,
     ) -> BoxFuture<'_, Result<EventStream, Status>> {
         async move {
-            let pass = self.admit(&mut caller, false)?;
+            let pass = self.admit(&mut caller)?;
             Ok(self.inner.generate(request, caller).await?.metered(Box::new(pass)))
         }
         .boxed()
@@ -320,8 +324,9 @@ impl<S: Service> Service for Gate<S> {
         mut caller: Caller,
     ) -> BoxFuture<'_, Result<EventStream, Status>> {
         async move {
-            let pass = self.admit(&mut caller, true)?;
-            Ok(self.inner.attach(request, caller).await?.metered(Box::new(pass)))
+            // It was counted when it was submitted, and still is while it runs.
+            self.known(&mut caller)?;
+            self.inner.attach(request, caller).await
         }
         .boxed()
     }
@@ -332,7 +337,7 @@ impl<S: Service> Service for Gate<S> {
         mut caller: Caller,
     ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
         async move {
-            let pass = self.admit(&mut caller, false)?;
+            let pass = self.admit(&mut caller)?;
             pass.charge(request.tokens.len(), Instant::now());
             self.inner.score(request, caller).await
         }
@@ -359,8 +364,16 @@ impl<S: Service> Service for Gate<S> {
         self.inner.models()
     }
 
-    fn cancel(&self, request_id: RequestId) -> BoxFuture<'_, Result<(), Status>> {
-        self.inner.cancel(request_id)
+    fn cancel(
+        &self,
+        request_id: RequestId,
+        mut caller: Caller,
+    ) -> BoxFuture<'_, Result<(), Status>> {
+        async move {
+            self.known(&mut caller)?;
+            self.inner.cancel(request_id, caller).await
+        }
+        .boxed()
     }
 
     fn status(&self) -> BoxFuture<'_, ClusterStatus> {

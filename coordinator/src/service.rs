@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ pub struct EventStream {
     request_id: RequestId,
     events: mpsc::Receiver<Result<GenerateEvent, Status>>,
     meter: Option<Box<dyn Meter>>,
-    lost: Arc<AtomicBool>,
+    departure: Arc<Departure>,
     /// What the API that took the request wanted to be remembered.
     tag: u32,
     /// When it was submitted, milliseconds since 1970; 0 where nobody knows.
@@ -54,7 +54,7 @@ impl EventStream {
             request_id,
             events,
             meter: None,
-            lost: Arc::default(),
+            departure: Arc::default(),
             tag: 0,
             submitted_ms: 0,
         };
@@ -63,8 +63,9 @@ impl EventStream {
 
     /// The same stream, of a request that was submitted with this tag at this time.
     #[must_use]
-    pub fn with_origin(self, tag: u32, submitted_ms: u64) -> Self {
-        Self { tag, submitted_ms, ..self }
+    pub fn with_origin(mut self, tag: u32, submitted_ms: u64) -> Self {
+        (self.tag, self.submitted_ms) = (tag, submitted_ms);
+        self
     }
 
     /// [`Caller::tag`] of whoever submitted the request.
@@ -77,20 +78,21 @@ impl EventStream {
         self.submitted_ms
     }
 
-    /// Says that the client did not go, but its connection was lost: call it right before dropping.
+    /// Says that when this is dropped the client did not go, but its connection was lost.
     pub fn lost(&self) {
-        self.lost.store(true, Ordering::Release);
+        self.departure.lost.store(true, Ordering::Release);
     }
 
-    /// For the other end: whether [`EventStream::lost`] was called.
-    pub(crate) fn lost_flag(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.lost)
+    /// For the other end: how it went.
+    pub(crate) fn departure(&self) -> Arc<Departure> {
+        Arc::clone(&self.departure)
     }
 
     /// The same stream, with somebody who counts.
     #[must_use]
-    pub fn metered(self, meter: Box<dyn Meter>) -> Self {
-        Self { meter: Some(meter), ..self }
+    pub fn metered(mut self, meter: Box<dyn Meter>) -> Self {
+        self.meter = Some(meter);
+        self
     }
 
     /// Name of the request, for `cancel`.
@@ -105,6 +107,37 @@ impl EventStream {
             meter.see(event);
         }
         event
+    }
+}
+
+impl Drop for EventStream {
+    fn drop(&mut self) {
+        if self.departure.is_lost() {
+            *self.departure.meter() = self.meter.take();
+        }
+    }
+}
+
+/// How the one who heard a stream went.
+#[derive(Debug, Default)]
+pub(crate) struct Departure {
+    lost: AtomicBool,
+    meter: Mutex<Option<Box<dyn Meter>>>,
+}
+
+impl Departure {
+    /// Whether it was cut off, rather than having had enough.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    /// Who counted its events, and goes on with those of a request that goes on.
+    pub(crate) fn take_meter(&self) -> Option<Box<dyn Meter>> {
+        self.meter().take()
+    }
+
+    fn meter(&self) -> MutexGuard<'_, Option<Box<dyn Meter>>> {
+        self.meter.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -193,8 +226,12 @@ pub trait Service: Send + Sync + 'static {
     /// What is served.
     fn models(&self) -> Vec<ModelCard>;
 
-    /// Stops a request.
-    fn cancel(&self, request_id: RequestId) -> BoxFuture<'_, Result<(), Status>>;
+    /// Stops a request of this caller. Fails with `NotFound` where there is none that is.
+    fn cancel(
+        &self,
+        request_id: RequestId,
+        caller: Caller,
+    ) -> BoxFuture<'_, Result<(), Status>>;
 
     /// The state of the cluster.
     fn status(&self) -> BoxFuture<'_, ClusterStatus>;
@@ -313,8 +350,12 @@ impl<S: Service> Service for Counted<S> {
         self.inner.models()
     }
 
-    fn cancel(&self, request_id: RequestId) -> BoxFuture<'_, Result<(), Status>> {
-        self.inner.cancel(request_id)
+    fn cancel(
+        &self,
+        request_id: RequestId,
+        caller: Caller,
+    ) -> BoxFuture<'_, Result<(), Status>> {
+        self.inner.cancel(request_id, caller)
     }
 
     fn status(&self) -> BoxFuture<'_, ClusterStatus> {

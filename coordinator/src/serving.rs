@@ -249,8 +249,12 @@ impl Service for Serving {
         vec![self.prompts.card.clone()]
     }
 
-    fn cancel(&self, request_id: RequestId) -> BoxFuture<'_, Result<(), Status>> {
-        async move { self.batcher.send(Cancel(request_id)).await.map_err(crossed)? }.boxed()
+    fn cancel(
+        &self,
+        request_id: RequestId,
+        caller: Caller,
+    ) -> BoxFuture<'_, Result<(), Status>> {
+        async move { self.batcher.send(Cancel { request_id, caller }).await.map_err(crossed)? }.boxed()
     }
 
     fn status(&self) -> BoxFuture<'_, ClusterStatus> {

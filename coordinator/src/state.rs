@@ -76,10 +76,12 @@ impl ClusterDir {
         }
         migrate(path)?;
         let ca = ClusterCa::load(path)?;
-        let mut identity = Identity::load(path, IDENTITY)?;
-        if identity.validity()?.is_due(unix_now()) {
-            identity = renew_identity(path, &ca)?;
-        }
+        let identity = match Identity::load(path, IDENTITY) {
+            Ok(kept) if kept.is_pair() && !kept.validity()?.is_due(unix_now()) => kept,
+            // Due, or torn: whoever renewed it last was ended between certificate and key.
+            Ok(_) => renew_identity(path, &ca)?,
+            Err(e) => return Err(e),
+        };
         let client = ClientConfig::load(&path.join(CLIENT_FILE))?;
         Self::assemble(path, (ca, identity), client, false)
     }
@@ -226,7 +228,7 @@ mod tests {
         std::fs::write(&file, old.to_string()).unwrap();
 
         let opened = ClusterDir::open(&dir).unwrap();
-        assert_eq!(opened.keys.verify(&key, 5).unwrap().key.scope, Scope::Admin);
+        assert_eq!(opened.keys.verify(&key, 5).unwrap().unwrap().key.scope, Scope::Admin);
         assert_eq!(format(&dir).unwrap(), FORMAT);
         let copy = dir.join("before-format-2.backup");
         assert!(copy.exists(), "a copy is kept");
@@ -234,7 +236,7 @@ mod tests {
         let again = root.path().join("again");
         backup::restore(&copy, &again).unwrap();
         let again = ClusterDir::open(&again).unwrap();
-        assert!(again.keys.verify(&key, 5).is_some());
+        assert!(again.keys.verify(&key, 5).unwrap().is_some());
 
         std::fs::write(dir.join(STATE_FILE), "format = 3\n").unwrap();
         let message = ClusterDir::open(&dir).unwrap_err().to_string();

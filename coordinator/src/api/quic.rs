@@ -266,7 +266,7 @@ async fn unary(
         }
         Method::Models => Reply::Models(service.models()),
         Method::Cancel { request_id } => {
-            service.cancel(request_id).await?;
+            service.cancel(request_id, caller).await?;
             return Ok(Vec::new());
         }
         Method::Admin(request) => Reply::Admin(service.admin(key.as_deref(), request).await?),

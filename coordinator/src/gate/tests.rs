@@ -61,7 +61,7 @@ impl Service for Open {
         Vec::new()
     }
 
-    fn cancel(&self, _: RequestId) -> BoxFuture<'_, Result<(), Status>> {
+    fn cancel(&self, _: RequestId, _: Caller) -> BoxFuture<'_, Result<(), Status>> {
         async { Ok(()) }.boxed()
     }
 
@@ -216,18 +216,20 @@ async fn guessing_is_slow() {
     let f = fixture();
     let now = Instant::now();
     let (_, known) = f.key(Scope::Read, KeyLimits::default());
-    let (_, unknown) = f.key(Scope::Read, KeyLimits::default());
+    let (_, unseen) = f.key(Scope::Read, KeyLimits::default());
     let (here, there) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
     let ask = |key: &str, from| f.gate.guess(Some(key), from, now);
     assert!(ask(&known, here).is_ok());
     let codes: Vec<_> = (0..60).map(|i| ask(&format!("mlr-{i}"), here).unwrap_err().code).collect();
     assert_eq!(codes[0], ErrorCode::Unauthenticated);
     assert_eq!(codes[59], ErrorCode::ResourceExhausted);
-    let wait = ask(&unknown, here).unwrap_err();
-    assert_eq!(wait.code, ErrorCode::ResourceExhausted, "a good guess would not show");
+    let wait = ask("mlr-wrong", here).unwrap_err();
+    assert_eq!(wait.code, ErrorCode::ResourceExhausted);
     assert!(wait.retry_after_ms.is_some());
-    assert!(ask(&known, here).is_ok(), "who is known is let in");
-    assert!(ask(&unknown, there).is_ok());
+    assert!(ask(&known, here).is_ok(), "behind one address there may be others");
+    assert!(ask(&unseen, here).is_ok(), "who has a key never waits");
+    let there = ask("mlr-wrong", there).unwrap_err();
+    assert_eq!(there.code, ErrorCode::Unauthenticated);
     let nothing = f.gate.guess(None, here, now).unwrap_err();
     assert_eq!(nothing.code, ErrorCode::Unauthenticated, "no key is no guess");
     let later = now + Duration::from_secs(3);

@@ -6,7 +6,6 @@
 //! rest follows from it and the head.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use millrace_shared::error::Status;
@@ -16,7 +15,7 @@ use millrace_shared::wire::rpc::{FinishReason, GenerateEvent, Timings, TokenLogp
 use super::transcript::{Transcript, replay, started};
 use super::{EventSender, event_capacity};
 use crate::journal::{End, Entry, Head, Journal, Record, Token, unix_ms};
-use crate::service::EventStream;
+use crate::service::{Departure, EventStream, Meter};
 use crate::text::Tokenizer;
 
 /// The one choice of today's requests.
@@ -32,8 +31,8 @@ struct Listener {
     events: EventSender,
     /// First token to hear.
     from: u32,
-    /// Set where it went because its connection was lost, not because it had enough.
-    lost: Arc<AtomicBool>,
+    /// How it went, where it did.
+    departure: Arc<Departure>,
 }
 
 /// What a token means for the sequence.
@@ -54,6 +53,8 @@ pub struct Generation {
     transcript: Transcript,
     tokenizer: Arc<Tokenizer>,
     listeners: Vec<Listener>,
+    /// Who counts for clients whose connections were lost.
+    meters: Vec<Box<dyn Meter>>,
     /// Since when nobody listens because connections were lost, on the scheduler's clock.
     alone: Option<Duration>,
     /// How long that may be.
@@ -78,6 +79,7 @@ impl Generation {
             tokens: Vec::new(),
             end: None,
             listeners: Vec::new(),
+            meters: Vec::new(),
             alone: None,
             keep: Duration::from_millis(head.keep_ms),
             cached_tokens: 0,
@@ -156,7 +158,7 @@ impl Generation {
                 journal.deliver(&events, event);
             }
         }
-        self.listeners.push(Listener { events, from, lost: stream.lost_flag() });
+        self.listeners.push(Listener { events, from, departure: stream.departure() });
         self.alone = None;
         Ok(stream)
     }
@@ -166,7 +168,10 @@ impl Generation {
         let mut lost = false;
         self.listeners.retain(|l| {
             let gone = l.events.is_closed();
-            lost |= gone && l.lost.load(Ordering::Acquire);
+            if gone && l.departure.is_lost() {
+                lost = true;
+                self.meters.extend(l.departure.take_meter());
+            }
             !gone
         });
         if !self.listeners.is_empty() {
@@ -200,6 +205,7 @@ impl Generation {
         self.tokens.push(entry);
         let (text, reason) = self.transcript.push(token);
         let event = GenerateEvent::Token { index, token_id: token, text, logprobs };
+        self.meters.iter_mut().for_each(|meter| meter.see(&event));
         for listener in self.listeners.iter().filter(|l| index >= l.from) {
             journal.deliver(&listener.events, Ok(event.clone()));
         }

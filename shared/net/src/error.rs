@@ -99,12 +99,10 @@ impl NetError {
         matches!(self, Self::Codec(_) | Self::Frame(_) | Self::Protocol(_))
     }
 
-    /// Whether the other side says that our certificate was revoked.
+    /// Whether the other side says that our certificate was revoked. Only of a connection that stood:
+    /// what closes one before that is signed by nobody.
     pub fn is_revocation(&self) -> bool {
-        match self {
-            Self::Lost(message) | Self::Connect { message, .. } => message.contains("revoked"),
-            _ => false,
-        }
+        matches!(self, Self::Lost(message) if message.contains("revoked"))
     }
 
     /// As a client sees it.

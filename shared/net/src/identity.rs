@@ -109,9 +109,10 @@ impl Validity {
         Ok(Self { from: seconds(validity.not_before), until: seconds(validity.not_after) })
     }
 
-    /// Whether it should be renewed by `now`: two thirds are over.
+    /// Whether it should be renewed by `now`: two thirds are over, or it was made by a clock that was
+    /// ahead and has not begun.
     pub fn is_due(self, now: u64) -> bool {
-        now >= self.until.saturating_sub(self.until.saturating_sub(self.from) / 3)
+        now < self.from || now >= self.until.saturating_sub(self.until.saturating_sub(self.from) / 3)
     }
 }
 
@@ -144,6 +145,12 @@ impl Identity {
     /// If the certificate is not one of ours.
     pub fn name(&self) -> Result<PeerName, NetError> {
         PeerName::of_certificate(&self.cert_der)
+    }
+
+    /// Whether the key is the one that the certificate is for.
+    pub fn is_pair(&self) -> bool {
+        let key = NodeKey { key_der: self.key_der.clone(), csr_der: Vec::new() };
+        key.certified(self.cert_der.clone(), self.ca_der.clone()).is_ok()
     }
 
     /// When it is valid.

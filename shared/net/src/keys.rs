@@ -138,6 +138,10 @@ impl ApiKeyStore {
                 },
                 // Revoked meanwhile.
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                // Made by another user, say: this key alone is not valid.
+                Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+                    tracing::warn!(path = %path.display(), error = %e, "a key record is closed");
+                }
                 Err(e) => return Err(NetError::file(&path, e)),
             }
         }
@@ -156,6 +160,7 @@ impl ApiKeyStore {
         let path = self.path(id);
         match fs::remove_file(&path) {
             Ok(()) => {
+                private_file::sync_folder(&path)?;
                 self.uses().last.remove(id);
                 Ok(true)
             }
@@ -164,16 +169,15 @@ impl ApiKeyStore {
         }
     }
 
-    /// The key with this secret, if there is one that is valid at `now` (Unix seconds). A store
-    /// that cannot be read knows no keys.
-    pub fn verify(&self, secret: &str, now: u64) -> Option<ApiKey> {
+    /// The key with this secret, if there is one that is valid at `now` (Unix seconds).
+    ///
+    /// # Errors
+    /// If the store cannot be read.
+    pub fn verify(&self, secret: &str, now: u64) -> Result<Option<ApiKey>, NetError> {
         let hash = private_file::hex(&Sha256::digest(secret.as_bytes()));
         let found = {
             let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Err(e) = self.refresh(&mut cache) {
-                tracing::error!(error = %e, "cannot read the API keys");
-                return None;
-            }
+            self.refresh(&mut cache)?;
             let mut found = None;
             for key in &cache.keys {
                 if same(key.hash.as_bytes(), hash.as_bytes()) {
@@ -182,14 +186,15 @@ impl ApiKeyStore {
             }
             found
         };
-        let key = found.filter(|key| key.key.expires.is_none_or(|end| now < end))?;
+        let valid = |key: &ApiKey| key.key.expires.is_none_or(|end| now < end);
+        let Some(key) = found.filter(valid) else { return Ok(None) };
         let mut uses = self.uses();
         match uses.last.get_mut(&key.id) {
             Some(last) => *last = now,
             None => drop(uses.last.insert(key.id.clone(), now)),
         }
         uses.changed = true;
-        Some(key)
+        Ok(Some(key))
     }
 
     /// Writes when keys were used, if that has changed.
@@ -314,12 +319,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let server = ApiKeyStore::open(dir.path()).unwrap();
         let cli = ApiKeyStore::open(dir.path()).unwrap();
-        assert_eq!(server.verify("mlr-nothing", 7), None);
+        assert_eq!(server.verify("mlr-nothing", 7).unwrap(), None);
         let (key, secret) = cli.create(&admin("laptop"), 7).unwrap();
         assert!(secret.starts_with("mlr-") && secret.len() > 40);
-        let found = server.verify(&secret, 9).expect("made beside a running server");
+        let found = server.verify(&secret, 9).unwrap().expect("made beside a running server");
         assert_eq!((&found.id, &found.key), (&key.id, &admin("laptop")));
-        assert_eq!(server.verify(&secret[..secret.len() - 1], 9), None);
+        assert_eq!(server.verify(&secret[..secret.len() - 1], 9).unwrap(), None);
         assert_eq!(cli.list().unwrap(), vec![key.clone()]);
         assert_eq!(server.list().unwrap()[0].last_used, Some(9));
         server.save_uses().unwrap();
@@ -327,7 +332,7 @@ mod tests {
         assert!(cli.revoke(&key.id).unwrap());
         assert!(!cli.revoke(&key.id).unwrap());
         assert!(!cli.revoke("../keys").unwrap());
-        assert_eq!(server.verify(&secret, 9), None, "revoked beside a running server");
+        assert_eq!(server.verify(&secret, 9).unwrap(), None, "revoked beside a running server");
     }
 
     #[test]
@@ -335,8 +340,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = ApiKeyStore::open(dir.path()).unwrap();
         let (_, secret) = store.create(&NewKey { expires: Some(10), ..admin("guest") }, 7).unwrap();
-        assert!(store.verify(&secret, 9).is_some());
-        assert_eq!(store.verify(&secret, 10), None);
+        assert!(store.verify(&secret, 9).unwrap().is_some());
+        assert_eq!(store.verify(&secret, 10).unwrap(), None);
     }
 
     #[test]
@@ -374,7 +379,7 @@ mod tests {
         migrate_v1(dir.path()).unwrap();
         let scopes: Vec<_> = store.list().unwrap().iter().map(|k| k.key.scope).collect();
         assert_eq!(scopes, [Scope::Admin, Scope::Generate]);
-        assert!(store.verify(secret, 4).is_some());
+        assert!(store.verify(secret, 4).unwrap().is_some());
     }
 
     #[test]

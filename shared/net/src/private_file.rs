@@ -31,7 +31,18 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<(), NetError> {
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
     }
-    written
+    written.and_then(|()| sync_folder(path))
+}
+
+/// Makes what happened to the name `path` last: made, replaced or removed, it stays so whatever
+/// happens to the machine.
+///
+/// # Errors
+/// If the folder cannot be written to the disk.
+pub fn sync_folder(path: &Path) -> Result<(), NetError> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
+    let synced = fs::File::open(folder).and_then(|folder| folder.sync_all());
+    synced.map_err(|e| NetError::file(folder, e))
 }
 
 fn write_new(path: &Path, bytes: &[u8]) -> Result<(), NetError> {

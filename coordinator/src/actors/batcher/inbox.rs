@@ -135,12 +135,22 @@ impl Handler<SubmitScore> for Batcher {
 /// Stop a request.
 #[derive(Debug, Message)]
 #[rtype(result = "Result<(), Status>")]
-pub struct Cancel(pub RequestId);
+pub struct Cancel {
+    /// Which.
+    pub request_id: RequestId,
+    /// Who asks.
+    pub caller: Caller,
+}
 
 impl Handler<Cancel> for Batcher {
     type Result = Result<(), Status>;
 
-    fn handle(&mut self, Cancel(id): Cancel, _: &mut Context<Self>) -> Self::Result {
+    fn handle(&mut self, m: Cancel, _: &mut Context<Self>) -> Self::Result {
+        let id = m.request_id;
+        let ours = |client: u64| m.caller.admin || client == m.caller.client;
+        self.head_of_known(id)
+            .filter(|head| ours(head.client))
+            .ok_or_else(|| unknown_request(id))?;
         let sequence = self.by_id.get(&id).copied();
         let mut request = sequence.and_then(|s| self.end(s)).ok_or_else(|| {
             Status::new(ErrorCode::NotFound, format!("no request {id} is running or waiting"))

@@ -23,7 +23,7 @@ mod tokenize;
 mod types;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Shutdown, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -39,7 +39,6 @@ use actix_web::{App, HttpRequest, HttpServer, ResponseError, guard as route, web
 use millrace_net::seats::Seats;
 use millrace_net::tls::{self, WebCerts};
 use millrace_shared::error::Status;
-#[cfg(target_os = "linux")]
 use socket2::SockRef;
 
 use self::error::ApiError;
@@ -246,7 +245,12 @@ fn serve(
                 data.insert(LocalAddr(local));
             }
             if let Ok(peer) = tcp.peer_addr() {
-                data.insert(Place(seats.take(peer.ip())));
+                let place = seats.take(peer.ip());
+                if place.is_none() {
+                    // At once: a connection that never asks would keep its place among all.
+                    let _ = SockRef::from(tcp).shutdown(Shutdown::Both);
+                }
+                data.insert(Place(place));
             }
         });
     let server = match &config.tls {

@@ -38,8 +38,8 @@ pub(crate) async fn cancel(
     request: HttpRequest,
     id: web::Path<String>,
 ) -> Result<HttpResponse, ApiError> {
-    let client = caller(&request)?.client;
-    state.service.cancel(request_named(client, &id)).await?;
+    let caller = caller(&request)?;
+    state.service.cancel(request_named(caller.client, &id), caller).await?;
     Ok(HttpResponse::NoContent().finish())
 }
 

@@ -165,8 +165,9 @@ impl JoinDesk {
         if now > validity.until.saturating_add(GRACE) {
             return Err(refused("the certificate ended more than 30 days ago".to_owned()));
         }
-        self.begin_good()?;
-        let at = UnixTime::since_unix_epoch(Duration::from_secs(now.min(validity.until)));
+        // One that begins in the future was made while our clock was ahead.
+        let at = now.max(validity.from).min(validity.until);
+        let at = UnixTime::since_unix_epoch(Duration::from_secs(at));
         tls::check_member(self.ca.ca_der(), certificate, at)
             .map_err(|e| refused(format!("not a certificate of this cluster ({e})")))?;
         let Ok(PeerName::Node(node)) = PeerName::of_certificate(certificate) else {
@@ -179,6 +180,7 @@ impl JoinDesk {
         if !key.is_of(certificate) {
             return Err(refused("the certificate is for another key".to_owned()));
         }
+        self.begin_good()?;
         Ok((key, node))
     }
 
@@ -239,6 +241,17 @@ mod tests {
             let status = desk.answer(&good, host, NOW).unwrap_err();
             assert_eq!(status.code, ErrorCode::ResourceExhausted, "{status}");
         }
+        // Nor is anything spent on certificates that anybody can make.
+        let foreign = ClusterCa::create().unwrap().issue_node(NodeId(uuid::Uuid::now_v7())).unwrap();
+        let proof = JoinProof::Renewal(foreign.cert_der);
+        let renewal = JoinRequest { proof, ..good.clone() };
+        for host in 5..9 {
+            let host = IpAddr::from([10, 0, 0, host]);
+            for _ in 0..32 {
+                let status = desk.answer(&renewal, host, NOW).unwrap_err();
+                assert_eq!(status.code, ErrorCode::PermissionDenied, "{status}");
+            }
+        }
         let other = IpAddr::from([10, 0, 1, 1]);
         assert!(desk.answer(&good, other, NOW).is_ok());
     }
@@ -258,6 +271,7 @@ mod tests {
         let node = desk.ca.issue_node_for(id, validity).unwrap();
         assert_eq!(node.validity().unwrap(), validity);
         assert!(validity.is_due(now) && !validity.is_due(now - 31 * day));
+        assert!(validity.is_due(now - 91 * day), "made by a clock that was ahead");
         let key = NodeKey::of_identity(&node).unwrap();
         let of = |certificate: &[u8], key: &NodeKey| JoinRequest {
             wire_version: WIRE_VERSION,
@@ -265,7 +279,7 @@ mod tests {
             csr_der: key.csr_der().to_vec(),
         };
         let good = of(&node.cert_der, &key);
-        for at in [now - 40 * day, now, now + 29 * day] {
+        for at in [now - 400 * day, now - 40 * day, now, now + 29 * day] {
             let JoinResponse::Accepted { node_id, certificate_der, .. } =
                 desk.answer(&good, host, at).unwrap()
             else {
@@ -282,7 +296,6 @@ mod tests {
         let posed = of(&desk.ca.issue_coordinator().unwrap().cert_der, &key);
         for (request, at, message) in [
             (&good, now + 31 * day, "30 days ago"),
-            (&good, now - 100 * day, "not a certificate of this cluster"),
             (&strange, now, "not a certificate of this cluster"),
             (&stolen, now, "another key"),
         ] {
