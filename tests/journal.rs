@@ -297,7 +297,7 @@ fn once_more_over_http(coordinator: &Coordinator, truth: &Heard) {
     let path = "/v1/completions";
     let again = http::begin_post_with(coordinator.http(), path, key, headers, &completion(true));
     let id = again.header("x-millrace-request-id").unwrap().to_owned();
-    assert!(again.whole().text().contains("id: 0:160\n"));
+    assert!(again.whole().text().contains("id: 0:161\n"));
     let other =
         json!({ "model": "model", "prompt": "Something else", "max_tokens": 1 }).to_string();
     let refused =

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use millrace_coordinator::cli::{LimitArgs, deployment};
-use millrace_coordinator::security::Security;
 use millrace_coordinator::journal::JournalConfig;
+use millrace_coordinator::security::Security;
 use millrace_coordinator::{Config as CoordinatorConfig, Running as Coordinator, start};
 use millrace_net::awake;
 use millrace_net::client::ClientConfig;

@@ -3,12 +3,12 @@
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 
 use millrace_cli::embedded::EmbeddedOptions;
-use millrace_coordinator::security::Security;
 use millrace_coordinator::cli::served_name;
 use millrace_coordinator::config::DEFAULT_MAX_NUM_SEQS;
 use millrace_coordinator::journal::JournalConfig;
 use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::plan::DEFAULT_KV_TOKENS;
+use millrace_coordinator::security::Security;
 use millrace_shared::model::ModelFiles;
 use millrace_shared::options::EngineOptions;
 use millrace_shared::wire::rpc::{ClusterStatus, StageStatus};

@@ -3,8 +3,8 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -227,11 +227,7 @@ pub trait Service: Send + Sync + 'static {
     fn models(&self) -> Vec<ModelCard>;
 
     /// Stops a request of this caller. Fails with `NotFound` where there is none that is.
-    fn cancel(
-        &self,
-        request_id: RequestId,
-        caller: Caller,
-    ) -> BoxFuture<'_, Result<(), Status>>;
+    fn cancel(&self, request_id: RequestId, caller: Caller) -> BoxFuture<'_, Result<(), Status>>;
 
     /// The state of the cluster.
     fn status(&self) -> BoxFuture<'_, ClusterStatus>;
@@ -350,11 +346,7 @@ impl<S: Service> Service for Counted<S> {
         self.inner.models()
     }
 
-    fn cancel(
-        &self,
-        request_id: RequestId,
-        caller: Caller,
-    ) -> BoxFuture<'_, Result<(), Status>> {
+    fn cancel(&self, request_id: RequestId, caller: Caller) -> BoxFuture<'_, Result<(), Status>> {
         self.inner.cancel(request_id, caller)
     }
 

@@ -9,8 +9,8 @@ use futures::future::BoxFuture;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::codec;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
+use millrace_shared::wire::codec;
 use millrace_shared::wire::rpc::{
     AttachRequest, ClusterStatus, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
 };
@@ -249,12 +249,9 @@ impl Service for Serving {
         vec![self.prompts.card.clone()]
     }
 
-    fn cancel(
-        &self,
-        request_id: RequestId,
-        caller: Caller,
-    ) -> BoxFuture<'_, Result<(), Status>> {
-        async move { self.batcher.send(Cancel { request_id, caller }).await.map_err(crossed)? }.boxed()
+    fn cancel(&self, request_id: RequestId, caller: Caller) -> BoxFuture<'_, Result<(), Status>> {
+        async move { self.batcher.send(Cancel { request_id, caller }).await.map_err(crossed)? }
+            .boxed()
     }
 
     fn status(&self) -> BoxFuture<'_, ClusterStatus> {

@@ -16,7 +16,7 @@ use millrace_node::cli::{Cli, Command};
 use millrace_node::probe::probe;
 use millrace_node::{Config, enrol, start};
 
-/// Longest hand-over before the end: below the 90 s that systemd waits.
+/// Longest hand-over before the end: below what the service unit in deploy/systemd waits.
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 
 fn main() {

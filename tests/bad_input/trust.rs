@@ -174,17 +174,12 @@ fn keys_from_afar() {
         let refused = http::post(addr, "/v1/completions", &reader.api_key, body);
         assert_eq!(refused.status, 403, "{}", refused.text());
 
-        // Guessing: after some wrong keys even a right one that was never seen has to wait.
-        let mut unseen = Vec::new();
-        for _ in 0..5 {
-            unseen.push(with_key(cluster, Scope::Read, KeyLimits::default()).await.1.api_key);
-        }
+        // Guessing: after some wrong keys the next wrong ones have to wait; who has a key never does.
+        let unseen = with_key(cluster, Scope::Read, KeyLimits::default()).await.1.api_key;
         let get = |key: &str| http::get_with(addr, "/v1/models", key).status;
         let statuses: Vec<u16> = (0..40).map(|i| get(&format!("mlr-{i}"))).collect();
         assert!(statuses.contains(&401) && statuses.contains(&429), "{statuses:?}");
-        // A guess is due every two seconds; what comes right behind one has to wait.
-        let waits = |key: &String| get("mlr-x") == 429 && get(key) == 429;
-        assert!(unseen.iter().any(waits), "a right key is told no sooner than a wrong one");
+        assert_eq!(get(&unseen), 200);
         assert_eq!(get(&reader.api_key), 200);
         cluster.is_unharmed("keys").await;
     });

@@ -14,6 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use millrace_net::client::ClientConfig;
+use millrace_shared::error::Status;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::rpc::Prompt;
 use nix::sys::signal::Signal;
@@ -285,6 +286,8 @@ struct Seen {
     stop: AtomicBool,
 }
 
+/// No request takes so long, whatever is done to the cluster: more than the recovery time of two faults.
+const LONGEST: Duration = Duration::from_secs(300);
 /// Shorter ones are the model's own pace.
 const NOTED: Duration = Duration::from_millis(50);
 
@@ -328,9 +331,10 @@ fn read(
                     last = Instant::now();
                     seen.tokens.fetch_add(1, Ordering::Relaxed);
                 }
-                Ok::<_, millrace_shared::error::Status>(answer)
+                Ok::<_, Status>(answer)
             };
-            match answer.await {
+            let timely = tokio::time::timeout(LONGEST, answer).await;
+            match timely.unwrap_or_else(|_| Err(Status::internal("it never ended"))) {
                 Ok(answer) if answer == truth[which] => {
                     seen.requests.fetch_add(1, Ordering::Relaxed);
                 }

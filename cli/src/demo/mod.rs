@@ -75,16 +75,25 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
         }
         result
     };
-    // Dropping the work ends every process of it.
+    // Dropping the work ends every process of it. Signals first: they are heard from then on.
     tokio::select! {
-        result = work => result,
+        biased;
         () = millrace_net::signals::terminated() => Err(Interrupted.into()),
+        result = work => result,
     }
 }
 
 async fn start(args: &DemoArgs) -> anyhow::Result<Processes> {
     let model = input::model_as(&args.model, args.model_options)?;
     let mut cluster = Processes::start(&model, STAGES)?;
+    let started = populate(args, &mut cluster).await;
+    if started.is_err() {
+        output::remark(&cluster.logs());
+    }
+    started.map(|()| cluster)
+}
+
+async fn populate(args: &DemoArgs, cluster: &mut Processes) -> anyhow::Result<()> {
     output::remark("a coordinator and three nodes, each a process of its own, on this machine");
     for index in 0..STAGES {
         cluster.add_node(&format!("node-{}", index + 1))?;
@@ -95,7 +104,7 @@ async fn start(args: &DemoArgs) -> anyhow::Result<Processes> {
         cluster.add_node("stand-by")?;
         cluster.wait_measured(STAGES + 1).await?;
     }
-    Ok(cluster)
+    Ok(())
 }
 
 /// What a run gave.

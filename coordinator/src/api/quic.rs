@@ -14,9 +14,9 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use millrace_net::rpc_server::{BodyPermit, IncomingCall, ReplySender, accept_call};
 use millrace_net::{Connection, IncomingStream, NetError, timing};
 use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::RequestId;
 use millrace_shared::scheduler::Priority;
 use millrace_shared::wire::MAX_REPLY_BYTES;
-use millrace_shared::id::RequestId;
 use millrace_shared::wire::rpc::{
     GenerateEvent, META_KEEP_ALIVE, META_PRIORITY, META_REQUEST_ID, Method, Reply,
 };

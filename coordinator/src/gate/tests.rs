@@ -181,22 +181,22 @@ async fn requests_and_tokens_a_minute() {
     let (_, key) = f.key(Scope::Generate, limits);
     let holder = f.gate.holder(Some(&key)).unwrap();
     for _ in 0..3 {
-        drop(holder.admit(false, later(1)).unwrap());
+        drop(holder.admit(later(1)).unwrap());
     }
-    let over = holder.admit(false, later(1)).unwrap_err();
+    let over = holder.admit(later(1)).unwrap_err();
     assert_eq!((over.code, over.retry_after_ms), (ErrorCode::ResourceExhausted, Some(20_000)));
-    assert!(holder.admit(false, later(22)).is_ok());
+    assert!(holder.admit(later(22)).is_ok());
 
     let limits = KeyLimits { tokens_per_minute: Some(4), ..KeyLimits::default() };
     let (_, key) = f.key(Scope::Generate, limits);
     let holder = f.gate.holder(Some(&key)).unwrap();
-    holder.admit(false, later(1)).unwrap().charge(3, later(1));
+    holder.admit(later(1)).unwrap().charge(3, later(1));
     // The second one owes.
-    holder.admit(false, later(1)).unwrap().charge(3, later(1));
-    let over = holder.admit(false, later(1)).unwrap_err();
+    holder.admit(later(1)).unwrap().charge(3, later(1));
+    let over = holder.admit(later(1)).unwrap_err();
     assert!(over.message.contains("4 tokens a minute"), "{over}");
     assert_eq!(over.retry_after_ms, Some(45_000), "two owed, and one to begin with");
-    assert!(holder.admit(false, later(60)).is_ok());
+    assert!(holder.admit(later(60)).is_ok());
 }
 
 /// What streams count: the prompt, and each token of the answer.

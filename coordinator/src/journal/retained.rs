@@ -56,8 +56,23 @@ impl Retained {
         if self.promised.saturating_add(most) > self.max_bytes {
             return None;
         }
+        Some(self.promise(most))
+    }
+
+    /// Promises room to a request that runs already, whatever there is; returns whom that cost.
+    pub fn promise(&mut self, most: u64) -> Vec<RequestId> {
         self.promised += most;
-        Some(self.shrink())
+        self.shrink()
+    }
+
+    /// Forgets an ended request of which `what` is true; whether it did.
+    pub fn forget_if(&mut self, id: RequestId, what: impl Fn(&Entry) -> bool) -> bool {
+        let Some(ended) = self.entries.get(&id).filter(|e| what(e)).and_then(Entry::ended_ms)
+        else {
+            return false;
+        };
+        self.drop_entry(ended, id);
+        true
     }
 
     /// A request that was admitted with `most` bytes takes none any more.

@@ -231,11 +231,7 @@ impl Service for Fake {
         }]
     }
 
-    fn cancel(
-        &self,
-        request_id: RequestId,
-        _: Caller,
-    ) -> BoxFuture<'_, Result<(), Status>> {
+    fn cancel(&self, request_id: RequestId, _: Caller) -> BoxFuture<'_, Result<(), Status>> {
         self.cancelled.lock().unwrap().push(request_id);
         async { Ok(()) }.boxed()
     }

@@ -45,7 +45,8 @@ pub fn profile(
     threads: usize,
     load: &mut LoadStage<'_>,
 ) -> Result<StageProfile, LoadError> {
-    let one: u64 = layer_entries(&spec.config, spec.layer_type, 0).iter().map(|t| t.bytes).sum();
+    let one: u64 =
+        layer_entries(&spec.config, spec.layer_type.read_as(), 0).iter().map(|t| t.bytes).sum();
     let layers = (LAYER_BYTES / one.max(1)).clamp(1, 8) as u32;
     let mut config = ModelConfig { layers, rope_factors: false, ..spec.config.clone() };
     // What takes no time, and needs tensors or an order of its own.
@@ -53,14 +54,14 @@ pub fn profile(
     config.features.transposed = false;
     let mut entries: Vec<TensorEntry> = Vec::new();
     for layer in 0..layers {
-        entries.extend(layer_entries(&config, spec.layer_type, layer));
+        entries.extend(layer_entries(&config, spec.layer_type.read_as(), layer));
     }
     let width = u64::from(config.hidden);
     for name in ["output_norm.weight", "output_norm.bias"] {
         entries.push(entry(name.to_owned(), TensorType::F32, &[width]));
     }
     let head_dims = [width, u64::from(config.vocab)];
-    entries.push(entry(head_name(&config).to_owned(), spec.head_type, &head_dims));
+    entries.push(entry(head_name(&config).to_owned(), spec.head_type.read_as(), &head_dims));
     let sources: Vec<Source> = entries.into_iter().map(Source::Synthetic).collect();
     let isa = Isa::detect().map_err(LoadError::Settings)?;
     let mut rig = |layers: u32, head: bool| {

@@ -112,7 +112,8 @@ impl Validity {
     /// Whether it should be renewed by `now`: two thirds are over, or it was made by a clock that was
     /// ahead and has not begun.
     pub fn is_due(self, now: u64) -> bool {
-        now < self.from || now >= self.until.saturating_sub(self.until.saturating_sub(self.from) / 3)
+        now < self.from
+            || now >= self.until.saturating_sub(self.until.saturating_sub(self.from) / 3)
     }
 }
 

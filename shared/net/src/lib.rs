@@ -20,8 +20,8 @@
 //! for it; every wait for a peer has a deadline or is a wait for work.
 #![forbid(unsafe_code)]
 
-pub mod budget;
 pub mod awake;
+pub mod budget;
 pub mod burst;
 pub mod certs;
 pub mod client;

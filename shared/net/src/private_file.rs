@@ -40,7 +40,8 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<(), NetError> {
 /// # Errors
 /// If the folder cannot be written to the disk.
 pub fn sync_folder(path: &Path) -> Result<(), NetError> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
+    let folder =
+        path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     let synced = fs::File::open(folder).and_then(|folder| folder.sync_all());
     synced.map_err(|e| NetError::file(folder, e))
 }

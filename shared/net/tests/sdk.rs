@@ -141,7 +141,9 @@ async fn unary_calls() {
                     continue;
                 }
                 Method::Admin(AdminRequest::Nodes) => Reply::Admin(AdminReply::Nodes(Vec::new())),
-                Method::Admin(_) | Method::Generate(_) | Method::Attach(_) => panic!("not asked for"),
+                Method::Admin(_) | Method::Generate(_) | Method::Attach(_) => {
+                    panic!("not asked for")
+                }
             };
             replies.reply(&reply).await.unwrap();
             replies.done().await.unwrap();

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!  step fails on A ──▶ A in quarantine, its sequences are tried elsewhere
-//!      ├─ a step of the sequence succeeds  ──▶ A is sick: stays in quarantine for SICK
-//!      ├─ it fails on B, another node      ──▶ the request fails, A is free again
-//!      └─ it ends otherwise (cancelled)    ──▶ nothing is known, A is free again
+//!      ├─ they all fare well, or end       ──▶ A is sick: stays in quarantine for SICK
+//!      ├─ one fails on B, another node     ──▶ that request fails, A is free again
+//!      └─ all of them end (cancelled)      ──▶ nothing is known, A is free again
 //!  no other node                           ──▶ the request fails at once, A stays in use
 //! ```
 //!
@@ -30,10 +30,16 @@ pub enum Verdict {
 /// Why a node is not used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Suspicion {
-    /// Until it is known how these fare elsewhere.
-    Of(BTreeSet<SequenceId>),
+    /// Until it is known how these fare elsewhere; whether one of them has fared well.
+    Of(BTreeSet<SequenceId>, bool),
     /// They fared well.
     Sick { until: Duration },
+}
+
+impl Suspicion {
+    fn is_of(&self, id: SequenceId) -> bool {
+        matches!(self, Self::Of(ids, _) if ids.contains(&id))
+    }
 }
 
 /// See the module's documentation.
@@ -51,24 +57,21 @@ impl Quarantine {
         sequences: &[SequenceId],
         others: bool,
     ) -> Vec<(SequenceId, Verdict)> {
-        let elsewhere = |q: &Self, id: &SequenceId| {
-            let of = |s: &Suspicion| matches!(s, Suspicion::Of(ids) if ids.contains(id));
-            q.nodes.iter().any(|(n, s)| *n != node && of(s))
-        };
+        let elsewhere =
+            |q: &Self, id: &SequenceId| q.nodes.iter().any(|(n, s)| *n != node && s.is_of(*id));
         let guilty: Vec<SequenceId> =
             sequences.iter().copied().filter(|id| elsewhere(self, id)).collect();
         // Where one of them has failed before, the others only kept it company.
         let suspects = guilty.is_empty() && others;
         if suspects && !sequences.is_empty() {
             let ids = sequences.iter().copied().collect();
-            match self.nodes.entry(node).or_insert_with(|| Suspicion::Of(BTreeSet::new())) {
-                Suspicion::Of(known) => known.extend(&ids),
-                sick => *sick = Suspicion::Of(ids),
+            match self.nodes.entry(node).or_insert_with(|| Suspicion::Of(BTreeSet::new(), false)) {
+                Suspicion::Of(known, _) => known.extend(&ids),
+                sick => *sick = Suspicion::Of(ids, false),
             }
         }
-        for id in &guilty {
-            self.handle_ended(*id);
-        }
+        // It was the request: nodes that failed with it are as good as any.
+        self.nodes.retain(|_, s| !guilty.iter().any(|id| s.is_of(*id)));
         let verdict = |id: &SequenceId| match guilty.contains(id) || (guilty.is_empty() && !others)
         {
             true => (*id, Verdict::Fails),
@@ -77,23 +80,30 @@ impl Quarantine {
         sequences.iter().map(verdict).collect()
     }
 
-    /// A sequence has one more token: the step that failed elsewhere has succeeded.
+    /// A sequence has one more token: it fares well elsewhere. The node is sick only when that, or
+    /// nothing more, is to be known of all that were in the step: one of them may be poisonous yet.
     pub fn handle_token(&mut self, id: SequenceId, now: Duration) {
-        for suspicion in self.nodes.values_mut() {
-            if matches!(suspicion, Suspicion::Of(ids) if ids.contains(&id)) {
-                *suspicion = Suspicion::Sick { until: now + SICK };
-            }
-        }
+        self.acquit(id, true, now);
     }
 
     /// A sequence has ended, however.
-    pub fn handle_ended(&mut self, id: SequenceId) {
-        self.nodes.retain(|_, suspicion| match suspicion {
-            Suspicion::Of(ids) => {
-                ids.remove(&id);
-                !ids.is_empty()
+    pub fn handle_ended(&mut self, id: SequenceId, now: Duration) {
+        self.acquit(id, false, now);
+    }
+
+    fn acquit(&mut self, id: SequenceId, fares_well: bool, now: Duration) {
+        self.nodes.retain(|_, suspicion| {
+            let Suspicion::Of(ids, well) = suspicion else { return true };
+            if !ids.remove(&id) {
+                return true;
             }
-            Suspicion::Sick { .. } => true,
+            *well |= fares_well;
+            let known = ids.is_empty();
+            if known && *well {
+                *suspicion = Suspicion::Sick { until: now + SICK };
+                return true;
+            }
+            !known
         });
     }
 
@@ -106,7 +116,7 @@ impl Quarantine {
     pub fn holds(&self, node: NodeId, now: Duration) -> bool {
         match self.nodes.get(&node) {
             None => false,
-            Some(Suspicion::Of(_)) => true,
+            Some(Suspicion::Of(..)) => true,
             Some(Suspicion::Sick { until }) => now < *until,
         }
     }
@@ -131,9 +141,16 @@ mod tests {
         assert!(q.holds(node(1), NOW) && !q.holds(node(2), NOW));
         // They do well elsewhere: it is the node.
         q.handle_token(B, NOW);
-        q.handle_ended(A);
-        q.handle_ended(B);
+        q.handle_ended(A, NOW);
+        q.handle_ended(B, NOW);
         assert!(q.holds(node(1), NOW + SICK / 2) && !q.holds(node(1), NOW + SICK));
+        // One that does well acquits nobody but itself: another one may be poisonous.
+        let mut q = Quarantine::default();
+        q.handle_failed(node(1), &[A, B], true);
+        q.handle_token(B, NOW);
+        let verdicts = q.handle_failed(node(2), &[A, B], true);
+        assert_eq!(verdicts, [(A, Verdict::Fails), (B, Verdict::Elsewhere)]);
+        assert!(!q.holds(node(1), NOW) && !q.holds(node(2), NOW));
         // Failing twice, it is the request; who kept it company is tried again.
         let mut q = Quarantine::default();
         q.handle_failed(node(1), &[A], true);
@@ -157,9 +174,9 @@ mod tests {
     fn what_ends_before_it_is_known_frees_the_node() {
         let mut q = Quarantine::default();
         q.handle_failed(node(1), &[A, B], true);
-        q.handle_ended(A);
+        q.handle_ended(A, NOW);
         assert!(q.holds(node(1), NOW));
-        q.handle_ended(B);
+        q.handle_ended(B, NOW);
         assert!(!q.holds(node(1), NOW));
         q.handle_failed(node(1), &[A], true);
         q.handle_lost(node(1));
@@ -195,7 +212,7 @@ mod tests {
                         }
                     }
                     1 => {
-                        q.handle_ended(id);
+                        q.handle_ended(id, NOW);
                         open.remove(&id);
                     }
                     _ => {
@@ -205,7 +222,7 @@ mod tests {
                     }
                 }
             }
-            open.into_iter().for_each(|id| q.handle_ended(id));
+            open.into_iter().for_each(|id| q.handle_ended(id, NOW));
             assert!((0..4).all(|n| !q.holds(node(n), NOW + SICK)), "seed {seed}");
         }
     }

@@ -52,7 +52,11 @@ impl Handler<StepVerdict> for Batcher {
         let now = !m.elsewhere || self.active.as_ref().is_some_and(|a| a.epoch != m.epoch);
         for known in m.again {
             if self.doubts.held.remove(&known).is_none() {
-                continue; // It ended while it was held.
+                // It ended while it was held.
+                if let Some(cluster) = &self.cluster {
+                    let _ = cluster.try_send(Fared { sequence: known, ended: true });
+                }
+                continue;
             }
             let id = if now { self.rename(known) } else { known };
             self.doubts.watched.insert(id, known);

@@ -11,9 +11,21 @@ use millrace_shared::scheduler::{Kind, NewSequence, Rejected, Scheduler};
 
 use super::inbox::Submit;
 use super::{Batcher, RETRY_QUEUE_MS};
-use crate::journal::{Entry, Head, JournalMode, Record, unix_ms};
+use crate::journal::{End, Entry, Head, JournalMode, Record, unix_ms};
 use crate::request::{Generation, Request, Work, play_again};
 use crate::service::EventStream;
+
+/// Whether a request ended for reasons that were not its own: sent again, it is computed again.
+fn is_worth_another_try(entry: &Entry) -> bool {
+    use ErrorCode as E;
+    let again = |status: &Status| {
+        matches!(
+            status.code,
+            E::Unavailable | E::ResourceExhausted | E::DeadlineExceeded | E::Cancelled
+        )
+    };
+    entry.ends.iter().flatten().any(|(_, end)| matches!(end, End::Failed(s) if again(s)))
+}
 
 impl Batcher {
     /// What the journal keeps of a request that comes now.
@@ -56,6 +68,10 @@ impl Batcher {
         let id = m.caller.request_id?;
         let head = self.head_of_known(id)?;
         if head.client == m.caller.client && head.digest == m.digest {
+            if self.retained.forget_if(id, is_worth_another_try) {
+                self.erase(vec![id]);
+                return None;
+            }
             return Some(self.attach(id, 0));
         }
         Some(Err(Status::invalid(
@@ -170,7 +186,10 @@ impl Batcher {
             deadline: head.deadline_ms.map(left),
         };
         // What a running request may come to was promised in its first life.
-        let _ = self.retained.admit(head.most_bytes());
+        if self.journal.config().mode != JournalMode::Off {
+            let erased = self.retained.promise(head.most_bytes());
+            self.erase(erased);
+        }
         if ended.is_some() {
             return self.put_away(request);
         }
@@ -206,7 +225,8 @@ impl Batcher {
 
     /// Refuses what comes once requests were left to the next life.
     pub(super) fn refuse_while_leaving(&self) -> Result<(), Status> {
-        let stops = || Status::unavailable("the coordinator stops: try again when it is back", 1000);
+        let stops =
+            || Status::unavailable("the coordinator stops: try again when it is back", 1000);
         if self.leaving { Err(stops()) } else { Ok(()) }
     }
 

@@ -9,8 +9,8 @@ use std::time::Duration;
 use millrace_shared::id::{Epoch, NodeId};
 use millrace_shared::wire::control::{CoordinatorMessage, Peer, StageProfile, WayMeasured};
 
-use super::ways::Way;
 use super::Cluster;
+use super::ways::Way;
 use crate::plan::{Plan, PlanNode, pins, plan};
 
 /// Among so many nodes every way is tried before the first plan.

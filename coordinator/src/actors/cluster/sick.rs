@@ -53,7 +53,9 @@ impl Handler<StepFailed> for Cluster {
             return;
         };
         let name = self.name_of(node);
-        let others = self.offer(format!("a step failed on {name}"), Some(node), 0).is_ok();
+        // Of several micro-batches that fail, the first has stopped the pipeline already.
+        let others = self.sick.quarantine.holds(node, now)
+            || self.offer(format!("a step failed on {name}"), Some(node), 0).is_ok();
         let verdicts = self.sick.quarantine.handle_failed(node, &m.sequences, others);
         let of = |wanted| {
             let these = verdicts.iter().filter(move |(_, v)| *v == wanted);
@@ -67,7 +69,9 @@ impl Handler<StepFailed> for Cluster {
         }
         if held {
             tracing::warn!(%node, name, "in quarantine: a step failed on it");
-            self.sick.nodes.push(node);
+            if !self.sick.nodes.contains(&node) {
+                self.sick.nodes.push(node);
+            }
             if let Some(pipeline) = &mut self.pipeline {
                 pipeline.handle_cordon(node, true, now);
                 pipeline.handle_restart(&format!("a step failed on {name}"), now);
@@ -95,7 +99,7 @@ impl Handler<Fared> for Cluster {
         let now = self.now();
         let quarantine = &mut self.sick.quarantine;
         match m.ended {
-            true => quarantine.handle_ended(m.sequence),
+            true => quarantine.handle_ended(m.sequence, now),
             false => quarantine.handle_token(m.sequence, now),
         }
         self.check_sick(now);

@@ -80,7 +80,8 @@ pub(crate) fn request_named(client: u64, name: &str) -> RequestId {
     if let Ok(id) = name.parse() {
         return id;
     }
-    let hash = blake3::Hasher::new().update(&client.to_le_bytes()).update(name.as_bytes()).finalize();
+    let hash =
+        blake3::Hasher::new().update(&client.to_le_bytes()).update(name.as_bytes()).finalize();
     let bytes = hash.as_bytes().first_chunk::<16>().copied().unwrap_or_default();
     RequestId(uuid::Builder::from_custom_bytes(bytes).into_uuid())
 }

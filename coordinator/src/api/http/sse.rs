@@ -101,7 +101,11 @@ impl State {
             }
             GenerateEvent::Finished { reason, text, usage, .. } => {
                 self.open(&mut out);
-                push_event_at(&mut out, self.next, &self.answer.piece(text, None, Some(reason)));
+                // Past the last token: it may hold text, which nobody wants twice.
+                if self.from <= self.next {
+                    let piece = self.answer.piece(text, None, Some(reason));
+                    push_event_at(&mut out, self.next + 1, &piece);
+                }
                 if let Some(chunk) = self.answer.usage(usage) {
                     push_event(&mut out, &chunk);
                 }

@@ -242,7 +242,8 @@ mod tests {
             assert_eq!(status.code, ErrorCode::ResourceExhausted, "{status}");
         }
         // Nor is anything spent on certificates that anybody can make.
-        let foreign = ClusterCa::create().unwrap().issue_node(NodeId(uuid::Uuid::now_v7())).unwrap();
+        let foreign =
+            ClusterCa::create().unwrap().issue_node(NodeId(uuid::Uuid::now_v7())).unwrap();
         let proof = JoinProof::Renewal(foreign.cert_der);
         let renewal = JoinRequest { proof, ..good.clone() };
         for host in 5..9 {
