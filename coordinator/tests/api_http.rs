@@ -257,7 +257,7 @@ fn long_bodies_are_refused() {
 #[test]
 fn paths_and_methods() {
     let s = server(hello());
-    for path in ["/", "/v2/models", "/v1/nothing", "/v1"] {
+    for path in ["/nothing", "/v2/models", "/v1/nothing", "/v1"] {
         let answer = get(s.addr, path);
         let message = expect_error(&answer, 404, "not_found_error", json!(null), "unknown_url");
         assert!(message.contains(path), "{message}");
@@ -275,6 +275,26 @@ fn paths_and_methods() {
     let answer = exchange(s.addr, preflight.as_bytes());
     assert!(answer.status >= 400);
     assert!(!answer.headers.keys().any(|k| k.starts_with("access-control")), "{answer:?}");
+}
+
+#[test]
+fn the_dashboard_loads_nothing_from_elsewhere() {
+    let s = server(hello());
+    for (path, kind) in [
+        ("/", "text/html; charset=utf-8"),
+        ("/dashboard/style.css", "text/css; charset=utf-8"),
+        ("/dashboard/app.js", "text/javascript; charset=utf-8"),
+    ] {
+        let answer = get(s.addr, path);
+        assert_eq!((answer.status, answer.headers["content-type"].as_str()), (200, kind));
+        let policy = &answer.headers["content-security-policy"];
+        assert!(policy.starts_with("default-src 'none'; script-src 'self'"), "{policy}");
+        assert!(!answer.body.contains("https://"), "{path} works in a closed network");
+    }
+    assert_eq!(get(s.addr, "/v1/cluster").json()["ready"], json!(true));
+    let timeline = get(s.addr, "/v1/cluster/timeline?after=0").json();
+    assert_eq!((&timeline["last"], &timeline["passages"]), (&json!(0), &json!([])));
+    assert_eq!(get(s.addr, "/v1/cluster/timeline?after=x").status, 400);
 }
 
 #[test]

@@ -6,11 +6,12 @@
 //! in a closed network, and nothing that a model says can become code.
 
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
-use actix_web::{HttpResponse, web};
+use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
 use serde_json::json;
 
 use super::AppState;
+use super::error::ApiError;
 
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; \
                       connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -54,10 +55,15 @@ pub(crate) struct After {
 }
 
 /// `GET /v1/cluster/timeline?after=N`: micro-batches that came back since.
+///
+/// # Errors
+/// If `after` is no number.
 pub(crate) async fn timeline(
     state: web::Data<AppState>,
-    web::Query(After { after }): web::Query<After>,
-) -> HttpResponse {
+    request: HttpRequest,
+) -> Result<HttpResponse, ApiError> {
+    let query = web::Query::<After>::from_query(request.query_string());
+    let after = query.map_err(|_| ApiError::invalid("after", "must be a whole number"))?.after;
     let (now, last, passages) = state.metrics.timeline().after(after);
-    HttpResponse::Ok().json(json!({"now": now, "last": last, "passages": passages}))
+    Ok(HttpResponse::Ok().json(json!({"now": now, "last": last, "passages": passages})))
 }
