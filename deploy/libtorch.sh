@@ -64,7 +64,7 @@ if ! flock -n 9; then
     say "waiting for another libtorch.sh in $FOLDER"
     flock 9
     exec 9>&-
-    exec "$0" "$FOLDER"
+    exec "$0" ${WHEELS:+--wheels "$WHEELS"} "$FOLDER"
 fi
 
 # Never over what is somebody else's.

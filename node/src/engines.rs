@@ -92,8 +92,8 @@ fn torch(options: TorchOptions) -> anyhow::Result<Chosen> {
 #[cfg(not(feature = "torch"))]
 fn torch(_: TorchOptions) -> anyhow::Result<Chosen> {
     Err(anyhow!(
-        "this program was built without the torch engine. With it: eval \"$(deploy/libtorch.sh)\" \
-         && cargo build --release --features torch (here: --engine cpu)"
+        "this program was built without the torch engine. With it: env=$(deploy/libtorch.sh) && \
+         eval \"$env\" && cargo build --release --features torch (here: --engine cpu)"
     ))
 }
 

@@ -5,7 +5,7 @@
 //! refuses what is left as stale.
 //!
 //! Frames run in issue order. At the last stage a frame whose sequences were not announced yet
-//! waits for their `SequenceOpen`, which comes on another stream, for at most [`OPEN_WAIT`]; every
+//! waits for their `SequenceOpen`, which comes on another stream, for at most `OPEN_WAIT`; every
 //! later frame waits behind it. Then it runs as it is: the engine fails those rows alone.
 
 use std::collections::{HashSet, VecDeque};

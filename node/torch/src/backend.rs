@@ -30,6 +30,8 @@ pub struct TorchBackend {
     pub(crate) place: Place,
     pub(crate) threads: usize,
     pub(crate) failure: Option<String>,
+    /// Whether the rows that went no further were finite: on the device, read once a step.
+    pub(crate) finite: Option<Tensor>,
     pub(crate) step: Step,
     pub(crate) weight_bytes: u64,
     pub(crate) kv_bytes: u64,
@@ -68,6 +70,7 @@ impl TorchBackend {
             place,
             threads,
             failure: None,
+            finite: None,
             step: Step::default(),
             weight_bytes: 0,
             kv_bytes: 0,
@@ -85,12 +88,21 @@ impl TorchBackend {
     pub fn begin_step(&mut self) {
         self.step.clear();
         self.failure = None;
+        self.finite = None;
         self.looked = 0;
     }
 
     /// What failed in the step, if anything did.
     pub fn end_step(&mut self) -> Option<String> {
         self.step.clear();
+        if let Some(finite) = self.finite.take() {
+            self.attempt(|s| {
+                if finite.f_int64_value(&[])? == 0 {
+                    s.failure = Some("the last layer met a value that is not finite".to_owned());
+                }
+                Ok(())
+            });
+        }
         self.failure.take()
     }
 

@@ -1,5 +1,7 @@
 //! [`TorchEngine`]: the engine seam over the decoder and [`TorchBackend`].
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use millrace_engine::model::weights::Sources;
@@ -10,7 +12,7 @@ use millrace_engine::{
     TensorSource,
 };
 use millrace_shared::model::{StageTensors, TensorEntry, stage_tensors};
-use millrace_shared::options::TorchOptions;
+use millrace_shared::options::{Device, TorchOptions};
 use millrace_shared::wire::control::{EngineSettings, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::StepMeta;
 
@@ -40,6 +42,7 @@ struct Stage {
     model: Decoder<TorchBackend>,
     tables: BlockTables,
     batch: Batch,
+    threads: u32,
 }
 
 impl TorchEngine {
@@ -79,7 +82,8 @@ impl TorchEngine {
         let (weight_bytes, kv_bytes) = backend.bytes();
         let tables = BlockTables::new(&spec.settings);
         let batch = Batch::new(&spec.settings);
-        self.stage = Some(Stage { backend, model, tables, batch });
+        let threads = spec.threads.clamp(1, 1024) as u32;
+        self.stage = Some(Stage { backend, model, tables, batch, threads });
         let seconds = started.elapsed().as_secs_f64();
         let packing =
             PackingReport { packed_bytes: weight_bytes, seconds, ..PackingReport::default() };
@@ -93,6 +97,12 @@ impl TorchEngine {
         spec: &StageSpec,
         sources: &[Source],
     ) -> Result<(), LoadError> {
+        // What an earlier stage of this process has given up, libtorch keeps for the next one, and the
+        // GPU calls it taken.
+        static LOADED: AtomicBool = AtomicBool::new(false);
+        if place.device.is_cuda() && LOADED.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
         let Some(memory) = place.memory() else { return Ok(()) };
         let fraction = self.options.memory_fraction;
         let weights = weight_bytes(place, spec, sources);
@@ -112,11 +122,7 @@ impl TorchEngine {
                 memory.free,
                 memory.total,
                 self.options.dtype().as_str(),
-                if device == millrace_shared::options::Device::Cpu {
-                    ""
-                } else {
-                    "; nvidia-smi shows what holds the rest"
-                }
+                if device == Device::Cpu { "" } else { "; nvidia-smi shows what holds the rest" }
             ),
         })
     }
@@ -160,9 +166,13 @@ impl Engine for TorchEngine {
         input: StageInput<'_>,
         output: StageOutput<'_>,
     ) -> Result<(), StepError> {
-        let Some(Stage { backend, model, tables, batch }) = &mut self.stage else {
+        let Some(Stage { backend, model, tables, batch, threads }) = &mut self.stage else {
             return Err(StepError::Invalid("no stage is loaded".to_owned()));
         };
+        // The stages of one process take turns on its processors, as those of the other engine do.
+        static TURN: Mutex<()> = Mutex::new(());
+        let processors = self.options.device == Device::Cpu;
+        let _turn = processors.then(|| TURN.lock().unwrap_or_else(PoisonError::into_inner));
         let started = Instant::now();
         tables.apply(meta);
         batch.fill(meta, tables)?;
@@ -172,7 +182,7 @@ impl Engine for TorchEngine {
         backend.begin_step();
         let result = model.step(backend, meta, batch, tables, input, output);
         let failure = backend.end_step();
-        self.busy += started.elapsed();
+        self.busy += started.elapsed() * *threads;
         match failure {
             Some(failure) => Err(StepError::Engine(failure)),
             None => result,

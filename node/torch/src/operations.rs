@@ -333,6 +333,12 @@ impl Backend for TorchBackend {
 
     fn gather_rows(&mut self, rows: &[usize], x: &mut Activations) {
         self.attempt(|s| {
+            // Rows that go no further are looked at here, and only here: their keys and values stay.
+            let finite = x.data.f_isfinite()?.f_all()?;
+            s.finite = Some(match s.finite.take() {
+                Some(before) => before.f_logical_and(&finite)?,
+                None => finite,
+            });
             x.data = x.data.f_index_select(0, &indices(rows, s.place.device)?)?;
             Ok(())
         });

@@ -209,10 +209,21 @@ fn sequences_of_a_batch_do_not_see_each_other() {
         let folder = case.folder(TensorType::F32, 1);
         let files = ModelFiles::open(folder.path()).unwrap();
         let prompt = case.tokens("prompt");
-        let alone = run(pipeline(&files, &[files.config.layers], TorchDtype::F32), &prompt, 64);
-        let alone = as_floats(&alone);
+        // Each says something else, so that nobody's keys pass for another's.
+        let said: Vec<Vec<u32>> = (0..6)
+            .map(|i| {
+                let mut said = prompt.clone();
+                said.rotate_left(i);
+                said
+            })
+            .collect();
+        let alone = |said: &Vec<u32>| {
+            let alone = pipeline(&files, &[files.config.layers], TorchDtype::F32);
+            as_floats(&run(alone, said, 64))
+        };
+        let alone: Vec<_> = said.iter().map(alone).collect();
         let mut pipeline = together(&files);
-        // Beginnings of the prompt of these lengths, blocks dealt out in turns and backwards.
+        // Beginnings of these lengths, blocks dealt out in turns and backwards.
         let lens = [1, 30, 2, 17, 1, 36];
         let table = |(i, _): (usize, &usize)| TableUpdate {
             sequence: SequenceId(i as u64),
@@ -232,14 +243,14 @@ fn sequences_of_a_batch_do_not_see_each_other() {
                 .collect();
             let rows = (0..6).map(|i| row(i as u64, done[i], counts[i], Want::Score { top_k: 1 }));
             let tokens: Vec<u32> =
-                (0..6).flat_map(|i| prompt[done[i]..done[i] + counts[i]].to_vec()).collect();
+                (0..6).flat_map(|i| said[i][done[i]..done[i] + counts[i]].to_vec()).collect();
             let meta = StepMeta {
                 rows: rows.collect(),
                 tables: std::mem::take(&mut tables),
                 ..StepMeta::default()
             };
             for (i, position, logits) in pipeline.step(&meta, &tokens).unwrap() {
-                let deviation = worst(&[logits], &[alone[position as usize].clone()]);
+                let deviation = worst(&[logits], &[alone[i as usize][position as usize].clone()]);
                 assert!(deviation < 1e-4, "{} {i} at {position}: {deviation}", case.name);
             }
             (0..6).for_each(|i| done[i] += counts[i]);
