@@ -2,7 +2,7 @@
 //! still ask for after their request ended.
 //!
 //! `--journal disk` writes requests, tokens and ends into [`store::FILE`] before any client sees
-//! them (see [`writer`] for how, and for what happens when the disk is full); `memory` keeps ended
+//! them (see `writer` for how, and for what happens when the disk is full); `memory` keeps ended
 //! requests for `--retain`, but nothing outlives the process; `off` keeps nothing beyond the end of
 //! a request. The owner is the batcher, which holds the truth of everything that runs; the file is a
 //! copy of it. It holds prompts and answers: mode 0600, bounded, ended requests erased in time.

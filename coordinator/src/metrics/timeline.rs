@@ -1,6 +1,6 @@
 //! The last micro-batches and where each spent its time, for whoever draws the pipeline.
 //!
-//! A ring: the newest [`LENGTH`] passages, a few minutes of a slow model or some seconds of a fast
+//! A ring: the newest `LENGTH` passages, a few minutes of a slow model or some seconds of a fast
 //! one. Numbered in the order of return, over all epochs, so that a reader asks for what is new.
 
 use std::collections::VecDeque;

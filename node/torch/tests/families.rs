@@ -250,7 +250,7 @@ fn sequences_of_a_batch_do_not_see_each_other() {
                 ..StepMeta::default()
             };
             for (i, position, logits) in pipeline.step(&meta, &tokens).unwrap() {
-                let deviation = worst(&[logits], &[alone[i as usize][position as usize].clone()]);
+                let deviation = worst(&[logits], &[alone[i][position as usize].clone()]);
                 assert!(deviation < 1e-4, "{} {i} at {position}: {deviation}", case.name);
             }
             (0..6).for_each(|i| done[i] += counts[i]);
