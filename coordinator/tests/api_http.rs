@@ -448,7 +448,7 @@ fn requests_are_attached_to() {
     let answer = send("idempotency-key: mine\r\nx-millrace-keep-alive: 60\r\n");
     let id = answer.headers["x-millrace-request-id"].clone();
     let ids: Vec<_> = answer.body.lines().filter_map(|l| l.strip_prefix("id: ")).collect();
-    assert_eq!(ids, ["0:1", "0:3", "0:3"], "each chunk with text, and the one that ends it");
+    assert_eq!(ids, ["0:1", "0:3", "0:4"], "each chunk with text, and the one that ends it");
     let caller = s.fake.last().1;
     assert_eq!(
         (caller.request_id.unwrap().to_string(), caller.keep),
@@ -492,6 +492,9 @@ fn requests_are_attached_to() {
     let rest = attach("mine", "last-event-id: 0:1\r\n");
     assert_eq!(content(&rest), " world");
     assert!(rest.chunks()[0]["choices"][0]["delta"]["role"].is_null(), "no second opening");
+    let nothing = attach("mine", "last-event-id: 0:4\r\n");
+    assert_eq!(content(&nothing), "", "the end was heard");
+    assert!(nothing.body.contains("\"usage\"") && nothing.body.contains("[DONE]"));
     assert_eq!(attach("mine", "last-event-id: 12\r\n").status, 400);
     assert_eq!(attach("nobody's", "").status, 404);
     let cancel = post(s.addr, "/v1/requests/mine/cancel", &json!({}));
