@@ -3,7 +3,10 @@
 //! longer, `MILLRACE_FUZZ_SEED` another one.
 #![allow(clippy::unwrap_used)]
 
-use harness::fuzz::{Http, Run, targets};
+use harness::fuzz::{Counting, Http, Run, targets};
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).ok().map_or(default, |v| v.parse().unwrap())

@@ -1,11 +1,14 @@
 //! The long run of damaged inputs: `cargo bench --bench fuzz -- --seconds 3600 --seed 1`.
 //!
-//! Every target gets its share of the time; an input that breaks one is printed and ends the run.
+//! Every target, or the one that `--only NAME` names, gets its share of the time; an input that breaks one is printed and ends the run.
 #![allow(clippy::print_stdout)]
 
 use std::time::{Duration, Instant};
 
-use harness::fuzz::{Http, Run, targets};
+use harness::fuzz::{Counting, Http, Run, targets};
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 /// Inputs between looks at the clock.
 const ROUND: u64 = 50;
@@ -20,6 +23,10 @@ fn main() {
     let (seconds, seed) = (number("--seconds", 60), number("--seed", 1));
     let mut all = targets();
     all.push(Http::start().target);
+    if let Some(at) = words.iter().position(|w| w == "--only") {
+        all.retain(|target| words.get(at + 1).is_some_and(|name| name == target.name));
+        assert!(!all.is_empty(), "--only names no target");
+    }
     let share = Duration::from_secs(seconds) / all.len() as u32;
     println!("{:<20} {:>12} {:>12}", "target", "inputs", "accepted");
     let mut sum = 0;

@@ -6,8 +6,8 @@
 //! the protocol that was agreed on and, where certificates were shown, the peer's name.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::congestion::CubicConfig;
@@ -18,9 +18,9 @@ use rustls::pki_types::CertificateDer;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::time::Instant;
 
-use crate::budget::{Bucket, Budgets, Rate};
+use crate::admission::{self, Admission, Verdict};
 use crate::error::{describe, within};
-use crate::seats::{self, Seat, Seats};
+use crate::seats::Seat;
 use crate::tls::{Alpn, ClientTls, ServerTls};
 use crate::{NetError, PeerName, resets, timing};
 
@@ -43,18 +43,6 @@ const UNPROVEN_WINDOW: u32 = 128 << 10;
 const PUBLIC_STREAMS: u32 = 256;
 /// Streams a member may have open: control, edges and a bounded number of blob requests.
 const MEMBER_STREAMS: u32 = 64;
-/// Connections an endpoint holds at once; more are refused.
-const MAX_CONNECTIONS: usize = 1024;
-/// Connections from which on a newcomer has to show that its address is its own (QUIC Retry: one
-/// more round trip) before any work is done for it.
-const RETRY_ABOVE: usize = 64;
-/// Connections of one host at the public endpoint; more are refused.
-const MAX_PER_HOST: usize = 64;
-/// Handshakes of one host at the public endpoint, at once and a second after that. Each costs a
-/// signature; loopback is not counted.
-const HANDSHAKES_OF_HOST: Rate = Rate { burst: 64.0, per_second: 16.0 };
-/// Those of all hosts at the public endpoint, this one included: about a fifth of a core.
-const HANDSHAKES: Rate = Rate { burst: 512.0, per_second: 256.0 };
 /// Handshakes that wait to be accepted; more are refused.
 const MAX_WAITING: usize = 128;
 
@@ -64,37 +52,7 @@ pub struct Endpoint {
     inner: quinn::Endpoint,
     window: u32,
     server: Option<ServerTls>,
-    /// Counted at the public endpoint only.
-    seats: Seats,
-    pace: Arc<Mutex<Pace>>,
-}
-
-/// How many handshakes may begin.
-#[derive(Debug)]
-struct Pace {
-    hosts: Budgets,
-    all: Bucket,
-}
-
-impl Pace {
-    fn new() -> Self {
-        let all = Bucket::full(HANDSHAKES, Instant::now());
-        Self { hosts: Budgets::new(HANDSHAKES_OF_HOST), all }
-    }
-
-    /// One more from this host.
-    fn admits(&mut self, ip: IpAddr) -> bool {
-        let now = Instant::now();
-        let counted = seats::host(ip).is_some();
-        (!counted || self.hosts.take_of(ip, now)) && self.all.take(HANDSHAKES, now)
-    }
-
-    /// Whether hosts come faster than they may, so that each has to show that it is one.
-    fn is_tight(&self, ip: IpAddr) -> bool {
-        let now = Instant::now();
-        self.all.level(HANDSHAKES, now) < HANDSHAKES.burst / 2.0
-            || self.hosts.level_of(ip, now) < HANDSHAKES_OF_HOST.burst / 2.0
-    }
+    admission: Arc<Admission>,
 }
 
 impl Endpoint {
@@ -135,11 +93,14 @@ impl Endpoint {
         })?;
         let server_config =
             server.as_ref().map(|tls| server_config(tls, transport(tls.public, false, window)));
-        let pace = Arc::new(Mutex::new(Pace::new()));
+        let limits = match &server {
+            Some(tls) if tls.public => admission::PUBLIC,
+            _ => admission::MEMBERS,
+        };
         let runtime = Arc::new(quinn::TokioRuntime);
         let inner =
             quinn::Endpoint::new(config, server_config, socket, runtime).map_err(bind_error)?;
-        Ok(Self { inner, window, server, seats: Seats::new(MAX_PER_HOST), pace })
+        Ok(Self { inner, window, server, admission: Arc::new(Admission::new(limits)) })
     }
 
     /// Binds `addr`, or the first free one of the `tries - 1` ports after it.
@@ -240,28 +201,21 @@ impl Endpoint {
                 inner.refuse();
                 continue;
             };
+            let peer = inner.remote_address();
+            let proven = inner.remote_address_validated() || !inner.may_retry();
             let open = self.inner.open_connections();
-            let ip = inner.remote_address().ip();
-            // Whoever only pretends to be at this address must not use up its owner's places.
-            let pace = || self.pace.lock().unwrap_or_else(PoisonError::into_inner);
-            let suspect = open >= RETRY_ABOVE
-                || self.seats.taken(ip) >= MAX_PER_HOST / 2
-                || (tls.public && pace().is_tight(ip));
-            if suspect && !inner.remote_address_validated() && inner.may_retry() {
-                // It cannot fail where `may_retry` holds.
-                let _ = inner.retry();
-                continue;
-            }
-            if tls.public && !pace().admits(ip) {
-                tracing::debug!(peer = %inner.remote_address(), "too many handshakes, one refused");
-                inner.refuse();
-                continue;
-            }
-            let seat = if tls.public { self.seats.take(ip).map(Some) } else { Some(None) };
-            let Some(seat) = seat.filter(|_| open < MAX_CONNECTIONS) else {
-                tracing::warn!(peer = %inner.remote_address(), "too many connections, one refused");
-                inner.refuse();
-                continue;
+            let seat = match self.admission.judge(peer.ip(), open, proven, Instant::now()) {
+                Verdict::Welcome(seat) => seat,
+                Verdict::Retry => {
+                    // It cannot fail where `may_retry` holds.
+                    let _ = inner.retry();
+                    continue;
+                }
+                Verdict::Refuse(why) => {
+                    tracing::debug!(%peer, "{why}, one refused");
+                    inner.refuse();
+                    continue;
+                }
             };
             return Some(Incoming { inner, tls, window: self.window, seat });
         }
@@ -283,7 +237,7 @@ pub struct Incoming {
     inner: quinn::Incoming,
     tls: ServerTls,
     window: u32,
-    seat: Option<Seat>,
+    seat: Seat,
 }
 
 impl std::fmt::Debug for Incoming {
@@ -324,7 +278,7 @@ impl Incoming {
             Ok(Ok(inner)) => inner,
         };
         let mut connection = Connection::new(inner).map_err(|e| failed(e.to_string()))?;
-        connection.seat = self.seat.map(Arc::new);
+        connection.seat = Some(Arc::new(self.seat));
         if connection.alpn == Alpn::Cluster && connection.peer.is_none() {
             connection.close("a cluster certificate is required");
             return Err(failed("it showed no certificate".into()));

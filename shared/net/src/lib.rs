@@ -20,6 +20,7 @@
 //! for it; every wait for a peer has a deadline or is a wait for work.
 #![forbid(unsafe_code)]
 
+mod admission;
 pub mod awake;
 pub mod budget;
 pub mod burst;

@@ -1,4 +1,4 @@
-//! How many connections each address has at a public endpoint.
+//! How many connections each address has at an endpoint.
 //!
 //! One host must not take all of the endpoint's places. A host is an IPv4 address or an IPv6 /64,
 //! which is the least that one subscriber gets. Loopback is not counted: those are the operator's

@@ -2,16 +2,20 @@
 //! that were damaged by a seeded mutator.
 //!
 //! A target is a function that must not panic, hang or take much memory, whatever the bytes are, and
-//! a corpus of sound inputs from which the damage begins. Inputs that a target accepts are kept and
-//! damaged further, so that long runs go deeper. The test runs a bounded number of inputs; the long
+//! a corpus of sound inputs from which the damage begins: single bytes and numbers, pieces doubled,
+//! moved or taken from another input, words that the reader knows. What covers the rest (checksums,
+//! lengths in front) is mended after most of the damage, for else nothing deeper would be reached.
+//! Inputs that a target accepts are kept and damaged further, so that long runs go deeper. The test runs a bounded number of inputs; the long
 //! run is `cargo bench --bench fuzz -- --seconds 3600`.
 
 mod corpus;
+mod memory;
 mod scheduler;
 mod targets;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+pub use memory::Counting;
 pub use targets::{Http, targets};
 
 use crate::chaos::Dice;
@@ -27,6 +31,13 @@ pub struct Target {
     pub corpus: Vec<Vec<u8>>,
     /// Reads; whether the bytes were accepted.
     pub read: Read,
+    /// What its texts are made of.
+    pub words: &'static [&'static str],
+    /// Makes what covers the rest right again.
+    pub mend: Option<fn(&mut Vec<u8>)>,
+    /// Most bytes of memory that reading may take: so many, and so many for each of the input's.
+    /// Judged where [`Counting`] is the allocator.
+    pub memory: (usize, usize),
 }
 
 impl std::fmt::Debug for Target {
@@ -87,11 +98,17 @@ impl<'a> Run<'a> {
     }
 
     fn read(&mut self, bytes: &[u8]) -> bool {
-        let read = catch_unwind(AssertUnwindSafe(|| (self.target.read)(bytes)));
-        let Ok(accepted) = read else {
+        let read = || catch_unwind(AssertUnwindSafe(|| (self.target.read)(bytes)));
+        let (read, peak) = memory::peak_of(read);
+        let broken = |how: String| -> ! {
             let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
-            panic!("{} breaks on {} bytes: {hex}", self.target.name, bytes.len());
+            panic!("{} {how} {} bytes: {hex}", self.target.name, bytes.len());
         };
+        let Ok(accepted) = read else { broken("breaks on".into()) };
+        let (some, each) = self.target.memory;
+        if peak > some + each * bytes.len() {
+            broken(format!("takes {peak} bytes of memory for"));
+        }
         self.counts.inputs += 1;
         self.counts.accepted += u64::from(accepted);
         accepted
@@ -109,6 +126,9 @@ impl<'a> Run<'a> {
             self.damage(&mut bytes);
         }
         bytes.truncate(LONGEST);
+        if let Some(mend) = self.target.mend.filter(|_| self.dice.below(4) > 0) {
+            mend(&mut bytes);
+        }
         bytes
     }
 
@@ -116,9 +136,10 @@ impl<'a> Run<'a> {
         /// What lengths and counts are broken with.
         const NUMBERS: [u64; 10] =
             [0, 1, 0x7f, 0x80, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, 1 << 40, u64::MAX];
+        let words = self.target.words;
         let dice = &mut self.dice;
         let at = dice.below(bytes.len());
-        match dice.below(8) {
+        match dice.below(if words.is_empty() { 9 } else { 15 }) {
             0 if !bytes.is_empty() => bytes[at] ^= 1 << dice.below(8),
             1 if !bytes.is_empty() => bytes[at] = dice.below(256) as u8,
             2 => bytes.truncate(at),
@@ -140,12 +161,24 @@ impl<'a> Run<'a> {
                 let to = dice.below(bytes.len() + 1);
                 bytes.splice(to..to, piece);
             }
-            _ => {
+            7 => {
+                // A number a little larger or smaller.
+                if let Some(byte) = bytes.get_mut(at) {
+                    *byte = byte.wrapping_add(dice.below(9) as u8).wrapping_sub(4);
+                }
+            }
+            8 => {
                 // The beginning of one, the end of another.
                 let other = self.some().to_vec();
                 let from = self.dice.below(other.len() + 1);
                 bytes.truncate(at);
                 bytes.extend_from_slice(&other[from..]);
+            }
+            _ => {
+                // A word, put in or in the place of a little.
+                let end = (at + dice.below(2) * dice.below(24)).min(bytes.len());
+                let word = words.get(dice.below(words.len())).copied().unwrap_or_default();
+                bytes.splice(at.min(end)..end, word.bytes());
             }
         }
     }

@@ -1,10 +1,13 @@
 //! What is fed.
 
+use std::path::Path;
+
 use millrace_coordinator::text::ChatTemplate;
+use millrace_shared::model::ModelFiles;
 use millrace_shared::model::gguf::Gguf;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
-use millrace_shared::wire::control::{CoordinatorMessage, NodeMessage};
-use millrace_shared::wire::data::{OpenMeta, ResultMeta, StepMeta};
+use millrace_shared::wire::control::{BlobRequest, CoordinatorMessage, NodeMessage};
+use millrace_shared::wire::data::{FrameHeader, HEADER_BYTES, OpenMeta, ResultMeta, StepMeta};
 use millrace_shared::wire::frame::{Frame, FrameBuffer, FrameMeta};
 use millrace_shared::wire::join::{JoinRequest, JoinResponse};
 use millrace_shared::wire::rpc::{CallHeader, Method, Reply};
@@ -20,7 +23,9 @@ fn target(
     corpus: Vec<Vec<u8>>,
     read: impl Fn(&[u8]) -> bool + 'static,
 ) -> Target {
-    Target { name, corpus, read: Box::new(read) }
+    // A list is given at most a mebibyte before its entries are there.
+    let memory = (4 << 20, 64);
+    Target { name, corpus, read: Box::new(read), words: &[], mend: None, memory }
 }
 
 /// A message of the control and client planes; what decodes must encode again.
@@ -51,20 +56,75 @@ fn step_meta(bytes: &[u8]) -> bool {
 
 fn gguf(bytes: &[u8]) -> bool {
     let Ok(file) = Gguf::read(bytes, bytes.len() as u64) else { return false };
+    for t in &file.tensors {
+        assert!(t.offset >= file.data_offset && t.offset + t.bytes <= file.file_len);
+    }
     let _ = file.config();
+    let files = ModelFiles::of_gguf(file, Path::new("damaged.gguf"));
+    let _ = files.map(|files| files.check_supported_types());
+    true
+}
+
+/// The tokenizer and the template of a file.
+fn text_model(bytes: &[u8]) -> bool {
+    let Ok(file) = Gguf::read(bytes, bytes.len() as u64) else { return false };
     let _ = millrace_coordinator::text::TextModel::from_gguf(&file);
     true
 }
 
+/// In memory where there is such a place: on a disk, writing a file anew waits for the disk.
+fn folder() -> tempfile::TempDir {
+    let memory = tempfile::tempdir_in("/dev/shm");
+    memory.or_else(|_| tempfile::tempdir()).expect("a folder")
+}
+
 /// A folder's weights file, in a folder of its own.
 fn safetensors() -> impl Fn(&[u8]) -> bool {
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder();
     let config = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_size":32,"intermediate_size":64,"num_hidden_layers":1,"num_attention_heads":2,"num_key_value_heads":2,"vocab_size":64,"max_position_embeddings":128,"rms_norm_eps":1e-5,"rope_theta":10000.0,"torch_dtype":"float32"}"#;
     std::fs::write(folder.path().join("config.json"), config).expect("written");
     move |bytes| {
         std::fs::write(folder.path().join("model.safetensors"), bytes).expect("written");
         // It lacks what a model needs; that is said after the header was read.
-        let _ = millrace_shared::model::ModelFiles::open(folder.path());
+        let _ = ModelFiles::open(folder.path());
+        true
+    }
+}
+
+/// The length of a safetensors file's header, and as much data as it may announce.
+fn mend_safetensors(bytes: &mut Vec<u8>) {
+    let header = bytes.get(8..).unwrap_or_default();
+    let end = header.iter().rposition(|&b| b == b'}').map_or(0, |at| at + 1);
+    let text = String::from_utf8_lossy(&header[..end]).into_owned();
+    *bytes = corpus::safetensors_file(&text, 6276);
+}
+
+/// The checksum of a frame, and its lengths where they say less than is there.
+fn mend_frame(bytes: &mut [u8]) {
+    let Some(head) = bytes.first_chunk::<HEADER_BYTES>() else { return };
+    let Ok(mut header) = FrameHeader::decode(head) else { return };
+    header.crc = header.checksum(&bytes[HEADER_BYTES..]);
+    bytes[..HEADER_BYTES].copy_from_slice(&header.encode());
+}
+
+/// A frame and its metadata, as whoever gets it reads it.
+fn frame(bytes: &[u8]) -> bool {
+    let Ok(frame) = Frame::parse(aligned(bytes)) else { return false };
+    let _ = frame.payload_f32().map(|floats| floats.iter().sum::<f32>());
+    let _ = frame.payload_u32().map(<[u32]>::len);
+    let _ = frame.meta::<ResultMeta>();
+    let _ = frame.meta::<OpenMeta>();
+    frame.meta::<StepMeta>().is_ok_and(|meta| meta.validate(4096).is_ok())
+}
+
+/// A folder's `config.json`.
+fn config() -> impl Fn(&[u8]) -> bool {
+    let folder = folder();
+    let weights = corpus::safetensors().swap_remove(1);
+    std::fs::write(folder.path().join("model.safetensors"), weights).expect("written");
+    move |bytes| {
+        std::fs::write(folder.path().join("config.json"), bytes).expect("written");
+        let _ = ModelFiles::open(folder.path());
         true
     }
 }
@@ -75,39 +135,71 @@ fn template(bytes: &[u8]) -> bool {
     template.render(&corpus::chat(), true).is_ok()
 }
 
-/// All of them but those that need a cluster.
-pub fn targets() -> Vec<Target> {
+/// What model files hold.
+fn files() -> Vec<Target> {
+    let gguf_memory = (64 << 10, 64);
     vec![
-        target("gguf", corpus::gguf(), gguf),
-        target("safetensors", corpus::safetensors(), safetensors()),
-        target("node message", corpus::node_messages(), message::<NodeMessage>),
-        target(
-            "coordinator message",
-            corpus::coordinator_messages(),
-            message::<CoordinatorMessage>,
-        ),
-        target("method", corpus::methods(), message::<Method>),
-        target("call header", Vec::from([vec![]]), |bytes| {
-            let _ = message::<CallHeader>(bytes);
-            true
-        }),
-        target("reply", corpus::replies(), message::<Reply>),
-        target("plane", corpus::planes(), message::<Plane>),
-        target("admin", Vec::from([vec![0], vec![1, 1, 97]]), |bytes| {
-            let _ = message::<AdminRequest>(bytes) || message::<AdminReply>(bytes);
-            true
-        }),
-        target("join", Vec::from([vec![0, 3, 97, 98, 99]]), |bytes| {
-            let _ = message::<JoinRequest>(bytes) || message::<JoinResponse>(bytes);
-            true
-        }),
+        Target {
+            words: corpus::GGUF_WORDS,
+            memory: gguf_memory,
+            ..target("gguf", corpus::gguf(), gguf)
+        },
+        Target {
+            words: corpus::GGUF_WORDS,
+            memory: (4 << 20, 512),
+            ..target("text of gguf", corpus::gguf(), text_model)
+        },
+        Target {
+            words: corpus::JSON_WORDS,
+            mend: Some(mend_safetensors),
+            memory: (256 << 10, 256),
+            ..target("safetensors", corpus::safetensors(), safetensors())
+        },
+        Target {
+            words: corpus::JSON_WORDS,
+            memory: (256 << 10, 256),
+            ..target("config", corpus::configs(), config())
+        },
+        Target {
+            words: corpus::TEMPLATE_WORDS,
+            memory: (64 << 20, 1 << 10),
+            ..target("chat template", corpus::templates(), template)
+        },
+    ]
+}
+
+/// Messages of all planes, and frames.
+fn messages() -> Vec<Target> {
+    use corpus::messages as m;
+    vec![
+        target("node message", m::of_nodes(), message::<NodeMessage>),
+        target("coordinator message", m::of_coordinators(), message::<CoordinatorMessage>),
+        target("method", m::methods(), message::<Method>),
+        target("call header", m::headers(), message::<CallHeader>),
+        target("reply", m::replies(), message::<Reply>),
+        target("plane", m::planes(), message::<Plane>),
+        target("blob request", m::blobs(), message::<BlobRequest>),
+        target("admin", m::admin(), message::<AdminRequest>),
+        target("admin reply", m::admin_replies(), message::<AdminReply>),
+        target("join", m::joins(), message::<JoinRequest>),
+        target("join answer", m::join_answers(), message::<JoinResponse>),
         target("step meta", corpus::step_metas(), step_meta),
         target("result meta", corpus::result_metas(), meta::<ResultMeta>),
         target("open meta", corpus::open_metas(), meta::<OpenMeta>),
-        target("frame", corpus::frames(), |bytes| Frame::parse(aligned(bytes)).is_ok()),
-        target("chat template", corpus::templates(), template),
-        target("scheduler", scheduler::corpus(), scheduler::read),
+        Target {
+            mend: Some(|bytes| mend_frame(bytes)),
+            ..target("frame", corpus::frames(), frame)
+        },
     ]
+}
+
+/// All of them but those that need a cluster.
+pub fn targets() -> Vec<Target> {
+    let scheduler = target("scheduler", scheduler::corpus(), scheduler::read);
+    let mut all = files();
+    all.extend(messages());
+    all.push(Target { memory: (4 << 20, 1 << 10), ..scheduler });
+    all
 }
 
 /// The HTTP API of a cluster of mocks, and the target that asks it.
@@ -132,6 +224,7 @@ impl Http {
             assert!(answer.status < 500, "{}: {}", answer.status, answer.text());
             true
         };
-        Self { target: target("http body", corpus::bodies(), read) }
+        let words = corpus::JSON_WORDS;
+        Self { target: Target { words, ..target("http body", corpus::bodies(), read) } }
     }
 }
