@@ -1,0 +1,428 @@
+//! Carries one step out: from a model to another file.
+//!
+//! Layer by layer: the calibration text goes through a layer of the *source*, then that layer's
+//! matrices are changed, on several threads, and written. Only a layer and the text's hidden states
+//! are in memory. Steps that change shapes are in [`crate::structure`].
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use millrace_engine::quantize::BadWeight;
+use millrace_shared::model::{TensorEntry, TensorType};
+
+use crate::hessian::Moments;
+use crate::lowrank::{Rank, factorise};
+use crate::mixed;
+use crate::prune::{self, Histogram, Pattern};
+use crate::quant::{encode_row, fallback, gptq, integer};
+use crate::report::{StepReport, TensorReport, formats, type_name};
+use crate::source::{is_head, is_layer_matrix, row_bytes};
+use crate::step::{Needs, Per, parse_type};
+use crate::structure;
+use crate::{Calibration, Calibrator, CompressError, Matrix, Sink, Slot, Source, Step, parallel};
+
+/// How steps are carried out.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings<'a> {
+    /// Token ids of the calibration text; may be empty where no step needs it.
+    pub calibration: &'a [u32],
+    /// Type of values that have no format of their own: F16, F32 or Q8_0.
+    pub store: TensorType,
+    /// Threads; they change nothing but the time.
+    pub threads: usize,
+    /// Whether a file at the target may be replaced.
+    pub overwrite: bool,
+}
+
+/// Carries a step out. `progress` gets the bytes of the source's tensors done.
+///
+/// # Errors
+/// If settings cannot be, a file cannot be used, or weights are not finite. The target is then as it
+/// was.
+pub fn apply(
+    source: &Source,
+    target: &Path,
+    step: &Step,
+    settings: &Settings<'_>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<StepReport, CompressError> {
+    step.check()?;
+    if step.needs() > Needs::Nothing && settings.calibration.is_empty() {
+        return Err(CompressError::Settings(format!(
+            "step '{}' looks at what matrices see: give a calibration text",
+            step.describe()
+        )));
+    }
+    if step.is_structural() {
+        return structure::apply(source, target, step, settings, progress);
+    }
+    let types = types(source, step, settings)?;
+    let slots: Vec<Slot> =
+        source.tensors.iter().zip(&types).map(|(t, &dtype)| Slot::of_type(t, dtype)).collect();
+    let sink = Sink::create(source, target, settings.overwrite, &slots, &[])?;
+    let job = Job { source, step, settings, types, global: global_threshold(source, step)? };
+    job.run(sink, progress)
+}
+
+/// The type of each tensor.
+fn types(
+    source: &Source,
+    step: &Step,
+    settings: &Settings<'_>,
+) -> Result<Vec<TensorType>, CompressError> {
+    if let Step::Mixed { bytes } = step {
+        return mixed::choose(source, *bytes, settings);
+    }
+    let mut types = Vec::with_capacity(source.tensors.len());
+    for tensor in &source.tensors {
+        let cols = tensor.dims[0] as usize;
+        let wanted = match step {
+            Step::Quantise { to, .. } if is_layer_matrix(tensor) => Some(parse_type(to)?),
+            Step::Quantise { to, output, .. } if is_head(tensor) => {
+                Some(head_type(parse_type(to)?, output.as_deref())?)
+            }
+            _ if is_layer_matrix(tensor) => Some(stored_as(step, settings)),
+            _ => None,
+        };
+        types.push(match wanted {
+            None => tensor.dtype,
+            Some(wanted) => fallback(wanted, cols).unwrap_or(TensorType::F16),
+        });
+    }
+    Ok(types)
+}
+
+fn head_type(to: TensorType, output: Option<&str>) -> Result<TensorType, CompressError> {
+    match output {
+        Some(name) => parse_type(name),
+        // Fewer bits hurt the choice among tokens.
+        None if to.block_elements() > 1 => Ok(TensorType::Q8_0),
+        None => Ok(to),
+    }
+}
+
+/// Q8_0 holds integers of eight bits with a scale of f16 exactly.
+fn stored_as(step: &Step, settings: &Settings<'_>) -> TensorType {
+    match step {
+        Step::Int8 { affine: false, .. } | Step::Binary {} => TensorType::Q8_0,
+        _ => settings.store,
+    }
+}
+
+fn global_threshold(source: &Source, step: &Step) -> Result<Option<f32>, CompressError> {
+    let Step::Magnitude { sparsity: Some(sparsity), global: true, .. } = step else {
+        return Ok(None);
+    };
+    let mut all = Histogram::default();
+    for tensor in source.layer_matrices() {
+        all.add(&source.floats(tensor)?);
+    }
+    all.threshold(*sparsity).map(Some)
+}
+
+/// What is being done.
+struct Job<'a> {
+    source: &'a Source,
+    step: &'a Step,
+    settings: &'a Settings<'a>,
+    types: Vec<TensorType>,
+    global: Option<f32>,
+}
+
+/// A changed matrix.
+struct Done {
+    bytes: Vec<u8>,
+    report: TensorReport,
+    beyond: u64,
+}
+
+impl Job<'_> {
+    fn run(
+        &self,
+        mut sink: Sink,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<StepReport, CompressError> {
+        let source = self.source;
+        let mut report = StepReport {
+            step: self.step.describe(),
+            bytes_before: source.weight_bytes(),
+            ..StepReport::default()
+        };
+        let (mut done, mut beyond) = (0, 0);
+        let full = self.step.needs() == Needs::Products;
+        let mut calibrator = match self.step.needs() {
+            Needs::Nothing => None,
+            _ => Some(Calibrator::new(
+                source,
+                self.settings.calibration,
+                self.settings.threads,
+                full,
+            )?),
+        };
+        for layer in std::iter::once(None).chain((0..source.config.layers).map(Some)) {
+            let calibration = match (&mut calibrator, layer) {
+                (Some(calibrator), Some(_)) => calibrator.next_layer()?.unwrap_or_default(),
+                _ => Calibration::default(),
+            };
+            let of_layer = |t: &&TensorEntry| Source::layer_of(&t.name) == layer;
+            let indices: Vec<usize> =
+                (0..source.tensors.len()).filter(|&i| of_layer(&&source.tensors[i])).collect();
+            let factors = self.factors(&indices, &calibration)?;
+            let threads = self.settings.threads;
+            let changed = parallel(indices.len(), threads, |i| {
+                self.tensor(indices[i], &calibration, &factors)
+            });
+            for (&index, changed) in indices.iter().zip(changed) {
+                let (bytes, tensor) = match changed? {
+                    Ok(done) => {
+                        beyond += done.beyond;
+                        report.bytes_format += done.report.bytes_format;
+                        report.tensors.push(done.report);
+                        (done.bytes, index)
+                    }
+                    Err(copy) => {
+                        report.bytes_format += copy.len() as u64;
+                        (copy, index)
+                    }
+                };
+                report.bytes_stored += bytes.len() as u64;
+                sink.put(tensor, &bytes)?;
+                done += source.tensors[index].bytes;
+                progress(done);
+            }
+        }
+        sink.finish()?;
+        self.notes(&mut report, beyond);
+        Ok(report)
+    }
+
+    /// The compensation of each matrix's inputs, by the name of the moments' first matrix.
+    fn factors(
+        &self,
+        indices: &[usize],
+        calibration: &Calibration,
+    ) -> Result<HashMap<String, Vec<f32>>, CompressError> {
+        let wanted =
+            matches!(self.step, Step::Quantise { gptq: true, .. } | Step::Sparsegpt { .. });
+        if !wanted {
+            return Ok(HashMap::new());
+        }
+        let names = indices.iter().map(|&i| &self.source.tensors[i]).filter(|t| is_layer_matrix(t));
+        let mut keys: Vec<&str> = names.filter_map(|t| calibration.key(&t.name)).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        let made = parallel(keys.len(), self.settings.threads, |i| {
+            calibration.moments(keys[i]).map(Moments::compensation).transpose()
+        });
+        let mut factors = HashMap::new();
+        for (key, made) in keys.into_iter().zip(made) {
+            factors.extend(made?.map(|made| (key.to_owned(), made)));
+        }
+        Ok(factors)
+    }
+
+    /// A matrix changed, or a tensor's bytes as they are.
+    fn tensor(
+        &self,
+        index: usize,
+        calibration: &Calibration,
+        factors: &HashMap<String, Vec<f32>>,
+    ) -> Result<Result<Done, Vec<u8>>, CompressError> {
+        let (tensor, dtype) = (&self.source.tensors[index], self.types[index]);
+        let head = is_head(tensor) && dtype != tensor.dtype;
+        if !head && !is_layer_matrix(tensor) {
+            return self.source.bytes(tensor).map(Err);
+        }
+        let before = self.source.matrix(tensor)?;
+        let mut after = before.clone();
+        let moments = calibration.moments(&tensor.name);
+        let importance = moments.map(Moments::importance);
+        let factor = calibration.key(&tensor.name).and_then(|key| factors.get(key));
+        let mut bytes_format = 0;
+        let mut beyond = 0;
+        if !head {
+            (bytes_format, beyond) =
+                self.change(&mut after, &tensor.name, importance.as_deref(), moments, factor)?;
+        }
+        let bytes = self.encode(tensor, dtype, &mut after, importance.as_deref(), factor)?;
+        let report = TensorReport {
+            name: tensor.name.clone(),
+            from: type_name(tensor.dtype),
+            to: type_name(dtype),
+            elements: tensor.elements(),
+            bytes_before: tensor.bytes,
+            bytes_stored: bytes.len() as u64,
+            bytes_format: if bytes_format == 0 { bytes.len() as u64 } else { bytes_format },
+            error: before.relative_error(&after),
+            output_error: importance.map(|i| before.weighted_error(&after, &i)),
+            sparsity: 1.0 - after.nonzero() as f64 / (after.data.len().max(1)) as f64,
+        };
+        Ok(Ok(Done { bytes, report, beyond }))
+    }
+
+    /// Changes values; the bytes of the method's own format (0: those of the file), and weights that
+    /// were out of range.
+    fn change(
+        &self,
+        m: &mut Matrix,
+        name: &str,
+        importance: Option<&[f32]>,
+        moments: Option<&Moments>,
+        factor: Option<&Vec<f32>>,
+    ) -> Result<(u64, u64), CompressError> {
+        let (n, rows) = (m.data.len() as u64, m.rows as u64);
+        let unknown = || {
+            CompressError::Settings(format!(
+                "what '{name}' sees is not known: matrices of experts cannot be calibrated"
+            ))
+        };
+        let pattern = match self.step {
+            Step::Quantise { .. } | Step::Mixed { .. } => return Ok((0, 0)),
+            Step::Int8 { per, affine } => {
+                integer::int8(m, *per == Per::Row, *affine);
+                let scales = if *per == Per::Row { rows } else { 1 };
+                return Ok((n + scales * if *affine { 4 } else { 2 }, 0));
+            }
+            Step::FixedPoint { fraction_bits, bits, wrap } => {
+                let beyond = integer::fixed_point(m, *fraction_bits, *bits, *wrap);
+                return Ok(((n * u64::from(*bits)).div_ceil(8) + 1, beyond));
+            }
+            Step::Binary {} => {
+                integer::binary(m);
+                return Ok((n.div_ceil(8) + 2 * rows, 0));
+            }
+            Step::Clip { min, max } => {
+                prune::clip(m, *min, *max);
+                return Ok((0, 0));
+            }
+            Step::LowRank { energy, size, aware } => {
+                let rank = energy.map_or_else(|| Rank::Size(size.unwrap_or(1.0)), Rank::Energy);
+                let moments = if *aware { Some(moments.ok_or_else(unknown)?) } else { None };
+                let factors = factorise(m, rank, moments)?;
+                *m = factors.product();
+                // Where factors are no smaller, the matrix stays whole.
+                return Ok((2 * factors.weights().min(n), 0));
+            }
+            Step::SignedThreshold { theta } => {
+                prune::signed_threshold(m, *theta);
+                Pattern::Tensor
+            }
+            Step::Magnitude { sparsity, threshold, pattern, .. } => {
+                match (self.global.or(*threshold), sparsity) {
+                    (Some(theta), _) => prune::threshold(m, theta),
+                    (None, part) => {
+                        let scores = prune::magnitude(m);
+                        prune::prune(m, &scores, *pattern, part.unwrap_or(0.0));
+                    }
+                }
+                *pattern
+            }
+            Step::Random { sparsity, seed, pattern } => {
+                let scores = prune::random(m, *seed, name);
+                prune::prune(m, &scores, *pattern, *sparsity);
+                *pattern
+            }
+            Step::Wanda { sparsity, pattern } => {
+                let scores = prune::wanda(m, importance.ok_or_else(unknown)?);
+                prune::prune(m, &scores, *pattern, *sparsity);
+                *pattern
+            }
+            Step::Sparsegpt { sparsity, pattern } => {
+                let factor = factor.ok_or_else(unknown)?;
+                let cols = m.cols;
+                let rows = m.data.chunks_exact_mut(cols);
+                rows.for_each(|row| prune::sparsegpt(row, factor, *pattern, *sparsity));
+                *pattern
+            }
+            _ => unreachable!("invariant: structural steps go elsewhere"),
+        };
+        let nonzero = m.nonzero();
+        let bytes = match pattern {
+            Pattern::TwoOfFour => formats::two_of_four(n),
+            Pattern::Block => formats::blocks(n, nonzero),
+            _ => formats::sparse(rows, n, nonzero),
+        };
+        Ok((bytes, 0))
+    }
+
+    /// The bytes of a matrix, which holds afterwards what they say.
+    fn encode(
+        &self,
+        tensor: &TensorEntry,
+        dtype: TensorType,
+        m: &mut Matrix,
+        importance: Option<&[f32]>,
+        factor: Option<&Vec<f32>>,
+    ) -> Result<Vec<u8>, CompressError> {
+        let importance = match self.step {
+            Step::Quantise { importance: true, .. } | Step::Mixed { .. } => importance,
+            _ => None,
+        };
+        let compensate = match self.step {
+            Step::Quantise { gptq: true, .. } if dtype.block_elements() > 1 => factor,
+            _ => None,
+        };
+        encode(&tensor.name, dtype, m, importance, compensate)
+    }
+
+    fn notes(&self, report: &mut StepReport, beyond: u64) {
+        if report.bytes_format != report.bytes_stored {
+            report.notes.push(format!(
+                "GGUF has no such format: the file holds the values as {}, {} bytes; the format \
+                 itself would take {}",
+                report.tensors.first().map_or("floats", |t| t.to.as_str()),
+                report.bytes_stored,
+                report.bytes_format
+            ));
+        }
+        if report.sparsity() > 0.05 && !matches!(self.step, Step::FixedPoint { .. }) {
+            report.notes.push(
+                "zeros are stored and multiplied like any weight: the engine is no faster for them"
+                    .to_owned(),
+            );
+        }
+        if beyond > 0 {
+            report.notes.push(format!("{beyond} weights were beyond the range of the integers"));
+        }
+        let other: Vec<&TensorReport> = report
+            .tensors
+            .iter()
+            .filter(|t| match self.step {
+                Step::Quantise { to, .. } => {
+                    !t.to.eq_ignore_ascii_case(to) && t.name.starts_with("blk.")
+                }
+                _ => false,
+            })
+            .collect();
+        if let Some(first) = other.first() {
+            report.notes.push(format!(
+                "{} matrices are {} instead: their rows do not fill blocks",
+                other.len(),
+                first.to
+            ));
+        }
+    }
+}
+
+/// A matrix as bytes of a type; it holds afterwards what they say.
+pub(crate) fn encode(
+    name: &str,
+    dtype: TensorType,
+    m: &mut Matrix,
+    importance: Option<&[f32]>,
+    compensate: Option<&Vec<f32>>,
+) -> Result<Vec<u8>, CompressError> {
+    let cols = m.cols;
+    let width = row_bytes(dtype, cols, name)?;
+    let mut bytes = vec![0u8; width * m.rows];
+    let rows = m.data.chunks_exact_mut(cols).zip(bytes.chunks_exact_mut(width));
+    for (row, (weights, out)) in rows.enumerate() {
+        let done: Result<(), BadWeight> = match compensate {
+            Some(u) => gptq(dtype, weights, u, out),
+            None => encode_row(dtype, weights, importance, out),
+        };
+        done.map_err(|source| CompressError::Weight { tensor: name.to_owned(), row, source })?;
+        millrace_engine::cpu::dequantise_row(dtype, out, weights);
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,262 @@
+//! Models side by side: size, memory, speed and quality, as a table and as one page with plots.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use millrace_shared::model::Dtype;
+use serde::{Deserialize, Serialize};
+
+use crate::CompressError;
+use crate::judge::{Baseline, Judge, Quality, Speed};
+
+/// A model and what it is worth.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Entry {
+    /// What it is called.
+    pub name: String,
+    /// Bytes of its tensors in the file.
+    pub file_bytes: u64,
+    /// Bytes that its method's own format would take; those of the file where it has none.
+    pub format_bytes: u64,
+    /// Bytes of weights in the engine's memory.
+    pub memory_bytes: u64,
+    /// Likelihood, and distance from the original.
+    pub quality: Quality,
+    /// On this machine.
+    pub speed: Speed,
+    /// Relative error of changed weights, and of their outputs.
+    pub errors: Option<(f64, Option<f64>)>,
+    /// Why it could not be made or judged.
+    pub failed: Option<String>,
+}
+
+/// How models are judged.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    /// Positions of a window.
+    pub window: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Type of K and V.
+    pub kv_dtype: Dtype,
+}
+
+/// Judges a model by a text.
+///
+/// # Errors
+/// If it cannot be loaded or computed.
+pub fn judge(
+    name: &str,
+    path: &Path,
+    tokens: &[u32],
+    baseline: Option<&Baseline>,
+    terms: Terms,
+) -> Result<Entry, CompressError> {
+    let mut judge = Judge::open(path, terms.window, terms.threads, terms.kv_dtype)?;
+    let quality = judge.quality(tokens, baseline, &mut |_| {})?;
+    let speed = judge.speed()?;
+    let (file_bytes, memory_bytes) = (judge.file_bytes, judge.memory_bytes);
+    Ok(Entry {
+        name: name.to_owned(),
+        file_bytes,
+        format_bytes: file_bytes,
+        memory_bytes,
+        quality,
+        speed,
+        ..Entry::default()
+    })
+}
+
+/// Which entries no other beats in both: fewer bytes and less of a loss.
+pub fn front(entries: &[Entry], loss: impl Fn(&Entry) -> Option<f64>) -> Vec<usize> {
+    let point = |e: &Entry| loss(e).map(|l| (e.format_bytes, l));
+    let beats = |a: (u64, f64), b: (u64, f64)| a.0 <= b.0 && a.1 <= b.1 && a != b;
+    (0..entries.len())
+        .filter(|&i| {
+            let Some(own) = point(&entries[i]) else { return false };
+            !entries.iter().filter_map(point).any(|other| beats(other, own))
+        })
+        .collect()
+}
+
+const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1d232b;background:#fff}\
+table{border-collapse:collapse;width:100%;font-size:13px}td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e3e7ec}\
+td:first-child,th:first-child{text-align:left}tr.front td:first-child{font-weight:600;color:#0b6e4f}figure{margin:1.5rem 0}\
+svg{width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:#3a4653}.failed{color:#a4262c}";
+
+/// One page: a table, and plots of quality against size and of speed against size. Needs nothing from
+/// elsewhere.
+pub fn page(title: &str, entries: &[Entry], remarks: &[String]) -> String {
+    let title = escape(title);
+    let mut html = format!(
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>{title}</title>\
+         <style>{STYLE}</style><h1>{title}</h1>"
+    );
+    for remark in remarks {
+        let _ = write!(html, "<p>{}</p>", escape(remark));
+    }
+    let kl = |e: &Entry| e.quality.mean_kl.filter(|_| e.failed.is_none());
+    let nll = |e: &Entry| e.failed.is_none().then_some(e.quality.mean_nll);
+    let decode = |e: &Entry| e.failed.is_none().then_some(e.speed.decode);
+    let on_front = front(entries, nll);
+    html +=
+        &plot("Mean NLL on the text (nats per token, lower is better)", entries, &nll, &on_front);
+    if entries.iter().filter_map(kl).any(|k| k > 0.0) {
+        let on_front = front(entries, kl);
+        html += &plot(
+            "KL divergence from the original (logarithmic, lower is better)",
+            entries,
+            &|e| kl(e).map(|k| k.max(1e-6).log10()),
+            &on_front,
+        );
+    }
+    html +=
+        &plot("Tokens a second, decoding one sequence (higher is better)", entries, &decode, &[]);
+    html += "<table><tr><th>model<th>bytes<th>in the file<th>in memory<th>NLL<th>KL<th>same token<th>prompt tok/s<th>answer tok/s</tr>";
+    for (i, e) in entries.iter().enumerate() {
+        let name = escape(&e.name);
+        if let Some(why) = &e.failed {
+            let _ = write!(
+                html,
+                "<tr><td>{name}<td class=\"failed\" colspan=\"8\">{}</tr>",
+                escape(why)
+            );
+            continue;
+        }
+        let class = if on_front.contains(&i) { " class=\"front\"" } else { "" };
+        let optional = |x: Option<f64>| x.map_or_else(|| "–".to_owned(), |x| format!("{x:.4}"));
+        let _ = write!(
+            html,
+            "<tr{class}><td>{name}<td>{:.1} MB<td>{:.1} MB<td>{:.1} MB<td>{:.4}<td>{}<td>{}<td>{:.0}<td>{:.1}</tr>",
+            e.format_bytes as f64 / 1e6,
+            e.file_bytes as f64 / 1e6,
+            e.memory_bytes as f64 / 1e6,
+            e.quality.mean_nll,
+            optional(e.quality.mean_kl),
+            optional(e.quality.same_top),
+            e.speed.prefill,
+            e.speed.decode
+        );
+    }
+    html + "</table><p>Bold: no other takes fewer bytes and is better by NLL (the Pareto front). \
+            Bytes are those of the method's own format; the file may be larger.</p></html>\n"
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+/// Points over megabytes, the front joined by a line.
+fn plot(
+    title: &str,
+    entries: &[Entry],
+    y: &dyn Fn(&Entry) -> Option<f64>,
+    front: &[usize],
+) -> String {
+    const W: f64 = 1000.0;
+    const H: f64 = 420.0;
+    const LEFT: f64 = 60.0;
+    const BOTTOM: f64 = 40.0;
+    let points: Vec<(usize, f64, f64)> = entries
+        .iter()
+        .enumerate()
+        .filter_map(|(i, e)| y(e).map(|y| (i, e.format_bytes as f64 / 1e6, y)))
+        .filter(|p| p.2.is_finite())
+        .collect();
+    let range = |of: &dyn Fn(&(usize, f64, f64)) -> f64| {
+        let least = points.iter().map(of).fold(f64::INFINITY, f64::min);
+        let most = points.iter().map(of).fold(f64::NEG_INFINITY, f64::max);
+        let pad = ((most - least) * 0.06).max(1e-3);
+        (least - pad, most + pad)
+    };
+    if points.is_empty() {
+        return String::new();
+    }
+    let ((x0, x1), (y0, y1)) = (range(&|p| p.1), range(&|p| p.2));
+    let sx = |x: f64| LEFT + (x - x0) / (x1 - x0) * (W - LEFT - 20.0);
+    let sy = |y: f64| H - BOTTOM - (y - y0) / (y1 - y0) * (H - BOTTOM - 20.0);
+    let mut svg = format!(
+        "<figure><figcaption>{}</figcaption><svg viewBox=\"0 0 {W} {H}\" role=\"img\">",
+        escape(title)
+    );
+    for i in 0..=5 {
+        let (x, v) = (x0 + (x1 - x0) * f64::from(i) / 5.0, y0 + (y1 - y0) * f64::from(i) / 5.0);
+        let _ = write!(
+            svg,
+            "<line x1=\"{LEFT}\" x2=\"{W}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#e3e7ec\"/>\
+             <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{v:.2}</text>\
+             <text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{x:.0} MB</text>",
+            LEFT - 6.0,
+            sy(v) + 4.0,
+            sx(x),
+            H - 14.0,
+            y = sy(v)
+        );
+    }
+    let mut line: Vec<_> = points.iter().filter(|p| front.contains(&p.0)).collect();
+    line.sort_by(|a, b| a.1.total_cmp(&b.1));
+    let line: Vec<String> = line.iter().map(|p| format!("{:.1},{:.1}", sx(p.1), sy(p.2))).collect();
+    let _ = write!(
+        svg,
+        "<polyline points=\"{}\" fill=\"none\" stroke=\"#0b6e4f\" stroke-width=\"1.5\"/>",
+        line.join(" ")
+    );
+    // Names do not lie on one another: a name is left out where another is near.
+    let mut named: Vec<(f64, f64)> = Vec::new();
+    let mut order: Vec<_> = points.iter().collect();
+    order.sort_by_key(|p| !front.contains(&p.0));
+    for (i, x, v) in order {
+        let (x, y, name) = (sx(*x), sy(*v), escape(&entries[*i].name));
+        let colour = if front.contains(i) { "#0b6e4f" } else { "#6b7c8f" };
+        let _ = write!(
+            svg,
+            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"{colour}\"><title>{name}</title></circle>"
+        );
+        if named.iter().all(|n| (n.1 - y).abs() > 12.0 || (n.0 - x).abs() > 170.0) {
+            let (anchor, dx) = if x > W - 180.0 { ("end", -7.0) } else { ("start", 7.0) };
+            let _ = write!(
+                svg,
+                "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"{anchor}\">{name}</text>",
+                x + dx,
+                y + 4.0
+            );
+            named.push((x, y));
+        }
+    }
+    svg + "</svg></figure>"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(name: &str, bytes: u64, nll: f64) -> Entry {
+        let quality = Quality { mean_nll: nll, ..Quality::default() };
+        Entry { name: name.to_owned(), format_bytes: bytes, quality, ..Entry::default() }
+    }
+
+    #[test]
+    fn the_front_is_what_nothing_beats() {
+        let all =
+            [entry("a", 10, 3.0), entry("b", 20, 2.0), entry("c", 20, 2.5), entry("d", 30, 2.0)];
+        assert_eq!(front(&all, |e| Some(e.quality.mean_nll)), [0, 1]);
+        assert!(front(&all, |_| None).is_empty());
+    }
+
+    #[test]
+    fn a_page_names_all_and_trusts_no_name() {
+        let mut broken = entry("<b>", 5, 1.0);
+        broken.failed = Some("no & no".to_owned());
+        let page = page(
+            "T",
+            &[entry("good", 10, 3.0), entry("other", 12, 2.0), broken],
+            &["r".to_owned()],
+        );
+        assert!(
+            page.contains("good") && page.contains("&lt;b&gt;") && page.contains("no &amp; no")
+        );
+        assert!(
+            !page.contains("<b>") && !page.contains("NaN") && page.matches("<svg").count() == 2
+        );
+    }
+}

@@ -1,0 +1,156 @@
+//! What calibration tells about a matrix's inputs, and what error compensation makes of it.
+//!
+//! For inputs `x` the squared error of outputs is `sum_rows d H d^T`, `H = sum x x^T`. When column `j`
+//! of a row errs by `e`, the columns after it make up for most of it: `w_k -= e / U_jj * U_jk`, `U`
+//! being the upper Cholesky factor of `H^-1` (Frantar et al., GPTQ, 2022, algorithm 1).
+
+use faer::linalg::solvers::DenseSolveCore;
+use faer::{Mat, Side};
+
+use crate::CompressError;
+
+/// Damping of `H`: this part of the mean of its diagonal is added to it, as GPTQ does.
+const DAMPING: f64 = 0.01;
+
+/// Second moments of a matrix's inputs.
+#[derive(Clone, Debug, Default)]
+pub struct Moments {
+    /// Inputs.
+    pub cols: usize,
+    /// Positions seen.
+    pub positions: u64,
+    /// Sums of `x_j^2`.
+    pub squares: Vec<f64>,
+    /// Sums of `x_i x_j`, `cols x cols`; empty where they were not asked for.
+    pub gram: Vec<f32>,
+}
+
+impl Moments {
+    /// Of nothing yet.
+    pub fn new(cols: usize, full: bool) -> Self {
+        let gram = if full { vec![0.0; cols * cols] } else { Vec::new() };
+        Self { cols, positions: 0, squares: vec![0.0; cols], gram }
+    }
+
+    /// Adds inputs, `n x cols`.
+    pub fn add(&mut self, x: &[f32]) {
+        for row in x.chunks_exact(self.cols) {
+            self.squares.iter_mut().zip(row).for_each(|(s, &x)| *s += f64::from(x) * f64::from(x));
+        }
+        let n = x.len() / self.cols;
+        self.positions += n as u64;
+        if self.gram.is_empty() || n == 0 {
+            return;
+        }
+        let x = faer::MatRef::from_row_major_slice(x, n, self.cols);
+        // Symmetric, so the order of its indices does not matter.
+        let gram = faer::MatMut::from_row_major_slice_mut(&mut self.gram, self.cols, self.cols);
+        let (accum, par) = (faer::Accum::Add, faer::Par::Seq);
+        faer::linalg::matmul::matmul(gram, accum, x.transpose(), x, 1.0f32, par);
+    }
+
+    /// Mean squares of the inputs: the importance of columns.
+    pub fn importance(&self) -> Vec<f32> {
+        let n = self.positions.max(1) as f64;
+        self.squares.iter().map(|s| (s / n) as f32).collect()
+    }
+
+    /// `H + damping`, mean over positions, in f64.
+    pub fn damped(&self) -> Mat<f64> {
+        let n = self.positions.max(1) as f64;
+        let mean = self.squares.iter().sum::<f64>() / self.cols.max(1) as f64 / n;
+        // Inputs that were never used err as they like; a diagonal of ones keeps H regular.
+        let extra = if mean > 0.0 { DAMPING * mean } else { 1.0 };
+        Mat::from_fn(self.cols, self.cols, |i, j| {
+            f64::from(self.gram[i * self.cols + j]) / n + if i == j { extra } else { 0.0 }
+        })
+    }
+
+    /// `U`, row by row; below the diagonal zeros.
+    ///
+    /// # Errors
+    /// If there is no full matrix of moments, or it cannot be inverted.
+    pub fn compensation(&self) -> Result<Vec<f32>, CompressError> {
+        let n = self.cols;
+        if self.gram.len() != n * n {
+            return Err(CompressError::settings("calibration kept no products of inputs"));
+        }
+        let singular = |_| {
+            CompressError::settings(
+                "the second moments of the inputs cannot be inverted: calibrate with more text",
+            )
+        };
+        let inverse = self.damped().llt(Side::Lower).map_err(singular)?.inverse();
+        let factor = inverse.llt(Side::Lower).map_err(singular)?;
+        let lower = factor.L();
+        let at = |i: usize| {
+            let (row, col) = (i / n, i % n);
+            if col >= row { lower[(col, row)] as f32 } else { 0.0 }
+        };
+        Ok((0..n * n).map(at).collect())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Correlated inputs, `n x cols`.
+    pub(crate) fn inputs(n: usize, cols: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+        };
+        let mut all = Vec::new();
+        for _ in 0..n {
+            let common = next();
+            let row = (0..cols).map(|j| next() * (1.0 + (j % 7) as f32) + common * (j % 3) as f32);
+            all.extend(row.collect::<Vec<_>>());
+        }
+        all
+    }
+
+    #[test]
+    fn moments_are_those_of_a_naive_sum() {
+        let (n, cols) = (50, 12);
+        let x = inputs(n, cols, 1);
+        let mut moments = Moments::new(cols, true);
+        // In two parts.
+        moments.add(&x[..20 * cols]);
+        moments.add(&x[20 * cols..]);
+        assert_eq!(moments.positions, 50);
+        for i in 0..cols {
+            for j in 0..cols {
+                let naive: f64 =
+                    (0..n).map(|r| f64::from(x[r * cols + i]) * f64::from(x[r * cols + j])).sum();
+                assert!((f64::from(moments.gram[i * cols + j]) - naive).abs() < 1e-3);
+            }
+            let own = f64::from(moments.gram[i * cols + i]);
+            assert!((own - moments.squares[i]).abs() < 1e-3);
+        }
+    }
+
+    #[test]
+    fn the_factor_gives_the_inverse() {
+        let cols = 8;
+        let mut moments = Moments::new(cols, true);
+        moments.add(&inputs(100, cols, 2));
+        let u = moments.compensation().unwrap();
+        let h = moments.damped();
+        // (U^T U) H = 1.
+        for i in 0..cols {
+            for j in 0..cols {
+                let mut sum = 0f64;
+                for k in 0..cols {
+                    let inverse: f64 = (0..cols)
+                        .map(|r| f64::from(u[r * cols + i]) * f64::from(u[r * cols + k]))
+                        .sum();
+                    sum += inverse * h[(k, j)];
+                }
+                assert!((sum - f64::from(u8::from(i == j))).abs() < 1e-3, "{i} {j}: {sum}");
+            }
+        }
+        assert!(Moments::new(4, false).compensation().is_err());
+    }
+}

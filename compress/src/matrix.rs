@@ -1,0 +1,137 @@
+//! A weight matrix in memory, and how far a changed one is from it.
+//!
+//! Rows are outputs, columns are inputs, as in GGUF: a row lies together. Everything here is plain
+//! arithmetic; decompositions are faer's ([`crate::lowrank`], [`crate::hessian`]).
+
+/// `rows x cols`, row by row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Matrix {
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+    /// `rows * cols` weights.
+    pub data: Vec<f32>,
+}
+
+impl Matrix {
+    /// Of weights that lie row by row.
+    ///
+    /// # Panics
+    /// If there are not `rows * cols` of them.
+    pub fn new(rows: usize, cols: usize, data: Vec<f32>) -> Self {
+        assert_eq!(data.len(), rows * cols, "a matrix of {rows} x {cols}");
+        Self { rows, cols, data }
+    }
+
+    /// Row `i`.
+    pub fn row(&self, i: usize) -> &[f32] {
+        &self.data[i * self.cols..][..self.cols]
+    }
+
+    /// Row `i`.
+    pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
+        &mut self.data[i * self.cols..][..self.cols]
+    }
+
+    /// Weights that are not zero.
+    pub fn nonzero(&self) -> u64 {
+        self.data.iter().filter(|&&x| x != 0.0).count() as u64
+    }
+
+    /// Those rows alone, in that order.
+    #[must_use]
+    pub fn keep_rows(&self, rows: &[usize]) -> Self {
+        let data = rows.iter().flat_map(|&i| self.row(i)).copied().collect();
+        Self { rows: rows.len(), cols: self.cols, data }
+    }
+
+    /// Those columns alone, in that order.
+    #[must_use]
+    pub fn keep_cols(&self, cols: &[usize]) -> Self {
+        let pick = |i: usize| cols.iter().map(move |&j| self.data[i * self.cols + j]);
+        Self { rows: self.rows, cols: cols.len(), data: (0..self.rows).flat_map(pick).collect() }
+    }
+
+    /// `sqrt(sum (a - b)^2 / sum a^2)`, 0 for a matrix of zeros that stayed so.
+    pub fn relative_error(&self, other: &Self) -> f64 {
+        let (mut error, mut square) = (0f64, 0f64);
+        for (&a, &b) in self.data.iter().zip(&other.data) {
+            error += f64::from(a - b).powi(2);
+            square += f64::from(a).powi(2);
+        }
+        if square == 0.0 { error.sqrt() } else { (error / square).sqrt() }
+    }
+
+    /// As [`Matrix::relative_error`], of the outputs for inputs with these second moments (diagonal
+    /// alone: `E[x_j^2]`).
+    pub fn weighted_error(&self, other: &Self, squares: &[f32]) -> f64 {
+        let (mut error, mut square) = (0f64, 0f64);
+        for i in 0..self.rows {
+            for ((&a, &b), &s) in self.row(i).iter().zip(other.row(i)).zip(squares) {
+                error += f64::from(s) * f64::from(a - b).powi(2);
+                square += f64::from(s) * f64::from(a).powi(2);
+            }
+        }
+        if square == 0.0 { error.sqrt() } else { (error / square).sqrt() }
+    }
+}
+
+/// Calls `f` for each of `0..n` on some threads; results in order. Which thread computes what never
+/// shows in the result.
+pub fn parallel<T: Send>(n: usize, threads: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let work = || {
+        let mut mine = Vec::new();
+        loop {
+            let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            if i >= n {
+                return mine;
+            }
+            mine.push((i, f(i)));
+        }
+    };
+    let mut all: Vec<(usize, T)> = std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads.clamp(1, n.max(1))).map(|_| scope.spawn(work)).collect();
+        let mut all = work();
+        for thread in others {
+            all.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        all
+    });
+    all.sort_by_key(|(i, _)| *i);
+    all.into_iter().map(|(_, t)| t).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_and_columns_are_kept_in_the_order_given() {
+        let m = Matrix::new(2, 3, vec![1., 2., 3., 4., 5., 6.]);
+        assert_eq!(m.keep_rows(&[1, 0]).data, [4., 5., 6., 1., 2., 3.]);
+        assert_eq!(m.keep_cols(&[2, 0]).data, [3., 1., 6., 4.]);
+        assert_eq!(m.nonzero(), 6);
+    }
+
+    #[test]
+    fn errors_are_relative_and_weighted_by_inputs() {
+        let a = Matrix::new(1, 2, vec![3., 4.]);
+        let b = Matrix::new(1, 2, vec![3., 0.]);
+        assert!((a.relative_error(&b) - 0.8).abs() < 1e-9);
+        assert_eq!(a.weighted_error(&b, &[1., 0.]), 0.0);
+        assert!((a.weighted_error(&b, &[0., 2.]) - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn results_come_in_order_whatever_the_threads() {
+        for threads in [0, 1, 3, 50] {
+            assert_eq!(
+                parallel(20, threads, |i| i * i),
+                (0..20).map(|i| i * i).collect::<Vec<_>>()
+            );
+        }
+        assert!(parallel(0, 2, |i| i).is_empty());
+    }
+}

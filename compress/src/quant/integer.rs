@@ -1,0 +1,131 @@
+//! Integers with one scale for a row or a tensor, fixed point, and signs alone. GGUF has no such
+//! types: each gives the values that it would store, and [`crate::apply()`] tells how many bytes that takes.
+
+use crate::Matrix;
+
+/// Eight-bit integers `-127..=127` (symmetric, `scale * q`) or `0..=255` (affine, `scale * q + min`),
+/// with one scale for each row or for the matrix. A symmetric scale is rounded to f16, so that Q8_0
+/// holds the result exactly.
+pub fn int8(m: &mut Matrix, per_row: bool, affine: bool) {
+    let width = if per_row { m.cols } else { m.data.len() };
+    for part in m.data.chunks_mut(width.max(1)) {
+        if affine { int8_affine(part) } else { int8_symmetric(part) }
+    }
+}
+
+fn int8_symmetric(x: &mut [f32]) {
+    let most = x.iter().fold(0f32, |m, x| m.max(x.abs()));
+    let scale = half::f16::from_f32(most / 127.0).to_f32();
+    if scale == 0.0 {
+        return x.fill(0.0);
+    }
+    x.iter_mut().for_each(|x| *x = scale * (*x / scale).round_ties_even().clamp(-127.0, 127.0));
+}
+
+fn int8_affine(x: &mut [f32]) {
+    let least = x.iter().copied().fold(f32::INFINITY, f32::min);
+    let most = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let scale = (most - least) / 255.0;
+    if scale > 0.0 {
+        x.iter_mut().for_each(|x| {
+            *x = scale * ((*x - least) / scale).round_ties_even().clamp(0.0, 255.0) + least;
+        });
+    }
+}
+
+/// `round(w * 2^p) * 2^-p`, the integers being of `bits` bits, two's complement: beyond their range
+/// they stay at its end, or, with `wrap`, come again at the other end (modulo `2^bits`). Returns how
+/// many weights were beyond.
+pub fn fixed_point(m: &mut Matrix, fraction_bits: i32, bits: u32, wrap: bool) -> u64 {
+    let unit = 2f64.powi(fraction_bits);
+    let half = 2f64.powi(bits as i32 - 1);
+    let mut beyond = 0;
+    for x in &mut m.data {
+        let mut q = (f64::from(*x) * unit).round_ties_even();
+        if q < -half || q > half - 1.0 {
+            beyond += 1;
+            q = if wrap {
+                (q + half).rem_euclid(2.0 * half) - half
+            } else {
+                q.clamp(-half, half - 1.0)
+            };
+        }
+        *x = (q / unit) as f32;
+    }
+    beyond
+}
+
+/// The sign of each weight times the mean magnitude of its row (rounded to f16); zero counts as
+/// positive. Least squared error among matrices of that form (Rastegari et al., XNOR-Net, 2016).
+pub fn binary(m: &mut Matrix) {
+    let cols = m.cols.max(1);
+    for row in m.data.chunks_mut(cols) {
+        let mean = row.iter().map(|x| f64::from(x.abs())).sum::<f64>() / cols as f64;
+        let scale = half::f16::from_f64(mean).to_f32();
+        row.iter_mut().for_each(|x| *x = if *x < 0.0 { -scale } else { scale });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn matrix() -> impl Strategy<Value = Matrix> {
+        (1usize..5, 1usize..9).prop_flat_map(|(rows, cols)| {
+            proptest::collection::vec(-3f32..3.0, rows * cols)
+                .prop_map(move |data| Matrix::new(rows, cols, data))
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn int8_errs_by_half_a_step_at_most(m in matrix(), per_row: bool, affine: bool) {
+            let mut q = m.clone();
+            int8(&mut q, per_row, affine);
+            for (i, (a, b)) in m.data.iter().zip(&q.data).enumerate() {
+                let part = if per_row { m.row(i / m.cols) } else { &m.data[..] };
+                let most = part.iter().copied().fold(f32::MIN, f32::max);
+                let least = part.iter().copied().fold(f32::MAX, f32::min);
+                let largest = most.max(-least);
+                let step = if affine { (most - least) / 255.0 } else { largest / 127.0 };
+                // f16 rounds the scale by 2^-11.
+                prop_assert!((a - b).abs() <= step * 0.5 + largest * 0.001 + 1e-6);
+            }
+        }
+
+        #[test]
+        fn fixed_point_in_range_is_exact_to_half_a_unit(m in matrix(), p in 0i32..12) {
+            let (mut saturated, mut wrapped) = (m.clone(), m.clone());
+            let (a, b) = (fixed_point(&mut saturated, p, 24, false), fixed_point(&mut wrapped, p, 24, true));
+            prop_assert_eq!((a, b), (0, 0));
+            prop_assert_eq!(&saturated, &wrapped);
+            let unit = 2f32.powi(-p);
+            prop_assert!(m.data.iter().zip(&saturated.data).all(|(a, b)| (a - b).abs() <= unit / 2.0));
+        }
+
+        #[test]
+        fn no_other_scale_of_signs_is_better(m in matrix(), other in 0.0f32..3.0) {
+            let mut b = m.clone();
+            binary(&mut b);
+            let error = |at: usize, scale: f32| -> f32 {
+                m.row(at).iter().map(|x| (x.abs() - scale).powi(2)).sum()
+            };
+            for i in 0..m.rows {
+                prop_assert!(error(i, b.row(i)[0].abs()) <= error(i, other) + 1e-3);
+            }
+        }
+    }
+
+    #[test]
+    fn beyond_the_range_saturation_stays_and_wrap_around_turns() {
+        let m = Matrix::new(1, 4, vec![1.0, 2.0, -2.0, -2.25]);
+        let (mut saturated, mut wrapped) = (m.clone(), m);
+        // Four bits, two of them behind the point: -2 to 1.75.
+        assert_eq!(fixed_point(&mut saturated, 2, 4, false), 2);
+        assert_eq!(saturated.data, [1.0, 1.75, -2.0, -2.0]);
+        assert_eq!(fixed_point(&mut wrapped, 2, 4, true), 2);
+        assert_eq!(wrapped.data, [1.0, -2.0, -2.0, 1.75]);
+    }
+}

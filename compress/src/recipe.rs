@@ -1,0 +1,236 @@
+//! Recipes: steps in a TOML file, carried out one after the other, resumed where they stopped.
+//!
+//! Each step's result is a model of its own beside the output, `OUT.step1` and so on, with a mark
+//! `OUT.step1.json`: the hash of what it was made of, and its report. A step whose mark is right is
+//! not done again. The last step's result becomes the output; the others go.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::apply::{Settings, apply};
+use crate::error::io_error;
+use crate::report::StepReport;
+use crate::step::{Needs, Step, parse_type};
+use crate::{CompressError, Source};
+
+/// A recipe as it is written.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// The model to begin with: a path or a name.
+    pub model: String,
+    /// The file to make, beside the recipe unless it says otherwise.
+    pub output: PathBuf,
+    /// A UTF-8 text of what the model will read; without it the program's own.
+    pub calibration: Option<PathBuf>,
+    /// A UTF-8 text to judge by; no part of it should be in the calibration text.
+    pub evaluation: Option<PathBuf>,
+    /// Type of values that have no format of their own: f16, f32 or q8_0.
+    #[serde(default = "f16")]
+    pub store: String,
+    /// In order.
+    #[serde(rename = "step")]
+    pub steps: Vec<Step>,
+}
+
+fn f16() -> String {
+    "f16".to_owned()
+}
+
+impl Recipe {
+    /// Reads and checks a recipe.
+    ///
+    /// # Errors
+    /// Names the key that is not known, or the value that cannot be.
+    pub fn open(path: &Path) -> Result<Self, CompressError> {
+        let text = fs::read_to_string(path).map_err(io_error("read", path))?;
+        let recipe: Self = toml::from_str(&text)
+            .map_err(|e| CompressError::Settings(format!("{}: {e}", path.display())))?;
+        if recipe.steps.is_empty() {
+            let path = path.display();
+            return Err(CompressError::Settings(format!("{path} has no step: write [[step]]")));
+        }
+        parse_type(&recipe.store)?;
+        recipe.steps.iter().try_for_each(Step::check)?;
+        Ok(recipe)
+    }
+
+    /// Whether a step looks at a calibration text.
+    pub fn needs_calibration(&self) -> bool {
+        self.steps.iter().any(|s| s.needs() > Needs::Nothing)
+    }
+}
+
+/// Where something comes from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// Path.
+    pub path: PathBuf,
+    /// BLAKE3 of its bytes; of a folder, of its weights.
+    pub blake3: String,
+    /// Bytes of its tensors.
+    pub bytes: u64,
+}
+
+/// What a recipe did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunReport {
+    /// The recipe.
+    pub recipe: Recipe,
+    /// The model that it began with.
+    pub source: Provenance,
+    /// What it made.
+    pub result: Provenance,
+    /// BLAKE3 of the calibration text's token ids.
+    pub calibration: Option<String>,
+    /// In order.
+    pub steps: Vec<StepReport>,
+    /// Steps that an earlier run had done.
+    pub resumed: usize,
+    /// Version of this program.
+    pub version: String,
+}
+
+/// The mark of a finished step.
+#[derive(Serialize, Deserialize)]
+struct Mark {
+    of: String,
+    report: StepReport,
+}
+
+/// Hears how far a recipe is.
+pub trait Progress {
+    /// A step begins: which (from 1), of how many, what, and the bytes it reads.
+    fn begin(&mut self, step: usize, of: usize, what: &str, bytes: u64);
+    /// Bytes of the step done.
+    fn advance(&mut self, done: u64);
+}
+
+/// Carries a recipe out; `output` is where its result goes.
+///
+/// # Errors
+/// Those of its steps. The steps before are kept, the output is as it was.
+pub fn run(
+    recipe: &Recipe,
+    model: &Path,
+    output: &Path,
+    settings: &Settings<'_>,
+    progress: &mut dyn Progress,
+) -> Result<RunReport, CompressError> {
+    if output.exists() && !settings.overwrite {
+        return Err(CompressError::Exists(output.to_owned()));
+    }
+    let source = provenance(model)?;
+    let ids: Vec<u8> = settings.calibration.iter().flat_map(|t| t.to_le_bytes()).collect();
+    let calibration = recipe.needs_calibration().then(|| blake3::hash(&ids).to_hex().to_string());
+    let (mut current, mut of) = (model.to_owned(), source.blake3.clone());
+    let (mut steps, mut resumed, mut made) = (Vec::new(), 0, Vec::new());
+    for (i, step) in recipe.steps.iter().enumerate() {
+        let parts = [&of, &step.describe(), &recipe.store, calibration.as_ref().unwrap_or(&of)];
+        let mut hash = blake3::Hasher::new();
+        for part in parts {
+            hash.update(part.as_bytes()).update(&[0]);
+        }
+        hash.update(env!("CARGO_PKG_VERSION").as_bytes());
+        of = hash.finalize().to_hex().to_string();
+        let path = beside(output, &format!("step{}", i + 1));
+        let mark_path = beside(output, &format!("step{}.json", i + 1));
+        let report = match found(&path, &mark_path, &of) {
+            Some(report) => {
+                resumed += 1;
+                report
+            }
+            None => {
+                let _ = fs::remove_file(&mark_path);
+                let source = Source::open(&current)?;
+                progress.begin(i + 1, recipe.steps.len(), &step.describe(), source.weight_bytes());
+                let settings = Settings { overwrite: true, ..*settings };
+                let report = apply(&source, &path, step, &settings, &mut |b| progress.advance(b))?;
+                let mark = Mark { of: of.clone(), report };
+                let json = serde_json::to_vec(&mark).expect("invariant: reports can be written");
+                fs::write(&mark_path, json).map_err(io_error("write", &mark_path))?;
+                mark.report
+            }
+        };
+        steps.push(report);
+        current.clone_from(&path);
+        made.push((path, mark_path));
+    }
+    if output.is_dir() {
+        fs::remove_dir_all(output).map_err(io_error("replace", output))?;
+    }
+    fs::rename(&current, output).map_err(io_error("write", output))?;
+    for (path, mark) in made {
+        // What is left of steps is of no use, and no harm.
+        let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        let _ = fs::remove_file(mark);
+    }
+    Ok(RunReport {
+        recipe: recipe.clone(),
+        source,
+        result: provenance(output)?,
+        calibration,
+        steps,
+        resumed,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    })
+}
+
+fn beside(output: &Path, what: &str) -> PathBuf {
+    let mut name = output.as_os_str().to_owned();
+    name.push(format!(".{what}"));
+    name.into()
+}
+
+fn found(path: &Path, mark: &Path, of: &str) -> Option<StepReport> {
+    let mark: Mark = serde_json::from_slice(&fs::read(mark).ok()?).ok()?;
+    (mark.of == of && path.exists()).then_some(mark.report)
+}
+
+fn provenance(path: &Path) -> Result<Provenance, CompressError> {
+    let source = Source::open(path)?;
+    let mut hash = blake3::Hasher::new();
+    for file in source.paths() {
+        let file_read = fs::File::open(file).and_then(|f| hash.update_reader(f).map(|_| ()));
+        file_read.map_err(io_error("read", file))?;
+    }
+    let blake3 = hash.finalize().to_hex().to_string();
+    Ok(Provenance { path: path.to_owned(), blake3, bytes: source.weight_bytes() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recipe(text: &str) -> Result<Recipe, CompressError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), text).unwrap();
+        Recipe::open(file.path())
+    }
+
+    #[test]
+    fn recipes_are_read() {
+        let text = "model = \"a.gguf\"\noutput = \"b.gguf\"\n[[step]]\nmethod = \"wanda\"\nsparsity = 0.5\n\
+                    [[step]]\nmethod = \"quantise\"\ntype = \"q4_k\"\n";
+        let read = recipe(text).unwrap();
+        assert_eq!((read.steps.len(), read.needs_calibration(), &*read.store), (2, true, "f16"));
+    }
+
+    #[test]
+    fn misspelt_keys_and_empty_recipes_are_refused() {
+        let head = "model = \"a\"\noutput = \"b\"\n";
+        let cases = [
+            (format!("{head}calibraton = \"c\"\n[[step]]\nmethod = \"binary\"\n"), "calibraton"),
+            (format!("{head}[[step]]\nmethod = \"random\"\nsparsity = 0.5\nsed = 1\n"), "sed"),
+            (format!("{head}step = []\n"), "no step"),
+            (format!("{head}store = \"q9\"\n[[step]]\nmethod = \"binary\"\n"), "q9"),
+            ("output = \"b\"\n[[step]]\nmethod = \"binary\"\n".to_owned(), "model"),
+        ];
+        for (text, named) in cases {
+            let error = recipe(&text).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+}

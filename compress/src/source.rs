@@ -1,0 +1,198 @@
+//! A model as a list of tensors that are read one at a time, as f32.
+//!
+//! A GGUF file, or a folder of safetensors that is not quantised. Names are GGUF's. Every value read
+//! is checked to be finite, so that no method has to ask.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use millrace_engine::cpu::dequantise_row;
+use millrace_engine::quantize::BadWeight;
+use millrace_shared::model::gguf::{Gguf, GgufError};
+use millrace_shared::model::{
+    Description, FolderSource, ModelConfig, ModelFileError, ModelFiles, TensorEntry, TensorType,
+};
+
+use crate::error::io_error;
+use crate::{CompressError, Matrix};
+
+/// Matrices that stay as they are: they are small, and choose where much else goes.
+const KEPT: [&str; 3] =
+    ["ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight"];
+
+/// An open model.
+#[derive(Debug)]
+pub struct Source {
+    /// Dimensions.
+    pub config: ModelConfig,
+    /// As they lie in the files.
+    pub tensors: Vec<TensorEntry>,
+    /// Where it is.
+    pub path: PathBuf,
+    pub(crate) kind: Kind,
+    paths: Vec<PathBuf>,
+    files: Vec<File>,
+}
+
+/// Of which format.
+#[derive(Debug)]
+pub(crate) enum Kind {
+    Gguf(Box<Gguf>),
+    Folder(Box<FolderSource>),
+}
+
+impl Source {
+    /// Reads directories.
+    ///
+    /// # Errors
+    /// If there is no sound model, or a folder's matrices are quantised.
+    pub fn open(path: &Path) -> Result<Self, CompressError> {
+        let config = ModelFiles::open(path)?.config;
+        let (kind, tensors, paths) = match Description::open(path)? {
+            Description::Gguf(gguf) => {
+                let tensors = gguf.tensors.clone();
+                (Kind::Gguf(gguf), tensors, vec![path.to_owned()])
+            }
+            Description::Folder(folder) => {
+                let folder = FolderSource::open(&folder).map_err(ModelFileError::from)?;
+                if let Some(why) = &folder.fixed {
+                    let path = path.display();
+                    return Err(CompressError::Settings(format!(
+                        "{path} cannot be changed: {why}"
+                    )));
+                }
+                let (tensors, paths) = (folder.tensors.clone(), folder.paths.clone());
+                (Kind::Folder(Box::new(folder)), tensors, paths)
+            }
+        };
+        let open = |path: &PathBuf| File::open(path).map_err(io_error("open", path));
+        let files = paths.iter().map(open).collect::<Result<_, _>>()?;
+        Ok(Self { config, tensors, path: path.to_owned(), kind, paths, files })
+    }
+
+    /// The files with tensors.
+    pub fn paths(&self) -> &[PathBuf] {
+        &self.paths
+    }
+
+    /// Bytes of all tensors.
+    pub fn weight_bytes(&self) -> u64 {
+        self.tensors.iter().map(|t| t.bytes).sum()
+    }
+
+    /// The tensor of that name.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn tensor(&self, name: &str) -> Result<&TensorEntry, CompressError> {
+        let found = self.tensors.iter().find(|t| t.name == name);
+        found.ok_or_else(|| CompressError::Settings(format!("the model has no tensor '{name}'")))
+    }
+
+    /// The bytes of a tensor as they are.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn bytes(&self, tensor: &TensorEntry) -> Result<Vec<u8>, CompressError> {
+        let file = usize::from(tensor.file);
+        let mut bytes = vec![0; tensor.bytes as usize];
+        let read = self.files[file].read_exact_at(&mut bytes, tensor.offset);
+        read.map_err(io_error("read", &self.paths[file]))?;
+        Ok(bytes)
+    }
+
+    /// All elements of a tensor of a readable type, as f32; `dims[0]` lie together.
+    ///
+    /// # Errors
+    /// If it cannot be read, or a value is NaN or infinite.
+    pub fn floats(&self, tensor: &TensorEntry) -> Result<Vec<f32>, CompressError> {
+        let bytes = self.bytes(tensor)?;
+        let floats = decode(tensor, &bytes)?;
+        let Some(bad) = floats.iter().position(|x| !x.is_finite()) else { return Ok(floats) };
+        let cols = tensor.dims[0] as usize;
+        let source = BadWeight::NotFinite { column: bad % cols, value: floats[bad] };
+        Err(CompressError::Weight { tensor: tensor.name.clone(), row: bad / cols, source })
+    }
+
+    /// A tensor as a matrix: one of three dimensions has the matrices one below the other.
+    ///
+    /// # Errors
+    /// As [`Source::floats`].
+    pub fn matrix(&self, tensor: &TensorEntry) -> Result<Matrix, CompressError> {
+        let cols = tensor.dims[0] as usize;
+        let rows = tensor.elements() as usize / cols.max(1);
+        Ok(Matrix::new(rows, cols, self.floats(tensor)?))
+    }
+
+    /// The matrices of layers, those that methods change.
+    pub fn layer_matrices(&self) -> impl Iterator<Item = &TensorEntry> {
+        self.tensors.iter().filter(|t| is_layer_matrix(t))
+    }
+
+    /// The number after `blk.`, if a tensor belongs to a layer.
+    pub fn layer_of(name: &str) -> Option<u32> {
+        name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
+    }
+
+    /// The directory as the engine reads it.
+    ///
+    /// # Errors
+    /// If the file changed meanwhile.
+    pub(crate) fn files(&self) -> Result<ModelFiles, CompressError> {
+        match &self.kind {
+            Kind::Gguf(gguf) => Ok(ModelFiles::of_gguf((**gguf).clone(), &self.path)?),
+            Kind::Folder(_) => Ok(ModelFiles::open(&self.path)?),
+        }
+    }
+}
+
+/// Whether methods change a tensor: a matrix of a layer, but for routers.
+pub fn is_layer_matrix(tensor: &TensorEntry) -> bool {
+    tensor.dims.len() > 1
+        && tensor.name.starts_with("blk.")
+        && !KEPT.iter().any(|kept| tensor.name.ends_with(kept))
+        && tensor.dtype.is_supported()
+}
+
+/// Whether a tensor is the embedding or the output matrix.
+pub fn is_head(tensor: &TensorEntry) -> bool {
+    tensor.name == "token_embd.weight" || tensor.name == "output.weight"
+}
+
+/// The elements of a tensor from its bytes.
+///
+/// # Errors
+/// If the type cannot be read here.
+pub(crate) fn decode(tensor: &TensorEntry, bytes: &[u8]) -> Result<Vec<f32>, CompressError> {
+    let cols = tensor.dims[0] as usize;
+    let row_bytes = row_bytes(tensor.dtype, cols, &tensor.name)?;
+    let mut floats = vec![0f32; tensor.elements() as usize];
+    for (row, out) in bytes.chunks_exact(row_bytes).zip(floats.chunks_exact_mut(cols)) {
+        if !dequantise_row(tensor.dtype, row, out) {
+            return Err(unreadable(tensor));
+        }
+    }
+    Ok(floats)
+}
+
+fn unreadable(tensor: &TensorEntry) -> CompressError {
+    let (name, dtype) = (&tensor.name, tensor.dtype.as_str());
+    CompressError::Settings(format!("tensor '{name}' has type {dtype}, which cannot be read here"))
+}
+
+/// Bytes of a row of `cols` weights.
+///
+/// # Errors
+/// If they do not fill whole blocks.
+pub(crate) fn row_bytes(
+    dtype: TensorType,
+    cols: usize,
+    name: &str,
+) -> Result<usize, CompressError> {
+    let bytes = dtype.bytes_of(cols as u64).ok_or_else(|| {
+        let problem = format!("rows of {cols} weights do not fill blocks of {}", dtype.as_str());
+        GgufError::Tensor { tensor: name.to_owned(), problem }
+    })?;
+    Ok(bytes as usize)
+}

@@ -1,0 +1,427 @@
+//! Steps that change the shape of a model: fewer layers, heads, channels, or a narrower residual
+//! stream. The result is a valid model file of the same family, and faster in any engine.
+//!
+//! What is kept untouched keeps its bytes; matrices that lose rows or columns are stored as floats (or
+//! Q8_0, as settings say) and are to be quantised afterwards.
+
+use std::path::Path;
+
+use millrace_shared::model::gguf::Value;
+use millrace_shared::model::{ModelConfig, TensorType};
+
+use crate::apply::{Settings, encode};
+use crate::quant::fallback;
+use crate::report::{StepReport, TensorReport, type_name};
+use crate::source::Kind;
+use crate::{Calibration, CompressError, Matrix, Sink, Slot, Source, Step, calibrate, parallel};
+
+/// Widths that the engine's kernels compute with are multiples of this.
+const GRAIN: usize = 32;
+
+/// A tensor of the result.
+#[derive(Clone, Debug)]
+struct New {
+    name: String,
+    /// Tensors of the source; the mean of several.
+    from: Vec<usize>,
+    rows: Option<Vec<usize>>,
+    cols: Option<Vec<usize>>,
+}
+
+impl New {
+    fn is_copy(&self) -> bool {
+        self.from.len() == 1 && self.rows.is_none() && self.cols.is_none()
+    }
+}
+
+/// A change of metadata: the key after the architecture's name.
+type Change = (&'static str, u32);
+
+/// Carries a structural step out.
+///
+/// # Errors
+/// If the family has what the step cannot cut, too little would be left, or a file cannot be used.
+pub(crate) fn apply(
+    source: &Source,
+    target: &Path,
+    step: &Step,
+    settings: &Settings<'_>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<StepReport, CompressError> {
+    let Kind::Gguf(gguf) = &source.kind else {
+        return Err(CompressError::settings(
+            "steps that change the shape of a model need a GGUF file: convert the folder first",
+        ));
+    };
+    let calibration = if matches!(step, Step::KeepLayers { .. }) {
+        Calibration::default()
+    } else {
+        calibrate(source, settings.calibration, settings.threads, false, &mut |_| {})?
+    };
+    let (news, changes, note) = plan(source, step, &calibration)?;
+    let Some(Value::Str(arch)) = gguf.metadata.get("general.architecture") else {
+        return Err(CompressError::settings("the file does not name its architecture"));
+    };
+    let changes: Vec<(String, Value)> =
+        changes.iter().map(|(key, n)| (format!("{arch}.{key}"), Value::from(*n))).collect();
+    if let Some((key, _)) =
+        changes.iter().find(|(k, _)| matches!(gguf.metadata.get(k), Some(Value::Array(_))))
+    {
+        return Err(CompressError::Settings(format!("'{key}' differs from layer to layer")));
+    }
+    let slots: Vec<Slot> = news.iter().map(|new| slot(source, new, settings.store)).collect();
+    let changes: Vec<(&str, Value)> =
+        changes.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
+    let mut sink = Sink::create(source, target, settings.overwrite, &slots, &changes)?;
+    let mut report = StepReport {
+        step: step.describe(),
+        bytes_before: source.weight_bytes(),
+        notes: vec![note],
+        ..StepReport::default()
+    };
+    let batch = settings.threads.max(1) * 4;
+    let mut done = 0;
+    for first in (0..news.len()).step_by(batch) {
+        let count = batch.min(news.len() - first);
+        let made = parallel(count, settings.threads, |i| {
+            make(source, &news[first + i], slots[first + i].dtype)
+        });
+        for (i, bytes) in (first..).zip(made) {
+            let bytes = bytes?;
+            let (new, slot) = (&news[i], &slots[i]);
+            report.bytes_stored += bytes.len() as u64;
+            let before = &source.tensors[new.from[0]];
+            done += before.bytes;
+            if !new.is_copy() && slot.dims.len() > 1 {
+                report.tensors.push(TensorReport {
+                    name: slot.name.clone(),
+                    from: type_name(before.dtype),
+                    to: type_name(slot.dtype),
+                    elements: slot.dims.iter().product(),
+                    bytes_before: before.bytes,
+                    bytes_stored: bytes.len() as u64,
+                    bytes_format: bytes.len() as u64,
+                    error: 0.0,
+                    output_error: None,
+                    sparsity: 0.0,
+                });
+            }
+            sink.put(i, &bytes)?;
+            progress(done);
+        }
+    }
+    sink.finish()?;
+    report.bytes_format = report.bytes_stored;
+    Ok(report)
+}
+
+fn slot(source: &Source, new: &New, store: TensorType) -> Slot {
+    let tensor = &source.tensors[new.from[0]];
+    let mut dims = tensor.dims.clone();
+    if let Some(cols) = &new.cols {
+        dims[0] = cols.len() as u64;
+    }
+    if let (Some(rows), Some(dim)) = (&new.rows, dims.get_mut(1)) {
+        *dim = rows.len() as u64;
+    }
+    let dtype = match (new.is_copy(), dims.len()) {
+        (true, _) => tensor.dtype,
+        (_, 1) => TensorType::F32,
+        _ => fallback(store, dims[0] as usize).unwrap_or(TensorType::F16),
+    };
+    Slot { name: new.name.clone(), dtype, dims }
+}
+
+fn make(source: &Source, new: &New, dtype: TensorType) -> Result<Vec<u8>, CompressError> {
+    let first = &source.tensors[new.from[0]];
+    if new.is_copy() {
+        return source.bytes(first);
+    }
+    let mut m = source.matrix(first)?;
+    for &other in &new.from[1..] {
+        let other = source.matrix(&source.tensors[other])?;
+        m.data.iter_mut().zip(&other.data).for_each(|(a, b)| *a += b);
+    }
+    let parts = new.from.len() as f32;
+    m.data.iter_mut().for_each(|x| *x /= parts);
+    if let Some(rows) = &new.rows {
+        m = m.keep_rows(rows);
+    }
+    if let Some(cols) = &new.cols {
+        m = m.keep_cols(cols);
+    }
+    encode(&first.name, dtype, &mut m, None, None)
+}
+
+/// Tensors, metadata, and what to tell.
+type Shape = (Vec<New>, Vec<Change>, String);
+
+fn plan(source: &Source, step: &Step, seen: &Calibration) -> Result<Shape, CompressError> {
+    let layers = source.config.layers;
+    match step {
+        Step::KeepLayers { layers: kept } => {
+            if let Some(bad) = kept.iter().find(|&&l| l >= layers) {
+                return Err(CompressError::Settings(format!(
+                    "there is no layer {bad}: the model has 0 to {}",
+                    layers - 1
+                )));
+            }
+            Ok(layers_of(source, &kept.iter().map(|&l| vec![l]).collect::<Vec<_>>()))
+        }
+        Step::DropLayers { count } => {
+            check_left(*count, layers, "layers")?;
+            let gone = lowest(&seen.influence, *count as usize);
+            let kept: Vec<Vec<u32>> =
+                (0..layers).filter(|l| !gone.contains(&(*l as usize))).map(|l| vec![l]).collect();
+            Ok(layers_of(source, &kept))
+        }
+        Step::MergeLayers { count } => {
+            check_left(*count, layers / 2 + 1, "pairs of layers")?;
+            Ok(layers_of(source, &merged(&seen.influence, *count as usize)))
+        }
+        Step::DropHeads { count } => heads(source, *count, seen),
+        Step::DropChannels { fraction } => channels(source, *fraction, seen),
+        Step::Width { hidden } => width(source, *hidden as usize, seen),
+        _ => unreachable!("invariant: only structural steps come here"),
+    }
+}
+
+fn check_left(count: u32, of: u32, what: &str) -> Result<(), CompressError> {
+    if count > 0 && count < of {
+        return Ok(());
+    }
+    Err(CompressError::Settings(format!(
+        "{count} of {of} {what} cannot go: 1 to {} can",
+        of.saturating_sub(1)
+    )))
+}
+
+/// The places of the `count` lowest.
+fn lowest(scores: &[f64], count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|a, b| scores[*a].total_cmp(&scores[*b]));
+    order.truncate(count);
+    order
+}
+
+/// Disjoint pairs of neighbours, those of least influence first.
+fn merged(influence: &[f64], count: usize) -> Vec<Vec<u32>> {
+    let pairs: Vec<f64> = influence.windows(2).map(|w| w[0] + w[1]).collect();
+    let mut with_next = vec![false; influence.len()];
+    let mut made = 0;
+    for first in lowest(&pairs, pairs.len()) {
+        let free =
+            !with_next[first] && !with_next[first + 1] && (first == 0 || !with_next[first - 1]);
+        if free && made < count {
+            with_next[first] = true;
+            made += 1;
+        }
+    }
+    let mut layers = Vec::new();
+    let mut next = 0;
+    while next < influence.len() {
+        if with_next[next] {
+            layers.push(vec![next as u32, next as u32 + 1]);
+            next += 2;
+        } else {
+            layers.push(vec![next as u32]);
+            next += 1;
+        }
+    }
+    layers
+}
+
+/// A model whose layers are (means of) layers of the source.
+fn layers_of(source: &Source, layers: &[Vec<u32>]) -> Shape {
+    let find = |name: &str| source.tensors.iter().position(|t| t.name == name);
+    let mut news = Vec::new();
+    for (i, tensor) in source.tensors.iter().enumerate() {
+        if Source::layer_of(&tensor.name).is_none() {
+            news.push(New { name: tensor.name.clone(), from: vec![i], rows: None, cols: None });
+        }
+    }
+    for (new, old) in layers.iter().enumerate() {
+        let prefix = format!("blk.{}.", old[0]);
+        for tensor in source.tensors.iter().filter(|t| t.name.starts_with(&prefix)) {
+            let rest = &tensor.name[prefix.len()..];
+            let from = old.iter().filter_map(|l| find(&format!("blk.{l}.{rest}"))).collect();
+            news.push(New { name: format!("blk.{new}.{rest}"), from, rows: None, cols: None });
+        }
+    }
+    let told: Vec<String> =
+        layers.iter().map(|l| l.iter().map(u32::to_string).collect::<Vec<_>>().join("+")).collect();
+    let note = format!("layers of the original: {}", told.join(" "));
+    (news, vec![("block_count", layers.len() as u32)], note)
+}
+
+/// All tensors, cut by a rule: the rows and columns that stay, by name.
+fn cut(
+    source: &Source,
+    rule: impl Fn(&str) -> (Option<Vec<usize>>, Option<Vec<usize>>),
+) -> Vec<New> {
+    let one = |(i, t): (usize, &millrace_shared::model::TensorEntry)| {
+        let (rows, cols) = rule(&t.name);
+        New { name: t.name.clone(), from: vec![i], rows, cols }
+    };
+    source.tensors.iter().enumerate().map(one).collect()
+}
+
+fn check_plain(config: &ModelConfig) -> Result<(), CompressError> {
+    let f = &config.features;
+    if f.experts.is_some() || f.fused_qkv || f.biases || f.qkv_bias || f.transposed || f.ungated {
+        return Err(CompressError::Settings(format!(
+            "{} models cannot be cut this way: only those with gated feed-forward parts, without \
+             experts and biases; drop-layers works",
+            config.family.as_str()
+        )));
+    }
+    Ok(())
+}
+
+/// How much each input of a matrix adds to its outputs: `E[x_j^2] sum_i w_ij^2`.
+fn column_scores(m: &Matrix, squares: &[f32]) -> Vec<f64> {
+    let mut scores = vec![0f64; m.cols];
+    for i in 0..m.rows {
+        scores.iter_mut().zip(m.row(i)).for_each(|(s, &w)| *s += f64::from(w).powi(2));
+    }
+    scores.iter_mut().zip(squares).for_each(|(s, &x)| *s *= f64::from(x));
+    scores
+}
+
+fn scores_of(source: &Source, name: &str, seen: &Calibration) -> Result<Vec<f64>, CompressError> {
+    let tensor = source.tensor(name)?;
+    let moments = seen
+        .moments(name)
+        .ok_or_else(|| CompressError::Settings(format!("what '{name}' sees is not known")))?;
+    Ok(column_scores(&source.matrix(tensor)?, &moments.importance()))
+}
+
+/// All places but those, in order.
+fn others(n: usize, gone: &[usize]) -> Vec<usize> {
+    (0..n).filter(|i| !gone.contains(i)).collect()
+}
+
+fn heads(source: &Source, count: u32, seen: &Calibration) -> Result<Shape, CompressError> {
+    let c = &source.config;
+    check_plain(c)?;
+    check_left(count, c.kv_heads, "KV heads of a layer")?;
+    let (kv, dim) = (c.kv_heads as usize, c.head_dim as usize);
+    let group = (c.heads / c.kv_heads) as usize;
+    if !((kv - count as usize) * group * dim).is_multiple_of(GRAIN) {
+        return Err(CompressError::settings("what stays of the heads is no multiple of 32 wide"));
+    }
+    let mut kept = Vec::new();
+    for layer in 0..c.layers {
+        let scores = scores_of(source, &format!("blk.{layer}.attn_output.weight"), seen)?;
+        let per_head: Vec<f64> = scores.chunks(group * dim).map(|h| h.iter().sum()).collect();
+        kept.push(others(kv, &lowest(&per_head, count as usize)));
+    }
+    let spread = |heads: &[usize], width: usize| -> Vec<usize> {
+        heads.iter().flat_map(|h| h * width..(h + 1) * width).collect()
+    };
+    let news = cut(source, |name| {
+        let Some(layer) = Source::layer_of(name) else { return (None, None) };
+        let heads = &kept[layer as usize];
+        match name.split('.').nth(2) {
+            Some("attn_q") => (Some(spread(heads, group * dim)), None),
+            Some("attn_k" | "attn_v") => (Some(spread(heads, dim)), None),
+            Some("attn_output") => (None, Some(spread(heads, group * dim))),
+            _ => (None, None),
+        }
+    });
+    let left = c.kv_heads - count;
+    let changes = vec![
+        ("attention.head_count", left * group as u32),
+        ("attention.head_count_kv", left),
+        ("attention.key_length", c.head_dim),
+        ("attention.value_length", c.head_dim),
+        ("rope.dimension_count", c.rope.dim),
+    ];
+    let note = format!("{} of {} query heads stay in each layer", left * group as u32, c.heads);
+    Ok((news, changes, note))
+}
+
+fn channels(source: &Source, fraction: f64, seen: &Calibration) -> Result<Shape, CompressError> {
+    let c = &source.config;
+    check_plain(c)?;
+    let ffn = c.ffn as usize;
+    let left = (((1.0 - fraction) * ffn as f64 / GRAIN as f64).round() as usize).max(1) * GRAIN;
+    let mut kept = Vec::new();
+    for layer in 0..c.layers {
+        let scores = scores_of(source, &format!("blk.{layer}.ffn_down.weight"), seen)?;
+        kept.push(others(ffn, &lowest(&scores, ffn - left.min(ffn))));
+    }
+    let news = cut(source, |name| {
+        let Some(layer) = Source::layer_of(name) else { return (None, None) };
+        let kept = || Some(kept[layer as usize].clone());
+        match name.split('.').nth(2) {
+            Some("ffn_gate" | "ffn_up") => (kept(), None),
+            Some("ffn_down") => (None, kept()),
+            _ => (None, None),
+        }
+    });
+    let note = format!("{left} of {ffn} inner channels stay in each layer");
+    Ok((news, vec![("feed_forward_length", left as u32)], note))
+}
+
+fn width(source: &Source, hidden: usize, seen: &Calibration) -> Result<Shape, CompressError> {
+    let c = &source.config;
+    check_plain(c)?;
+    if hidden == 0 || hidden >= c.hidden as usize || !hidden.is_multiple_of(GRAIN) {
+        return Err(CompressError::Settings(format!(
+            "hidden = {hidden}: a narrower model has a multiple of 32 below {}",
+            c.hidden
+        )));
+    }
+    let mut scores = vec![0f64; c.hidden as usize];
+    for layer in 0..c.layers {
+        for part in ["attn_q", "ffn_gate"] {
+            let Some(seen) = seen.moments(&format!("blk.{layer}.{part}.weight")) else { continue };
+            let importance = seen.importance();
+            scores.iter_mut().zip(importance).for_each(|(s, x)| *s += f64::from(x));
+        }
+    }
+    let kept = others(c.hidden as usize, &lowest(&scores, c.hidden as usize - hidden));
+    let news = cut(source, |name| {
+        let kept = || Some(kept.clone());
+        let part = name.split('.').nth(if name.starts_with("blk.") { 2 } else { 0 });
+        match part {
+            Some("attn_output" | "ffn_down") => (kept(), None),
+            Some("rope_freqs" | "attn_q_norm" | "attn_k_norm") => (None, None),
+            _ => (None, kept()),
+        }
+    });
+    let changes = vec![
+        ("embedding_length", hidden as u32),
+        ("attention.key_length", c.head_dim),
+        ("attention.value_length", c.head_dim),
+        ("rope.dimension_count", c.rope.dim),
+    ];
+    let note = format!("{hidden} of {} elements of the residual stream stay", c.hidden);
+    Ok((news, changes, note))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_are_disjoint_and_of_least_influence() {
+        let all = merged(&[9.0, 1.0, 1.0, 2.0, 9.0], 2);
+        assert_eq!(all, [vec![0], vec![1, 2], vec![3, 4]]);
+        assert_eq!(merged(&[1.0, 1.0, 1.0], 1), [vec![0, 1], vec![2]]);
+    }
+
+    #[test]
+    fn columns_count_by_what_comes_in_and_what_goes_out() {
+        let m = Matrix::new(2, 3, vec![1., 2., 0., 1., 0., 5.]);
+        assert_eq!(column_scores(&m, &[1.0, 2.0, 0.0]), [2.0, 8.0, 0.0]);
+        assert_eq!(lowest(&[3.0, 1.0, 2.0], 2), [1, 2]);
+    }
+
+    #[test]
+    fn something_must_be_left() {
+        assert!(check_left(0, 4, "layers").is_err() && check_left(4, 4, "layers").is_err());
+        assert!(check_left(3, 4, "layers").is_ok());
+    }
+}
