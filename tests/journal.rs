@@ -14,7 +14,7 @@ use millrace_shared::error::ErrorCode;
 use millrace_shared::id::RequestId;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::rpc::{
-    FinishReason, GenerateEvent, GenerateRequest, Prompt, TokenLogprobs,
+    Choices, FinishReason, GenerateEvent, GenerateRequest, Prompt, TokenLogprobs,
 };
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -27,50 +27,73 @@ const STAGES: u32 = 2;
 /// Patience for a slow and busy machine.
 const OPTIONS: [&str; 4] = ["--kv-cache-tokens", "8192", "--recovery-timeout", "100"];
 
-/// All that a client hears.
+/// All that a client hears: the seed, and each choice.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Heard {
     seed: u64,
+    choices: Vec<Said>,
+}
+
+/// A choice.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Said {
     tokens: Vec<(u32, String, Option<TokenLogprobs>)>,
     end: Option<(FinishReason, String, u32)>,
 }
 
 impl Heard {
-    /// Takes an event of an answer from token `from` on; each comes once, in order.
-    fn take(&mut self, event: GenerateEvent, from: u32) {
+    /// Takes an event of an answer, of each choice from the token in `from` on; each token comes
+    /// once, in order.
+    fn take(&mut self, event: GenerateEvent, from: &[u32]) {
+        let at = |choice: u32| from.get(choice as usize).copied().unwrap_or_default() as usize;
         match event {
-            GenerateEvent::Started { seed, .. } => {
-                assert!(self.tokens.is_empty(), "a beginning in the middle");
+            GenerateEvent::Started { seed, choices, .. } => {
+                assert!(self.choices.is_empty(), "a beginning in the middle");
                 self.seed = seed;
+                self.choices.resize_with(choices as usize, Said::default);
             }
-            GenerateEvent::Token { index, token_id, text, logprobs } => {
-                assert_eq!(index as usize, from as usize + self.tokens.len(), "each token once");
-                self.tokens.push((token_id, text, logprobs));
+            GenerateEvent::Token { choice, index, token_id, text, logprobs } => {
+                let said = &mut self.choices[choice as usize];
+                assert_eq!(index as usize, at(choice) + said.tokens.len(), "each token once");
+                said.tokens.push((token_id, text, logprobs));
             }
-            GenerateEvent::Finished { reason, text, usage, .. } => {
-                assert_eq!(usage.completion_tokens as usize, from as usize + self.tokens.len());
-                assert!(self.end.replace((reason, text, usage.completion_tokens)).is_none());
+            GenerateEvent::Finished { choice, reason, text, usage, .. } => {
+                let said = &mut self.choices[choice as usize];
+                assert_eq!(usage.completion_tokens as usize, at(choice) + said.tokens.len());
+                assert!(said.end.replace((reason, text, usage.completion_tokens)).is_none());
             }
         }
     }
 
+    /// Tokens of the choice that has most.
+    fn begun(&self) -> usize {
+        self.choices.iter().map(|c| c.tokens.len()).max().unwrap_or_default()
+    }
+
+    /// What is left of it, of each choice from the token in `from` on.
+    fn after(&self, from: &[u32]) -> Self {
+        let mut left = self.clone();
+        for (choice, &from) in left.choices.iter_mut().zip(from) {
+            choice.tokens.drain(..from as usize);
+        }
+        left
+    }
+}
+
+impl Said {
     fn text(&self) -> String {
         let end = self.end.as_ref().map_or("", |(_, text, _)| text);
         self.tokens.iter().map(|(_, text, _)| text.as_str()).chain([end]).collect()
     }
-
-    /// What is left of it from token `from` on.
-    fn after(&self, from: u32) -> Self {
-        Self { tokens: self.tokens[from as usize..].to_vec(), ..self.clone() }
-    }
 }
 
 fn asked(prompt: &str, params: SamplingParams) -> GenerateRequest {
-    GenerateRequest { model: String::new(), prompt: Prompt::Text(prompt.to_owned()), params }
+    let (prompt, choices) = (Prompt::Text(prompt.to_owned()), Choices::default());
+    GenerateRequest { model: String::new(), prompt, params, choices }
 }
 
-/// The rest of a stream that began with token `from`.
-async fn hear(mut stream: GenerateStream, from: u32) -> Heard {
+/// The rest of a stream that began, in each choice, with the token in `from`.
+async fn hear(mut stream: GenerateStream, from: &[u32]) -> Heard {
     let mut heard = Heard::default();
     while let Some(event) = stream.next().await {
         heard.take(event.unwrap(), from);
@@ -81,7 +104,7 @@ async fn hear(mut stream: GenerateStream, from: u32) -> Heard {
 fn whole(config: &ClientConfig, request: GenerateRequest) -> Heard {
     block_on(async {
         let client = ask::connect(config).await;
-        let heard = hear(client.generate(request).await.unwrap(), 0).await;
+        let heard = hear(client.generate(request).await.unwrap(), &[]).await;
         client.close().await;
         heard
     })
@@ -95,12 +118,16 @@ fn hear_slowly(
 ) -> (RequestId, Heard) {
     block_on(async {
         let client = ask::connect(config).await;
+        let compared = request.choices.n < request.choices.best_of;
         let mut stream = client.generate(request).await.unwrap();
         let id = stream.request_id();
         let mut heard = Heard::default();
+        let mut told = false;
         while let Some(event) = stream.next().await {
-            heard.take(event.unwrap(), 0);
-            if heard.tokens.len() == BEGUN {
+            heard.take(event.unwrap(), &[]);
+            // Nothing is heard before the end where choices are compared.
+            if !told && (compared || heard.begun() == BEGUN) {
+                told = true;
                 runs.send(()).unwrap();
             }
         }
@@ -109,8 +136,8 @@ fn hear_slowly(
     })
 }
 
-/// Greedy; sampled with penalties and log-probabilities; with a seed that the coordinator draws; with
-/// a stop string that is half matched for long.
+/// Greedy; three choices, sampled with penalties and log-probabilities; with a seed that the
+/// coordinator draws, the best of three; with a stop string that is half matched for long.
 fn requests(truth: &ClientConfig) -> Vec<GenerateRequest> {
     let penalised = SamplingParams {
         repetition_penalty: 1.1,
@@ -122,41 +149,50 @@ fn requests(truth: &ClientConfig) -> Vec<GenerateRequest> {
     let drawn = SamplingParams { seed: None, ..ask::sampled(0, TOKENS) };
     let plain = whole(truth, asked("The old mill by the river", ask::greedy(TOKENS)));
     let text = |range: std::ops::Range<usize>| -> String {
-        plain.tokens[range].iter().map(|(_, text, _)| text.as_str()).collect()
+        plain.choices[0].tokens[range].iter().map(|(_, text, _)| text.as_str()).collect()
     };
     let stopped = SamplingParams { stop: vec![text(BEGUN - 8..80)], ..ask::greedy(TOKENS) };
     vec![
         asked("Story of a lighthouse:", ask::greedy(TOKENS)),
-        asked("Story of a lighthouse:", penalised),
-        asked("A recipe for bread:", drawn),
+        GenerateRequest { choices: Choices::of(3), ..asked("Story of a lighthouse:", penalised) },
+        GenerateRequest {
+            choices: Choices { n: 1, best_of: 3 },
+            ..asked("A recipe for bread:", drawn)
+        },
         asked("The old mill by the river", stopped),
     ]
 }
 
 fn completion(stream: bool) -> Vec<u8> {
     let body = json!({
-        "model": "model", "prompt": "Story of a lighthouse:", "max_tokens": TOKENS,
-        "temperature": 0, "ignore_eos": true, "stream": stream
+        "model": "model", "prompt": "Story of a lighthouse:", "max_tokens": TOKENS, "n": 2,
+        "temperature": 0.8, "seed": 7, "ignore_eos": true, "stream": stream
     });
     body.to_string().into_bytes()
 }
 
-/// The text of a stream of server-sent events that is taken up again wherever it breaks off.
-fn sse(addr: SocketAddr, key: &str, runs: &Sender<()>, back: &Receiver<()>) -> String {
+/// Adds the text of a chunk to that of its choice.
+fn push(texts: &mut [String; 2], chunk: &Value) {
+    let Some(choice) = chunk["choices"].get(0) else { return };
+    texts[choice["index"].as_u64().unwrap() as usize].push_str(choice["text"].as_str().unwrap());
+}
+
+/// The texts of a stream of server-sent events that is taken up again wherever it breaks off.
+fn sse(addr: SocketAddr, key: &str, runs: &Sender<()>, back: &Receiver<()>) -> [String; 2] {
     let headers = "Idempotency-Key: the lighthouse\r\n";
     let mut stream =
         http::begin_post_with(addr, "/v1/completions", key, headers, &completion(true));
     let id = stream.header("x-millrace-request-id").unwrap().to_owned();
-    let (mut text, mut last, mut pieces) = (String::new(), String::new(), 0);
+    let (mut texts, mut last, mut pieces) = (<[String; 2]>::default(), String::new(), 0);
     loop {
         while let Some((at, event)) = stream.event_with_id() {
             if event == "[DONE]" {
-                return text;
+                return texts;
             }
             let chunk: Value = serde_json::from_str(&event).unwrap();
             assert!(chunk["error"].is_null(), "{event}");
             last = at.unwrap();
-            text.push_str(chunk["choices"][0]["text"].as_str().unwrap());
+            push(&mut texts, &chunk);
             pieces += 1;
             if pieces == BEGUN {
                 runs.send(()).unwrap();
@@ -183,7 +219,7 @@ fn interrupt(
     coordinator: &mut Coordinator,
     requests: &[GenerateRequest],
     end: impl FnOnce(&mut Coordinator),
-) -> (Vec<(RequestId, Heard)>, String) {
+) -> (Vec<(RequestId, Heard)>, [String; 2]) {
     let (config, addr) = (coordinator.client.clone(), coordinator.http());
     thread::scope(|scope| {
         let (config, (runs, running)) = (&config, channel());
@@ -213,7 +249,7 @@ fn a_killed_coordinator_loses_nothing() {
     let (mut coordinator, _nodes) = start(root.path());
     let config = coordinator.client.clone();
 
-    let (heard, text) = interrupt(&mut coordinator, &requests, |c| c.process.kill());
+    let (heard, texts) = interrupt(&mut coordinator, &requests, |c| c.process.kill());
     // A seed that was drawn is known only now.
     let truth: Vec<Heard> = (requests.iter().zip(&heard))
         .map(|(request, (_, heard))| {
@@ -224,41 +260,49 @@ fn a_killed_coordinator_loses_nothing() {
             truth
         })
         .collect();
+    // The first choice is what one alone is.
+    let alone = GenerateRequest { choices: Choices::default(), ..requests[1].clone() };
+    assert_eq!(whole(single.client(), alone).choices[0], truth[1].choices[0]);
+    let sampled = asked("Story of a lighthouse:", ask::sampled(7, TOKENS));
+    let sampled = GenerateRequest { choices: Choices::of(2), ..sampled };
+    let sampled = whole(single.client(), sampled);
     drop(single);
     for (i, ((_, heard), truth)) in heard.iter().zip(&truth).enumerate() {
         assert_eq!(heard, truth, "request {i}");
     }
-    assert_eq!(truth[3].end.as_ref().unwrap().0, FinishReason::Stop, "the stop string was met");
-    assert_eq!(text, truth[0].text());
+    assert_eq!(truth[1].choices.len(), 3);
+    assert_ne!(truth[1].choices[0].text(), truth[1].choices[1].text());
+    let stopped = truth[3].choices[0].end.as_ref().unwrap().0;
+    assert_eq!(stopped, FinishReason::Stop, "the stop string was met");
+    assert_eq!(texts, [sampled.choices[0].text(), sampled.choices[1].text()]);
     assert_eq!(coordinator.metric("millrace_journal_degraded"), 0.0);
 
-    let first = heard[0].0;
-    whoever_comes_late(&config, first, &requests[0], &truth[0]);
-    others_hear_nothing(&coordinator, first);
-    once_more_over_http(&coordinator, &truth[0]);
+    whoever_comes_late(&config, &heard[1], &requests[1]);
+    others_hear_nothing(&coordinator, heard[0].0);
+    once_more_over_http(&coordinator, &sampled);
     coordinator.wait_nothing_left();
 }
 
-/// An ended request is played again, from any token; the same id with other content is refused.
+/// An ended request is played again, from any tokens; the same id with other content is refused.
 fn whoever_comes_late(
     config: &ClientConfig,
-    id: RequestId,
+    (id, truth): &(RequestId, Heard),
     request: &GenerateRequest,
-    truth: &Heard,
 ) {
+    let id = *id;
     block_on(async {
         let client = ask::connect(config).await;
-        for from in [0, 7, TOKENS] {
-            let late = hear(client.attach(id, from).await.unwrap(), from).await;
-            assert_eq!(late, truth.after(from), "from {from}");
+        for from in [[0, 0, 0], [7, 0, TOKENS], [TOKENS, 5, 9]] {
+            let late = hear(client.attach(id, &from).await.unwrap(), &from).await;
+            assert_eq!(late, truth.after(&from), "from {from:?}");
         }
         let again = client.generate_as(id, request.clone()).await.unwrap();
-        assert_eq!(hear(again, 0).await, *truth);
+        assert_eq!(hear(again, &[]).await, *truth);
         let other = GenerateRequest { params: ask::greedy(3), ..request.clone() };
         let refused = refusal(client.generate_as(id, other).await.unwrap()).await;
         assert_eq!(refused, ErrorCode::InvalidArgument);
         let unknown = RequestId(Uuid::now_v7());
-        assert_eq!(refusal(client.attach(unknown, 0).await.unwrap()).await, ErrorCode::NotFound);
+        assert_eq!(refusal(client.attach(unknown, &[]).await.unwrap()).await, ErrorCode::NotFound);
         client.close().await;
     });
 }
@@ -282,10 +326,10 @@ fn others_hear_nothing(coordinator: &Coordinator, id: RequestId) {
     };
     block_on(async {
         let other = Client::connect(&with_key("generate")).await.unwrap();
-        assert_eq!(refusal(other.attach(id, 0).await.unwrap()).await, ErrorCode::NotFound);
+        assert_eq!(refusal(other.attach(id, &[]).await.unwrap()).await, ErrorCode::NotFound);
         other.close().await;
         let admin = Client::connect(&with_key("admin")).await.unwrap();
-        assert!(hear(admin.attach(id, 0).await.unwrap(), 0).await.end.is_some());
+        assert!(hear(admin.attach(id, &[]).await.unwrap(), &[]).await.choices[0].end.is_some());
         admin.close().await;
     });
 }
@@ -297,21 +341,23 @@ fn once_more_over_http(coordinator: &Coordinator, truth: &Heard) {
     let path = "/v1/completions";
     let again = http::begin_post_with(coordinator.http(), path, key, headers, &completion(true));
     let id = again.header("x-millrace-request-id").unwrap().to_owned();
-    assert!(again.whole().text().contains("id: 0:161\n"));
+    assert!(again.whole().text().contains("id: 0:161,1:161\n"));
     let other =
         json!({ "model": "model", "prompt": "Something else", "max_tokens": 1 }).to_string();
     let refused =
         http::begin_post_with(coordinator.http(), path, key, headers, other.as_bytes()).whole();
     assert_eq!(refused.status, 400, "{}", refused.text());
-    // From a place in the middle.
+    // From a place in the middle of each.
     let events = format!("/v1/requests/{id}/events");
-    let rest =
-        http::begin_get(coordinator.http(), &events, key, "Last-Event-ID: 0:150\r\n").whole();
-    let text: String = (rest.text().lines())
-        .filter_map(|line| serde_json::from_str::<Value>(line.strip_prefix("data: ")?).ok())
-        .map(|chunk| chunk["choices"][0]["text"].as_str().unwrap().to_owned())
-        .collect();
-    assert_eq!(text, truth.after(150).text());
+    let last = "Last-Event-ID: 0:150,1:30\r\n";
+    let rest = http::begin_get(coordinator.http(), &events, key, last).whole();
+    let mut texts = <[String; 2]>::default();
+    for line in rest.text().lines() {
+        let data = line.strip_prefix("data: ").and_then(|data| serde_json::from_str(data).ok());
+        data.iter().for_each(|chunk| push(&mut texts, chunk));
+    }
+    let truth = truth.after(&[150, 30]);
+    assert_eq!(texts, [truth.choices[0].text(), truth.choices[1].text()]);
 }
 
 #[test]

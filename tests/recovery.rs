@@ -13,7 +13,7 @@ use harness::{alone, block_on, http};
 use millrace_net::client::ClientConfig;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::rpc::Prompt;
+use millrace_shared::wire::rpc::{Choices, Prompt, TokenizeRequest};
 use serde_json::{Value, json};
 
 /// Enough that every answer is still under way when the first tokens of all have come.
@@ -55,10 +55,48 @@ fn answer(config: &ClientConfig, prompt: &str, params: SamplingParams) -> Answer
     })
 }
 
-/// What one stage says that nothing happens to.
-fn truth() -> Vec<Answer> {
+/// All full blocks of a prompt are computed for one choice and found by the others.
+fn the_prompt_is_shared(config: &ClientConfig) {
+    let prompt = "A long way to go, and many a stone upon it. ".repeat(20);
+    block_on(async {
+        let client = ask::connect(config).await;
+        let text = TokenizeRequest { model: String::new(), prompt: Prompt::Text(prompt.clone()) };
+        let tokens = client.tokenize(text).await.unwrap().len() as u64;
+        let before = ask::idle(&client).await;
+        let (prompt, params) = (Prompt::Text(prompt), ask::sampled(3, 4));
+        let answers = ask::choices(&client, prompt, params, Choices::of(4)).await.unwrap();
+        assert_eq!(answers.len(), 4);
+        let after = ask::idle(&client).await;
+        client.close().await;
+        let size = u64::from(after.kv_block_size);
+        // The last token is computed for each, for its logits.
+        let shared = (tokens - 1) / size * size;
+        assert!(shared > 2 * size, "{tokens} tokens");
+        assert_eq!(after.prefix_hit_tokens - before.prefix_hit_tokens, 3 * shared);
+        let computed = after.prompt_tokens - before.prompt_tokens;
+        assert_eq!(computed, tokens + 3 * (tokens - shared));
+    });
+}
+
+/// What one stage says that nothing happens to: to each request, and several times to one.
+fn truth() -> (Vec<Answer>, Vec<Answer>) {
     let single = Local::start(Shape::default());
-    requests().into_iter().map(|(p, params)| answer(single.client(), &p, params)).collect()
+    the_prompt_is_shared(single.client());
+    let one = |(prompt, params): (String, _)| answer(single.client(), &prompt, params);
+    (requests().into_iter().map(one).collect(), several(single.client()))
+}
+
+/// Three choices of one request, sampled and penalised, with log-probabilities.
+fn several(config: &ClientConfig) -> Vec<Answer> {
+    let (prompt, params) = requests().remove(1);
+    let params = SamplingParams { logprobs: Some(1), ..params };
+    block_on(async {
+        let client = ask::connect(config).await;
+        let prompt = Prompt::Text(prompt);
+        let answers = ask::choices(&client, prompt, params, Choices::of(3)).await.unwrap();
+        client.close().await;
+        answers
+    })
 }
 
 fn start(root: &std::path::Path, extra: &[&str]) -> (Coordinator, Vec<Process>) {
@@ -115,7 +153,8 @@ fn sse(addr: SocketAddr, key: &str, runs: &Sender<()>) -> (String, String) {
 #[test]
 fn a_killed_node_that_comes_back_is_a_pause() {
     let _turn = alone();
-    let truth = truth();
+    let (truth, choices) = truth();
+    assert_eq!(choices[0].tokens, truth[1].tokens, "the first is what one alone is");
     let root = tempfile::tempdir().unwrap();
     let (coordinator, mut nodes) = start(root.path(), &[]);
     let config = &coordinator.client;
@@ -130,6 +169,7 @@ fn a_killed_node_that_comes_back_is_a_pause() {
                     scope.spawn(move || ask_slowly(config, request, &runs))
                 })
                 .collect();
+            let mixed = scope.spawn(move || several(config));
             let addr = coordinator.http();
             let streamed = scope.spawn(move || sse(addr, &config.api_key, &runs));
             (0..6).for_each(|_| running.recv_timeout(harness::DEADLINE).unwrap());
@@ -146,6 +186,7 @@ fn a_killed_node_that_comes_back_is_a_pause() {
             let (text, last) = streamed.join().unwrap();
             assert_eq!((text, last.as_str()), (truth[0].text.clone(), "[DONE]"), "{name}");
             assert_eq!(late.join().unwrap(), truth[1], "{name}");
+            assert_eq!(mixed.join().unwrap(), choices, "{name}");
         });
     }
     assert!(coordinator.metric("millrace_plan_epoch") >= epoch + 3.0);

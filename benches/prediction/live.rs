@@ -17,7 +17,7 @@ use millrace_shared::options::EngineOptions;
 use millrace_shared::partition::{Choice, Goal, LayerRange, Problem, StageCut, Wish};
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
-use millrace_shared::wire::rpc::{ClusterStatus, GenerateEvent, GenerateRequest, Prompt};
+use millrace_shared::wire::rpc::{Choices, ClusterStatus, GenerateEvent, GenerateRequest, Prompt};
 
 use super::{Outcome, parts};
 
@@ -255,7 +255,8 @@ async fn decode(running: &Running, streams: u32) -> Seen {
             ..SamplingParams::greedy()
         };
         let prompt = Prompt::Tokens(ids);
-        let request = GenerateRequest { model: String::new(), prompt, params };
+        let request =
+            GenerateRequest { model: String::new(), prompt, params, choices: Choices::default() };
         let mut events = client.generate(request).await.unwrap();
         let mut times = Vec::new();
         while let Some(event) = events.next().await {

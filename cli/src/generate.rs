@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 use millrace_shared::sampling::{MAX_LOGPROBS, SamplingParams};
-use millrace_shared::wire::rpc::{GenerateEvent, GenerateRequest, Prompt, TokenLogprobs, Usage};
+use millrace_shared::wire::rpc::{
+    Choices, FinishReason, GenerateEvent, GenerateRequest, MAX_CHOICES, Prompt, Timings,
+    TokenLogprobs, Usage,
+};
 use serde::Serialize;
 
 use crate::error::usage;
@@ -21,6 +24,13 @@ pub(crate) struct GenerateArgs {
     /// Most tokens to generate
     #[arg(long, short = 'n', value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: u32,
+    /// Different continuations, each with a random stream of its own; several are printed one after
+    /// the other
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_CHOICES as i64))]
+    choices: u32,
+    /// Make this many and keep the --choices most probable ones, best first [default: --choices]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MAX_CHOICES as i64))]
+    best_of: Option<u32>,
     /// Randomness: 0 takes the most probable token
     #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true, value_parser = sampling::temperature)]
     temperature: f32,
@@ -65,10 +75,19 @@ impl PromptArgs {
     }
 }
 
-/// What `--output json` prints.
+/// What `--output json` prints: of several choices the first, and all of them in `choices`.
 #[derive(Debug, Default, Serialize)]
 struct Answer {
     prompt_token_ids: Vec<u32>,
+    #[serde(flatten)]
+    first: Choice,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    choices: Vec<Choice>,
+}
+
+/// One continuation.
+#[derive(Clone, Debug, Default, Serialize)]
+struct Choice {
     token_ids: Vec<u32>,
     text: String,
     finish_reason: Option<&'static str>,
@@ -76,7 +95,7 @@ struct Answer {
     timings: Rates,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 struct Logprob {
     token_id: u32,
     logprob: f32,
@@ -95,7 +114,7 @@ pub(crate) struct Rates {
 }
 
 impl Rates {
-    pub(crate) fn new(usage: Usage, timings: millrace_shared::wire::rpc::Timings) -> Self {
+    pub(crate) fn new(usage: Usage, timings: Timings) -> Self {
         let rate =
             |tokens: u32, ms: f64| (tokens > 0 && ms > 0.0).then(|| f64::from(tokens) * 1e3 / ms);
         let computed = usage.prompt_tokens.saturating_sub(usage.cached_tokens);
@@ -107,31 +126,59 @@ impl Rates {
     }
 }
 
+impl Choice {
+    fn push(&mut self, token_id: u32, text: &str, logprobs: Option<TokenLogprobs>) {
+        self.token_ids.push(token_id);
+        self.text.push_str(text);
+        if let Some(TokenLogprobs { logprob, top }) = logprobs {
+            self.logprobs.get_or_insert_default().push(Logprob { token_id, logprob, top });
+        }
+    }
+
+    fn finish(&mut self, reason: FinishReason, text: &str, rates: Rates) {
+        self.text.push_str(text);
+        self.finish_reason = Some(reason.as_str());
+        self.timings = rates;
+    }
+}
+
 impl Answer {
     /// Takes an event in; returns the text that became certain.
     fn take(&mut self, event: GenerateEvent) -> String {
         match event {
-            GenerateEvent::Started { prompt_token_ids, .. } => {
+            GenerateEvent::Started { prompt_token_ids, choices, .. } => {
                 self.prompt_token_ids = prompt_token_ids;
+                self.choices.resize_with(choices as usize, Choice::default);
                 String::new()
             }
-            GenerateEvent::Token { token_id, text, logprobs, .. } => {
-                self.token_ids.push(token_id);
-                self.text.push_str(&text);
-                if let (Some(list), Some(TokenLogprobs { logprob, top })) =
-                    (&mut self.logprobs, logprobs)
-                {
-                    list.push(Logprob { token_id, logprob, top });
+            GenerateEvent::Token { choice, token_id, text, logprobs, .. } => {
+                if let Some(of) = self.choices.get_mut(choice as usize) {
+                    of.push(token_id, &text, logprobs);
                 }
                 text
             }
-            GenerateEvent::Finished { reason, text, usage, timings } => {
-                self.text.push_str(&text);
-                self.finish_reason = Some(reason.as_str());
-                self.timings = Rates::new(usage, timings);
+            GenerateEvent::Finished { choice, reason, text, usage, timings } => {
+                if let Some(of) = self.choices.get_mut(choice as usize) {
+                    of.finish(reason, &text, Rates::new(usage, timings));
+                }
                 text
             }
         }
+    }
+
+    /// As it is printed: a single choice is the answer.
+    fn complete(mut self) -> Self {
+        match self.choices.len() {
+            0 | 1 => self.first = self.choices.pop().unwrap_or_default(),
+            _ => self.first = self.choices[0].clone(),
+        }
+        self
+    }
+
+    /// Several choices as text.
+    fn listed(&self) -> String {
+        let one = |(number, choice): (usize, &Choice)| format!("[{number}]{}\n", choice.text);
+        (1..).zip(&self.choices).map(one).collect()
     }
 }
 
@@ -142,7 +189,11 @@ pub(crate) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
         logprobs: args.logprobs,
         ..args.sampling.params(args.temperature, Some(args.max_tokens))
     };
-    let request = GenerateRequest { model: String::new(), prompt, params };
+    let choices = Choices { n: args.choices, best_of: args.best_of.unwrap_or(args.choices) };
+    choices.validate().map_err(|_| {
+        usage(format!("--best-of must be at least --choices, which is {}", args.choices))
+    })?;
+    let request = GenerateRequest { model: String::new(), prompt, params, choices };
     crate::target::with_session(&args.target, Needs::one_request(), async |session| {
         generate(session, request, args.output).await
     })
@@ -154,49 +205,68 @@ async fn generate(
     request: GenerateRequest,
     format: TextOrJson,
 ) -> anyhow::Result<()> {
-    let logprobs = request.params.logprobs.map(|_| Vec::new());
-    let mut answer = Answer { logprobs, ..Answer::default() };
+    let single = request.choices.n == 1;
+    let mut answer = Answer::default();
     let mut events = session.generate(request).await?;
     while let Some(event) = events.next().await? {
         let text = answer.take(event);
-        if format == TextOrJson::Text {
+        if single && format == TextOrJson::Text {
             output::stream(&text)?;
         }
     }
     match format {
-        TextOrJson::Text => output::write("\n"),
-        TextOrJson::Json => output::json(&answer),
+        TextOrJson::Text if single => output::write("\n"),
+        TextOrJson::Text => output::write(answer.listed()),
+        TextOrJson::Json => output::json(&answer.complete()),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use millrace_shared::wire::rpc::{FinishReason, Timings};
+
+    fn answer(choices: u32) -> Answer {
+        let mut answer = Answer::default();
+        answer.take(GenerateEvent::Started {
+            request_id: "0193a5b0-0000-7000-8000-000000000000".parse().unwrap(),
+            prompt_token_ids: vec![1, 2],
+            seed: 0,
+            choices,
+        });
+        for choice in 0..choices {
+            let token = |index, token_id, text: &str| GenerateEvent::Token {
+                choice,
+                index,
+                token_id,
+                text: text.to_owned(),
+                logprobs: Some(TokenLogprobs { logprob: -0.5, top: vec![(token_id, -0.5)] }),
+            };
+            assert_eq!(answer.take(token(0, 7, "a")), "a");
+            assert_eq!(answer.take(token(1, 8 + choice, "")), "");
+            answer.take(GenerateEvent::Finished {
+                choice,
+                reason: FinishReason::Length,
+                text: "b".to_owned(),
+                usage: Usage { prompt_tokens: 2, completion_tokens: 2, ..Usage::default() },
+                timings: Timings { queue_ms: 1.0, ttft_ms: 5.0, decode_ms: 10.0 },
+            });
+        }
+        answer
+    }
+
+    #[test]
+    fn several_choices_come_after_the_first() {
+        assert_eq!(answer(2).listed(), "[1]ab\n[2]ab\n");
+        let json = serde_json::to_value(answer(2).complete()).unwrap();
+        assert_eq!(json["token_ids"], serde_json::json!([7, 8]));
+        assert_eq!(json["choices"][0]["token_ids"], json["token_ids"]);
+        assert_eq!(json["choices"][1]["token_ids"], serde_json::json!([7, 9]));
+        assert_eq!(json["choices"][1]["finish_reason"], "length");
+    }
 
     #[test]
     fn the_json_is_the_contract() {
-        let mut answer = Answer { logprobs: Some(Vec::new()), ..Answer::default() };
-        let id = "0193a5b0-0000-7000-8000-000000000000".parse().unwrap();
-        answer.take(GenerateEvent::Started {
-            request_id: id,
-            prompt_token_ids: vec![1, 2],
-            seed: 0,
-        });
-        let token = |index, token_id, text: &str| GenerateEvent::Token {
-            index,
-            token_id,
-            text: text.to_owned(),
-            logprobs: Some(TokenLogprobs { logprob: -0.5, top: vec![(token_id, -0.5)] }),
-        };
-        assert_eq!(answer.take(token(0, 7, "a")), "a");
-        assert_eq!(answer.take(token(1, 8, "")), "");
-        answer.take(GenerateEvent::Finished {
-            reason: FinishReason::Length,
-            text: "b".to_owned(),
-            usage: Usage { prompt_tokens: 2, completion_tokens: 2, cached_tokens: 0 },
-            timings: Timings { queue_ms: 1.0, ttft_ms: 5.0, decode_ms: 10.0 },
-        });
+        let answer = answer(1).complete();
         assert_eq!(
             serde_json::to_string(&answer).unwrap(),
             r#"{"prompt_token_ids":[1,2],"token_ids":[7,8],"text":"ab","finish_reason":"length","logprobs":[{"token_id":7,"logprob":-0.5,"top":[[7,-0.5]]},{"token_id":8,"logprob":-0.5,"top":[[8,-0.5]]}],"timings":{"ttft_ms":5.0,"prefill_tokens_per_s":500.0,"decode_tokens_per_s":100.0}}"#

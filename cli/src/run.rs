@@ -11,7 +11,7 @@ use millrace_engine::cache::set_limit;
 use millrace_shared::options::{CacheOptions, EngineOptions};
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::rpc::{
-    ChatMessage, FinishReason, GenerateEvent, GenerateRequest, Prompt,
+    ChatMessage, Choices, FinishReason, GenerateEvent, GenerateRequest, Prompt,
 };
 use tokio::sync::mpsc;
 
@@ -114,6 +114,7 @@ impl Conversation<'_> {
             model: String::new(),
             prompt: Prompt::Chat(self.messages.clone()),
             params: self.params.clone(),
+            choices: Choices::default(),
         };
         let mut events = self.session.generate(request).await?;
         let mut tokens = 0;
@@ -134,7 +135,7 @@ impl Conversation<'_> {
                     answer.push_str(&text);
                     output::stream(&text)?;
                 }
-                Some(GenerateEvent::Finished { reason, text, usage, timings }) => {
+                Some(GenerateEvent::Finished { reason, text, usage, timings, .. }) => {
                     answer.push_str(&text);
                     output::stream(&format!("{text}\n"))?;
                     output::remark(&self.summary(reason, tokens, Rates::new(usage, timings)));

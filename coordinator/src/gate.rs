@@ -88,15 +88,22 @@ impl Holder {
         self.account.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets one more request in, if the limits leave room for it.
-    fn admit(self: &Arc<Self>, now: Instant) -> Result<Pass, Status> {
+    /// Lets one more request of so many choices in, if the limits leave room for it. Each choice
+    /// runs like a request; of those a minute it is one.
+    fn admit(self: &Arc<Self>, choices: u32, now: Instant) -> Result<Pass, Status> {
         let limits = self.key.key.limits;
         let mut account = self.account();
         let over = |limit: u32, what: &str, wait: u32| {
             let message = format!("this key may have {limit} {what}: try again later");
             Err(Status::exhausted(message, wait.max(1)))
         };
-        if let Some(most) = limits.concurrent.filter(|most| account.running >= *most) {
+        if let Some(most) = limits.concurrent.filter(|most| *most > 0 && choices > *most) {
+            let message =
+                format!("this key may have {most} answers at once, and {choices} are asked for");
+            return Err(Status::invalid("n", message));
+        }
+        let after = account.running.saturating_add(choices);
+        if let Some(most) = limits.concurrent.filter(|most| after > *most) {
             return over(most, "requests at once", BUSY_RETRY_MS);
         }
         if let Some(limit) = limits.tokens_per_minute {
@@ -112,20 +119,23 @@ impl Holder {
             let wait = account.requests.wait_ms(a_minute(limit), 1.0, now);
             return over(limit, "requests a minute", wait);
         }
-        account.running += 1;
-        Ok(Pass(Arc::clone(self)))
+        account.running = after;
+        Ok(Pass { holder: Arc::clone(self), choices })
     }
 }
 
 /// A request that was let in, and runs until this is dropped. It goes with the stream of events;
 /// where that is lost and the request goes on, with the request.
 #[derive(Debug)]
-struct Pass(Arc<Holder>);
+struct Pass {
+    holder: Arc<Holder>,
+    choices: u32,
+}
 
 impl Pass {
     fn charge(&self, tokens: usize, now: Instant) {
-        if let Some(limit) = self.0.key.key.limits.tokens_per_minute {
-            self.0.account().tokens.charge(a_minute(limit), tokens as f64, now);
+        if let Some(limit) = self.holder.key.key.limits.tokens_per_minute {
+            self.holder.account().tokens.charge(a_minute(limit), tokens as f64, now);
         }
     }
 }
@@ -135,7 +145,7 @@ impl Meter for Pass {
         let tokens = match event {
             GenerateEvent::Started { prompt_token_ids, .. } => prompt_token_ids.len(),
             GenerateEvent::Token { .. } => 1,
-            GenerateEvent::Finished { .. } => return,
+            GenerateEvent::Finished { usage, .. } => usage.discarded_tokens as usize,
         };
         self.charge(tokens, Instant::now());
     }
@@ -143,8 +153,8 @@ impl Meter for Pass {
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        let mut account = self.0.account();
-        account.running = account.running.saturating_sub(1);
+        let mut account = self.holder.account();
+        account.running = account.running.saturating_sub(self.choices);
     }
 }
 
@@ -225,8 +235,8 @@ impl<S: Service> Gate<S> {
     }
 
     /// Lets a request in.
-    fn admit(&self, caller: &mut Caller) -> Result<Pass, Status> {
-        self.known(caller)?.admit(Instant::now())
+    fn admit(&self, choices: u32, caller: &mut Caller) -> Result<Pass, Status> {
+        self.known(caller)?.admit(choices, Instant::now())
     }
 
     fn keys(&self, request: KeyRequest) -> Result<AdminReply, Status> {
@@ -312,7 +322,8 @@ impl<S: Service> Service for Gate<S> {
         mut caller: Caller,
     ) -> BoxFuture<'_, Result<EventStream, Status>> {
         async move {
-            let pass = self.admit(&mut caller)?;
+            request.choices.validate()?;
+            let pass = self.admit(request.choices.best_of, &mut caller)?;
             Ok(self.inner.generate(request, caller).await?.metered(Box::new(pass)))
         }
         .boxed()
@@ -337,7 +348,7 @@ impl<S: Service> Service for Gate<S> {
         mut caller: Caller,
     ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
         async move {
-            let pass = self.admit(&mut caller)?;
+            let pass = self.admit(1, &mut caller)?;
             pass.charge(request.tokens.len(), Instant::now());
             self.inner.score(request, caller).await
         }

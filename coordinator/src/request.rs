@@ -5,25 +5,31 @@
 //! ever produce: sending never waits, so a slow client cannot hold the scheduler. Stop decisions are
 //! made here, before the next step is built.
 
+mod choice;
 mod generation;
+mod listeners;
+mod replay;
+#[cfg(test)]
+mod tests;
 mod transcript;
 
 use std::time::Duration;
 
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{RequestId, SequenceId};
-use millrace_shared::wire::rpc::{FinishReason, GenerateEvent, PositionScore};
+use millrace_shared::wire::rpc::{GenerateEvent, PositionScore};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::journal::Journal;
 pub use generation::{Generation, Verdict, play_again};
+pub(crate) use replay::Replay;
 
 /// Where a request's events go.
 pub type EventSender = mpsc::Sender<Result<GenerateEvent, Status>>;
 
-/// Events a continuation of `max_tokens` can produce: started, tokens, finished or an error.
-pub fn event_capacity(max_tokens: u32) -> usize {
-    max_tokens as usize + 3
+/// Events that `choices` of `max_tokens` each can produce: started, tokens, an end each or an error.
+pub fn event_capacity(max_tokens: u32, choices: u32) -> usize {
+    (max_tokens as usize + 1) * choices as usize + 2
 }
 
 /// A scoring in progress.
@@ -54,12 +60,10 @@ pub enum Work {
 pub struct Request {
     /// As the client names it.
     pub id: RequestId,
-    /// As the pipeline names it.
-    pub sequence: SequenceId,
+    /// As the pipeline names what is still computed of it: each choice once.
+    pub sequences: Vec<(SequenceId, u32)>,
     /// What it wants.
     pub work: Work,
-    /// The random stream.
-    pub seed: u64,
     /// When it came, on the scheduler's clock.
     pub submitted: Duration,
     /// How long before that it was submitted to an earlier life of the coordinator.
@@ -74,34 +78,12 @@ impl Request {
         self.before + now.saturating_sub(self.submitted)
     }
 
-    /// Marks the end of the time in the queue.
-    pub fn on_scheduled(&mut self, now: Duration) {
+    /// Marks the end of a choice's time in the queue, and how many tokens of the prompt were in the
+    /// prefix cache when it was first computed.
+    pub fn on_scheduled(&mut self, choice: u32, now: Duration, cached: u32) {
         let age = self.age(now);
         if let Work::Generate(g) = &mut self.work {
-            g.on_scheduled(age);
-        }
-    }
-
-    /// Notes how many tokens of the prompt were in the prefix cache when it was first computed.
-    pub fn on_cached(&mut self, tokens: u32) {
-        if let Work::Generate(g) = &mut self.work {
-            g.on_cached(tokens);
-        }
-    }
-
-    /// Time spent in the queue, once it is over.
-    pub fn queue_time(&self) -> Option<Duration> {
-        match &self.work {
-            Work::Generate(g) => g.queue_time(),
-            Work::Score(_) => None,
-        }
-    }
-
-    /// When the last token came, counted from submission.
-    pub fn last_token(&self) -> Option<Duration> {
-        match &self.work {
-            Work::Generate(g) => g.last_token(),
-            Work::Score(_) => None,
+            g.on_scheduled(choice, age, cached);
         }
     }
 
@@ -138,9 +120,7 @@ impl Request {
     /// Ends the request as cancelled by its client.
     pub fn cancelled(&mut self, journal: &Journal) {
         match &mut self.work {
-            Work::Generate(g) => {
-                g.finish(FinishReason::Cancelled, journal);
-            }
+            Work::Generate(g) => g.cancel(journal),
             Work::Score(_) => {
                 let status = Status::new(ErrorCode::Cancelled, "cancelled by the client");
                 self.fail(status, journal);

@@ -18,9 +18,10 @@ use millrace_shared::wire::rpc::{
     AttachRequest, ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt,
     ScoreRequest,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::metrics::Metrics;
+use crate::request::Replay;
 
 /// Events of one request. Bounded by the request's own token limit, so it never blocks the
 /// scheduler. Dropping it cancels the request, unless somebody else listens, or it was said to be
@@ -28,6 +29,10 @@ use crate::metrics::Metrics;
 #[derive(Debug)]
 pub struct EventStream {
     request_id: RequestId,
+    /// What comes before the events.
+    play: Option<Play>,
+    /// Where choices come from that are compared first.
+    ranked: Option<Ranked>,
     events: mpsc::Receiver<Result<GenerateEvent, Status>>,
     meter: Option<Box<dyn Meter>>,
     departure: Arc<Departure>,
@@ -36,6 +41,35 @@ pub struct EventStream {
     /// When it was submitted, milliseconds since 1970; 0 where nobody knows.
     submitted_ms: u64,
 }
+
+/// Events that are made again from the log, once all of it is durable.
+#[derive(Debug)]
+pub(crate) struct Play {
+    settled: Option<oneshot::Receiver<()>>,
+    replay: Replay,
+}
+
+impl Play {
+    /// What `replay` gives, from when `settled` completes.
+    pub(crate) fn new(replay: Replay, settled: oneshot::Receiver<()>) -> Self {
+        Self { settled: Some(settled), replay }
+    }
+
+    /// The next event; `None` at the end, and where the journal is gone. Cancel-safe.
+    async fn next(&mut self) -> Option<Result<GenerateEvent, Status>> {
+        if let Some(settled) = &mut self.settled {
+            settled.await.ok()?;
+            self.settled = None;
+        }
+        // A long answer is played in turns with others.
+        tokio::task::coop::consume_budget().await;
+        self.replay.next()
+    }
+}
+
+/// Choices to come, when all have ended.
+#[derive(Debug)]
+pub(crate) struct Ranked(pub(crate) oneshot::Receiver<Play>);
 
 /// Is told of the events that a stream hands out, and dropped with it.
 pub trait Meter: fmt::Debug + Send {
@@ -52,6 +86,8 @@ impl EventStream {
         let (sender, events) = mpsc::channel(capacity);
         let stream = Self {
             request_id,
+            play: None,
+            ranked: None,
             events,
             meter: None,
             departure: Arc::default(),
@@ -100,13 +136,46 @@ impl EventStream {
         self.request_id
     }
 
-    /// The next event; after `Finished` or an error comes `None`.
+    /// The same stream after what `play` gives.
+    pub(crate) fn begin_with(&mut self, play: Play) {
+        self.play = Some(play);
+    }
+
+    /// The same stream, whose choices come at the end.
+    pub(crate) fn then_ranked(&mut self, ranked: Ranked) {
+        self.ranked = Some(ranked);
+    }
+
+    /// The next event; after the last `Finished` or an error comes `None`. Cancel-safe.
     pub async fn next(&mut self) -> Option<Result<GenerateEvent, Status>> {
-        let event = self.events.recv().await;
+        let event = self.event().await;
         if let (Some(meter), Some(Ok(event))) = (&mut self.meter, &event) {
             meter.see(event);
         }
         event
+    }
+
+    async fn event(&mut self) -> Option<Result<GenerateEvent, Status>> {
+        loop {
+            if let Some(play) = &mut self.play {
+                if let Some(event) = play.next().await {
+                    return Some(event);
+                }
+                self.play = None;
+            }
+            let Some(Ranked(ranked)) = &mut self.ranked else { return self.events.recv().await };
+            let play = tokio::select! {
+                biased;
+                play = &mut *ranked => play.ok(),
+                event = self.events.recv() => match event {
+                    Some(event) => return Some(event),
+                    // They may have come between the two looks.
+                    None => ranked.try_recv().ok(),
+                },
+            };
+            self.ranked = None;
+            self.play = play;
+        }
     }
 }
 

@@ -184,12 +184,14 @@ impl Service for Serving {
                 .params
                 .validate(self.prompts.card.vocab)
                 .map_err(|e| Status::invalid(e.param, e.to_string()))?;
+            request.choices.validate()?;
             let chat = matches!(request.prompt, Prompt::Chat(_));
             let digest = *blake3::hash(&codec::encode(&request)).as_bytes();
             let tokens = self.prompts.prompt_ids(request.prompt).await?;
             let id = caller.request_id.unwrap_or_else(|| RequestId(Uuid::now_v7()));
             let seed = request.params.seed.unwrap_or_else(|| self.draw_seed(id));
-            let submit = Submit { id, tokens, params: request.params, seed, chat, caller, digest };
+            let (params, choices) = (request.params, request.choices);
+            let submit = Submit { id, tokens, params, choices, seed, chat, caller, digest };
             self.batcher.send(submit).await.map_err(crossed)?
         }
         .boxed()

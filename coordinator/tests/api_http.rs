@@ -16,7 +16,7 @@ use millrace_coordinator::service::{Caller, Counted};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::scheduler::Priority;
-use millrace_shared::wire::rpc::{FinishReason, Prompt};
+use millrace_shared::wire::rpc::{Choices, FinishReason, Prompt};
 use serde_json::{Value, json};
 
 struct Server {
@@ -138,6 +138,70 @@ fn completions_whole_and_streamed() {
     let texts: Vec<_> = answer.chunks().iter().map(|c| c["choices"][0]["text"].clone()).collect();
     assert_eq!(texts, ["Hello", " wor", "ld"]);
     assert_eq!(*answer.data().last().unwrap(), "[DONE]");
+}
+
+#[test]
+fn several_choices() {
+    let s = server(two_choices());
+    let answer = post(s.addr, CHAT, &chat_body(json!({"n": 2, "best_of": 3})));
+    assert_eq!(s.fake.last().0.choices, Choices { n: 2, best_of: 3 });
+    let body = answer.json();
+    let of = |index: u32, content: &str, reason: &str| {
+        json!({"index": index, "logprobs": null, "finish_reason": reason,
+            "message": {"role": "assistant", "content": content, "refusal": null}})
+    };
+    let expected = json!([of(0, "Hello world", "stop"), of(1, "Good bye", "length")]);
+    assert_eq!(body["choices"], expected);
+    // The prompt once, every token that was made, and of the cache what the first computed did find.
+    let usage = json!({"prompt_tokens": 5, "completion_tokens": 9, "total_tokens": 14,
+        "prompt_tokens_details": {"cached_tokens": 0}});
+    assert_eq!(body["usage"], usage);
+    let text = post(s.addr, COMPLETIONS, &json!({"prompt": "x", "n": 2})).json();
+    let texts: Vec<_> = text["choices"].as_array().unwrap().iter().map(|c| &c["text"]).collect();
+    assert_eq!(texts, ["Hello world", "Good bye"]);
+
+    let streamed =
+        chat_body(json!({"n": 2, "stream": true, "stream_options": {"include_usage": true}}));
+    let extra = "idempotency-key: two\r\n";
+    let answer = exchange(s.addr, post_text(CHAT, &streamed.to_string(), extra).as_bytes());
+    let seen: Vec<_> = (answer.chunks().iter())
+        .flat_map(|c| c["choices"].as_array().unwrap().clone())
+        .map(|c| {
+            let text = c["delta"]["content"].as_str().unwrap_or_default().to_owned();
+            (c["index"].as_u64().unwrap(), text, c["finish_reason"].clone())
+        })
+        .collect();
+    let piece = |index: u64, text: &str| (index, text.to_owned(), json!(null));
+    let expected = [
+        piece(1, ""),
+        piece(1, "Good"),
+        piece(0, ""),
+        piece(0, "Hello"),
+        piece(1, " bye"),
+        (1, String::new(), json!("length")),
+        piece(0, " wor"),
+        (0, "ld".to_owned(), json!("stop")),
+    ];
+    assert_eq!(seen, expected);
+    assert_eq!(answer.chunks().last().unwrap()["usage"], usage);
+    assert_eq!(*answer.data().last().unwrap(), "[DONE]");
+    let ids: Vec<_> = answer.body.lines().filter_map(|l| l.strip_prefix("id: ")).collect();
+    assert_eq!(ids, ["0:0,1:1", "0:1,1:1", "0:2,1:2", "0:2,1:3", "0:3,1:3", "0:4,1:3"]);
+    // From any of these places on comes what had not come by then.
+    for (at, (id, left)) in ids.iter().zip([5, 4, 3, 2, 1, 0]).enumerate() {
+        let text = format!(
+            "GET /v1/requests/two/events HTTP/1.1\r\nhost: localhost\r\n\
+             authorization: Bearer {KEY}\r\nlast-event-id: {id}\r\n\r\n"
+        );
+        let rest = exchange(s.addr, text.as_bytes());
+        let later: Vec<_> = rest.body.lines().filter_map(|l| l.strip_prefix("id: ")).collect();
+        assert_eq!(later, ids[at + 1..], "after {id}");
+        assert_eq!(later.len(), left);
+        assert_eq!(*rest.data().last().unwrap(), "[DONE]");
+    }
+    s.fake.set(play(vec![api_common::of(1, token(0, 7, "?", None))]));
+    let wrong = post(s.addr, COMPLETIONS, &json!({"prompt": "x"}));
+    assert_eq!(wrong.status, 500, "a choice that nobody announced: {wrong:?}");
 }
 
 #[test]
@@ -301,7 +365,6 @@ fn the_dashboard_loads_nothing_from_elsewhere() {
 fn unsupported_is_refused_and_unknown_is_named() {
     let s = server(hello());
     for (field, value) in [
-        ("n", json!(2)),
         ("tools", json!([{"type": "function"}])),
         ("response_format", json!({"type": "json_object"})),
         ("modalities", json!(["text", "audio"])),
@@ -310,6 +373,12 @@ fn unsupported_is_refused_and_unknown_is_named() {
         let message =
             expect_error(&answer, 400, "invalid_request_error", json!(field), "invalid_argument");
         assert!(message.contains(field), "{message}");
+    }
+    for (field, value) in [("n", json!(17)), ("best_of", json!(0))] {
+        let answer = post(s.addr, CHAT, &chat_body(json!({ field: value })));
+        let message =
+            expect_error(&answer, 400, "invalid_request_error", json!(field), "invalid_argument");
+        assert!(message.contains("between 1 and 16"), "{message}");
     }
     let body = json!({"prompt": "x", "echo": true});
     expect_error(
@@ -461,8 +530,11 @@ fn requests_are_attached_to() {
     };
     assert_eq!(name("mine"), caller.request_id.unwrap());
     assert_ne!(name("another"), name("mine"));
+    // One that looks like an id is a name as any other: each key has its own.
     let uuid = "0190aaaa-0000-7000-8000-000000000001";
-    assert_eq!(name(uuid).to_string(), uuid);
+    let named = name(uuid);
+    assert_ne!(named.to_string(), uuid);
+    assert_eq!(name(uuid), named);
     for (header, wrong) in [
         ("idempotency-key", "x".repeat(257)),
         ("x-millrace-keep-alive", "soon".to_owned()),
@@ -495,6 +567,9 @@ fn requests_are_attached_to() {
     let nothing = attach("mine", "last-event-id: 0:4\r\n");
     assert_eq!(content(&nothing), "", "the end was heard");
     assert!(nothing.body.contains("\"usage\"") && nothing.body.contains("[DONE]"));
+    for id in [uuid, &named.to_string()] {
+        assert_eq!(content(&attach(id, "")), "Hello world", "by its name and by its id");
+    }
     assert_eq!(attach("mine", "last-event-id: 12\r\n").status, 400);
     assert_eq!(attach("nobody's", "").status, 404);
     let cancel = post(s.addr, "/v1/requests/mine/cancel", &json!({}));

@@ -16,7 +16,7 @@ use millrace_shared::id::RequestId;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::COORDINATOR_NAME;
 use millrace_shared::wire::rpc::{
-    FinishReason, GenerateEvent, GenerateRequest, Prompt, ScoreRequest, TokenizeRequest,
+    Choices, FinishReason, GenerateEvent, GenerateRequest, Prompt, ScoreRequest, TokenizeRequest,
 };
 
 struct Server {
@@ -69,7 +69,8 @@ async fn dropped(server: Server) -> RequestId {
 
 fn request() -> GenerateRequest {
     let prompt = Prompt::Text("hello".into());
-    GenerateRequest { model: String::new(), prompt, params: SamplingParams::default() }
+    let (params, choices) = (SamplingParams::default(), Choices::default());
+    GenerateRequest { model: String::new(), prompt, params, choices }
 }
 
 #[tokio::test]
@@ -94,6 +95,40 @@ async fn a_continuation_streams() {
     let (seen, caller) = s.fake.last();
     assert_eq!(seen, request());
     assert_eq!(caller.deadline, Some(Duration::from_secs(10)));
+}
+
+#[tokio::test]
+async fn choices_come_mixed() {
+    let s = server(two_choices());
+    let client = soon(Client::connect(&s.config)).await.unwrap();
+    let choices = Choices { n: 2, best_of: 3 };
+    let id = RequestId(uuid::Uuid::now_v7());
+    let asked = GenerateRequest { choices, ..request() };
+    let mut stream = soon(client.generate_as(id, asked.clone())).await.unwrap();
+    let mut texts = [String::new(), String::new()];
+    let (mut said, mut ends) = (0, Vec::new());
+    while let Some(event) = soon(stream.next()).await {
+        match event.unwrap() {
+            GenerateEvent::Started { choices, .. } => said = choices,
+            GenerateEvent::Token { choice, text, .. } => texts[choice as usize].push_str(&text),
+            GenerateEvent::Finished { choice, text, usage, .. } => {
+                texts[choice as usize].push_str(&text);
+                ends.push((choice, usage.completion_tokens + usage.discarded_tokens));
+            }
+        }
+    }
+    assert_eq!((said, &texts[..]), (2, &["Hello world".to_owned(), "Good bye".to_owned()][..]));
+    assert_eq!(ends, [(1, 6), (0, 3)]);
+    assert_eq!(s.fake.last().0, asked);
+    // Attached to somewhere else in each choice; the server of this test sends everything again.
+    let mut rest = soon(client.attach(id, &[2, 1])).await.unwrap();
+    let mut indices = Vec::new();
+    while let Some(event) = soon(rest.next()).await {
+        if let GenerateEvent::Token { choice, index, .. } = event.unwrap() {
+            indices.push((choice, index));
+        }
+    }
+    assert_eq!(indices, [(1, 1), (0, 2)]);
 }
 
 #[tokio::test]

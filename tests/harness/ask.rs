@@ -6,7 +6,7 @@ use millrace_net::client::{Client, ClientConfig, GenerateStream};
 use millrace_shared::error::Status;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::rpc::{
-    ClusterStatus, FinishReason, GenerateEvent, GenerateRequest, PositionScore, Prompt,
+    Choices, ClusterStatus, FinishReason, GenerateEvent, GenerateRequest, PositionScore, Prompt,
     ScoreRequest, TokenLogprobs,
 };
 
@@ -47,7 +47,8 @@ pub async fn begin(
     prompt: Prompt,
     params: SamplingParams,
 ) -> Result<GenerateStream, Status> {
-    client.generate(GenerateRequest { model: String::new(), prompt, params }).await
+    let choices = Choices::default();
+    client.generate(GenerateRequest { model: String::new(), prompt, params, choices }).await
 }
 
 impl Answer {
@@ -65,7 +66,7 @@ impl Answer {
     pub fn take(&mut self, event: GenerateEvent) {
         match event {
             GenerateEvent::Started { .. } => {}
-            GenerateEvent::Token { index, token_id, text, logprobs } => {
+            GenerateEvent::Token { index, token_id, text, logprobs, .. } => {
                 assert_eq!(index as usize, self.tokens.len(), "indices follow each other");
                 self.logprobs.extend(logprobs);
                 self.tokens.push(token_id);
@@ -98,6 +99,33 @@ pub async fn finish_from(mut stream: GenerateStream, begun: Answer) -> Result<An
         answer.take(event?);
     }
     Ok(answer)
+}
+
+/// All choices of a request, in order; checks that indices have no gaps.
+///
+/// # Errors
+/// What the cluster says.
+pub async fn choices(
+    client: &Client,
+    prompt: Prompt,
+    params: SamplingParams,
+    choices: Choices,
+) -> Result<Vec<Answer>, Status> {
+    let request = GenerateRequest { model: String::new(), prompt, params, choices };
+    let mut stream = client.generate(request).await?;
+    let mut answers = Vec::new();
+    while let Some(event) = stream.next().await {
+        let event = event?;
+        match &event {
+            GenerateEvent::Started { choices, .. } => {
+                answers.resize_with(*choices as usize, Answer::empty);
+            }
+            GenerateEvent::Token { choice, .. } | GenerateEvent::Finished { choice, .. } => {
+                answers[*choice as usize].take(event);
+            }
+        }
+    }
+    Ok(answers)
 }
 
 /// The first tokens of a continuation.

@@ -9,7 +9,7 @@ use anyhow::ensure;
 use futures::future::try_join_all;
 use hdrhistogram::Histogram;
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::rpc::{GenerateEvent, GenerateRequest, Prompt};
+use millrace_shared::wire::rpc::{Choices, GenerateEvent, GenerateRequest, Prompt};
 
 use super::pseudo_tokens;
 use crate::target::{Caller, Session};
@@ -227,7 +227,12 @@ async fn request(caller: &Caller, load: Load, ids: Vec<u32>) -> anyhow::Result<T
         ignore_eos: true,
         ..SamplingParams::greedy()
     };
-    let request = GenerateRequest { model: String::new(), prompt: Prompt::Tokens(ids), params };
+    let request = GenerateRequest {
+        model: String::new(),
+        prompt: Prompt::Tokens(ids),
+        params,
+        choices: Choices::default(),
+    };
     let mut timeline = Timeline { sent: Instant::now(), tokens: Vec::new() };
     let mut events = caller.generate(request).await?;
     while let Some(event) = events.next().await? {

@@ -16,7 +16,7 @@ use clap::{Args, ValueEnum};
 use millrace_coordinator::models::ModelOptions;
 use millrace_net::client::{Client, GenerateStream};
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::rpc::{ChatMessage, GenerateEvent, GenerateRequest, Prompt};
+use millrace_shared::wire::rpc::{ChatMessage, Choices, GenerateEvent, GenerateRequest, Prompt};
 
 use crate::error::Interrupted;
 use crate::{input, output};
@@ -179,6 +179,7 @@ async fn ask(client: &Client, args: &DemoArgs) -> anyhow::Result<GenerateStream>
                 ignore_eos: true,
                 ..SamplingParams::default()
             },
+            choices: Choices::default(),
         })
         .await?)
 }

@@ -219,6 +219,7 @@ async fn hear(
         Ok(events) => Heard { events, connection },
         Err(status) => return Ok(Err(status)),
     };
+    let mut to_come = 1;
     loop {
         match heard.events.next().await {
             // The coordinator stops, and goes on with the request when it is back: a stream that
@@ -226,9 +227,13 @@ async fn hear(
             None => return Err(NetError::Ended("the coordinator stops")),
             Some(Err(status)) => return Ok(Err(status)),
             Some(Ok(event)) => {
-                let last = matches!(event, GenerateEvent::Finished { .. });
+                match &event {
+                    GenerateEvent::Started { choices, .. } => to_come = *choices,
+                    GenerateEvent::Token { .. } => {}
+                    GenerateEvent::Finished { .. } => to_come = to_come.saturating_sub(1),
+                }
                 replies.event(event).await?;
-                if last {
+                if to_come == 0 {
                     return Ok(Ok(()));
                 }
             }

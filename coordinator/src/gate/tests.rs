@@ -1,7 +1,7 @@
 //! Keys, their scopes and limits, against a service that answers everything.
 
 use millrace_shared::wire::admin::{NewKey, NodeStatus};
-use millrace_shared::wire::rpc::{FinishReason, Timings, Usage};
+use millrace_shared::wire::rpc::{Choices, FinishReason, Timings, Usage};
 use uuid::Uuid;
 
 use super::*;
@@ -20,10 +20,12 @@ impl Service for Open {
         async {
             let id = RequestId(Uuid::now_v7());
             let (sender, stream) = EventStream::new(id, 8);
+            let prompt_token_ids = vec![1, 2, 3];
             let started =
-                GenerateEvent::Started { request_id: id, prompt_token_ids: vec![1, 2, 3], seed: 1 };
-            let usage = Usage { prompt_tokens: 3, completion_tokens: 0, cached_tokens: 0 };
+                GenerateEvent::Started { request_id: id, prompt_token_ids, seed: 1, choices: 1 };
+            let usage = Usage { prompt_tokens: 3, ..Usage::default() };
             let finished = GenerateEvent::Finished {
+                choice: 0,
                 reason: FinishReason::Stop,
                 text: String::new(),
                 usage,
@@ -108,12 +110,17 @@ impl Fixture {
     }
 
     async fn generate(&self, key: &str) -> Result<EventStream, Status> {
+        self.generate_some(key, Choices::default()).await
+    }
+
+    async fn generate_some(&self, key: &str, choices: Choices) -> Result<EventStream, Status> {
         self.gate.authenticate(Some(key))?;
         let caller = Caller { client: Caller::client_of(Some(key)), ..Caller::default() };
         let request = GenerateRequest {
             model: String::new(),
             prompt: Prompt::Text(String::new()),
             params: SamplingParams::default(),
+            choices,
         };
         self.gate.generate(request, caller).await
     }
@@ -172,6 +179,24 @@ async fn requests_at_once() {
     assert!(f.generate(&key).await.is_ok(), "the place is free again");
 }
 
+/// Each choice has a place, those that are only compared too.
+#[tokio::test]
+async fn choices_at_once() {
+    let f = fixture();
+    let limits = KeyLimits { concurrent: Some(4), ..KeyLimits::default() };
+    let (_, key) = f.key(Scope::Generate, limits);
+    let three = f.generate_some(&key, Choices { n: 1, best_of: 3 }).await.unwrap();
+    let two = f.generate_some(&key, Choices::of(2)).await.unwrap_err();
+    assert_eq!(two.code, ErrorCode::ResourceExhausted, "{two}");
+    let one = f.generate(&key).await.unwrap();
+    drop((one, three));
+    assert!(f.generate_some(&key, Choices::of(4)).await.is_ok());
+    let never = f.generate_some(&key, Choices::of(5)).await.unwrap_err();
+    assert_eq!((never.code, never.param.as_deref()), (ErrorCode::InvalidArgument, Some("n")));
+    let wrong = f.generate_some(&key, Choices::of(0)).await.unwrap_err();
+    assert_eq!(wrong.param.as_deref(), Some("n"));
+}
+
 #[tokio::test]
 async fn requests_and_tokens_a_minute() {
     let f = fixture();
@@ -181,22 +206,22 @@ async fn requests_and_tokens_a_minute() {
     let (_, key) = f.key(Scope::Generate, limits);
     let holder = f.gate.holder(Some(&key)).unwrap();
     for _ in 0..3 {
-        drop(holder.admit(later(1)).unwrap());
+        drop(holder.admit(1, later(1)).unwrap());
     }
-    let over = holder.admit(later(1)).unwrap_err();
+    let over = holder.admit(1, later(1)).unwrap_err();
     assert_eq!((over.code, over.retry_after_ms), (ErrorCode::ResourceExhausted, Some(20_000)));
-    assert!(holder.admit(later(22)).is_ok());
+    assert!(holder.admit(1, later(22)).is_ok());
 
     let limits = KeyLimits { tokens_per_minute: Some(4), ..KeyLimits::default() };
     let (_, key) = f.key(Scope::Generate, limits);
     let holder = f.gate.holder(Some(&key)).unwrap();
-    holder.admit(later(1)).unwrap().charge(3, later(1));
+    holder.admit(1, later(1)).unwrap().charge(3, later(1));
     // The second one owes.
-    holder.admit(later(1)).unwrap().charge(3, later(1));
-    let over = holder.admit(later(1)).unwrap_err();
+    holder.admit(1, later(1)).unwrap().charge(3, later(1));
+    let over = holder.admit(1, later(1)).unwrap_err();
     assert!(over.message.contains("4 tokens a minute"), "{over}");
     assert_eq!(over.retry_after_ms, Some(45_000), "two owed, and one to begin with");
-    assert!(holder.admit(later(60)).is_ok());
+    assert!(holder.admit(1, later(60)).is_ok());
 }
 
 /// What streams count: the prompt, and each token of the answer.

@@ -12,6 +12,7 @@
 
 mod args;
 mod life;
+mod log;
 mod record;
 mod retained;
 mod store;
@@ -34,6 +35,7 @@ use crate::metrics::Metrics;
 use crate::request::EventSender;
 pub use args::JournalArgs;
 pub use life::begin as begin_life;
+pub use log::Log;
 pub use record::{End, Entry, Head, Record, Token};
 pub use retained::Retained;
 pub use store::{FILE, JournalError, VERSION};
@@ -137,13 +139,7 @@ impl Journal {
     ) -> std::io::Result<Self> {
         let (items, received) = channel();
         let shared = Arc::new(Shared::default());
-        let writer = Writer {
-            store,
-            items: received,
-            shared: Arc::clone(&shared),
-            metrics: Arc::clone(metrics),
-            failed_at: None,
-        };
+        let writer = Writer::new(store, received, Arc::clone(&shared), Arc::clone(metrics));
         thread::Builder::new().name("millrace-journal".into()).spawn(move || writer.run())?;
         Ok(Self { config, items: Some(items), shared })
     }

@@ -1,7 +1,6 @@
 //! What the journal holds of a request: what was asked, each token, how it ended.
 //!
-//! Everything is keyed by (request, choice); today every request has the one choice 0. The encoding
-//! is bincode, so the shape of these types *is* the file's format: whoever changes one of them, or a
+//! Everything is keyed by (request, choice). The encoding is bincode, so the shape of these types *is* the file's format: whoever changes one of them, or a
 //! type inside, raises [`super::store::VERSION`] and writes a migration (a test compares bytes).
 
 use std::sync::Arc;
@@ -12,6 +11,8 @@ use millrace_shared::sampling::SamplingParams;
 use millrace_shared::scheduler::Priority;
 use millrace_shared::wire::rpc::{FinishReason, Timings, TokenLogprobs};
 use serde::{Deserialize, Serialize};
+
+use super::log::Log;
 
 /// What was asked. Times are milliseconds since 1970.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,7 +31,7 @@ pub struct Head {
     pub chat: bool,
     /// Most tokens of a choice.
     pub max_new: u32,
-    /// Choices.
+    /// Choices that are made: `best_of`.
     pub choices: u32,
     /// Who asked: the number that stands for the key.
     pub client: u64,
@@ -46,6 +47,8 @@ pub struct Head {
     pub digest: [u8; 32],
     /// What the API that took it wants to know when somebody attaches.
     pub tag: u32,
+    /// Choices that are sent. Since version 2.
+    pub n: u32,
 }
 
 /// One token of a choice.
@@ -112,21 +115,31 @@ pub struct Entry {
     /// What was asked.
     pub head: Arc<Head>,
     /// Tokens so far, per choice.
-    pub tokens: Vec<Vec<Token>>,
+    pub tokens: Vec<Log>,
     /// How each choice ended, and when; `None` where it has not.
     pub ends: Vec<Option<(u64, End)>>,
 }
 
-/// Bytes that a token takes, roughly: key, entry, and what the log-probabilities hold.
-fn token_bytes(logprobs: Option<u8>) -> u64 {
-    48 + logprobs.map_or(0, |k| 16 + 8 * (u64::from(k) + 1))
-}
-
 impl Head {
-    /// Most bytes that the request can come to.
-    pub fn most_bytes(&self) -> u64 {
-        let tokens = u64::from(self.max_new) * u64::from(self.choices);
-        512 + 4 * self.prompt.len() as u64 + tokens * token_bytes(self.params.logprobs)
+    /// Whether choices are compared when all have ended, and only the best are sent.
+    pub fn ranks(&self) -> bool {
+        self.n < self.choices
+    }
+
+    /// What the last stage is to return of log-probabilities: what was asked for, or what comparing
+    /// takes.
+    pub fn scored(&self) -> Option<u8> {
+        self.params.logprobs.or_else(|| self.ranks().then_some(0))
+    }
+
+    /// Bytes that it takes itself, roughly.
+    pub fn bytes(&self) -> u64 {
+        512 + 4 * self.prompt.len() as u64
+    }
+
+    /// Bytes that a token of it takes, roughly: key, entry, and what the log-probabilities hold.
+    pub fn token_bytes(&self) -> u64 {
+        48 + self.scored().map_or(0, |k| 16 + 8 * (u64::from(k) + 1))
     }
 }
 
@@ -134,13 +147,13 @@ impl Entry {
     /// A request without tokens.
     pub fn new(head: Arc<Head>) -> Self {
         let choices = head.choices as usize;
-        Self { head, tokens: vec![Vec::new(); choices], ends: vec![None; choices] }
+        Self { head, tokens: vec![Log::default(); choices], ends: vec![None; choices] }
     }
 
     /// Bytes that it takes, roughly.
     pub fn bytes(&self) -> u64 {
         let tokens: u64 = self.tokens.iter().map(|t| t.len() as u64).sum();
-        512 + 4 * self.head.prompt.len() as u64 + tokens * token_bytes(self.head.params.logprobs)
+        self.head.bytes() + tokens * self.head.token_bytes()
     }
 
     /// When the last choice ended; `None` while one runs.

@@ -1,7 +1,8 @@
 //! Ended requests, for whoever attaches late: kept for a time, within a number of bytes.
 //!
-//! Pure. Invariant: what is kept and what running requests may come to stay within the limit
-//! together; the requests that ended first make room.
+//! Pure. Running requests are promised bytes as they grow, ahead of their tokens; the ended ones that
+//! ended first make room. Invariant: what is kept and what is promised stay within the limit
+//! together, where what is promised alone does; nobody new is admitted beyond it.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -18,7 +19,7 @@ pub struct Retained {
     by_end: BTreeSet<(u64, RequestId)>,
     /// Of ended requests.
     bytes: u64,
-    /// What running requests may come to.
+    /// What running requests may take.
     promised: u64,
 }
 
@@ -35,7 +36,7 @@ impl Retained {
         }
     }
 
-    /// Bytes of ended requests, and what running ones may come to.
+    /// Bytes of ended requests, and those promised to running ones.
     pub fn bytes(&self) -> u64 {
         self.bytes + self.promised
     }
@@ -50,18 +51,14 @@ impl Retained {
         self.entries.values()
     }
 
-    /// Makes room for a request that may come to `most` bytes; returns whom that cost, or `None`
-    /// where running requests leave no room.
-    pub fn admit(&mut self, most: u64) -> Option<Vec<RequestId>> {
-        if self.promised.saturating_add(most) > self.max_bytes {
-            return None;
-        }
-        Some(self.promise(most))
+    /// Whether those that run leave room for `more` bytes, if all that have ended go.
+    pub fn has_room(&self, more: u64) -> bool {
+        self.promised.saturating_add(more) <= self.max_bytes
     }
 
-    /// Promises room to a request that runs already, whatever there is; returns whom that cost.
-    pub fn promise(&mut self, most: u64) -> Vec<RequestId> {
-        self.promised += most;
+    /// Promises bytes to a request that runs, whatever there is; returns whom that cost.
+    pub fn promise(&mut self, more: u64) -> Vec<RequestId> {
+        self.promised += more;
         self.shrink()
     }
 
@@ -75,9 +72,9 @@ impl Retained {
         true
     }
 
-    /// A request that was admitted with `most` bytes takes none any more.
-    pub fn release(&mut self, most: u64) {
-        self.promised = self.promised.saturating_sub(most);
+    /// A request that was promised so many bytes takes none of them any more.
+    pub fn release(&mut self, promised: u64) {
+        self.promised = self.promised.saturating_sub(promised);
     }
 
     /// Keeps an ended request; returns whom that cost, perhaps itself.

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use millrace_shared::id::RequestId;
 use millrace_shared::wire::codec;
+use millrace_shared::wire::rpc::MAX_CHOICES;
 use redb::backends::FileBackend;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use uuid::Uuid;
@@ -19,7 +20,7 @@ use uuid::Uuid;
 use super::record::{End, Entry, Head, Record, Token};
 
 /// The format that this program writes.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 /// Name of the file in the cluster's folder.
 pub const FILE: &str = "journal.redb";
 
@@ -74,7 +75,21 @@ pub enum JournalError {
 /// Turns a file of one version into one of the next.
 pub(super) type Migration = fn(&WriteTransaction) -> Result<(), redb::Error>;
 /// `MIGRATIONS[i]` leads from version `i + 1` to `i + 2`.
-const MIGRATIONS: &[Migration] = &[];
+const MIGRATIONS: &[Migration] = &[count_choices];
+
+/// To version 2: a request says how many of its choices are sent, which was the one.
+fn count_choices(transaction: &WriteTransaction) -> Result<(), redb::Error> {
+    let mut requests = transaction.open_table(REQUESTS)?;
+    let mut longer = Vec::new();
+    for row in requests.iter()? {
+        let (id, value) = row?;
+        longer.push((id.value(), [value.value(), codec::encode(&1u32).as_slice()].concat()));
+    }
+    for (id, value) in longer {
+        requests.insert(id, value.as_slice())?;
+    }
+    Ok(())
+}
 
 /// Where records go. The writer thread knows only this.
 pub(super) trait Store: Send {
@@ -89,6 +104,12 @@ pub(super) trait Store: Send {
     /// # Errors
     /// If they cannot be written; what was kept before may then be lost.
     fn replace(&mut self, records: &[Record]) -> Result<(), JournalError>;
+
+    /// Writes next to nothing, to see whether anything can be written.
+    ///
+    /// # Errors
+    /// If it cannot.
+    fn probe(&mut self) -> Result<(), JournalError>;
 }
 
 /// See the module's documentation.
@@ -206,6 +227,13 @@ impl Store for FileStore {
             put(transaction, records)
         })
     }
+
+    fn probe(&mut self) -> Result<(), JournalError> {
+        self.transact(|transaction| {
+            transaction.open_table(META)?.insert(VERSION_KEY, VERSION)?;
+            Ok(())
+        })
+    }
 }
 
 fn put(transaction: &WriteTransaction, records: &[Record]) -> Result<(), redb::Error> {
@@ -294,7 +322,10 @@ fn load(database: &Database, path: &Path) -> Result<Vec<Entry>, JournalError> {
     for row in requests.iter().map_err(|e| failed(path, e))? {
         let (id, value) = row.map_err(|e| failed(path, e))?;
         let head: Head = codec::decode(value.value()).map_err(|e| wrong(e.to_string()))?;
-        if head.choices == 0 || head.id != RequestId(Uuid::from_u128(id.value())) {
+        if !(1..=head.choices).contains(&head.n)
+            || head.choices as usize > MAX_CHOICES
+            || head.id != RequestId(Uuid::from_u128(id.value()))
+        {
             return Err(wrong(format!("request {:032x} is not what its name says", id.value())));
         }
         entries.insert(id.value(), Entry::new(Arc::new(head)));
@@ -319,4 +350,22 @@ fn load(database: &Database, path: &Path) -> Result<Vec<Entry>, JournalError> {
     let mut entries: Vec<Entry> = entries.into_values().collect();
     entries.sort_by_key(|e| (e.head.submitted_ms, e.head.id));
     Ok(entries)
+}
+
+/// Makes the file in `dir` one that version 1 wrote.
+#[cfg(test)]
+pub(super) fn as_version_1(dir: &Path) {
+    let database = open_database(&dir.join(FILE)).expect("the file");
+    let transaction = database.begin_write().expect("a transaction");
+    {
+        let mut requests = transaction.open_table(REQUESTS).expect("the table");
+        let all: Vec<(u128, Vec<u8>)> = (requests.iter().expect("rows").flatten())
+            .map(|(id, value)| (id.value(), value.value().to_vec()))
+            .collect();
+        for (id, value) in all {
+            requests.insert(id, &value[..value.len() - 1]).expect("room");
+        }
+        transaction.open_table(META).expect("a table").insert(VERSION_KEY, 1).expect("room");
+    }
+    transaction.commit().expect("room");
 }

@@ -40,6 +40,7 @@ fn head(n: u128) -> Head {
         keep_ms: 30_000,
         digest: [9; 32],
         tag: 3,
+        n: 1,
     }
 }
 
@@ -128,7 +129,7 @@ fn a_newer_version_is_refused_and_an_older_one_migrated() {
     store.write(&[request(1), token(1, 0)]).unwrap();
     drop(store);
     let nothing: store::Migration = |_| Ok(());
-    let (_, entries) = FileStore::open_as(dir.path(), VERSION + 1, &[nothing]).unwrap();
+    let (_, entries) = FileStore::open_as(dir.path(), VERSION + 1, &[nothing; 2]).unwrap();
     assert_eq!(entries[0].records(), [request(1), token(1, 0)]);
     // The old file is kept, as the old program reads it.
     let old = tempfile::tempdir().unwrap();
@@ -137,11 +138,11 @@ fn a_newer_version_is_refused_and_an_older_one_migrated() {
 
     let error = FileStore::open(dir.path()).unwrap_err();
     assert!(matches!(error, JournalError::Newer { found, .. } if found == VERSION + 1));
-    for part in ["version 2", "up to 1", FILE] {
+    for part in ["version 3", "up to 2", FILE] {
         assert!(error.to_string().contains(part), "{error}");
     }
     // Without a way there, nothing is touched.
-    let error = FileStore::open_as(dir.path(), VERSION + 2, &[nothing]).unwrap_err();
+    let error = FileStore::open_as(dir.path(), VERSION + 2, &[nothing; 2]).unwrap_err();
     assert!(matches!(error, JournalError::Unreadable { .. }), "{error}");
 }
 
@@ -182,10 +183,10 @@ fn the_format_is_that_of_its_version() {
         hash(&codec::encode(&(at_ms, end))),
         hash(&codec::encode(&(at_ms, failed))),
     ];
-    assert_eq!(VERSION, 1, "write a migration, then the new hashes");
+    assert_eq!(VERSION, 2, "write a migration, then the new hashes");
     assert_eq!(
         hashes,
-        ["9f300432d6bf6f02", "d51aa3e0f7331e83", "e5feb5eb770923b4", "97e88b65b394723e"]
+        ["94c67c41fdc42b3d", "d51aa3e0f7331e83", "e5feb5eb770923b4", "97e88b65b394723e"]
     );
 }
 
@@ -219,11 +220,30 @@ fn what_is_kept_is_bounded() {
         assert!(retained.keep(entry(n, n as u64)).is_empty());
     }
     assert_eq!(retained.keep(entry(4, 4)), [id(1)], "the oldest makes room");
-    assert_eq!(retained.admit(2 * each), Some(vec![id(2), id(3)]), "so it does for those that run");
-    assert_eq!(retained.admit(2 * each), None, "running ones are never erased");
+    assert!(retained.has_room(2 * each), "ended ones do not count");
+    assert_eq!(retained.bytes(), 3 * each, "and asking costs nobody anything");
+    assert_eq!(retained.promise(2 * each), [id(2), id(3)], "so it does for those that run");
+    assert!(!retained.has_room(2 * each), "running ones are never erased");
     assert!(retained.bytes() <= 3 * each);
-    retained.release(2 * each);
-    assert_eq!(retained.admit(each), Some(Vec::new()));
+    // One that runs may grow beyond the limit; then nobody comes in.
+    assert_eq!(retained.promise(2 * each), [id(4)]);
+    assert!(!retained.has_room(0));
+    retained.release(3 * each);
+    assert!(retained.has_room(2 * each));
+    assert_eq!(retained.promise(each), []);
+}
+
+/// A file of version 1 as it was written: its requests have no number of choices to send.
+#[test]
+fn the_first_version_is_migrated() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut store, _) = FileStore::open(dir.path()).unwrap();
+    store.write(&[request(1), token(1, 0), request(2)]).unwrap();
+    drop(store);
+    store::as_version_1(dir.path());
+    let records: Vec<Record> = reopened(dir.path()).iter().flat_map(Entry::records).collect();
+    assert_eq!(records, [request(1), token(1, 0), request(2)]);
+    assert!(dir.path().join(format!("{FILE}.v1")).exists());
 }
 
 /// Remembers what was written, and whether an event had arrived by then.
@@ -270,10 +290,14 @@ impl Store for Watched {
         self.written.lock().unwrap().clear();
         self.keep(records)
     }
+
+    fn probe(&mut self) -> Result<(), JournalError> {
+        self.keep(&[])
+    }
 }
 
 fn event(index: u32) -> Result<GenerateEvent, Status> {
-    Ok(GenerateEvent::Token { index, token_id: 1, text: String::new(), logprobs: None })
+    Ok(GenerateEvent::Token { choice: 0, index, token_id: 1, text: String::new(), logprobs: None })
 }
 
 struct Rig {
@@ -344,4 +368,36 @@ async fn a_full_disk_degrades_and_heals() {
     let whole = [request(1), token(1, 0), token(1, 1), token(1, 2)];
     assert_eq!(*rig.written.lock().unwrap(), whole);
     assert_eq!(*rig.seen.lock().unwrap(), [0, 1]);
+}
+
+/// Nothing is asked for while the disk takes nothing; where it takes only little, less and less often.
+#[test]
+fn a_full_disk_is_left_in_peace() {
+    use std::time::Instant;
+    let (_, events) = mpsc::channel(1);
+    let full = Arc::new(AtomicBool::new(true));
+    let store =
+        Watched { written: Arc::default(), events, seen: Arc::default(), full: Arc::clone(&full) };
+    let shared = Arc::new(Shared::default());
+    let metrics = Arc::new(Metrics::new("test"));
+    let mut writer = Writer::new(store, channel().1, Arc::clone(&shared), metrics);
+    writer.handle(vec![Item::Write(request(1))]);
+    let first = writer.wait;
+    // As if that had been so long ago.
+    let after = |writer: &mut Writer<Watched>, time: Duration| {
+        writer.failed_at = Instant::now().checked_sub(time);
+        writer.ask_again();
+        shared.wants_snapshot.swap(false, Ordering::Relaxed)
+    };
+    assert!(!after(&mut writer, first / 2), "not yet");
+    assert!(!after(&mut writer, first), "it takes nothing");
+    full.store(false, Ordering::Relaxed);
+    assert!(after(&mut writer, first));
+    full.store(true, Ordering::Relaxed);
+    writer.handle(vec![Item::Snapshot(vec![request(1)])]);
+    full.store(false, Ordering::Relaxed);
+    assert!(!after(&mut writer, first), "everything failed: that is tried later");
+    assert!(after(&mut writer, 2 * first));
+    writer.handle(vec![Item::Snapshot(vec![request(1)])]);
+    assert!(writer.failed_at.is_none() && writer.wait == first);
 }

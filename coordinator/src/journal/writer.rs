@@ -6,8 +6,10 @@
 //!
 //! When writing fails (the disk is full, or broken) the journal is *degraded*: events go on to the
 //! clients without being written, the metric `millrace_journal_degraded` is 1 and the log says so.
-//! Every [`RETRY`] the owner sends all that it knows ([`Item::Snapshot`]); once that is written the
-//! journal is whole again.
+//! Every [`RETRY`] a write of next to nothing is tried; where it succeeds, the owner sends all that it
+//! knows ([`Item::Snapshot`]), and once that is written the journal is whole again. Where only the
+//! small write succeeds, that is tried less and less often, so that a disk that is almost full is not
+//! kept busy by what it has no room for.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -25,6 +27,8 @@ use crate::request::EventSender;
 
 /// How long to wait before a degraded journal is tried again.
 const RETRY: Duration = Duration::from_secs(5);
+/// Longest wait between two tries to write everything.
+const MAX_RETRY: Duration = Duration::from_secs(60);
 /// Most of a group: bounds how long the first of it waits.
 const MAX_GROUP: usize = 8192;
 
@@ -58,10 +62,23 @@ pub(super) struct Writer<S> {
     pub(super) items: Receiver<Item>,
     pub(super) shared: Arc<Shared>,
     pub(super) metrics: Arc<Metrics>,
+    /// When writing failed last.
     pub(super) failed_at: Option<Instant>,
+    /// How long after that everything is tried again.
+    pub(super) wait: Duration,
 }
 
 impl<S: Store> Writer<S> {
+    /// A writer that nothing has happened to.
+    pub(super) fn new(
+        store: S,
+        items: Receiver<Item>,
+        shared: Arc<Shared>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self { store, items, shared, metrics, failed_at: None, wait: RETRY }
+    }
+
     /// Works until nobody can send any more.
     pub(super) fn run(mut self) {
         loop {
@@ -136,6 +153,7 @@ impl<S: Store> Writer<S> {
                 let tokens = records.iter().filter(|r| matches!(r, Record::Token { .. })).count();
                 self.shared.commits.fetch_add(1, Ordering::Relaxed);
                 self.metrics.on_journal_commit(tokens as u64);
+                self.wait = RETRY;
                 if self.failed_at.take().is_some() {
                     tracing::info!("the journal is written again and whole");
                     self.degraded(false);
@@ -160,11 +178,15 @@ impl<S: Store> Writer<S> {
         self.metrics.set_journal_degraded(degraded);
     }
 
-    fn ask_again(&mut self) {
-        if let Some(at) = self.failed_at
-            && at.elapsed() >= RETRY
-        {
-            self.failed_at = Some(Instant::now());
+    /// Asks for everything, if it is time and the disk takes anything at all.
+    pub(super) fn ask_again(&mut self) {
+        if self.failed_at.is_none_or(|at| at.elapsed() < self.wait) {
+            return;
+        }
+        self.failed_at = Some(Instant::now());
+        let store = &mut self.store;
+        if matches!(catch_unwind(AssertUnwindSafe(|| store.probe())), Ok(Ok(()))) {
+            self.wait = (self.wait * 2).min(MAX_RETRY);
             self.shared.wants_snapshot.store(true, Ordering::Relaxed);
         }
     }

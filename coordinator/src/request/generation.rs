@@ -1,46 +1,38 @@
-//! A continuation being produced: its log, its text, and who listens.
+//! Continuations being produced: the logs of a request's choices, their text, and who listens.
 //!
-//! Every token enters the log (and the journal) before an event of it is handed on; listeners get
-//! events from the index on that they asked for, each once. Channels hold every event the request
-//! can ever produce, so that sending never waits. Invariant: `tokens` is all there is to know; the
-//! rest follows from it and the head.
+//! Every token enters its log (and the journal) before an event of it is handed on; listeners get
+//! events from the indices on that they asked for, each once. Channels hold every event the request
+//! can ever produce, so that sending never waits; what happened before somebody came is played again
+//! where it is heard, not here. Choices that are compared (`best_of`) are handed on when all have
+//! ended. Invariant: logs and ends are all there is to know; the rest follows from them and the head.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use millrace_shared::error::Status;
-use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::rpc::{FinishReason, GenerateEvent, Timings, TokenLogprobs, Usage};
+use millrace_shared::sampling::{SamplingParams, choice_seed};
+use millrace_shared::wire::rpc::{FinishReason, GenerateEvent, TokenLogprobs};
 
-use super::transcript::{Transcript, replay, started};
+use super::choice::Choice;
+use super::listeners::{Listeners, MAX_LISTENERS};
+use super::replay::{Replay, told, usage};
 use super::{EventSender, event_capacity};
 use crate::journal::{End, Entry, Head, Journal, Record, Token, unix_ms};
-use crate::service::{Departure, EventStream, Meter};
+use crate::service::{EventStream, Play};
 use crate::text::Tokenizer;
 
-/// The one choice of today's requests.
-const CHOICE: u32 = 0;
-/// Most who hear one request at once.
-const MAX_LISTENERS: usize = 8;
 /// When to come back, told to one listener too many.
 const RETRY_LISTEN_MS: u32 = 1000;
+/// Tokens for which the journal's room is promised at once: far fewer than long contexts hold, so
+/// that nobody is refused for what others may never say.
+const STRETCH: u64 = 256;
 
-/// Somebody who hears the events.
-#[derive(Debug)]
-struct Listener {
-    events: EventSender,
-    /// First token to hear.
-    from: u32,
-    /// How it went, where it did.
-    departure: Arc<Departure>,
-}
-
-/// What a token means for the sequence.
+/// What a token means for its sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Go on.
     Continue,
-    /// It is complete; the finishing event has been sent.
+    /// The choice is complete.
     Finished(FinishReason),
 }
 
@@ -48,69 +40,62 @@ pub enum Verdict {
 #[derive(Debug)]
 pub struct Generation {
     head: Arc<Head>,
-    tokens: Vec<Token>,
-    end: Option<(u64, End)>,
-    transcript: Transcript,
+    choices: Vec<Choice>,
     tokenizer: Arc<Tokenizer>,
-    listeners: Vec<Listener>,
-    /// Who counts for clients whose connections were lost.
-    meters: Vec<Box<dyn Meter>>,
-    /// Since when nobody listens because connections were lost, on the scheduler's clock.
-    alone: Option<Duration>,
-    /// How long that may be.
-    keep: Duration,
-    cached_tokens: u32,
-    queue: Option<Duration>,
-    first_token: Option<Duration>,
-    last_token: Option<Duration>,
+    listeners: Listeners,
+    /// Tokens of all choices.
+    tokens: u64,
+    /// Tokens for which the journal has promised room.
+    promised: u64,
 }
 
 impl Generation {
-    /// A continuation without tokens; it enters the journal.
+    /// Continuations without tokens; they enter the journal.
     pub fn new(head: Arc<Head>, tokenizer: &Arc<Tokenizer>, journal: &Journal) -> Self {
         journal.write(|| Record::Request(Arc::clone(&head)));
-        Self::build(head, tokenizer)
-    }
-
-    fn build(head: Arc<Head>, tokenizer: &Arc<Tokenizer>) -> Self {
+        let choices = (0..head.choices).map(|_| Choice::new(&head, tokenizer)).collect();
+        let keep = Duration::from_millis(head.keep_ms);
         Self {
-            transcript: Transcript::new(&head, tokenizer),
+            promised: at_first(&head),
+            choices,
             tokenizer: Arc::clone(tokenizer),
-            tokens: Vec::new(),
-            end: None,
-            listeners: Vec::new(),
-            meters: Vec::new(),
-            alone: None,
-            keep: Duration::from_millis(head.keep_ms),
-            cached_tokens: 0,
-            queue: None,
-            first_token: None,
-            last_token: None,
+            listeners: Listeners::new(keep),
+            tokens: 0,
             head,
         }
     }
 
-    /// A continuation of an earlier life, for at least `patience` without anybody who listens;
-    /// `Some` reason where its last token had ended it, but that was not written any more.
+    /// Those of an earlier life, for at least `patience` without anybody who listens. Choices whose
+    /// last token had ended them, which was not written any more, end now.
     pub fn restored(
         entry: Entry,
         tokenizer: &Arc<Tokenizer>,
         patience: Duration,
-    ) -> (Self, Option<FinishReason>) {
-        let mut generation = Self::build(entry.head, tokenizer);
-        generation.keep = generation.keep.max(patience);
-        generation.alone = Some(Duration::ZERO);
-        generation.tokens = entry.tokens.into_iter().next().unwrap_or_default();
-        let at = |token: &Token| Duration::from_millis(token.at_ms.into());
-        generation.first_token = generation.tokens.first().map(at);
-        generation.last_token = generation.tokens.last().map(at);
-        // Not known any more, but no later than this.
-        generation.queue = generation.first_token;
-        let mut ended = None;
-        for token in &generation.tokens {
-            ended = generation.transcript.push(token.id).1;
+        journal: &Journal,
+    ) -> Self {
+        let head = entry.head;
+        let (mut choices, mut ended) = (Vec::new(), Vec::new());
+        for kept in entry.tokens.into_iter().zip(entry.ends) {
+            let (choice, reason) = Choice::restored(&head, tokenizer, kept);
+            choices.push(choice);
+            ended.push(reason);
         }
-        (generation, ended)
+        let keep = Duration::from_millis(head.keep_ms).max(patience);
+        let tokens = choices.iter().map(|c: &Choice| c.log.len() as u64).sum();
+        let mut generation = Self {
+            promised: tokens + at_first(&head),
+            choices,
+            tokenizer: Arc::clone(tokenizer),
+            listeners: Listeners::of_an_earlier_life(keep),
+            tokens,
+            head,
+        };
+        for (choice, reason) in (0..).zip(ended) {
+            if let Some(reason) = reason {
+                generation.finish(choice, reason, journal);
+            }
+        }
+        generation
     }
 
     /// What was asked.
@@ -119,190 +104,203 @@ impl Generation {
     }
 
     /// The parameters, for the last stage.
-    pub fn params(&self) -> &SamplingParams {
-        &self.head.params
+    pub fn params(&self) -> SamplingParams {
+        SamplingParams { logprobs: self.head.scored(), ..self.head.params.clone() }
     }
 
-    /// The ids so far.
-    pub fn token_ids(&self) -> Vec<u32> {
-        self.tokens.iter().map(|t| t.id).collect()
+    /// The random stream of a choice.
+    pub fn seed(&self, choice: u32) -> u64 {
+        choice_seed(self.head.seed, choice)
+    }
+
+    /// Choices that go on.
+    pub fn open(&self) -> impl Iterator<Item = u32> + '_ {
+        (0..).zip(&self.choices).filter(|(_, c)| c.end.is_none()).map(|(number, _)| number)
+    }
+
+    /// Whether all choices have ended.
+    pub fn is_done(&self) -> bool {
+        self.choices.iter().all(|c| c.end.is_some())
+    }
+
+    /// The ids of a choice so far.
+    pub fn token_ids(&self, choice: u32) -> Vec<u32> {
+        self.choices
+            .get(choice as usize)
+            .map_or(Vec::new(), |c| c.log.iter().map(|t| t.id).collect())
     }
 
     /// All of it, as the journal keeps it.
     pub fn entry(&self) -> Entry {
         Entry {
             head: Arc::clone(&self.head),
-            tokens: vec![self.tokens.clone()],
-            ends: vec![self.end.clone()],
+            tokens: self.choices.iter().map(|c| c.log.clone()).collect(),
+            ends: self.choices.iter().map(|c| c.end.clone()).collect(),
         }
     }
 
-    /// Lets somebody hear the events from token `from` on.
+    /// Bytes that a request needs of the journal to begin.
+    pub fn first_bytes(head: &Head) -> u64 {
+        head.bytes() + at_first(head) * head.token_bytes()
+    }
+
+    /// Bytes of the journal that are promised to it.
+    pub fn promised_bytes(&self) -> u64 {
+        self.head.bytes() + self.promised * self.head.token_bytes()
+    }
+
+    /// Bytes that it needs beyond those, which count as promised from now on.
+    pub fn take_promise(&mut self) -> Option<u64> {
+        if self.tokens <= self.promised {
+            return None;
+        }
+        self.promised += STRETCH;
+        Some(STRETCH * self.head.token_bytes())
+    }
+
+    /// Lets somebody hear the events, of each choice from the token in `from` on. `returns` says
+    /// that it may be a client whose connection was lost.
     ///
     /// # Errors
     /// If too many do.
-    pub fn listen(&mut self, from: u32, journal: &Journal) -> Result<EventStream, Status> {
-        self.listeners.retain(|l| !l.events.is_closed());
-        if self.listeners.len() >= MAX_LISTENERS {
+    pub fn listen(
+        &mut self,
+        from: Vec<u32>,
+        returns: bool,
+        journal: &Journal,
+    ) -> Result<EventStream, Status> {
+        if self.listeners.is_full() {
             return Err(Status::exhausted(
                 format!("{MAX_LISTENERS} clients hear request {} already", self.head.id),
                 RETRY_LISTEN_MS,
             ));
         }
-        let (events, stream) = stream_of(&self.head);
-        if self.tokens.is_empty() {
-            journal.deliver(&events, Ok(started(&self.head)));
-        } else {
-            let end = self.end.as_ref().map(|(_, end)| end);
-            for event in replay(&self.head, &self.tokens, end, from, &self.tokenizer) {
-                journal.deliver(&events, event);
-            }
-        }
-        self.listeners.push(Listener { events, from, departure: stream.departure() });
-        self.alone = None;
-        Ok(stream)
+        let ends = stream_of(&self.entry(), from.clone(), &self.tokenizer, journal);
+        Ok(self.listeners.add(ends, from, (self.head.ranks(), returns)))
     }
 
     /// Whether nobody will want the answer any more, as far as can be known.
     pub fn is_abandoned(&mut self, now: Duration) -> bool {
-        let mut lost = false;
-        self.listeners.retain(|l| {
-            let gone = l.events.is_closed();
-            if gone && l.departure.is_lost() {
-                lost = true;
-                self.meters.extend(l.departure.take_meter());
-            }
-            !gone
-        });
-        if !self.listeners.is_empty() {
-            return false;
-        }
-        if lost {
-            self.alone.get_or_insert(now);
-        }
-        self.alone.is_none_or(|since| now.saturating_sub(since) >= self.keep)
+        self.listeners.are_gone(now)
     }
 
-    /// Takes a token; `now` counts from submission, `last` says that the limits allow no more.
+    /// Takes a token of a choice; `now` counts from submission, `last` says that the limits allow no
+    /// more.
     pub fn on_token(
         &mut self,
+        choice: u32,
         (index, token, last): (u32, u32, bool),
         logprobs: Option<TokenLogprobs>,
         now: Duration,
         journal: &Journal,
     ) -> Verdict {
-        debug_assert_eq!(index as usize, self.tokens.len(), "indices follow each other");
-        self.first_token.get_or_insert(now);
-        self.last_token = Some(now);
+        let Some(of) = self.choices.get_mut(choice as usize) else { return Verdict::Continue };
+        debug_assert_eq!(index as usize, of.log.len(), "indices follow each other");
         let at_ms = u32::try_from(now.as_millis()).unwrap_or(u32::MAX);
-        let entry = Token { id: token, at_ms, logprobs: logprobs.clone() };
-        journal.write(|| Record::Token {
-            request: self.head.id,
-            choice: CHOICE,
-            index,
-            token: entry.clone(),
-        });
-        self.tokens.push(entry);
-        let (text, reason) = self.transcript.push(token);
-        let event = GenerateEvent::Token { index, token_id: token, text, logprobs };
-        self.meters.iter_mut().for_each(|meter| meter.see(&event));
-        for listener in self.listeners.iter().filter(|l| index >= l.from) {
-            journal.deliver(&listener.events, Ok(event.clone()));
-        }
+        let shown = told(&self.head, logprobs.as_ref());
+        let entry = Token { id: token, at_ms, logprobs };
+        let request = self.head.id;
+        journal.write(|| Record::Token { request, choice, index, token: entry.clone() });
+        let (text, reason) = of.push(entry, now);
+        self.tokens += 1;
+        let event = GenerateEvent::Token { choice, index, token_id: token, text, logprobs: shown };
+        self.listeners.token(&event, self.head.ranks(), journal);
         match reason.or_else(|| last.then_some(FinishReason::Length)) {
             None => Verdict::Continue,
-            Some(reason) => Verdict::Finished(self.finish(reason, journal)),
+            Some(reason) => Verdict::Finished(self.finish(choice, reason, journal)),
         }
     }
 
-    /// Ends it; returns the reason, for a stop string may become certain only now.
-    pub fn finish(&mut self, reason: FinishReason, journal: &Journal) -> FinishReason {
-        let (text, reason) = self.transcript.finish(reason);
-        let timings = self.timings();
-        let cached_tokens = self.cached_tokens;
-        self.close(End::Finished { reason, cached_tokens, timings }, journal);
-        let usage = Usage {
-            prompt_tokens: self.head.prompt.len() as u32,
-            completion_tokens: self.tokens.len() as u32,
-            cached_tokens,
+    /// Ends a choice that goes on; returns the reason, for a stop string may become certain only now.
+    pub fn finish(&mut self, choice: u32, reason: FinishReason, journal: &Journal) -> FinishReason {
+        let Some(of) = self.choices.get_mut(choice as usize).filter(|c| c.end.is_none()) else {
+            return reason;
         };
-        let event = GenerateEvent::Finished { reason, text, usage, timings };
-        for listener in &self.listeners {
-            journal.deliver(&listener.events, Ok(event.clone()));
+        let (text, reason) = of.finish(reason);
+        let (timings, cached_tokens) = (of.timings(), of.cached_tokens);
+        self.close(choice, End::Finished { reason, cached_tokens, timings }, journal);
+        if !self.head.ranks() {
+            let usage = usage(&self.entry(), choice, choice as usize);
+            let event = GenerateEvent::Finished { choice, reason, text, usage, timings };
+            self.listeners.tell(&Ok(event), journal);
+        } else if self.is_done() {
+            let entry = self.entry();
+            let replay = |from| Replay::new(entry.clone(), &self.tokenizer, from).without_start();
+            self.listeners.play(replay, journal);
         }
         reason
     }
 
-    /// Ends it with an error.
+    /// Ends all choices that go on as cancelled.
+    pub fn cancel(&mut self, journal: &Journal) {
+        let open: Vec<u32> = self.open().collect();
+        for choice in open {
+            self.finish(choice, FinishReason::Cancelled, journal);
+        }
+    }
+
+    /// Ends all choices that go on with an error.
     pub fn fail(&mut self, status: &Status, journal: &Journal) {
-        self.close(End::Failed(status.clone()), journal);
-        for listener in &self.listeners {
-            journal.deliver(&listener.events, Err(status.clone()));
+        let open: Vec<u32> = self.open().collect();
+        for choice in open {
+            self.close(choice, End::Failed(status.clone()), journal);
+        }
+        self.listeners.tell(&Err(status.clone()), journal);
+    }
+
+    fn close(&mut self, choice: u32, end: End, journal: &Journal) {
+        let (request, at_ms) = (self.head.id, unix_ms());
+        journal.write(|| Record::End { request, choice, at_ms, end: end.clone() });
+        if let Some(of) = self.choices.get_mut(choice as usize) {
+            of.end = Some((at_ms, end));
         }
     }
 
-    fn close(&mut self, end: End, journal: &Journal) {
-        let at_ms = unix_ms();
-        journal.write(|| Record::End {
-            request: self.head.id,
-            choice: CHOICE,
-            at_ms,
-            end: end.clone(),
-        });
-        self.end = Some((at_ms, end));
-    }
-
-    /// Marks the end of the time in the queue, `now` after submission.
-    pub fn on_scheduled(&mut self, now: Duration) {
-        self.queue.get_or_insert(now);
-    }
-
-    /// Notes how many tokens of the prompt were in the prefix cache.
-    pub fn on_cached(&mut self, tokens: u32) {
-        self.cached_tokens = tokens.min(self.head.prompt.len() as u32);
-    }
-
-    /// Time spent in the queue, once it is over.
-    pub fn queue_time(&self) -> Option<Duration> {
-        self.queue
-    }
-
-    /// When the last token came, counted from submission.
-    pub fn last_token(&self) -> Option<Duration> {
-        self.last_token
-    }
-
-    fn timings(&self) -> Timings {
-        let ms = |d: Duration| d.as_secs_f64() * 1e3;
-        Timings {
-            queue_ms: self.queue.map_or(0.0, ms),
-            ttft_ms: self.first_token.map_or(0.0, ms),
-            decode_ms: match (self.first_token, self.last_token) {
-                (Some(first), Some(last)) => ms(last.saturating_sub(first)),
-                _ => 0.0,
-            },
+    /// Marks the end of a choice's time in the queue, `now` after submission, and how many tokens of
+    /// the prompt were in the prefix cache.
+    pub fn on_scheduled(&mut self, choice: u32, now: Duration, cached: u32) {
+        if let Some(of) = self.choices.get_mut(choice as usize) {
+            of.on_scheduled(now);
+            of.cached_tokens = cached.min(self.head.prompt.len() as u32);
         }
+    }
+
+    /// Time that a choice spent in the queue, once it is over.
+    pub fn queue_time(&self, choice: u32) -> Option<Duration> {
+        self.choices.get(choice as usize)?.queue_time()
+    }
+
+    /// When the last token of a choice came, counted from submission.
+    pub fn last_token(&self, choice: u32) -> Option<Duration> {
+        self.choices.get(choice as usize)?.last_token()
     }
 }
 
-/// A stream for the events of one request, and where they go in.
-fn stream_of(head: &Head) -> (EventSender, EventStream) {
-    let (events, stream) = EventStream::new(head.id, event_capacity(head.max_new));
+/// Tokens for which the journal promises room at the beginning.
+fn at_first(head: &Head) -> u64 {
+    u64::from(head.choices) * u64::from(head.max_new).min(STRETCH)
+}
+
+/// A stream that begins with what has happened so far, and where its further events go in.
+fn stream_of(
+    entry: &Entry,
+    from: Vec<u32>,
+    tokenizer: &Arc<Tokenizer>,
+    journal: &Journal,
+) -> (EventSender, EventStream) {
+    let head = &entry.head;
+    let (events, mut stream) = EventStream::new(head.id, event_capacity(head.max_new, head.n));
+    // What is told again may have been written a moment ago.
+    stream.begin_with(Play::new(Replay::new(entry.clone(), tokenizer, from), journal.settled()));
     (events, stream.with_origin(head.tag, head.submitted_ms))
 }
 
-/// The events of a request that has ended, from token `from` on.
+/// The events of a request that has ended, of each choice from the token in `from` on.
 pub fn play_again(
     entry: &Entry,
-    from: u32,
+    from: Vec<u32>,
     tokenizer: &Arc<Tokenizer>,
     journal: &Journal,
 ) -> EventStream {
-    let (events, stream) = stream_of(&entry.head);
-    let tokens = entry.tokens.first().map(Vec::as_slice).unwrap_or_default();
-    let end = entry.ends.first().and_then(|e| e.as_ref()).map(|(_, end)| end);
-    for event in replay(&entry.head, tokens, end, from, tokenizer) {
-        journal.deliver(&events, event);
-    }
-    stream
+    stream_of(entry, from, tokenizer, journal).1
 }

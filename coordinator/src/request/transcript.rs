@@ -1,4 +1,4 @@
-//! From tokens to text and to the end of an answer.
+//! From tokens to text and to the end of a choice.
 //!
 //! A function of what was asked and of the tokens alone, so that an answer can be played again: for
 //! whoever attaches in the middle, and after a restart.
@@ -6,11 +6,10 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use millrace_shared::error::Status;
 use millrace_shared::sampling::StopMatcher;
-use millrace_shared::wire::rpc::{FinishReason, GenerateEvent, Usage};
+use millrace_shared::wire::rpc::FinishReason;
 
-use crate::journal::{End, Head, Token};
+use crate::journal::Head;
 use crate::text::{Detokenizer, Tokenizer};
 
 /// The text of one choice in the making.
@@ -72,48 +71,4 @@ impl Transcript {
         let length = reason == FinishReason::Length;
         (end.emit, if end.stopped && length { FinishReason::Stop } else { reason })
     }
-}
-
-/// The first event of an answer.
-pub(super) fn started(head: &Head) -> GenerateEvent {
-    GenerateEvent::Started {
-        request_id: head.id,
-        prompt_token_ids: head.prompt.clone(),
-        seed: head.seed,
-    }
-}
-
-/// The events of an answer again: its beginning, its tokens from index `from` on, its end if it has
-/// one.
-pub(super) fn replay(
-    head: &Head,
-    tokens: &[Token],
-    end: Option<&End>,
-    from: u32,
-    tokenizer: &Arc<Tokenizer>,
-) -> Vec<Result<GenerateEvent, Status>> {
-    let mut transcript = Transcript::new(head, tokenizer);
-    let mut events = vec![Ok(started(head))];
-    for (index, token) in (0..).zip(tokens) {
-        let (text, _) = transcript.push(token.id);
-        if index >= from {
-            let logprobs = token.logprobs.clone();
-            events.push(Ok(GenerateEvent::Token { index, token_id: token.id, text, logprobs }));
-        }
-    }
-    match end {
-        None => {}
-        Some(End::Failed(status)) => events.push(Err(status.clone())),
-        Some(End::Finished { reason, cached_tokens, timings }) => {
-            let (text, _) = transcript.finish(*reason);
-            let usage = Usage {
-                prompt_tokens: head.prompt.len() as u32,
-                completion_tokens: tokens.len() as u32,
-                cached_tokens: *cached_tokens,
-            };
-            let (reason, timings) = (*reason, *timings);
-            events.push(Ok(GenerateEvent::Finished { reason, text, usage, timings }));
-        }
-    }
-    events
 }

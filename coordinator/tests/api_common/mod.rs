@@ -111,7 +111,8 @@ pub const HALF: u32 = 255;
 /// `Started` with a place for the request's id, filled in by the fake.
 pub fn started() -> Result<GenerateEvent, Status> {
     let prompt_token_ids = vec![1, 2, 3, 4, 5];
-    Ok(GenerateEvent::Started { request_id: RequestId(Uuid::nil()), prompt_token_ids, seed: 1 })
+    let request_id = RequestId(Uuid::nil());
+    Ok(GenerateEvent::Started { request_id, prompt_token_ids, seed: 1, choices: 1 })
 }
 
 pub fn token(
@@ -120,12 +121,45 @@ pub fn token(
     text: &str,
     logprobs: Option<TokenLogprobs>,
 ) -> Result<GenerateEvent, Status> {
-    Ok(GenerateEvent::Token { index, token_id, text: text.into(), logprobs })
+    Ok(GenerateEvent::Token { choice: 0, index, token_id, text: text.into(), logprobs })
 }
 
 pub fn finished(reason: FinishReason, text: &str) -> Result<GenerateEvent, Status> {
-    let usage = Usage { prompt_tokens: 5, completion_tokens: 3, cached_tokens: 2 };
-    Ok(GenerateEvent::Finished { reason, text: text.into(), usage, timings: Timings::default() })
+    let usage =
+        Usage { prompt_tokens: 5, completion_tokens: 3, cached_tokens: 2, discarded_tokens: 0 };
+    let (text, timings) = (text.into(), Timings::default());
+    Ok(GenerateEvent::Finished { choice: 0, reason, text, usage, timings })
+}
+
+/// The same event of another choice.
+pub fn of(number: u32, event: Result<GenerateEvent, Status>) -> Result<GenerateEvent, Status> {
+    event.map(|mut event| {
+        match &mut event {
+            GenerateEvent::Started { choices, .. } => *choices = number,
+            GenerateEvent::Token { choice, .. } | GenerateEvent::Finished { choice, .. } => {
+                *choice = number;
+            }
+        }
+        event
+    })
+}
+
+/// "Hello world" and "Good bye", mixed; the second choice computed what the first one found.
+pub fn two_choices() -> Script {
+    let mut second = of(1, finished(FinishReason::Length, ""));
+    if let Ok(GenerateEvent::Finished { usage, .. }) = &mut second {
+        *usage = Usage { completion_tokens: 2, cached_tokens: 0, discarded_tokens: 4, ..*usage };
+    }
+    play(vec![
+        of(2, started()),
+        of(1, token(0, 5, "Good", None)),
+        token(0, 7, "Hello", None),
+        token(1, 8, "", None),
+        of(1, token(1, 6, " bye", None)),
+        second,
+        token(2, 9, " wor", None),
+        finished(FinishReason::Stop, "ld"),
+    ])
 }
 
 fn unknown(model: &str) -> Status {

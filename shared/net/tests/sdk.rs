@@ -16,8 +16,8 @@ use millrace_shared::id::RequestId;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
-    CallHeader, ChatMessage, FinishReason, GenerateEvent, GenerateRequest, Method, PositionScore,
-    Prompt, Reply, ScoreRequest, Timings, TokenizeRequest, Usage,
+    CallHeader, ChatMessage, Choices, FinishReason, GenerateEvent, GenerateRequest, Method,
+    PositionScore, Prompt, Reply, ScoreRequest, Timings, TokenizeRequest, Usage,
 };
 use millrace_shared::wire::{MAX_CALL_HEADER_BYTES, MAX_RPC_BYTES, codec};
 use tokio::sync::mpsc;
@@ -76,15 +76,21 @@ fn request() -> GenerateRequest {
         model: String::new(),
         prompt: Prompt::Text("hello".into()),
         params: SamplingParams::default(),
+        choices: Choices::default(),
     }
 }
 
 fn token(index: u32) -> GenerateEvent {
-    GenerateEvent::Token { index, token_id: 100 + index, text: "x".into(), logprobs: None }
+    token_of(0, index)
+}
+
+fn token_of(choice: u32, index: u32) -> GenerateEvent {
+    GenerateEvent::Token { choice, index, token_id: 100 + index, text: "x".into(), logprobs: None }
 }
 
 fn finished() -> GenerateEvent {
     GenerateEvent::Finished {
+        choice: 0,
         reason: FinishReason::Length,
         text: String::new(),
         usage: Usage::default(),

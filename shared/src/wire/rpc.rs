@@ -16,8 +16,8 @@ use crate::sampling::SamplingParams;
 
 /// Most pairs of metadata of a call.
 pub const MAX_METADATA: usize = 32;
-/// Most choices that an [`AttachRequest`] names.
-pub const MAX_CHOICES: usize = 1024;
+/// Most choices of a request.
+pub const MAX_CHOICES: usize = 16;
 /// Most messages of a conversation.
 pub const MAX_CHAT_MESSAGES: usize = 4096;
 
@@ -34,7 +34,7 @@ pub struct CallHeader {
 /// The second and last message of a client on a stream: what is asked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Method {
-    /// Stream a continuation: replies `Started`, `Token`…, `Finished`, `Done`.
+    /// Stream a continuation: replies `Started`, `Token`…, a `Finished` for each choice, `Done`.
     Generate(GenerateRequest),
     /// Score given tokens: replies `Scores`…, `Done`.
     Score(ScoreRequest),
@@ -68,7 +68,8 @@ pub const META_KEEP_ALIVE: &str = "millrace-keep-alive";
 pub struct AttachRequest {
     /// As `Started` named it.
     pub request_id: RequestId,
-    /// Index of the first token to send, per choice; 0 where an entry is missing.
+    /// Index of the first token to send, per choice, at most [`MAX_CHOICES`]; 0 where an entry is
+    /// missing.
     #[serde(deserialize_with = "bounded::list::<_, _, MAX_CHOICES>")]
     pub next: Vec<u32>,
 }
@@ -93,7 +94,50 @@ pub struct ChatMessage {
     pub content: String,
 }
 
-/// A request for a continuation.
+/// How many continuations of one prompt. Each is a choice with a random stream of its own; the first
+/// is the same as where only one is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Choices {
+    /// How many are wanted.
+    pub n: u32,
+    /// How many are made: of more than `n`, those with the highest mean raw log-probability are
+    /// sent, best first, once all have ended.
+    pub best_of: u32,
+}
+
+impl Default for Choices {
+    fn default() -> Self {
+        Self::of(1)
+    }
+}
+
+impl Choices {
+    /// `n` choices, all of which are sent as they come.
+    pub fn of(n: u32) -> Self {
+        Self { n, best_of: n }
+    }
+
+    /// Checks the limits.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, naming the field.
+    pub fn validate(self) -> Result<(), Status> {
+        let most = MAX_CHOICES as u32;
+        for (name, count) in [("n", self.n), ("best_of", self.best_of)] {
+            if !(1..=most).contains(&count) {
+                let message = format!("must be between 1 and {most}, got {count}");
+                return Err(Status::invalid(name, message));
+            }
+        }
+        if self.best_of < self.n {
+            let message = format!("{} cannot give the {} of 'n'", self.best_of, self.n);
+            return Err(Status::invalid("best_of", message));
+        }
+        Ok(())
+    }
+}
+
+/// A request for continuations.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GenerateRequest {
     /// Served model name; empty means the only one.
@@ -102,6 +146,8 @@ pub struct GenerateRequest {
     pub prompt: Prompt,
     /// Sampling and stopping.
     pub params: SamplingParams,
+    /// How many continuations.
+    pub choices: Choices,
 }
 
 /// A request for the log-probabilities of given tokens.
@@ -189,15 +235,17 @@ impl FinishReason {
     }
 }
 
-/// Exact token counts.
+/// Exact token counts of one choice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
-    /// Tokens of the prompt.
+    /// Tokens of the prompt, which all choices share.
     pub prompt_tokens: u32,
     /// Tokens generated, the end token included.
     pub completion_tokens: u32,
-    /// Prompt tokens found in the prefix cache.
+    /// Prompt tokens found in the prefix cache; further choices find what the first one computes.
     pub cached_tokens: u32,
+    /// Tokens of choices that `best_of` made and that are not sent; with choice 0 only.
+    pub discarded_tokens: u32,
 }
 
 /// Where the time of a request went.
@@ -222,10 +270,14 @@ pub enum GenerateEvent {
         prompt_token_ids: Vec<u32>,
         /// The seed in use, drawn by the coordinator where none was given.
         seed: u64,
+        /// How many choices come; their events are mixed.
+        choices: u32,
     },
     /// One more token. Text may lag behind: characters and stop strings are never split.
     Token {
-        /// Index in the continuation, 0 first, without gaps.
+        /// Of which choice, 0 first.
+        choice: u32,
+        /// Index in the choice, 0 first, without gaps.
         index: u32,
         /// The token.
         token_id: u32,
@@ -234,8 +286,10 @@ pub enum GenerateEvent {
         /// Present where asked for.
         logprobs: Option<TokenLogprobs>,
     },
-    /// The end.
+    /// The end of a choice.
     Finished {
+        /// Which.
+        choice: u32,
         /// Why.
         reason: FinishReason,
         /// Text that was held back until now (for example a stop string half matched).
@@ -388,8 +442,25 @@ mod tests {
         assert_eq!(decode::<CallHeader>(&encode(&header(32))).unwrap(), header(32));
         assert!(decode::<CallHeader>(&encode(&header(33))).is_err());
 
+        let attach = |next| AttachRequest { request_id: RequestId(uuid::Uuid::nil()), next };
+        let most = attach(vec![1; MAX_CHOICES]);
+        assert_eq!(decode::<AttachRequest>(&encode(&most)).unwrap(), most);
+        assert!(decode::<AttachRequest>(&encode(&attach(vec![1; MAX_CHOICES + 1]))).is_err());
+
         let params = |stops| SamplingParams { stop: vec!["x".into(); stops], ..Default::default() };
         assert_eq!(decode::<SamplingParams>(&encode(&params(17))).unwrap(), params(17));
         assert!(decode::<SamplingParams>(&encode(&params(100_000))).is_err());
+    }
+    #[test]
+    fn choices_are_bounded() {
+        let check = |n, best_of| Choices { n, best_of }.validate().map_err(|s| s.param);
+        for (n, best_of) in [(1, 1), (2, 2), (1, 16), (16, 16)] {
+            assert_eq!(check(n, best_of), Ok(()));
+        }
+        for (n, best_of, param) in
+            [(0, 1, "n"), (17, 17, "n"), (1, 0, "best_of"), (1, 17, "best_of"), (3, 2, "best_of")]
+        {
+            assert_eq!(check(n, best_of), Err(Some(param.to_owned())), "{n} of {best_of}");
+        }
     }
 }

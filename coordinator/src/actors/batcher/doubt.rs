@@ -91,7 +91,7 @@ impl Batcher {
     /// Holds a request back whose step failed at a stage; `None` where it fails at once.
     pub(super) fn doubt(&mut self, id: SequenceId, message: &str) -> Option<u16> {
         let stage = stage_of(message).filter(|_| self.active.is_some())?;
-        let work = self.requests.get(&id).map(|r| &r.work);
+        let work = self.requests.of(id).map(|(r, _)| &r.work);
         if !matches!(work, Some(Work::Generate(_))) {
             return None;
         }
@@ -115,6 +115,9 @@ impl Batcher {
 
     /// A sequence has a token more, or has ended.
     pub(super) fn note_fared(&mut self, sequence: SequenceId, ended: bool) {
+        if self.doubts.held.is_empty() && self.doubts.watched.is_empty() {
+            return;
+        }
         if ended {
             self.doubts.held.remove(&sequence);
         }
@@ -128,11 +131,10 @@ impl Batcher {
     /// Another name for a sequence: stages never hear of one name twice in an epoch.
     fn rename(&mut self, old: SequenceId) -> SequenceId {
         let id = SequenceId(self.next_sequence);
-        let Some(mut request) = self.requests.remove(&old) else { return old };
+        if !self.requests.rename(old, id) {
+            return old;
+        }
         self.next_sequence += 1;
-        request.sequence = id;
-        self.by_id.insert(request.id, id);
-        self.requests.insert(id, request);
         id
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use millrace_shared::error::Status;
-use millrace_shared::id::{Epoch, PipelineId, SequenceId};
+use millrace_shared::id::{Epoch, PipelineId, RequestId};
 use millrace_shared::membership::{Balance, Paces};
 use millrace_shared::scheduler::cost::StageCost;
 use millrace_shared::scheduler::{Scheduler, SchedulerConfig};
@@ -146,9 +146,9 @@ impl Batcher {
     fn give_up(&mut self) {
         self.suspended = None;
         self.resumed.clear();
-        let all: Vec<SequenceId> = self.requests.keys().copied().collect();
-        for sequence in all {
-            let Some(request) = self.end(sequence) else { continue };
+        let all: Vec<RequestId> = self.requests.iter().map(|r| r.id).collect();
+        for id in all {
+            let Some(request) = self.end(id) else { continue };
             let status = Status::unavailable(
                 format!("the pipeline was lost while the request ran: {}", self.detail),
                 RETRY_PIPELINE_MS,

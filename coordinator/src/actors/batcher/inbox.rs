@@ -5,11 +5,11 @@ use std::time::Duration;
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
-use millrace_shared::sampling::{SamplingParams, choice_seed};
+use millrace_shared::sampling::SamplingParams;
 use millrace_shared::scheduler::{Kind, SchedulerStats};
 use millrace_shared::wire::data::{FrameKind, ResultMeta};
 use millrace_shared::wire::frame::Frame;
-use millrace_shared::wire::rpc::{AttachRequest, PositionScore};
+use millrace_shared::wire::rpc::{AttachRequest, Choices, PositionScore};
 use tokio::sync::oneshot;
 
 use super::{Active, Batcher};
@@ -26,6 +26,8 @@ pub struct Submit {
     pub tokens: Vec<u32>,
     /// Parameters.
     pub params: SamplingParams,
+    /// How many continuations.
+    pub choices: Choices,
     /// The seed, given or drawn.
     pub seed: u64,
     /// Whether the prompt is a conversation, rather than a text to go on with.
@@ -48,23 +50,18 @@ impl Handler<Submit> for Batcher {
         let room = scheduler.max_sequence_len().saturating_sub(m.tokens.len() as u32).max(1);
         let max_new = m.params.max_tokens.unwrap_or(room).min(room);
         let head = self.head_of(m.id, &m, max_new);
-        let most = head.most_bytes();
-        self.make_room(most)?;
-        let sequence = match self.submit(m.tokens, Kind::Generate, max_new, m.caller) {
-            Ok(sequence) => sequence,
-            Err(status) => {
-                self.retained.release(most);
-                return Err(status);
-            }
-        };
+        let first = Generation::first_bytes(&head);
+        self.check_room(first)?;
+        let counts = (max_new, head.choices);
+        let sequences = self.submit(m.tokens, Kind::Generate, counts, m.caller)?;
+        self.promise(first);
         let now = self.now();
         let mut generation = Generation::new(head, &self.tokenizer, &self.journal);
-        let stream = generation.listen(0, &self.journal)?;
+        let stream = generation.listen(Vec::new(), false, &self.journal)?;
         self.register(Request {
             id: m.id,
-            sequence,
+            sequences,
             work: Work::Generate(Box::new(generation)),
-            seed: choice_seed(m.seed, 0),
             submitted: now,
             before: Duration::ZERO,
             deadline: m.caller.deadline.map(|d| now + d),
@@ -89,10 +86,13 @@ impl Handler<Attach> for Batcher {
     fn handle(&mut self, m: Attach, _: &mut Context<Self>) -> Self::Result {
         self.refuse_while_leaving()?;
         let id = m.request.request_id;
-        let from = m.request.next.first().copied().unwrap_or_default();
         let allowed = |client: u64| m.caller.admin || client == m.caller.client;
         match self.head_of_known(id).filter(|head| allowed(head.client)) {
-            Some(_) => self.attach(id, from),
+            // Who has heard something was here before.
+            Some(_) => {
+                let returns = m.request.next.iter().any(|&next| next > 0);
+                self.attach(id, m.request.next, returns)
+            }
             None => Err(unknown_request(id)),
         }
     }
@@ -116,14 +116,14 @@ impl Handler<SubmitScore> for Batcher {
     type Result = Result<oneshot::Receiver<Result<Vec<PositionScore>, Status>>, Status>;
 
     fn handle(&mut self, m: SubmitScore, _: &mut Context<Self>) -> Self::Result {
-        let sequence = self.submit(m.tokens, Kind::Score { top_k: m.top_k }, 1, m.caller)?;
+        let kind = Kind::Score { top_k: m.top_k };
+        let sequences = self.submit(m.tokens, kind, (1, 1), m.caller)?;
         let (reply, receiver) = oneshot::channel();
         let now = self.now();
         self.register(Request {
             id: m.id,
-            sequence,
+            sequences,
             work: Work::Score(Scoring::new(reply)),
-            seed: 0,
             submitted: now,
             before: Duration::ZERO,
             deadline: m.caller.deadline.map(|d| now + d),
@@ -151,8 +151,7 @@ impl Handler<Cancel> for Batcher {
         self.head_of_known(id)
             .filter(|head| ours(head.client))
             .ok_or_else(|| unknown_request(id))?;
-        let sequence = self.by_id.get(&id).copied();
-        let mut request = sequence.and_then(|s| self.end(s)).ok_or_else(|| {
+        let mut request = self.end(id).ok_or_else(|| {
             Status::new(ErrorCode::NotFound, format!("no request {id} is running or waiting"))
         })?;
         self.metrics.on_failed(ErrorCode::Cancelled);

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{RequestId, SequenceId};
-use millrace_shared::sampling::choice_seed;
 use millrace_shared::scheduler::{Kind, NewSequence, Rejected, Scheduler};
 
 use super::inbox::Submit;
@@ -42,7 +41,7 @@ impl Batcher {
             seed: m.seed,
             chat: m.chat,
             max_new,
-            choices: 1,
+            choices: m.choices.best_of,
             client: m.caller.client,
             priority: m.caller.priority,
             submitted_ms: now,
@@ -50,13 +49,13 @@ impl Batcher {
             keep_ms: m.caller.keep.or(named).map_or(0, ms),
             digest: m.digest,
             tag: m.caller.tag,
+            n: m.choices.n,
         })
     }
 
     /// The request of this id, whether it runs or has ended.
     pub(super) fn head_of_known(&self, id: RequestId) -> Option<Arc<Head>> {
-        let running = self.by_id.get(&id).and_then(|s| self.requests.get(s));
-        match running.map(|r| &r.work) {
+        match self.requests.named(id).map(|r| &r.work) {
             Some(Work::Generate(g)) => Some(Arc::clone(g.head())),
             _ => self.retained.get(id).map(|e| Arc::clone(&e.head)),
         }
@@ -72,7 +71,7 @@ impl Batcher {
                 self.erase(vec![id]);
                 return None;
             }
-            return Some(self.attach(id, 0));
+            return Some(self.attach(id, Vec::new(), true));
         }
         Some(Err(Status::invalid(
             "request_id",
@@ -83,40 +82,55 @@ impl Batcher {
         )))
     }
 
-    /// The events of a known request, from token `from` on.
-    pub(super) fn attach(&mut self, id: RequestId, from: u32) -> Result<EventStream, Status> {
-        let running = self.by_id.get(&id).and_then(|s| self.requests.get_mut(s));
-        if let Some(Work::Generate(generation)) = running.map(|r| &mut r.work) {
-            return generation.listen(from, &self.journal);
+    /// The events of a known request, of each choice from the token in `from` on. `returns` says that
+    /// it may be a client whose connection was lost.
+    pub(super) fn attach(
+        &mut self,
+        id: RequestId,
+        from: Vec<u32>,
+        returns: bool,
+    ) -> Result<EventStream, Status> {
+        if let Some(Work::Generate(generation)) = self.requests.named_mut(id).map(|r| &mut r.work) {
+            return generation.listen(from, returns, &self.journal);
         }
         let entry = self.retained.get(id).ok_or_else(|| crate::service::unknown_request(id))?;
         Ok(play_again(entry, from, &self.tokenizer, &self.journal))
     }
 
-    /// Promises a request room in the journal.
-    pub(super) fn make_room(&mut self, most: u64) -> Result<(), Status> {
-        if self.journal.config().mode == JournalMode::Off {
+    /// Whether requests are kept at all.
+    fn keeps(&self) -> bool {
+        self.journal.config().mode != JournalMode::Off
+    }
+
+    /// Whether a request that begins with so many bytes has room in the journal; nothing is erased
+    /// for it yet.
+    pub(super) fn check_room(&self, first: u64) -> Result<(), Status> {
+        if !self.keeps() || self.retained.has_room(first) {
             return Ok(());
         }
-        let Some(erased) = self.retained.admit(most) else {
-            return Err(Status::exhausted(
-                format!(
-                    "the journal's {} MiB are taken by requests that run: try again later, or ask \
-                     for fewer tokens (the operator gives it more with --journal-size)",
-                    self.journal.config().max_bytes >> 20
-                ),
-                RETRY_QUEUE_MS,
-            ));
-        };
-        self.erase(erased);
-        Ok(())
+        Err(Status::exhausted(
+            format!(
+                "the journal's {} MiB are taken by requests that run: try again later, or send less \
+                 (the operator gives it more with --journal-size)",
+                self.journal.config().max_bytes >> 20
+            ),
+            RETRY_QUEUE_MS,
+        ))
+    }
+
+    /// Promises a request that runs room in the journal, which ended ones make.
+    pub(super) fn promise(&mut self, bytes: u64) {
+        if self.keeps() {
+            let erased = self.retained.promise(bytes);
+            self.erase(erased);
+        }
     }
 
     /// Keeps a request that has ended, as long as the configuration says.
     pub(super) fn put_away(&mut self, request: Request) {
         let Work::Generate(generation) = request.work else { return };
-        if self.journal.config().mode != JournalMode::Off {
-            self.retained.release(generation.head().most_bytes());
+        if self.keeps() {
+            self.retained.release(generation.promised_bytes());
         }
         let erased = self.retained.keep(generation.entry());
         self.erase(erased);
@@ -134,7 +148,7 @@ impl Batcher {
         self.erase(old);
         self.metrics.set_journal_bytes(self.retained.bytes());
         if self.journal.wants_snapshot() {
-            let running = self.requests.values().filter_map(|r| match &r.work {
+            let running = self.requests.iter().filter_map(|r| match &r.work {
                 Work::Generate(g) => Some(g.entry()),
                 Work::Score(_) => None,
             });
@@ -168,41 +182,34 @@ impl Batcher {
 
     fn restore_one(&mut self, entry: Entry, now_ms: u64) {
         let head = Arc::clone(&entry.head);
-        let sequence = SequenceId(self.next_sequence);
-        self.next_sequence += 1;
-        let (mut generation, ended) = Generation::restored(entry, &self.tokenizer, self.recovery);
-        if let Some(reason) = ended {
-            generation.finish(reason, &self.journal);
-        }
+        let patience = self.recovery;
+        let generation = Generation::restored(entry, &self.tokenizer, patience, &self.journal);
+        let first = self.next_sequence;
+        let sequences: Vec<_> = (first..).map(SequenceId).zip(generation.open()).collect();
+        self.next_sequence += sequences.len() as u64;
         let before = Duration::from_millis(now_ms.saturating_sub(head.submitted_ms));
         let left = |at: u64| Duration::from_millis(at.saturating_sub(now_ms));
+        self.promise(generation.promised_bytes());
         let request = Request {
             id: head.id,
-            sequence,
+            sequences,
             work: Work::Generate(Box::new(generation)),
-            seed: choice_seed(head.seed, 0),
             submitted: Duration::ZERO,
             before,
             deadline: head.deadline_ms.map(left),
         };
-        // What a running request may come to was promised in its first life.
-        if self.journal.config().mode != JournalMode::Off {
-            let erased = self.retained.promise(head.most_bytes());
-            self.erase(erased);
-        }
-        if ended.is_some() {
+        if request.sequences.is_empty() {
             return self.put_away(request);
         }
-        self.by_id.insert(head.id, sequence);
-        self.requests.insert(sequence, request);
-        self.resumed.push(sequence);
+        self.resumed.extend(request.sequences.iter().map(|(sequence, _)| *sequence));
+        self.requests.insert(request);
     }
 
     /// Gives the requests of an earlier life to the first scheduler; returns those that it refuses.
     pub(super) fn resume(&mut self, scheduler: &mut Scheduler) -> Vec<(SequenceId, Rejected)> {
         let mut refused = Vec::new();
         for id in std::mem::take(&mut self.resumed) {
-            let Some(request) = self.requests.get(&id) else { continue };
+            let Some((request, choice)) = self.requests.of(id) else { continue };
             let Work::Generate(generation) = &request.work else { continue };
             let head = generation.head();
             let new = NewSequence {
@@ -215,8 +222,10 @@ impl Batcher {
                 client: head.client,
                 priority: head.priority,
             };
-            match scheduler.handle_resume(new, &generation.token_ids()) {
-                Ok(()) => self.metrics.on_submit(),
+            let is_first = request.sequences.first().is_some_and(|(first, _)| *first == id);
+            match scheduler.handle_resume(new, &generation.token_ids(choice)) {
+                Ok(()) if is_first => self.metrics.on_submit(),
+                Ok(()) => {}
                 Err(why) => refused.push((id, why)),
             }
         }
@@ -240,9 +249,9 @@ impl Batcher {
     pub(super) fn leave_to_the_next_life(&mut self) {
         self.suspended = None;
         self.leaving = true;
-        let all: Vec<SequenceId> = self.requests.keys().copied().collect();
-        for sequence in all {
-            let Some(mut request) = self.end(sequence) else { continue };
+        let all: Vec<RequestId> = self.requests.iter().map(|r| r.id).collect();
+        for id in all {
+            let Some(mut request) = self.end(id) else { continue };
             if let Work::Score(_) = request.work {
                 let code = ErrorCode::Unavailable;
                 request.fail(Status::new(code, "the coordinator stops"), &self.journal);

@@ -13,8 +13,9 @@ mod doubt;
 mod epochs;
 mod inbox;
 mod kept;
+mod requests;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -92,8 +93,7 @@ pub struct Batcher {
     recovery: Duration,
     /// Why nothing is up.
     detail: String,
-    requests: HashMap<SequenceId, Request>,
-    by_id: HashMap<RequestId, SequenceId>,
+    requests: requests::Requests,
     next_sequence: u64,
     stale_frames: u64,
     /// When the stages last heard what is void.
@@ -141,8 +141,7 @@ impl Batcher {
             suspended: None,
             recovery,
             detail: "the cluster is starting".into(),
-            requests: HashMap::new(),
-            by_id: HashMap::new(),
+            requests: requests::Requests::default(),
             next_sequence: 1,
             stale_frames: 0,
             told_void: Duration::ZERO,
@@ -216,9 +215,8 @@ impl Batcher {
     fn issue(&mut self, step: &Step, now: Duration) -> Result<(), IssueError> {
         for id in &step.opens {
             let cached = self.scheduler.as_ref().map_or(0, |s| s.cached_tokens(*id));
-            if let Some(request) = self.requests.get_mut(id) {
-                request.on_scheduled(now);
-                request.on_cached(cached);
+            if let Some((request, choice)) = self.requests.of_mut(*id) {
+                request.on_scheduled(choice, now, cached);
             }
         }
         let (Some(active), Some(scheduler)) = (&self.active, &self.scheduler) else {
@@ -241,17 +239,17 @@ impl Batcher {
 
     fn open(&self, scheduler: &Scheduler, id: SequenceId) -> Option<SequenceOpen> {
         let (tokens, prompt_len) = scheduler.tokens(id)?;
-        let request = self.requests.get(&id)?;
-        let params = match &request.work {
-            Work::Generate(g) => g.params().clone(),
-            Work::Score(_) => SamplingParams::greedy(),
+        let (request, choice) = self.requests.of(id)?;
+        let (params, seed) = match &request.work {
+            Work::Generate(g) => (g.params(), g.seed(choice)),
+            Work::Score(_) => (SamplingParams::greedy(), 0),
         };
         Some(SequenceOpen {
             sequence: id,
             tokens: tokens.to_vec(),
             prompt_len: prompt_len as u32,
             params,
-            seed: request.seed,
+            seed,
         })
     }
 
@@ -264,7 +262,7 @@ impl Batcher {
                     self.on_token(sequence, (index, token, last), logprobs, now);
                 }
                 Outcome::Scores { sequence, scores, last } => {
-                    if let Some(request) = self.requests.get_mut(&sequence) {
+                    if let Some((request, _)) = self.requests.of_mut(sequence) {
                         request.on_scores(scores, last);
                         if last {
                             self.forget(sequence);
@@ -304,33 +302,39 @@ impl Batcher {
         now: Duration,
     ) {
         self.note_fared(sequence, false);
-        let Some(request) = self.requests.get_mut(&sequence) else { return };
-        let since = request.age(now);
-        match request.last_token() {
+        let Some((request, choice)) = self.requests.of_mut(sequence) else { return };
+        let (id, since) = (request.id, request.age(now));
+        let Work::Generate(generation) = &mut request.work else { return };
+        match generation.last_token(choice) {
             Some(previous) => self.metrics.on_token(since.saturating_sub(previous)),
             None => {
-                self.metrics.on_first_token(request.queue_time().unwrap_or_default(), since);
+                let queue = generation.queue_time(choice).unwrap_or_default();
+                self.metrics.on_first_token(queue, since);
             }
         }
-        let Work::Generate(generation) = &mut request.work else { return };
-        match generation.on_token((index, token, last), logprobs, since, &self.journal) {
-            Verdict::Continue => {
-                if generation.is_abandoned(now) {
-                    self.abandon(sequence);
-                }
-            }
-            Verdict::Finished(reason) => {
+        let verdict =
+            generation.on_token(choice, (index, token, last), logprobs, since, &self.journal);
+        let (more, done) = (generation.take_promise(), generation.is_done());
+        let abandoned = verdict == Verdict::Continue && generation.is_abandoned(now);
+        if let Some(more) = more {
+            self.promise(more);
+        }
+        match verdict {
+            Verdict::Continue if abandoned => self.abandon(id),
+            Verdict::Continue => {}
+            Verdict::Finished(reason) if done => {
                 self.metrics.on_finished(reason, since);
-                if let Some(request) = self.end(sequence) {
+                if let Some(request) = self.end(id) {
                     self.put_away(request);
                 }
             }
+            Verdict::Finished(_) => self.end_choice(sequence),
         }
     }
 
     /// Nobody wants it any more.
-    fn abandon(&mut self, sequence: SequenceId) {
-        let Some(request) = self.end(sequence) else { return };
+    fn abandon(&mut self, id: RequestId) {
+        let Some(request) = self.end(id) else { return };
         self.fail(request, Status::new(ErrorCode::Cancelled, "nobody listened any more"));
     }
 
@@ -341,34 +345,48 @@ impl Batcher {
         self.put_away(request);
     }
 
-    /// Ends a sequence everywhere: the scheduler frees its blocks, the stages forget it.
-    fn end(&mut self, sequence: SequenceId) -> Option<Request> {
+    /// Ends a request everywhere: the scheduler frees the blocks of its choices, the stages forget
+    /// them.
+    fn end(&mut self, id: RequestId) -> Option<Request> {
+        let request = self.requests.remove(id)?;
+        for &(sequence, _) in &request.sequences {
+            self.note_fared(sequence, true);
+            if let Some(scheduler) = self.scheduler.as_mut() {
+                scheduler.handle_finish(sequence);
+            }
+        }
+        Some(request)
+    }
+
+    /// Ends the request of a sequence: without one of its choices there is no answer.
+    fn forget(&mut self, sequence: SequenceId) -> Option<Request> {
+        self.note_fared(sequence, true);
+        let id = self.requests.of(sequence)?.0.id;
+        self.end(id)
+    }
+
+    /// Ends one choice of a request that goes on.
+    fn end_choice(&mut self, sequence: SequenceId) {
+        self.note_fared(sequence, true);
+        self.requests.end(sequence);
         if let Some(scheduler) = self.scheduler.as_mut() {
             scheduler.handle_finish(sequence);
         }
-        self.forget(sequence)
-    }
-
-    fn forget(&mut self, sequence: SequenceId) -> Option<Request> {
-        self.note_fared(sequence, true);
-        let request = self.requests.remove(&sequence)?;
-        self.by_id.remove(&request.id);
-        Some(request)
     }
 
     fn sweep(&mut self) {
         let now = self.now();
         let (mut abandoned, mut late) = (Vec::new(), Vec::new());
-        for (sequence, request) in &mut self.requests {
+        for request in self.requests.iter_mut() {
             if request.is_abandoned(now) {
-                abandoned.push(*sequence);
+                abandoned.push(request.id);
             } else if request.deadline.is_some_and(|d| d <= now) {
-                late.push(*sequence);
+                late.push(request.id);
             }
         }
-        abandoned.into_iter().for_each(|sequence| self.abandon(sequence));
-        for sequence in late {
-            let Some(request) = self.end(sequence) else { continue };
+        abandoned.into_iter().for_each(|id| self.abandon(id));
+        for id in late {
+            let Some(request) = self.end(id) else { continue };
             let code = ErrorCode::DeadlineExceeded;
             self.fail(request, Status::new(code, "the request's deadline passed"));
         }
@@ -393,54 +411,62 @@ impl Batcher {
         }
     }
 
-    /// Queues a sequence; on success its id.
+    /// Queues a prompt once for each of `choices`, all or none; on success their ids.
     fn submit(
         &mut self,
         tokens: Vec<u32>,
         kind: Kind,
-        max_new_tokens: u32,
+        (max_new_tokens, choices): (u32, u32),
         caller: Caller,
-    ) -> Result<SequenceId, Status> {
+    ) -> Result<Vec<(SequenceId, u32)>, Status> {
         let now = self.now();
         let serves = self.active.is_some() || self.suspended.is_some();
         let Some(scheduler) = self.scheduler.as_mut().filter(|_| serves) else {
             return Err(self.unavailable());
         };
-        let id = SequenceId(self.next_sequence);
-        self.next_sequence += 1;
-        let prompt_tokens = tokens.len();
-        scheduler
-            .handle_submit(NewSequence {
-                id,
-                prompt: tokens,
+        let first = self.next_sequence;
+        let prompt_tokens = tokens.len() as u64;
+        for choice in 0..u64::from(choices) {
+            let queued = scheduler.handle_submit(NewSequence {
+                id: SequenceId(first + choice),
+                prompt: tokens.clone(),
                 max_new_tokens,
                 kind,
                 submitted: now,
                 deadline: caller.deadline.map(|d| now + d),
                 client: caller.client,
                 priority: caller.priority,
-            })
-            .map_err(|e| match e {
-                Rejected::DeadlineTooShort { wait } => {
-                    self.metrics.on_shed(Shed::Deadline);
-                    Status::exhausted(e.to_string(), retry_ms(wait))
-                }
-                Rejected::QueueFull { .. } => {
-                    self.metrics.on_shed(Shed::QueueFull);
-                    Status::exhausted(e.to_string(), RETRY_QUEUE_MS)
-                }
-                Rejected::TooManyTopLogits { .. } => Status::invalid("top_k", e.to_string()),
-                Rejected::NothingToGenerate => Status::invalid("max_tokens", e.to_string()),
-                _ => Status::invalid("prompt", e.to_string()),
-            })?;
+            });
+            if let Err(why) = queued {
+                (0..choice)
+                    .for_each(|earlier| scheduler.handle_cancel(SequenceId(first + earlier)));
+                return Err(self.rejected(why));
+            }
+        }
+        self.next_sequence += u64::from(choices);
         self.metrics.on_submit();
-        self.metrics.on_prompt_tokens(prompt_tokens as u64);
-        Ok(id)
+        self.metrics.on_prompt_tokens(prompt_tokens);
+        Ok((0..choices).map(|choice| (SequenceId(first + u64::from(choice)), choice)).collect())
+    }
+
+    fn rejected(&self, why: Rejected) -> Status {
+        match why {
+            Rejected::DeadlineTooShort { wait } => {
+                self.metrics.on_shed(Shed::Deadline);
+                Status::exhausted(why.to_string(), retry_ms(wait))
+            }
+            Rejected::QueueFull { .. } => {
+                self.metrics.on_shed(Shed::QueueFull);
+                Status::exhausted(why.to_string(), RETRY_QUEUE_MS)
+            }
+            Rejected::TooManyTopLogits { .. } => Status::invalid("top_k", why.to_string()),
+            Rejected::NothingToGenerate => Status::invalid("max_tokens", why.to_string()),
+            _ => Status::invalid("prompt", why.to_string()),
+        }
     }
 
     fn register(&mut self, request: Request) {
-        self.by_id.insert(request.id, request.sequence);
-        self.requests.insert(request.sequence, request);
+        self.requests.insert(request);
         self.pump();
     }
 

@@ -57,7 +57,8 @@ pub(crate) struct Answer {
     created: u64,
     model: String,
     include_usage: bool,
-    logprobs: LogprobWriter,
+    /// By choice.
+    logprobs: Vec<LogprobWriter>,
     service: Arc<dyn Service>,
 }
 
@@ -72,9 +73,9 @@ pub(crate) async fn respond(
 ) -> Result<HttpResponse, ApiError> {
     state.counted(state.refuse_while_draining().map_err(ApiError::from))?;
     let Asked { options, prompt, mut caller, ignored } = asked;
-    let Options { model, params, stream, include_usage } = options;
+    let Options { model, params, choices, stream, include_usage } = options;
     let shown_model = if model.is_empty() { only_model(state) } else { model.clone() };
-    let request = GenerateRequest { model, prompt, params };
+    let request = GenerateRequest { model, prompt, params, choices };
     caller.tag = tag(kind, include_usage);
     let events = state.service.generate(request, caller).await.map_err(ApiError::of_model)?;
     if caller.keep.is_some() || caller.request_id.is_some() {
@@ -84,7 +85,7 @@ pub(crate) async fn respond(
     let id = events.request_id();
     let answer = Answer::new(state, kind, &events, shown_model, include_usage);
     let response = match stream {
-        true => streamed(state, answer, events, 0).await?,
+        true => streamed(state, answer, events, &[]).await?,
         false => {
             let body = collect(answer, events).await?;
             HttpResponse::Ok().content_type("application/json").body(body)
@@ -93,17 +94,17 @@ pub(crate) async fn respond(
     Ok(with_ignored(with_id(response, id), &ignored))
 }
 
-/// The events of a request that was submitted before, from token `from` on.
+/// The events of a request that was submitted before, of each choice from the token in `from` on.
 ///
 /// # Errors
 /// If there is none that is the caller's.
 pub(crate) async fn attach(
     state: &AppState,
     request_id: RequestId,
-    from: u32,
+    from: &[u32],
     caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
-    // From the first on: what is sent of a token depends on those before it.
+    // From the first token on: what is sent of a token depends on those before it.
     let request = AttachRequest { request_id, next: Vec::new() };
     let events = state.service.attach(request, caller).await?;
     events.lost();
@@ -116,7 +117,7 @@ async fn streamed(
     state: &AppState,
     answer: Answer,
     mut events: EventStream,
-    from: u32,
+    from: &[u32],
 ) -> Result<HttpResponse, ApiError> {
     // A request that fails at once still gets a proper HTTP status.
     let first = match events.next().await {
@@ -173,30 +174,59 @@ fn only_model(state: &AppState) -> String {
     state.service.models().into_iter().next().map(|card| card.id).unwrap_or_default()
 }
 
+/// What is there of a choice.
+#[derive(Debug, Default)]
+struct Whole {
+    text: String,
+    logprobs: Option<LogprobsBody>,
+    reason: Option<FinishReason>,
+}
+
+impl Whole {
+    fn push(&mut self, text: &str, entry: Option<LogprobsBody>) {
+        self.text.push_str(text);
+        match (&mut self.logprobs, entry) {
+            (Some(all), Some(entry)) => all.append(entry),
+            (all @ None, entry) => *all = entry,
+            (Some(_), None) => {}
+        }
+    }
+}
+
+/// A choice that was not announced.
+pub(crate) fn no_such_choice(choice: u32) -> Status {
+    Status::internal(format!("an event of choice {choice}, which was not asked for"))
+}
+
 /// Reads the whole answer; gives the JSON body.
 async fn collect(mut answer: Answer, mut events: EventStream) -> Result<String, ApiError> {
-    let mut text = String::new();
-    let mut logprobs: Option<LogprobsBody> = None;
+    let mut choices: Vec<Whole> = Vec::new();
+    let mut usages = Vec::new();
     loop {
         match events.next().await {
             None => return Err(cut_short().into()),
             Some(Err(status)) => return Err(ApiError::of_model(status)),
-            Some(Ok(GenerateEvent::Started { .. })) => {}
-            Some(Ok(GenerateEvent::Token { token_id, text: piece, logprobs: found, .. })) => {
-                text.push_str(&piece);
-                let entry = answer.logprobs(token_id, found.as_ref())?;
-                match (&mut logprobs, entry) {
-                    (Some(all), Some(entry)) => all.append(entry),
-                    (all @ None, entry) => *all = entry,
-                    (Some(_), None) => {}
-                }
+            Some(Ok(GenerateEvent::Started { choices: count, .. })) => {
+                answer.expect(count);
+                choices.resize_with(count as usize, Whole::default);
             }
-            Some(Ok(GenerateEvent::Finished { reason, text: rest, usage, .. })) => {
+            Some(Ok(GenerateEvent::Token { choice, token_id, text, logprobs, .. })) => {
+                let entry = answer.logprobs(choice, token_id, logprobs.as_ref())?;
+                let whole = choices.get_mut(choice as usize);
+                whole.ok_or_else(|| no_such_choice(choice))?.push(&text, entry);
+            }
+            Some(Ok(GenerateEvent::Finished { choice, reason, text, usage, .. })) => {
                 if reason == FinishReason::Cancelled {
                     return Err(cancelled().into());
                 }
-                text.push_str(&rest);
-                return Ok(answer.whole(text, logprobs, reason, usage));
+                let whole = choices.get_mut(choice as usize);
+                let whole = whole.ok_or_else(|| no_such_choice(choice))?;
+                whole.push(&text, None);
+                whole.reason = Some(reason);
+                usages.push(usage);
+                if choices.iter().all(|c| c.reason.is_some()) {
+                    return Ok(answer.whole(choices, &usages));
+                }
             }
         }
     }
@@ -222,55 +252,63 @@ impl Answer {
             created: submitted.or_else(|| now().ok()).unwrap_or_default(),
             model,
             include_usage,
-            logprobs: LogprobWriter::new(kind),
+            logprobs: Vec::new(),
             service: state.service.clone(),
         }
     }
 
-    /// The log-probabilities of the next token, where the request asked for them.
+    /// So many choices come.
+    pub(crate) fn expect(&mut self, choices: u32) {
+        let kind = self.kind;
+        self.logprobs.resize_with(choices as usize, || LogprobWriter::new(kind));
+    }
+
+    /// The log-probabilities of a choice's next token, where the request asked for them.
     pub(crate) fn logprobs(
         &mut self,
+        choice: u32,
         token_id: u32,
         found: Option<&TokenLogprobs>,
     ) -> Result<Option<LogprobsBody>, Status> {
+        let Some(found) = found else { return Ok(None) };
         let service = self.service.as_ref();
-        found.map(|found| self.logprobs.next(service, token_id, found)).transpose()
+        let writer =
+            self.logprobs.get_mut(choice as usize).ok_or_else(|| no_such_choice(choice))?;
+        writer.next(service, token_id, found).map(Some)
     }
 
-    fn whole(
-        &self,
-        text: String,
-        logprobs: Option<LogprobsBody>,
-        reason: FinishReason,
-        usage: Usage,
-    ) -> String {
-        let (object, message, text) = match self.kind {
-            Kind::Chat => {
-                let message = Message { role: "assistant", content: text, refusal: None };
-                ("chat.completion", Some(message), None)
-            }
-            Kind::Completion => ("text_completion", None, Some(text)),
+    fn whole(&self, choices: Vec<Whole>, usages: &[Usage]) -> String {
+        let object = match self.kind {
+            Kind::Chat => "chat.completion",
+            Kind::Completion => "text_completion",
         };
-        let choice = Choice {
-            message,
-            text,
-            logprobs,
-            finish_reason: Some(reason.as_str()),
-            ..Choice::default()
+        let choice = |(index, whole): (u32, Whole)| {
+            let (message, text) = match self.kind {
+                Kind::Chat => {
+                    let content = whole.text;
+                    (Some(Message { role: "assistant", content, refusal: None }), None)
+                }
+                Kind::Completion => (None, Some(whole.text)),
+            };
+            let finish_reason = whole.reason.map(FinishReason::as_str);
+            let logprobs = whole.logprobs;
+            Choice { index, message, text, logprobs, finish_reason, ..Choice::default() }
         };
-        self.render(object, vec![choice], Some(Some(usage.into())))
+        let choices = (0..).zip(choices).map(choice).collect();
+        self.render(object, choices, Some(Some(UsageBody::of(usages))))
     }
 
-    /// The chunk that opens a chat; completions have none.
-    pub(crate) fn opening(&self) -> Option<String> {
+    /// The chunk that opens a choice of a chat; completions have none.
+    pub(crate) fn opening(&self, index: u32) -> Option<String> {
         let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
-        let choice = Choice { delta: Some(delta), ..Choice::default() };
+        let choice = Choice { index, delta: Some(delta), ..Choice::default() };
         (self.kind == Kind::Chat).then(|| self.chunk(vec![choice], None))
     }
 
-    /// A chunk with text, the last of which says why the answer ended.
+    /// A chunk with text of a choice, the last of which says why it ended.
     pub(crate) fn piece(
         &self,
+        index: u32,
         text: String,
         logprobs: Option<LogprobsBody>,
         reason: Option<FinishReason>,
@@ -283,13 +321,13 @@ impl Answer {
             Kind::Completion => (None, Some(text)),
         };
         let finish_reason = reason.map(FinishReason::as_str);
-        let choice = Choice { delta, text, logprobs, finish_reason, ..Choice::default() };
+        let choice = Choice { index, delta, text, logprobs, finish_reason, ..Choice::default() };
         self.chunk(vec![choice], None)
     }
 
     /// The chunk with the token counts, where the request asked for it.
-    pub(crate) fn usage(&self, usage: Usage) -> Option<String> {
-        self.include_usage.then(|| self.chunk(Vec::new(), Some(usage.into())))
+    pub(crate) fn usage(&self, choices: &[Usage]) -> Option<String> {
+        self.include_usage.then(|| self.chunk(Vec::new(), Some(UsageBody::of(choices))))
     }
 
     fn chunk(&self, choices: Vec<Choice>, usage: Option<UsageBody>) -> String {

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use millrace_shared::sampling::SamplingParams;
+use millrace_shared::wire::rpc::Choices;
 use serde_json::{Value, json};
 
 use super::error::ApiError;
@@ -21,6 +22,8 @@ pub(crate) struct Options {
     pub(crate) model: String,
     /// Sampling and stopping.
     pub(crate) params: SamplingParams,
+    /// How many answers.
+    pub(crate) choices: Choices,
     /// Server-sent events instead of one body.
     pub(crate) stream: bool,
     /// A usage chunk at the end of a stream.
@@ -48,6 +51,7 @@ pub(crate) fn take(
     let model = fields.take("model")?.unwrap_or_default();
     let stream = fields.take("stream")?.unwrap_or(false);
     let include_usage = stream_options(fields)?;
+    let choices = take_choices(fields, stream)?;
     fields.take_value("user");
     let mut params = usual;
     let max_tokens = take_limit(fields, "max_tokens")?;
@@ -57,7 +61,20 @@ pub(crate) fn take(
     params.stop = take_stop(fields)?;
     params.stop_token_ids = fields.take("stop_token_ids")?.unwrap_or_default();
     params.ignore_eos = fields.take("ignore_eos")?.unwrap_or(false);
-    Ok(Options { model, params, stream, include_usage })
+    Ok(Options { model, params, choices, stream, include_usage })
+}
+
+fn take_choices(fields: &mut Fields, stream: bool) -> Result<Choices, ApiError> {
+    let n = fields.take("n")?.unwrap_or(1);
+    let best_of = fields.take("best_of")?.unwrap_or(n);
+    let choices = Choices { n, best_of };
+    choices.validate()?;
+    if stream && best_of > n {
+        let why = "answers that are compared first cannot be streamed: leave 'stream' out, or ask \
+                   for 'n' alone";
+        return Err(ApiError::invalid("best_of", why));
+    }
+    Ok(choices)
 }
 
 fn take_sampling(fields: &mut Fields, params: &mut SamplingParams) -> Result<(), ApiError> {
@@ -177,8 +194,6 @@ fn stream_options(fields: &mut Fields) -> Result<bool, ApiError> {
 /// Fields of OpenAI and of other servers that would change the answer.
 fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
     let table: &[(&str, &[Value])] = &[
-        ("n", &[json!(1)]),
-        ("best_of", &[json!(1)]),
         ("echo", &[json!(false)]),
         ("suffix", &[json!("")]),
         ("tools", &[json!([])]),
@@ -249,7 +264,16 @@ mod tests {
             ..SamplingParams::default()
         };
         assert_eq!(got.params, expected);
+        assert_eq!(got.choices, Choices::default());
         assert_eq!(options(&json!({})).expect("valid").params.max_tokens, Some(16));
+        for (body, n, best_of) in [
+            (json!({"n": 3}), 3, 3),
+            (json!({"n": 2, "best_of": 5}), 2, 5),
+            (json!({"best_of": 4}), 1, 4),
+            (json!({"n": 3, "best_of": 3, "stream": true}), 3, 3),
+        ] {
+            assert_eq!(options(&body).expect("valid").choices, Choices { n, best_of }, "{body}");
+        }
     }
 
     #[test]
@@ -265,7 +289,12 @@ mod tests {
     #[test]
     fn wrong_fields_are_named() {
         for (body, param) in [
-            (json!({"n": 2}), "n"),
+            (json!({"n": 0}), "n"),
+            (json!({"n": 17}), "n"),
+            (json!({"n": 1.5}), "n"),
+            (json!({"n": 3, "best_of": 2}), "best_of"),
+            (json!({"best_of": 17}), "best_of"),
+            (json!({"best_of": 2, "stream": true}), "best_of"),
             (json!({"tools": [{"type": "function"}]}), "tools"),
             (json!({"response_format": {"type": "json_object"}}), "response_format"),
             (json!({"echo": true}), "echo"),

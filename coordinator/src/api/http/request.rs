@@ -75,11 +75,8 @@ pub(crate) fn caller(request: &HttpRequest) -> Result<Caller, ApiError> {
     Ok(Caller { deadline, client, priority, request_id, keep, ..Caller::default() })
 }
 
-/// The id that stands for a client's own name of a request: the name itself where it is a UUID.
+/// The id that stands for a client's own name of a request: others may give the same name to theirs.
 pub(crate) fn request_named(client: u64, name: &str) -> RequestId {
-    if let Ok(id) = name.parse() {
-        return id;
-    }
     let hash =
         blake3::Hasher::new().update(&client.to_le_bytes()).update(name.as_bytes()).finalize();
     let bytes = hash.as_bytes().first_chunk::<16>().copied().unwrap_or_default();

@@ -1,11 +1,11 @@
 //! An answer as server-sent events.
 //!
-//! Order: the opening chunk (chat only) right before the first text, chunks with text, the last of
-//! them with the reason of the end, the usage chunk where asked for, `[DONE]`. A failure becomes an
-//! `error` event, after which the stream closes without `[DONE]`. While nothing happens a comment
+//! Order, within each choice: the opening chunk (chat only) right before the first text, chunks with
+//! text, the last of them with the reason of the end; chunks of several choices come mixed, each with
+//! its `index`; then the usage chunk where asked for, `[DONE]`. A failure becomes an `error` event, after which the stream closes without `[DONE]`. While nothing happens a comment
 //! keeps proxies from giving up. A token whose text is still held back makes no chunk. Each chunk has
-//! the id `CHOICE:NEXT`, the index of the token after those that it completes: whoever attaches with
-//! it as `Last-Event-ID` gets what follows.
+//! the id `CHOICE:NEXT,…`, for every choice the index of the token after those that it and the chunks
+//! before complete: whoever attaches with it as `Last-Event-ID` gets what follows.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -14,45 +14,55 @@ use actix_web::web::Bytes;
 use futures::Stream;
 use futures::stream;
 use millrace_shared::error::Status;
-use millrace_shared::wire::rpc::{FinishReason, GenerateEvent};
+use millrace_shared::wire::rpc::{FinishReason, GenerateEvent, Usage};
 
 use super::error::ApiError;
-use super::generation::{Answer, cancelled, cut_short};
+use super::generation::{Answer, cancelled, cut_short, no_such_choice};
 use crate::service::EventStream;
 
 const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
+
+/// How far a choice is.
+#[derive(Debug, Default)]
+struct Progress {
+    opened: bool,
+    ended: bool,
+    /// Index of the next token; past the last one, one more.
+    next: u32,
+    /// Tokens before this one are not sent again.
+    from: u32,
+}
 
 struct State {
     answer: Answer,
     events: EventStream,
     first: Option<GenerateEvent>,
     keep_alive: Duration,
-    opened: bool,
     ended: bool,
-    /// Index of the next token.
-    next: u32,
-    /// Tokens before this one are not sent again.
-    from: u32,
+    /// Where the client is, by choice.
+    from: Vec<u32>,
+    choices: Vec<Progress>,
+    usages: Vec<Usage>,
 }
 
 /// The body of a streamed answer. `first` is an event already taken from `events`, which begin with
-/// the first token; what belongs to tokens before `from` is not sent.
+/// the first token; what belongs to tokens before those in `from` is not sent.
 pub(crate) fn stream(
     answer: Answer,
     events: EventStream,
     first: GenerateEvent,
     keep_alive: Duration,
-    from: u32,
-) -> impl Stream<Item = Result<Bytes, Infallible>> {
+    from: &[u32],
+) -> impl Stream<Item = Result<Bytes, Infallible>> + use<> {
     let state = State {
         answer,
         events,
         first: Some(first),
         keep_alive,
-        opened: from > 0,
         ended: false,
-        next: 0,
-        from,
+        from: from.to_vec(),
+        choices: Vec::new(),
+        usages: Vec::new(),
     };
     stream::unfold(state, |mut state| async move {
         let bytes = state.next().await?;
@@ -83,46 +93,79 @@ impl State {
     fn render(&mut self, event: GenerateEvent) -> Result<String, Status> {
         let mut out = String::new();
         match event {
-            GenerateEvent::Started { .. } => {}
-            GenerateEvent::Token { index, token_id, text, logprobs } => {
-                let logprobs = self.answer.logprobs(token_id, logprobs.as_ref())?;
-                self.next = index + 1;
-                if index < self.from {
+            GenerateEvent::Started { choices, .. } => {
+                self.answer.expect(choices);
+                let from = |choice| self.from.get(choice).copied().unwrap_or_default();
+                let progress = |from| Progress { opened: from > 0, from, ..Progress::default() };
+                self.choices = (0..choices as usize).map(from).map(progress).collect();
+            }
+            GenerateEvent::Token { choice, index, token_id, text, logprobs } => {
+                let logprobs = self.answer.logprobs(choice, token_id, logprobs.as_ref())?;
+                let progress = self.progress(choice)?;
+                progress.next = index + 1;
+                if index < progress.from {
                     return Ok(out);
                 }
-                self.open(&mut out);
+                self.open(choice, &mut out)?;
                 if !text.is_empty() || logprobs.is_some() {
-                    let piece = self.answer.piece(text, logprobs, None);
-                    push_event_at(&mut out, self.next, &piece);
+                    let piece = self.answer.piece(choice, text, logprobs, None);
+                    self.push(&mut out, &piece);
                 }
             }
             GenerateEvent::Finished { reason: FinishReason::Cancelled, .. } => {
                 return Err(cancelled());
             }
-            GenerateEvent::Finished { reason, text, usage, .. } => {
-                self.open(&mut out);
+            GenerateEvent::Finished { choice, reason, text, usage, .. } => {
+                self.open(choice, &mut out)?;
+                let progress = self.progress(choice)?;
                 // Past the last token: it may hold text, which nobody wants twice.
-                if self.from <= self.next {
-                    let piece = self.answer.piece(text, None, Some(reason));
-                    push_event_at(&mut out, self.next + 1, &piece);
+                let news = progress.from <= progress.next;
+                progress.next += 1;
+                progress.ended = true;
+                if news {
+                    let piece = self.answer.piece(choice, text, None, Some(reason));
+                    self.push(&mut out, &piece);
                 }
-                if let Some(chunk) = self.answer.usage(usage) {
-                    push_event(&mut out, &chunk);
+                self.usages.push(usage);
+                if self.choices.iter().all(|c| c.ended) {
+                    self.end(&mut out);
                 }
-                push_event(&mut out, "[DONE]");
-                self.ended = true;
             }
         }
         Ok(out)
     }
 
-    fn open(&mut self, out: &mut String) {
-        if !self.opened {
-            self.opened = true;
-            if let Some(chunk) = self.answer.opening() {
-                push_event(out, &chunk);
-            }
+    fn progress(&mut self, choice: u32) -> Result<&mut Progress, Status> {
+        self.choices.get_mut(choice as usize).ok_or_else(|| no_such_choice(choice))
+    }
+
+    fn open(&mut self, choice: u32, out: &mut String) -> Result<(), Status> {
+        if !std::mem::replace(&mut self.progress(choice)?.opened, true)
+            && let Some(chunk) = self.answer.opening(choice)
+        {
+            push_event(out, &chunk);
         }
+        Ok(())
+    }
+
+    /// An event with the place of all choices after it. Those that are told again are where the
+    /// client had been.
+    fn push(&self, out: &mut String, data: &str) {
+        out.push_str("id: ");
+        for (choice, progress) in self.choices.iter().enumerate() {
+            let comma = if choice == 0 { "" } else { "," };
+            out.push_str(&format!("{comma}{choice}:{}", progress.next.max(progress.from)));
+        }
+        out.push('\n');
+        push_event(out, data);
+    }
+
+    fn end(&mut self, out: &mut String) {
+        if let Some(chunk) = self.answer.usage(&self.usages) {
+            push_event(out, &chunk);
+        }
+        push_event(out, "[DONE]");
+        self.ended = true;
     }
 
     fn fail(&mut self, status: Status) -> String {
@@ -133,12 +176,6 @@ impl State {
         push_event(&mut out, &body.expect("invariant: our own bodies are serialisable"));
         out
     }
-}
-
-/// An event after which token `next` of the one choice follows.
-fn push_event_at(out: &mut String, next: u32, data: &str) {
-    out.push_str(&format!("id: 0:{next}\n"));
-    push_event(out, data);
 }
 
 /// JSON has no raw line breaks, so one `data:` line holds it.

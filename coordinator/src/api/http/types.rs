@@ -6,7 +6,7 @@ use millrace_shared::wire::rpc::{ModelCard, Usage};
 use serde::Serialize;
 use serde_json::Value;
 
-/// Exact token counts.
+/// Exact token counts of a request.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct UsageBody {
     prompt_tokens: u32,
@@ -20,13 +20,19 @@ struct PromptDetails {
     cached_tokens: u32,
 }
 
-impl From<Usage> for UsageBody {
-    fn from(usage: Usage) -> Self {
+impl UsageBody {
+    /// The counts of a request by those of its choices, which share the prompt.
+    pub(crate) fn of(choices: &[Usage]) -> Self {
+        let prompt_tokens = choices.iter().map(|u| u.prompt_tokens).max().unwrap_or_default();
+        let made = |u: &Usage| u.completion_tokens + u.discarded_tokens;
+        let completion_tokens: u32 = choices.iter().map(made).sum();
+        // What the first one computes, the others find.
+        let cached_tokens = choices.iter().map(|u| u.cached_tokens).min().unwrap_or_default();
         Self {
-            prompt_tokens: usage.prompt_tokens,
-            completion_tokens: usage.completion_tokens,
-            total_tokens: u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens),
-            prompt_tokens_details: PromptDetails { cached_tokens: usage.cached_tokens },
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: u64::from(prompt_tokens) + u64::from(completion_tokens),
+            prompt_tokens_details: PromptDetails { cached_tokens },
         }
     }
 }

@@ -9,7 +9,7 @@
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! use millrace_net::client::{Client, ClientConfig};
 //! use millrace_shared::sampling::SamplingParams;
-//! use millrace_shared::wire::rpc::{GenerateEvent, GenerateRequest, Prompt};
+//! use millrace_shared::wire::rpc::{Choices, GenerateEvent, GenerateRequest, Prompt};
 //!
 //! let config = ClientConfig::load("client.toml".as_ref())?;
 //! let client = Client::connect(&config).await?;
@@ -18,6 +18,7 @@
 //!         model: String::new(),
 //!         prompt: Prompt::Text("Why is the sky blue?".into()),
 //!         params: SamplingParams::default(),
+//!         choices: Choices::default(),
 //!     })
 //!     .await?;
 //! while let Some(event) = answer.next().await {
@@ -143,12 +144,13 @@ impl Client {
         GenerateStream::ask(self, &self.for_a_call(), id, request).await
     }
 
-    /// Hears a request that was submitted before with the same key, from token `next` on: also one
-    /// that has ended, as long as the coordinator keeps it.
+    /// Hears a request that was submitted before with the same key, of each choice from the token
+    /// in `next` on (0 where there is none): also one that has ended, as long as the coordinator
+    /// keeps it.
     ///
     /// # Errors
     /// If the call cannot be made; the stream ends with `NOT_FOUND` where there is no such request.
-    pub async fn attach(&self, id: RequestId, next: u32) -> Result<GenerateStream, Status> {
+    pub async fn attach(&self, id: RequestId, next: &[u32]) -> Result<GenerateStream, Status> {
         GenerateStream::attach(self, &self.for_a_call(), id, next).await
     }
 

@@ -13,9 +13,9 @@ use millrace_shared::wire::control::{
 };
 use millrace_shared::wire::join::{JoinProof, JoinRequest, JoinResponse};
 use millrace_shared::wire::rpc::{
-    AttachRequest, CallHeader, ClusterStatus, FinishReason, GenerateEvent, GenerateRequest, Method,
-    ModelCard, PositionScore, Prompt, Reply, ScoreRequest, Timings, TokenLogprobs, TokenizeRequest,
-    Usage,
+    AttachRequest, CallHeader, Choices, ClusterStatus, FinishReason, GenerateEvent,
+    GenerateRequest, Method, ModelCard, PositionScore, Prompt, Reply, ScoreRequest, Timings,
+    TokenLogprobs, TokenizeRequest, Usage,
 };
 use millrace_shared::wire::{Edge, Plane};
 use serde::Serialize;
@@ -90,6 +90,7 @@ pub(in crate::fuzz) fn methods() -> Vec<Vec<u8>> {
         model: "m".into(),
         prompt,
         params: SamplingParams { stop: vec!["end".into()], ..SamplingParams::greedy() },
+        choices: Choices { n: 2, best_of: 3 },
     };
     let request_id = RequestId(uuid::Uuid::nil());
     let mut found = encoded([
@@ -150,14 +151,21 @@ pub(in crate::fuzz) fn admin_replies() -> Vec<Vec<u8>> {
 
 pub(in crate::fuzz) fn replies() -> Vec<Vec<u8>> {
     let logprobs = Some(TokenLogprobs { logprob: -0.5, top: vec![(1, -0.5)] });
-    let token =
-        |logprobs| GenerateEvent::Token { index: 3, token_id: 9, text: "the".into(), logprobs };
+    let token = |logprobs| GenerateEvent::Token {
+        choice: 1,
+        index: 3,
+        token_id: 9,
+        text: "the".into(),
+        logprobs,
+    };
     let started = GenerateEvent::Started {
         request_id: RequestId(uuid::Uuid::nil()),
         prompt_token_ids: vec![1, 2],
         seed: 7,
+        choices: 2,
     };
     let finished = GenerateEvent::Finished {
+        choice: 1,
         reason: FinishReason::Length,
         text: "x".into(),
         usage: Usage::default(),
