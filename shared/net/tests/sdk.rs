@@ -238,6 +238,56 @@ async fn deadlines_end_calls() {
     assert_eq!(status.code, ErrorCode::DeadlineExceeded);
 }
 
+/// Whoever waits for an event only for a moment at a time breaks off no call by it, also while the
+/// stream attaches again; of each choice comes what had not come.
+#[tokio::test]
+async fn waiting_in_pieces_loses_nothing() {
+    let server = server();
+    let (client, connection) = server.connect().await;
+    let request_id = RequestId(uuid::Uuid::nil());
+    let started =
+        GenerateEvent::Started { request_id, prompt_token_ids: vec![1], seed: 1, choices: 2 };
+    let before = vec![started.clone(), token_of(1, 0), token_of(0, 0), token_of(1, 1)];
+    let serving = async {
+        let (_, mut replies) = next_call(&connection).await;
+        for event in before.clone() {
+            replies.event(event).await.unwrap();
+        }
+        // It must have arrived before the connection goes.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        connection.close("restarting");
+        drop(replies);
+        let connection = server.accept().await;
+        let (call, mut replies) = next_call(&connection).await;
+        assert!(matches!(call.method, Method::Attach(a) if a.next == [1, 2]));
+        let gone = replies.closed();
+        let left = tokio::time::timeout(Duration::from_millis(300), gone).await.is_ok();
+        assert!(!left, "the call was broken off");
+        // A server that says too much is heard all the same.
+        for event in [started.clone(), token_of(0, 0), token_of(0, 1), token_of(1, 2), finished()] {
+            replies.event(event).await.unwrap();
+        }
+        replies.done().await.unwrap();
+        let more = connection.accept_incoming();
+        let more = tokio::time::timeout(Duration::from_millis(100), more).await;
+        assert!(!matches!(more, Ok(Ok(_))), "one call is enough");
+    };
+    let asking = async {
+        let mut answer = client.generate(request()).await.unwrap();
+        let mut events = Vec::new();
+        loop {
+            match tokio::time::timeout(Duration::from_millis(1), answer.next()).await {
+                Err(_) => {}
+                Ok(Some(event)) => events.push(event.unwrap()),
+                Ok(None) => return events,
+            }
+        }
+    };
+    let ((), events) = soon(async { tokio::join!(serving, asking) }).await;
+    let after = vec![token_of(0, 1), token_of(1, 2), finished()];
+    assert_eq!(events, [before, after].concat());
+}
+
 #[tokio::test]
 async fn a_lost_connection_is_made_again() {
     let server = server();

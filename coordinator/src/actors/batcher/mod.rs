@@ -14,6 +14,7 @@ mod epochs;
 mod inbox;
 mod kept;
 mod requests;
+mod submit;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,9 +26,7 @@ use millrace_shared::id::{Epoch, MicroBatchId, PipelineId, RequestId, SequenceId
 use millrace_shared::membership::{Balance, Paces, Stalls};
 use millrace_shared::model::Dtype;
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::scheduler::{
-    Kind, NewSequence, Outcome, Rejected, Scheduler, SchedulerStats, Step,
-};
+use millrace_shared::scheduler::{Outcome, Scheduler, SchedulerStats, Step};
 use millrace_shared::wire::data::{FrameHeader, FrameKind, OpenMeta, SequenceOpen};
 use millrace_shared::wire::frame::{Frame, FrameMeta};
 use millrace_shared::wire::rpc::TokenLogprobs;
@@ -38,11 +37,11 @@ use super::cluster::{Cluster, EdgeFailed, RowsVoid};
 use crate::journal::{Entry, Journal, Retained};
 use crate::metrics::{Metrics, Shed};
 use crate::request::{Request, Verdict, Work};
-use crate::service::Caller;
 use crate::text::Tokenizer;
 pub use doubt::{LAST_STAGE, StepVerdict};
 pub use epochs::{PipelineDown, PipelineUp};
 pub use inbox::{Attach, Cancel, GetCounters, ResultFrame, Submit, SubmitScore};
+use submit::retry_ms;
 
 /// Deadlines and vanished clients are looked for this often: well under what a person notices.
 const SWEEP: Duration = Duration::from_millis(25);
@@ -411,60 +410,6 @@ impl Batcher {
         }
     }
 
-    /// Queues a prompt once for each of `choices`, all or none; on success their ids.
-    fn submit(
-        &mut self,
-        tokens: Vec<u32>,
-        kind: Kind,
-        (max_new_tokens, choices): (u32, u32),
-        caller: Caller,
-    ) -> Result<Vec<(SequenceId, u32)>, Status> {
-        let now = self.now();
-        let serves = self.active.is_some() || self.suspended.is_some();
-        let Some(scheduler) = self.scheduler.as_mut().filter(|_| serves) else {
-            return Err(self.unavailable());
-        };
-        let first = self.next_sequence;
-        let prompt_tokens = tokens.len() as u64;
-        for choice in 0..u64::from(choices) {
-            let queued = scheduler.handle_submit(NewSequence {
-                id: SequenceId(first + choice),
-                prompt: tokens.clone(),
-                max_new_tokens,
-                kind,
-                submitted: now,
-                deadline: caller.deadline.map(|d| now + d),
-                client: caller.client,
-                priority: caller.priority,
-            });
-            if let Err(why) = queued {
-                (0..choice)
-                    .for_each(|earlier| scheduler.handle_cancel(SequenceId(first + earlier)));
-                return Err(self.rejected(why));
-            }
-        }
-        self.next_sequence += u64::from(choices);
-        self.metrics.on_submit();
-        self.metrics.on_prompt_tokens(prompt_tokens);
-        Ok((0..choices).map(|choice| (SequenceId(first + u64::from(choice)), choice)).collect())
-    }
-
-    fn rejected(&self, why: Rejected) -> Status {
-        match why {
-            Rejected::DeadlineTooShort { wait } => {
-                self.metrics.on_shed(Shed::Deadline);
-                Status::exhausted(why.to_string(), retry_ms(wait))
-            }
-            Rejected::QueueFull { .. } => {
-                self.metrics.on_shed(Shed::QueueFull);
-                Status::exhausted(why.to_string(), RETRY_QUEUE_MS)
-            }
-            Rejected::TooManyTopLogits { .. } => Status::invalid("top_k", why.to_string()),
-            Rejected::NothingToGenerate => Status::invalid("max_tokens", why.to_string()),
-            _ => Status::invalid("prompt", why.to_string()),
-        }
-    }
-
     fn register(&mut self, request: Request) {
         self.requests.insert(request);
         self.pump();
@@ -475,11 +420,6 @@ impl Batcher {
         stats.stale_dropped += self.stale_frames;
         stats
     }
-}
-
-/// A retry hint: at least a moment.
-fn retry_ms(wait: Duration) -> u32 {
-    u32::try_from(wait.as_millis()).unwrap_or(u32::MAX).max(100)
 }
 
 fn frame<M: FrameMeta>(
