@@ -10,7 +10,12 @@
 
 mod bench;
 mod cache;
+mod chat;
+mod completions;
 mod demo;
+#[cfg(test)]
+mod deploy_check;
+mod editor;
 mod error;
 mod eval;
 mod generate;
@@ -24,18 +29,24 @@ mod output;
 mod plan;
 mod pull;
 mod quantize;
+mod requests;
 mod run;
 mod sampling;
 mod serving;
 mod table;
 mod target;
 mod tokenize;
+mod top;
 mod up;
 
 use std::process::exit;
 
 use clap::{Parser, Subcommand};
 use millrace_net::telemetry::{self, LogFormat};
+use millrace_shared::flags::{Program, parse_or_exit};
+
+/// How the environment twins of flags begin.
+const PROGRAM: Program = Program { prefix: "MILLRACE", main: "" };
 
 const EXAMPLES: &str = "\
 Examples:
@@ -45,6 +56,8 @@ Examples:
   millrace up --model smollm2:135m --stages 3         serve over HTTP and QUIC until Ctrl-C
   millrace generate --prompt \"Once upon\" --output json   ask a running cluster
   millrace bench serve --model smollm2:135m --stages 2  measure a whole pipeline
+  millrace chat                                       talk to it
+  millrace top                                        watch it work
   millrace plan --model M.gguf --nodes 3xh100-80g     which machines a model needs
   millrace nodes cordon gpu-2                         move the layers off a node, requests go on
   millrace keys create --name alice --expires 90d     an API key for somebody else
@@ -76,6 +89,8 @@ enum Command {
     DemoPart(demo::PartArgs),
     /// Serve a model over HTTP and QUIC until stopped
     Up(up::UpArgs),
+    /// Chat with a running cluster, or one started for it
+    Chat(Box<chat::ChatArgs>),
     /// Continue a prompt as it is, without a chat template
     Generate(generate::GenerateArgs),
     /// Turn a text into the model's token ids
@@ -104,6 +119,14 @@ enum Command {
     Keys(keys::KeysArgs),
     /// Try the network ways between all members of a running cluster
     Doctor(nodes::DoctorArgs),
+    /// Watch a running cluster: stages, links, KV cache, requests
+    Top(top::TopArgs),
+    /// Print the completions of a shell, for all three programs
+    Completions(completions::CompletionsArgs),
+    /// What the requests of a running cluster wait for
+    Requests(requests::RequestsArgs),
+    /// One request: what it waits for, or its end
+    Request(requests::RequestArgs),
     /// Measure the engine alone, or a whole pipeline
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -126,6 +149,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Demo(args) => demo::run(args).await,
         Command::DemoPart(args) => demo::run_part(args).await,
         Command::Up(args) => up::run(args).await,
+        Command::Chat(args) => chat::run(*args).await,
         Command::Generate(args) => generate::run(args).await,
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Eval(command) => eval::run(command).await,
@@ -139,12 +163,16 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Nodes(args) => nodes::run(args).await,
         Command::Keys(args) => keys::run(args).await,
         Command::Doctor(args) => nodes::doctor(args).await,
+        Command::Top(args) => top::run(args).await,
+        Command::Completions(args) => completions::run(&args),
+        Command::Requests(args) => requests::list(args).await,
+        Command::Request(args) => requests::one(args).await,
         Command::Bench(command) => bench::run(command).await,
     }
 }
 
 fn main() {
-    let cli = Cli::parse();
+    let cli = parse_or_exit::<Cli>(PROGRAM);
     // Not dropped before the exit: neither an actor that is still running nor a thread that waits
     // for a key on stdin may hold up the end, or have a say in it.
     let system = actix_rt::System::new();

@@ -2,6 +2,7 @@
 //! way the SDK talks over QUIC, so a command cannot tell the difference.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 use millrace_cli::embedded::{EmbeddedCluster, EmbeddedOptions};
@@ -112,21 +113,7 @@ pub(crate) async fn with_session<T>(
     needs: Needs,
     work: impl AsyncFnOnce(&Session) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
-    let session = match &target.model {
-        Some(model) => {
-            let stages = serving::stages(target.stages, &target.engine, serving::DEFAULT_STAGES)?;
-            let options =
-                serving::private_cluster(model, target.model_options, stages, &target.engine)?;
-            let max_num_seqs = options.max_num_seqs.max(needs.requests);
-            let kv_cache_tokens =
-                needs.positions.or_else(|| serving::kv_cache_for(&options, needs.requests));
-            Session::start(EmbeddedOptions { max_num_seqs, kv_cache_tokens, ..options }).await?
-        }
-        None => {
-            refuse_engine_options(&target.engine)?;
-            Session::connect(&target.running).await?
-        }
-    };
+    let session = Session::open(target, needs).await?;
     let result = tokio::select! {
         result = work(&session) => result,
         _ = tokio::signal::ctrl_c() => Err(Interrupted.into()),
@@ -282,7 +269,29 @@ impl Session {
         }
     }
 
-    async fn connect(running: &RunningArgs) -> anyhow::Result<Self> {
+    /// Starts a cluster with `--model`, or connects to the running one.
+    ///
+    /// # Errors
+    /// If there is no cluster, or it cannot be started.
+    pub(crate) async fn open(target: &TargetArgs, needs: Needs) -> anyhow::Result<Self> {
+        let Some(model) = &target.model else {
+            refuse_engine_options(&target.engine)?;
+            return Self::connect(&target.running).await;
+        };
+        let stages = serving::stages(target.stages, &target.engine, serving::DEFAULT_STAGES)?;
+        let options =
+            serving::private_cluster(model, target.model_options, stages, &target.engine)?;
+        let max_num_seqs = options.max_num_seqs.max(needs.requests);
+        let kv_cache_tokens =
+            needs.positions.or_else(|| serving::kv_cache_for(&options, needs.requests));
+        Self::start(EmbeddedOptions { max_num_seqs, kv_cache_tokens, ..options }).await
+    }
+
+    /// Connects to a running cluster.
+    ///
+    /// # Errors
+    /// If it cannot be reached.
+    pub(crate) async fn connect(running: &RunningArgs) -> anyhow::Result<Self> {
         let config = running.config()?;
         let caller = Caller::connect(&config).await?;
         Ok(Self { caller, config, embedded: None })
@@ -322,6 +331,16 @@ impl Session {
 
     pub(crate) async fn status(&self) -> anyhow::Result<ClusterStatus> {
         Ok(self.caller.0.status().await?)
+    }
+
+    /// The same, for those who would rather hear nothing than wait longer.
+    pub(crate) async fn status_within(&self, limit: Duration) -> anyhow::Result<ClusterStatus> {
+        Ok(self.caller.0.with_deadline(limit).status().await?)
+    }
+
+    /// Where it is.
+    pub(crate) fn address(&self) -> &str {
+        &self.config.quic
     }
 
     /// Disconnects, and stops the cluster if it was started for this one command.

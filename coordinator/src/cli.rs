@@ -10,6 +10,7 @@ use millrace_engine::cache::set_limit;
 use millrace_net::awake;
 use millrace_net::telemetry::LogFormat;
 use millrace_shared::dirs;
+use millrace_shared::flags::Program;
 use millrace_shared::membership::{HEARTBEAT, LEASE};
 use millrace_shared::names::env;
 use millrace_shared::options::{CacheOptions, EngineOptions, Pin, Replan};
@@ -36,6 +37,9 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
 }
+
+/// How the environment twins of flags begin.
+pub const PROGRAM: Program = Program { prefix: "MILLRACE_COORDINATOR", main: "serve" };
 
 const EXAMPLES: &str = "\
 Examples:

@@ -6,12 +6,13 @@
 //! request's way; [`serving`] implements the [`service`] that [`api`] offers over QUIC and HTTP,
 //! and [`gate`] stands in front of it;
 //! [`text`] tokenises; [`models`] finds and hashes model files; [`blobs`] hands weights to nodes;
-//! [`state`] is the cluster's folder, [`journal`] what is kept of requests there.
+//! [`chronicle`] remembers what happened; [`whereabouts`] says what requests wait for; [`state`] is the cluster's folder, [`journal`] what is kept of requests there.
 
 pub mod actors;
 pub mod api;
 pub mod backup;
 pub mod blobs;
+pub mod chronicle;
 pub mod cli;
 pub mod config;
 pub mod gate;
@@ -28,6 +29,7 @@ pub mod serving;
 pub mod start;
 pub mod state;
 pub mod text;
+pub mod whereabouts;
 
 pub use config::Config;
 pub use start::{Running, start};

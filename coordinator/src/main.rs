@@ -6,19 +6,21 @@ use std::io::Write;
 use std::process::exit;
 use std::time::Duration;
 
-use clap::Parser;
-use millrace_coordinator::cli::{Cli, Command, backup, create_token, init, key, restore, token};
+use millrace_coordinator::cli::{
+    Cli, Command, PROGRAM, backup, create_token, init, key, restore, token,
+};
 use millrace_coordinator::paste::paste_lines;
 use millrace_coordinator::state::CLIENT_FILE;
 use millrace_coordinator::{Config, start};
 use millrace_net::signals::terminated;
-use millrace_net::telemetry;
+use millrace_net::{supervisor, telemetry};
+use millrace_shared::flags::parse_or_exit;
 
 /// How long the token that `serve` prints is valid.
 const SERVE_TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
 fn main() {
-    let cli = Cli::parse();
+    let cli = parse_or_exit::<Cli>(PROGRAM);
     if let Err(message) = telemetry::init(cli.log_format) {
         eprintln!("error: {message}");
         exit(2);
@@ -58,12 +60,15 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         running.cluster,
         running.dir.path.display(),
     );
+    supervisor::ready("waiting for nodes");
+    actix_rt::spawn(supervisor::keep_watchdog());
     eprintln!("  millrace-node run --coordinator {} --token {token}\n", running.client().quic);
     let stop = terminated();
     tokio::pin!(stop);
     tokio::select! {
         ready = running.ready() => {
             ready?;
+            supervisor::status("serving");
             if running.http.is_some() {
                 let (file, ca) = (running.dir.path.join(CLIENT_FILE), running.own_ca());
                 let url = &running.client().http;
@@ -73,6 +78,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         }
         () = &mut stop => {}
     }
+    supervisor::stopping("finishing what is in flight");
     eprintln!("stopping; once more to stop at once");
     actix_rt::spawn(async {
         terminated().await;

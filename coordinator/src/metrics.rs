@@ -7,6 +7,7 @@
 
 pub mod timeline;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 
 use self::timeline::Timeline;
+use crate::chronicle::Chronicle;
 
 /// 1 ms to 60 s, fine where people notice: time to first token, queueing.
 const WAIT_BUCKETS: [f64; 17] = [
@@ -99,11 +101,13 @@ type SecondsCounter = Counter<f64, AtomicU64>;
 pub struct Metrics {
     registry: Registry,
     timeline: Timeline,
+    chronicle: Arc<Chronicle>,
     running: Gauge<i64, AtomicI64>,
     waiting: Gauge<i64, AtomicI64>,
     kv_blocks: Gauge<i64, AtomicI64>,
     kv_blocks_used: Gauge<i64, AtomicI64>,
     kv_usage: RatioGauge,
+    ready: Gauge<i64, AtomicI64>,
     nodes: Gauge<i64, AtomicI64>,
     plan_epoch: Gauge<i64, AtomicI64>,
     received: Counter,
@@ -154,11 +158,13 @@ impl Metrics {
         let r = &mut registry;
         Self {
             timeline: Timeline::default(),
+            chronicle: Arc::default(),
             running: add(r, metric::REQUESTS_RUNNING, "Requests running", Gauge::default()),
             waiting: add(r, metric::REQUESTS_WAITING, "Requests waiting", Gauge::default()),
             kv_blocks: add(r, metric::KV_BLOCKS, "KV blocks in all", Gauge::default()),
             kv_blocks_used: add(r, metric::KV_BLOCKS_USED, "KV blocks in use", Gauge::default()),
             kv_usage: add(r, metric::KV_USAGE, "Share of KV blocks in use", Gauge::default()),
+            ready: add(r, metric::READY, "Whether requests are served", Gauge::default()),
             nodes: add(r, metric::NODES, "Nodes joined", Gauge::default()),
             plan_epoch: add(r, metric::PLAN_EPOCH, "Epoch of the pipeline", Gauge::default()),
             received: add(r, metric::REQUESTS, "Requests received", Counter::default()),
@@ -374,6 +380,11 @@ impl Metrics {
         &self.timeline
     }
 
+    /// What happened to the cluster.
+    pub fn chronicle(&self) -> &Arc<Chronicle> {
+        &self.chronicle
+    }
+
     /// A micro-batch came back: what each stage spent on it, and what had been predicted (seconds;
     /// empty where nothing was).
     pub fn on_micro_batch(&self, times: &[StageTime], predicted: &[f64], stats: &SchedulerStats) {
@@ -405,6 +416,7 @@ impl Metrics {
         self.kv_blocks_used.set(status.kv_blocks_used.into());
         let used = f64::from(status.kv_blocks_used) / f64::from(status.kv_blocks.max(1));
         self.kv_usage.set(used);
+        self.ready.set(status.ready.into());
         self.nodes.set(status.nodes.into());
         self.plan_epoch.set(i64::try_from(status.epoch).unwrap_or(i64::MAX));
         raise(&self.preemptions, status.preemptions);

@@ -21,6 +21,7 @@ use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
 use crate::service::{Caller, EventStream, Service};
 use crate::text::TextModel;
+use crate::whereabouts;
 
 /// Bytes of text from which tokenising takes a millisecond and more.
 const LONG_TEXT: usize = 4096;
@@ -56,7 +57,7 @@ enum Prepared {
     Text(&'static str, String),
 }
 
-fn crossed(e: MailboxError) -> Status {
+pub(crate) fn crossed(e: MailboxError) -> Status {
     match e {
         MailboxError::Timeout => Status::exhausted("the scheduler is busy", 1000),
         MailboxError::Closed => Status::unavailable("the coordinator is shutting down", 5000),
@@ -284,6 +285,9 @@ impl Service for Serving {
         request: AdminRequest,
     ) -> BoxFuture<'_, Result<AdminReply, Status>> {
         async move {
+            if let AdminRequest::Requests(query) = request {
+                return whereabouts::answer(self, query).await;
+            }
             let blocks_used = self.batcher.send(GetCounters).await.map_err(crossed)?.blocks_used;
             self.cluster.send(Admin { request, blocks_used }).await.map_err(crossed)?
         }

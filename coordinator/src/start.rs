@@ -151,7 +151,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     };
     let deployment = Deployment { stages: config.stages, ..config.deployment };
     let cluster = Cluster::new(manifest, deployment, config.stages, batcher.clone(), readiness);
-    let actor = cluster.in_life(life).start();
+    let actor = cluster.in_life(life).telling(metrics.chronicle()).start();
     // What fails below drops the runtime; an actor that has not run by then would set its timers up
     // while it is dropped, where there are none. An answer proves that it runs.
     batcher.send(GetCounters).await.context("the batcher")?;

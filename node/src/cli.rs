@@ -10,11 +10,13 @@ use millrace_net::awake;
 use millrace_net::join::JoinToken;
 use millrace_net::telemetry::LogFormat;
 use millrace_shared::dirs;
+use millrace_shared::flags::Program;
 use millrace_shared::model::Dtype;
 use millrace_shared::names::env;
 use millrace_shared::options::{CacheOptions, EngineOptions, MicroBatches, byte_size};
 
 use crate::config::{Config, DEFAULT_PORT};
+use crate::enrol;
 use crate::hardware::Hardware;
 use crate::probe::ProbeArgs;
 
@@ -29,6 +31,9 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
 }
+
+/// How the environment twins of flags begin.
+pub const PROGRAM: Program = Program { prefix: "MILLRACE_NODE", main: "run" };
 
 const EXAMPLES: &str = "\
 Examples:
@@ -58,6 +63,9 @@ pub struct RunArgs {
     /// Join token, needed the first time
     #[arg(long, value_name = "TOKEN", env = env::TOKEN, hide_env_values = true, help_heading = "Cluster")]
     token: Option<String>,
+    /// File that holds the join token; not looked at once the node has enrolled
+    #[arg(long, value_name = "FILE", conflicts_with = "token", help_heading = "Cluster")]
+    token_file: Option<PathBuf>,
     /// The node's folder [default: 'node' in the XDG data folder millrace]
     #[arg(long, value_name = "DIR", env = env::DIR, help_heading = "Cluster")]
     dir: Option<PathBuf>,
@@ -97,7 +105,14 @@ impl RunArgs {
         };
         let cache = dirs::cache(&lookup)
             .ok_or_else(|| anyhow!("set MILLRACE_CACHE to a folder: $HOME is not set"))?;
-        let token = self.token.map(|t| t.parse::<JoinToken>().context("--token")).transpose()?;
+        let token = match &self.token_file {
+            Some(file) if !enrol::is_member(&dir) => {
+                let text = std::fs::read_to_string(file);
+                Some(text.with_context(|| format!("--token-file {}", file.display()))?)
+            }
+            _ => self.token,
+        };
+        let token = token.map(|t| t.trim().parse::<JoinToken>().context("--token")).transpose()?;
         self.cache.cache_limit.into_iter().for_each(set_limit);
         awake::set(self.engine.wake_latency);
         self.engine.warn_foreign();

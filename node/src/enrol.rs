@@ -68,6 +68,11 @@ pub struct Renewal {
     public: String,
 }
 
+/// Whether the folder is that of a node that has enrolled.
+pub fn is_member(dir: &Path) -> bool {
+    dir.join(FILE).exists()
+}
+
 /// Loads the node's membership, or enrols with the token.
 ///
 /// # Errors

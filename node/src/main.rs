@@ -9,18 +9,18 @@ use std::process::exit;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use clap::Parser;
 use millrace_net::signals::terminated;
-use millrace_net::telemetry;
-use millrace_node::cli::{Cli, Command};
+use millrace_net::{supervisor, telemetry};
+use millrace_node::cli::{Cli, Command, PROGRAM};
 use millrace_node::probe::probe;
 use millrace_node::{Config, enrol, start};
+use millrace_shared::flags::parse_or_exit;
 
 /// Longest hand-over before the end: below what the service unit in deploy/systemd waits.
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 
 fn main() {
-    let cli = Cli::parse();
+    let cli = parse_or_exit::<Cli>(PROGRAM);
     if let Err(message) = telemetry::init(cli.log_format) {
         eprintln!("error: {message}");
         exit(2);
@@ -62,12 +62,15 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let _lock = lock(&config)?;
     let membership = enrol::membership(&config).await?;
     let mut running = start(config, membership).await?;
+    supervisor::ready("a member of the cluster");
+    actix_rt::spawn(supervisor::keep_watchdog());
     let told = running.told_to_drain();
     tokio::select! {
         reason = running.refused() => return Err(anyhow!("the coordinator refuses this node: {reason}")),
         () = told => {}
         () = terminated() => {}
     }
+    supervisor::stopping("handing its layers over");
     eprintln!("handing the layers over, then stopping; once more to stop at once");
     actix_rt::spawn(async {
         terminated().await;

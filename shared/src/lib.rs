@@ -9,12 +9,14 @@
 //! [`model`] describes models and reads GGUF directories; [`partition`] cuts a model into stages;
 //! [`kv`] and [`scheduler`] decide what runs next, and [`sim`] shows in virtual time how well;
 //! [`membership`] tracks nodes; [`sampling`] turns logits into tokens; [`names`] spells every metric
-//! and environment variable.
+//! and environment variable; `flags` (feature `clap`) is what all command lines have in common.
 #![forbid(unsafe_code)]
 
 pub mod cluster_file;
 pub mod dirs;
 pub mod error;
+#[cfg(feature = "clap")]
+pub mod flags;
 pub mod id;
 pub mod kv;
 pub mod membership;

@@ -1,6 +1,7 @@
 //! Every metric and environment variable name, spelled once.
 
-/// Environment variables. A flag wins over its variable.
+/// Environment variables. A flag wins over its variable. Flags that have no variable here get one by
+/// the rule of `flags::twin`.
 pub mod env {
     /// `client.toml` of the cluster to talk to.
     pub const CLUSTER: &str = "MILLRACE_CLUSTER";
@@ -75,6 +76,7 @@ pub mod metric {
     pub const MICRO_BATCH_ROUND_TRIP: &str = "millrace_micro_batch_round_trip_seconds";
     pub const LINKS: &str = "millrace_links_seconds";
     pub const HOP: &str = "millrace_hop_seconds";
+    pub const READY: &str = "millrace_ready";
     pub const NODES: &str = "millrace_nodes";
     pub const PLAN_EPOCH: &str = "millrace_plan_epoch";
     pub const JOURNAL_DEGRADED: &str = "millrace_journal_degraded";

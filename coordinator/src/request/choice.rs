@@ -87,6 +87,11 @@ impl Choice {
         self.last_token
     }
 
+    /// When the first token came.
+    pub(super) fn first_token(&self) -> Option<Duration> {
+        self.first_token
+    }
+
     pub(super) fn timings(&self) -> Timings {
         let ms = |d: Duration| d.as_secs_f64() * 1e3;
         Timings {

@@ -274,6 +274,16 @@ impl Generation {
     pub fn last_token(&self, choice: u32) -> Option<Duration> {
         self.choices.get(choice as usize)?.last_token()
     }
+
+    /// When the first token of a choice came, counted from submission.
+    pub fn first_token(&self, choice: u32) -> Option<Duration> {
+        self.choices.get(choice as usize)?.first_token()
+    }
+
+    /// Events that the one who lags most has not taken yet.
+    pub fn unread(&self) -> u32 {
+        self.listeners.unread()
+    }
 }
 
 /// Tokens for which the journal promises room at the beginning.

@@ -77,6 +77,12 @@ impl Listeners {
         stream
     }
 
+    /// Events that the one who lags most has not taken yet.
+    pub(super) fn unread(&self) -> u32 {
+        let waiting = |l: &Listener| l.events.max_capacity() - l.events.capacity();
+        self.present.iter().map(waiting).max().unwrap_or(0) as u32
+    }
+
     /// Whether nobody will want the answer any more, as far as can be known: all have left, and who
     /// was lost has not come back in time.
     pub(super) fn are_gone(&mut self, now: Duration) -> bool {

@@ -41,6 +41,7 @@ pub mod revoked;
 pub mod rpc_server;
 pub mod seats;
 pub mod signals;
+pub mod supervisor;
 pub mod telemetry;
 pub mod timing;
 pub mod tls;

@@ -36,6 +36,7 @@ mod results;
 mod sequence;
 mod shed;
 mod types;
+mod whereabouts;
 mod window;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -44,6 +45,7 @@ use std::time::Duration;
 pub use types::{
     Kind, NewSequence, Outcome, Policy, Priority, Rejected, SchedulerConfig, SchedulerStats, Step,
 };
+pub use whereabouts::{Place, Whereabouts};
 
 use crate::id::{MicroBatchId, SequenceId};
 use crate::kv::KvBlockManager;

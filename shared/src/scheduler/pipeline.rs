@@ -103,6 +103,12 @@ impl InFlight {
         self.batches.first_key_value().map(|(&id, b)| (id, b.issued))
     }
 
+    /// The oldest one with a row of the sequence.
+    pub(super) fn of(&self, sequence: SequenceId) -> Option<(MicroBatchId, Duration)> {
+        let holds = |b: &MicroBatch| b.rows.iter().any(|row| row.sequence == sequence);
+        self.batches.iter().find(|(_, b)| holds(b)).map(|(&id, b)| (id, b.issued))
+    }
+
     /// Forgets all; ids go on, so that answers to the forgotten stay unknown.
     pub(super) fn clear(&mut self) {
         self.batches.clear();

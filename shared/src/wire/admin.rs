@@ -1,4 +1,5 @@
-//! What operators ask of a running cluster: its nodes, who may be used, new cuts, edges, API keys.
+//! What operators ask of a running cluster: its nodes, who may be used, new cuts, edges, API keys,
+//! requests.
 //! Part of the client API; a call needs the key of an administrator.
 
 use std::fmt;
@@ -6,7 +7,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::NodeId;
+use crate::id::{NodeId, RequestId};
 
 /// A question or an order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +45,55 @@ pub enum AdminRequest {
         /// Its name or id.
         node: String,
     },
+    /// What requests wait for: answer `Requests`.
+    Requests(RequestQuery),
+}
+
+/// What is asked about requests.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RequestQuery {
+    /// Those that run or wait, oldest first.
+    List {
+        /// Only those that have not moved for long.
+        stuck: bool,
+    },
+    /// One, also one that has ended and is kept.
+    Show {
+        /// Which.
+        id: RequestId,
+    },
+    /// End one, and show it.
+    Cancel {
+        /// Which.
+        id: RequestId,
+    },
+}
+
+/// Where a request is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RequestReport {
+    /// Its name.
+    pub id: RequestId,
+    /// What it waits for, in words.
+    pub state: String,
+    /// The node that it waits for, where one is known.
+    pub node: Option<String>,
+    /// Seconds in this state.
+    pub for_seconds: f64,
+    /// Seconds since it was submitted.
+    pub age_seconds: f64,
+    /// Seconds in each state so far, to within a tenth of one, in the order of a request's life.
+    pub spent: Vec<(String, f64)>,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated.
+    pub generated_tokens: u32,
+    /// Events that the client has not taken yet.
+    pub unread: u32,
+    /// Times that it was computed anew.
+    pub restarts: u32,
+    /// Whether it has not moved for long.
+    pub stuck: bool,
 }
 
 /// What is asked about API keys.
@@ -158,6 +208,8 @@ pub enum AdminReply {
     Edges(Vec<EdgeStatus>),
     /// A `cluster_file` in TOML; empty before any member was measured.
     Description(String),
+    /// Requests.
+    Requests(Vec<RequestReport>),
     /// All API keys, oldest first.
     Keys(Vec<KeyInfo>),
     /// A key was made; its secret is shown this once.

@@ -15,6 +15,7 @@ mod inbox;
 mod kept;
 mod requests;
 mod submit;
+mod whereabouts;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -42,6 +43,7 @@ pub use doubt::{LAST_STAGE, StepVerdict};
 pub use epochs::{PipelineDown, PipelineUp};
 pub use inbox::{Attach, Cancel, GetCounters, ResultFrame, Submit, SubmitScore};
 use submit::retry_ms;
+pub use whereabouts::{Flight, Look, Seen};
 
 /// Deadlines and vanished clients are looked for this often: well under what a person notices.
 const SWEEP: Duration = Duration::from_millis(25);

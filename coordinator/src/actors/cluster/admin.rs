@@ -47,6 +47,7 @@ impl Handler<Admin> for Cluster {
             AdminRequest::Drain { node } => self.drain(&node),
             AdminRequest::Describe => Ok(AdminReply::Description(self.description())),
             AdminRequest::RevokeNode { node } => Ok(self.turn_out(&node)),
+            AdminRequest::Requests(_) => Err(refused("requests are the batcher's business".into())),
             AdminRequest::Keys(_) => Err(refused("keys are not the cluster's business".into())),
             AdminRequest::Doctor => {
                 let waiting = self.examine();

@@ -29,6 +29,7 @@ impl Cluster {
     /// A node wants to leave.
     pub(super) fn begin_drain(&mut self, id: NodeId, now: Duration) {
         tracing::info!(node = %id, name = self.name_of(id), "the node wants to leave");
+        self.chronicle.note("leaving", self.name_of(id));
         self.drains.waiting.insert(id, now);
         let Some(pipeline) = self.pipeline.as_mut().filter(|p| !p.is_cordoned(id)) else { return };
         self.drains.cordoned.push(id);

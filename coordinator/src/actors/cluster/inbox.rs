@@ -43,6 +43,7 @@ impl Handler<NodeHello> for Cluster {
             node = %m.id, name = %m.hello.name, address = %m.hello.advertise,
             threads = m.hello.threads, hardware = %m.hello.hardware, "node joined"
         );
+        self.chronicle.note("joined", format!("{} at {}", m.hello.name, m.hello.advertise));
         let welcome = CoordinatorMessage::Welcome {
             node_id: m.id,
             heartbeat_ms: self.deployment.heartbeat.as_millis() as u32,
@@ -217,6 +218,7 @@ impl Handler<Switched> for Cluster {
             }
         }
         tracing::info!("switched to a new cut, epoch {}\n{}", m.epoch, self.plan_table());
+        self.tell_plan("cut", m.epoch);
         self.advance(ctx);
     }
 }

@@ -38,6 +38,7 @@ use millrace_shared::wire::control::{
 use tokio::sync::{mpsc, watch};
 
 use super::batcher::{Batcher, PipelineDown};
+use crate::chronicle::Chronicle;
 use crate::plan::{Deployment, Plan, profile_spec};
 pub use admin::Admin;
 use admin::Doctor;
@@ -115,6 +116,7 @@ pub struct Cluster {
     readiness: watch::Sender<Readiness>,
     last_tick: Duration,
     stopping: bool,
+    chronicle: Arc<Chronicle>,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -159,6 +161,7 @@ impl Cluster {
             readiness,
             last_tick: Duration::ZERO,
             stopping: false,
+            chronicle: Arc::default(),
         }
     }
 
@@ -251,7 +254,9 @@ impl Cluster {
             }
             Event::Lost { node, session, reason } => {
                 let name = self.members.get(&node).map(|m| m.hello.name.clone());
-                tracing::warn!(%node, name = name.unwrap_or_default(), "node lost: {reason}");
+                let name = name.unwrap_or_default();
+                tracing::warn!(%node, name, "node lost: {reason}");
+                self.chronicle.note("lost", format!("{name}: {reason}"));
                 if let Some(member) = self.members.get(&node).filter(|m| m.session == session) {
                     member.connection.close("lost");
                     self.members.remove(&node);
@@ -303,6 +308,7 @@ impl Cluster {
             Action::Start { epoch, nodes } => self.start(epoch, &nodes, now, ctx),
             Action::Stop { epoch, reason } => {
                 tracing::warn!(%epoch, "the pipeline stopped: {reason}");
+                self.chronicle.note("stopped", format!("epoch {epoch}: {reason}"));
                 self.starting = None;
                 self.next_plan = None;
                 self.draft = None;

@@ -193,7 +193,9 @@ impl Cluster {
         if mode == Replan::Auto || restoring {
             let report = self.apply_offer(offer);
             tracing::info!("cutting anew\n{}", render(&report));
+            self.chronicle.note("cut", format!("cutting anew: {}", report.reason));
         } else {
+            self.chronicle.note("cut", format!("a better cut is there: {}", offer.report.reason));
             tracing::info!(
                 "a better cut is there; to make it: millrace nodes recut --apply\n{}",
                 render(&offer.report)

@@ -1,11 +1,14 @@
 //! The cluster as people and clients see it.
 
-use millrace_shared::id::NodeId;
+use std::sync::Arc;
+
+use millrace_shared::id::{Epoch, NodeId};
 use millrace_shared::wire::Edge;
 use millrace_shared::wire::control::Assignment;
 use millrace_shared::wire::rpc::StageStatus;
 
 use super::Cluster;
+use crate::chronicle::Chronicle;
 use crate::plan::cluster::{LiveNode, live, to_text};
 use crate::plan::profile_spec;
 
@@ -55,6 +58,24 @@ impl Cluster {
         let spec = profile_spec(&self.manifest, 1);
         let file = live(&spec, measured, &self.ways.known(self.now()));
         if file.node.is_empty() { String::new() } else { to_text(&file) }
+    }
+
+    /// Notes down who hears what happens.
+    pub(crate) fn telling(mut self, chronicle: &Arc<Chronicle>) -> Self {
+        self.chronicle = Arc::clone(chronicle);
+        self
+    }
+
+    /// Another plan serves.
+    pub(super) fn tell_plan(&self, kind: &'static str, epoch: Epoch) {
+        let stages = self.stage_statuses();
+        let part = |s: &StageStatus| match s.first_layer < s.end_layer {
+            true => format!("{} {}-{}", s.node_name, s.first_layer, s.end_layer - 1),
+            false => format!("{} no layers", s.node_name),
+        };
+        let parts: Vec<String> = stages.iter().map(part).collect();
+        self.chronicle.note(kind, format!("epoch {epoch}: {}", parts.join(", ")));
+        self.chronicle.set_plan(self.plan_table());
     }
 
     /// The plan for people.

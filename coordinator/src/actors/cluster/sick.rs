@@ -69,6 +69,7 @@ impl Handler<StepFailed> for Cluster {
         }
         if held {
             tracing::warn!(%node, name, "in quarantine: a step failed on it");
+            self.chronicle.note("quarantine", format!("{name}: a step failed on it"));
             if !self.sick.nodes.contains(&node) {
                 self.sick.nodes.push(node);
             }

@@ -91,6 +91,7 @@ impl Cluster {
         }
         if !self.is_next(starting.epoch) {
             tracing::info!("pipeline ready, epoch {}\n{}", starting.epoch, self.plan_table());
+            self.tell_plan("ready", starting.epoch);
         }
         self.readiness.send_modify(|r| {
             r.ready = true;

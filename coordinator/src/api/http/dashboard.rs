@@ -1,4 +1,4 @@
-//! The dashboard: one static page with its style and script, and the two things it asks for that
+//! The dashboard: one static page with its style and script, and the three things it asks for that
 //! nobody else does.
 //!
 //! The page itself is open: it holds nothing but how to ask, and asks with the key of whoever looks at
@@ -46,7 +46,7 @@ pub(crate) async fn cluster(state: web::Data<AppState>) -> HttpResponse {
     HttpResponse::Ok().json(state.service.status().await)
 }
 
-/// From where the timeline is wanted.
+/// From where the timeline, or the events, are wanted.
 #[derive(Deserialize)]
 pub(crate) struct After {
     /// The `last` of the answer before; all that is known where it is missing.
@@ -66,4 +66,18 @@ pub(crate) async fn timeline(
     let after = query.map_err(|_| ApiError::invalid("after", "must be a whole number"))?.after;
     let (now, last, passages) = state.metrics.timeline().after(after);
     Ok(HttpResponse::Ok().json(json!({"now": now, "last": last, "passages": passages})))
+}
+
+/// `GET /v1/cluster/events?after=N`: what happened since, and the plan that serves.
+///
+/// # Errors
+/// If `after` is no number.
+pub(crate) async fn events(
+    state: web::Data<AppState>,
+    request: HttpRequest,
+) -> Result<HttpResponse, ApiError> {
+    let query = web::Query::<After>::from_query(request.query_string());
+    let after = query.map_err(|_| ApiError::invalid("after", "must be a whole number"))?.after;
+    let (last, events, plan) = state.metrics.chronicle().after(after);
+    Ok(HttpResponse::Ok().json(json!({"last": last, "events": events, "plan": plan})))
 }

@@ -6,6 +6,7 @@
 //! own, so it can be started from anywhere. A connection that the client closes, even only its
 //! sending half, drops the response in the making, and so cancels the request.
 
+mod admin;
 mod chat;
 mod completions;
 mod dashboard;
@@ -319,9 +320,12 @@ pub const ENDPOINTS: &[Route] = &[
     route_of(Verb::Post, "/v1/completions", Protection::Key, |r| r.to(completions::completions)),
     route_of(Verb::Get, "/v1/requests/{id}/events", Protection::Key, |r| r.to(requests::events)),
     route_of(Verb::Post, "/v1/requests/{id}/cancel", Protection::Key, |r| r.to(requests::cancel)),
+    route_of(Verb::Get, "/admin/requests", Protection::Key, |r| r.to(admin::requests)),
+    route_of(Verb::Get, "/admin/requests/{id}", Protection::Key, |r| r.to(admin::request)),
     route_of(Verb::Get, "/v1/models", Protection::Key, |r| r.to(info::models)),
     route_of(Verb::Get, "/v1/cluster", Protection::Key, |r| r.to(dashboard::cluster)),
     route_of(Verb::Get, "/v1/cluster/timeline", Protection::Key, |r| r.to(dashboard::timeline)),
+    route_of(Verb::Get, "/v1/cluster/events", Protection::Key, |r| r.to(dashboard::events)),
     // Names may hold slashes.
     route_of(Verb::Get, "/v1/models/{id:.+}", Protection::Key, |r| r.to(info::model)),
     route_of(Verb::Post, "/tokenize", Protection::Key, |r| r.to(tokenize::tokenize)),

@@ -1,10 +1,10 @@
 'use strict';
-// Reads /v1/cluster, /v1/cluster/timeline and /metrics of the coordinator that serves this page, once
+// Reads /v1/cluster, its timeline and events, and /metrics of the coordinator that serves this page, once
 // a second, and talks to /v1/chat/completions. No library, nothing from elsewhere.
 const $ = (id) => document.getElementById(id);
 const HISTORY = 300;
 const state = { key: sessionStorage.getItem('millrace-key') || '', paused: false, model: '', last: null,
-  series: {}, passages: [], timelineNow: 0, after: 0, busy: [], chat: [], answering: null };
+  series: {}, passages: [], timelineNow: 0, after: 0, events: [], heard: 0, plan: '', busy: [], chat: [], answering: null };
 
 // ---- asking the coordinator
 class Denied extends Error {}
@@ -66,9 +66,11 @@ async function tick() {
       state.model = (await (await ask('v1/models')).json()).data[0]?.id || '';
       $('model').textContent = state.model;
     }
-    const [status, text, timeline] = await Promise.all([
+    const [status, text, timeline, chronicle] = await Promise.all([
       ask('v1/cluster').then((r) => r.json()), ask('metrics').then((r) => r.text()),
-      ask(`v1/cluster/timeline?after=${state.after}`).then((r) => r.json())]);
+      ask(`v1/cluster/timeline?after=${state.after}`).then((r) => r.json()),
+      ask(`v1/cluster/events?after=${state.heard}`).then((r) => r.json())]);
+    hear(chronicle);
     show(status, parseMetrics(text), timeline);
   } catch (error) {
     if (error instanceof Denied) return login(error.message);
@@ -107,6 +109,30 @@ function show(status, metrics, timeline) {
   if (!state.paused) draw();
 }
 
+// ---- what happened, and the plan
+function hear({ last, events, plan }) {
+  // A coordinator that was started anew counts from 1.
+  if (last < state.heard) state.events = [];
+  if (last !== state.heard || plan !== state.plan) state.dirty = true;
+  state.heard = last;
+  state.plan = plan;
+  state.events = state.events.concat(events).slice(-256);
+}
+function drawEvents() {
+  if (!state.dirty) return;
+  state.dirty = false;
+  const [help, rest] = state.plan.split('\n').reduce(([a, b], line) => /^ *(would help most|then):/.test(line)
+    ? [[...a, line.trim()], b] : [a, [...b, line]], [[], []]);
+  $('plan').textContent = rest.join('\n').trim();
+  if (state.plan) $('help').textContent = help.length ? help.join('; ') : 'Nothing that the planner knows would help much.';
+  $('events').replaceChildren(...state.events.toReversed().map((event) => {
+    const at = new Date(event.at_ms);
+    return element('li', { class: event.kind }, element('time', { datetime: at.toISOString(), text: at.toLocaleTimeString() }),
+      element('b', { text: event.kind }), element('span', { text: event.text }));
+  }));
+  if (!state.events.length) $('events').append(element('li', { class: 'muted', text: 'Nothing yet.' }));
+}
+
 // ---- drawing
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -116,7 +142,7 @@ function element(tag, attributes = {}, ...children) {
 }
 function draw() {
   if (!state.last) return;
-  drawTiles(); drawMap(); drawTimeline(); drawCurves();
+  drawTiles(); drawMap(); drawTimeline(); drawCurves(); drawEvents();
 }
 function drawTiles() {
   const { status } = state.last, now = (name) => state.series[name]?.at(-1);
@@ -148,8 +174,7 @@ function drawMap() {
   const spare = status.nodes - status.stages.length;
   const balance = state.busy.length > 1 && state.busy.every((b) => b != null) && Math.max(...state.busy) > .2
     ? `${status.stages[busiest].node_name} is the busiest stage; the others could take ${percent(1 - state.busy.reduce((a, b) => a + b) / state.busy.length / Math.max(...state.busy))} more of its kind of work. ` : '';
-  $('advice').textContent = `${balance}${status.nodes} node${status.nodes === 1 ? '' : 's'} joined${spare > 0 ? `, ${spare} standing by` : ''} · epoch ${status.epoch}. `
-    + '“millrace plan --cluster live” says what would help most.';
+  $('advice').textContent = `${balance}${status.nodes} node${status.nodes === 1 ? '' : 's'} joined${spare > 0 ? `, ${spare} standing by` : ''} · epoch ${status.epoch}.`;
 }
 const colour = (id) => `hsl(${(id * 47) % 360} 62% 52%)`;
 function canvas(target) {
