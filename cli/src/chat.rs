@@ -32,10 +32,11 @@ const HELP: &str = "\
 /undo             forget the last question and its answer
 /retry            ask the last question again
 /system TEXT      what the model is told before everything else; alone: nothing
-/set NAME VALUE   temperature, max-tokens, top-p, top-k, min-p or seed; alone: show them
+/set NAME VALUE   temperature, max-tokens, top-p, top-k, min-p, seed; alone: show
 /save FILE        write the conversation as text
 /exit             end (or Ctrl-D)
-A line that ends in \\ goes on in the next; Alt-Enter begins a new line; \"\"\" begins and ends a block.
+A line that ends in \\ goes on in the next; Alt-Enter begins a new line;
+\"\"\" begins and ends a block.
 Ctrl-C stops an answer. Arrow keys and Ctrl-R find earlier lines.";
 
 /// Flags of `chat`.

@@ -13,7 +13,7 @@ use crate::target::RunningArgs;
 pub(crate) struct RequestsArgs {
     #[command(flatten)]
     running: RunningArgs,
-    /// Only those that have not moved for 2 s, or whose client does not read
+    /// Only those that have not moved for a second, or whose client does not read
     #[arg(long)]
     stuck: bool,
     /// json prints what the cluster answered

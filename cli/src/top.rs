@@ -63,6 +63,7 @@ async fn look(session: &Session) -> anyhow::Result<(Instant, ClusterStatus)> {
 async fn once(session: &Session, interval: Duration) -> anyhow::Result<()> {
     let mut view =
         View::new(session.address(), &session.model().await.map(|m| m.id).unwrap_or_default());
+    view.watched = false;
     view.take(look(session).await?);
     tokio::time::sleep(interval).await;
     view.take(look(session).await?);

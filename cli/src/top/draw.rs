@@ -29,7 +29,8 @@ pub(super) fn draw(frame: &mut Frame<'_>, view: &View) {
     frame.render_widget(Paragraph::new(cache_line(view)), caches);
     frame.render_widget(Paragraph::new(stage_lines(view, table.width)), table);
     draw_curve(frame, view, curve);
-    let keys_line = Line::from(" q ends").style(Style::new().add_modifier(Modifier::DIM));
+    let keys_line = Line::from(if view.watched { " q ends" } else { "" })
+        .style(Style::new().add_modifier(Modifier::DIM));
     frame.render_widget(Paragraph::new(keys_line), keys);
 }
 

@@ -20,6 +20,8 @@ pub(super) struct View {
     pub(super) model: String,
     /// The last answer.
     pub(super) status: ClusterStatus,
+    /// Whether somebody sits before it, with keys.
+    pub(super) watched: bool,
     /// Why there was no newer one.
     pub(super) trouble: Option<String>,
     /// Rates between the last two answers.
@@ -66,6 +68,7 @@ impl View {
             address: address.to_owned(),
             model: model.to_owned(),
             status: ClusterStatus::default(),
+            watched: true,
             trouble: None,
             rates: Rates::default(),
             stages: Vec::new(),

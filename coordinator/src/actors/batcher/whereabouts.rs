@@ -13,7 +13,7 @@ use crate::request::{Request, Work};
 
 /// A request that has not moved for this long is stuck: the longest usual pause, a prompt's chunk on
 /// slow machines, is shorter.
-const STUCK: Duration = Duration::from_secs(2);
+const STUCK: Duration = Duration::from_secs(1);
 /// Events that a client may leave unread before it counts as one that does not read: more than
 /// buffers on the way hold up at any moment.
 const UNREAD: u32 = 256;

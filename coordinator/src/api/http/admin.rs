@@ -35,9 +35,14 @@ pub(crate) async fn request(
     request: HttpRequest,
     id: web::Path<String>,
 ) -> Result<HttpResponse, ApiError> {
-    let id: RequestId = id
-        .parse()
-        .map_err(|_| ApiError::invalid("id", "must be the UUID of x-millrace-request-id"))?;
+    // Whose key is not enough learns nothing of ids.
+    let id = match id.parse::<RequestId>() {
+        Ok(id) => id,
+        Err(_) => {
+            ask(&state, &request, RequestQuery::List { stuck: true }).await?;
+            return Err(ApiError::invalid("id", "must be the UUID of x-millrace-request-id"));
+        }
+    };
     let mut reports = ask(&state, &request, RequestQuery::Show { id }).await?;
     match reports.pop() {
         Some(report) => Ok(HttpResponse::Ok().json(report)),

@@ -271,6 +271,8 @@ pub enum Protection {
     Open,
     /// An API key; running the model also needs the scope `generate`.
     Key,
+    /// An administrator's API key.
+    Admin,
     /// An API key, unless the operator says `--public-metrics`.
     Metrics,
 }
@@ -320,8 +322,8 @@ pub const ENDPOINTS: &[Route] = &[
     route_of(Verb::Post, "/v1/completions", Protection::Key, |r| r.to(completions::completions)),
     route_of(Verb::Get, "/v1/requests/{id}/events", Protection::Key, |r| r.to(requests::events)),
     route_of(Verb::Post, "/v1/requests/{id}/cancel", Protection::Key, |r| r.to(requests::cancel)),
-    route_of(Verb::Get, "/admin/requests", Protection::Key, |r| r.to(admin::requests)),
-    route_of(Verb::Get, "/admin/requests/{id}", Protection::Key, |r| r.to(admin::request)),
+    route_of(Verb::Get, "/admin/requests", Protection::Admin, |r| r.to(admin::requests)),
+    route_of(Verb::Get, "/admin/requests/{id}", Protection::Admin, |r| r.to(admin::request)),
     route_of(Verb::Get, "/v1/models", Protection::Key, |r| r.to(info::models)),
     route_of(Verb::Get, "/v1/cluster", Protection::Key, |r| r.to(dashboard::cluster)),
     route_of(Verb::Get, "/v1/cluster/timeline", Protection::Key, |r| r.to(dashboard::timeline)),
