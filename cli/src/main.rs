@@ -27,6 +27,8 @@ mod keys;
 mod nodes;
 mod output;
 mod plan;
+#[cfg(test)]
+mod protocol_check;
 mod pull;
 mod quantize;
 mod requests;

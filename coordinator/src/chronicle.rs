@@ -1,5 +1,5 @@
 //! What happened to the cluster, for people: nodes that came and went, epochs, cuts; and the plan that
-//! serves, with what would help most. The newest [`LENGTH`] events are kept; the log has all of them.
+//! serves, with what would help most. The newest 256 events are kept; the log has all of them.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};

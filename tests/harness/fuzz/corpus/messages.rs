@@ -4,7 +4,8 @@ use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{Epoch, NodeId, PipelineId, RequestId, SequenceId};
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::admin::{
-    AdminReply, AdminRequest, KeyInfo, KeyLimits, KeyRequest, NewKey, NodeRole, NodeStatus, Scope,
+    AdminReply, AdminRequest, KeyInfo, KeyLimits, KeyRequest, NewKey, NodeRole, NodeStatus,
+    RequestQuery, Scope,
 };
 use millrace_shared::wire::codec::encode;
 use millrace_shared::wire::control::{
@@ -122,6 +123,8 @@ fn admin_requests() -> Vec<AdminRequest> {
         AdminRequest::Keys(KeyRequest::Create(key)),
         AdminRequest::Keys(KeyRequest::Revoke { id: "k".into() }),
         AdminRequest::Drain { node: node() },
+        AdminRequest::Requests(RequestQuery::List { stuck: true }),
+        AdminRequest::Requests(RequestQuery::Show { id: RequestId(uuid::Uuid::nil()) }),
     ]
 }
 
