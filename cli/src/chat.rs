@@ -317,7 +317,8 @@ pub(crate) async fn converse(
             "Type a message; /help lists commands. Ctrl-C stops an answer, Ctrl-D ends.",
         );
     }
-    let mut editor = Editor::start(history)?;
+    // What a script pipes in is nobody's history.
+    let mut editor = Editor::start(history.filter(|_| interactive))?;
     loop {
         let text = match editor.line().await? {
             Typed::Text(text) => text,
