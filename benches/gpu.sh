@@ -7,8 +7,8 @@
 #
 # DEVICE is cuda:0 unless given; with cpu it shows that the script works. SHAPE: tiny, 135m, 8b.
 # What `build` makes lies in target/gpu (under 64 MiB); carry it with this repository to a machine
-# that has PyTorch 2.11 and a GPU; neither Rust nor a network is needed there, and weights are made
-# there. `run` prints tables, and keeps them in benches/results.
+# that has PyTorch 2.11 and a GPU; neither Rust nor a compiler nor a network is needed there, and weights
+# are made there. `run` prints tables, and keeps them in benches/results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 carried=target/gpu
@@ -23,6 +23,8 @@ build() {
     [ "${PROFILE:---release}" = --release ] || folder=debug
     mkdir -p "$carried"
     strip -o "$carried/gpu" "${CARGO_TARGET_DIR:-target}/$folder/examples/gpu"
+    # Streams and graphs; found beside the program.
+    node/torch/shim/build.sh "$carried/libmillrace_cuda.so" "$LIBTORCH"
     printf 'carry these with the repository:\n'
     find "$carried" -type f -printf '  %p  %s bytes\n'
 }

@@ -2,7 +2,7 @@
 # Makes a libtorch that Millrace's torch engine builds and runs with, and prints what to export.
 #
 #   eval "$(deploy/libtorch.sh)"                 processors only, in the cache folder (560 MB)
-#   eval "$(deploy/libtorch.sh FOLDER)"          the same in FOLDER
+#   eval "$(deploy/libtorch.sh FOLDER)"          the same in FOLDER; or PyTorch's own libtorch, unpacked there
 #   eval "$(deploy/libtorch.sh --python python3)"   what an installed PyTorch has: CUDA, if it has it
 #
 # What is there already is checked and kept. Of the wheels on PyPI (543 MB, SHA-256 known here) only
@@ -49,9 +49,15 @@ mkdir -p "$FOLDER"
 FOLDER=$(cd "$FOLDER" && pwd)
 if [ -e "$FOLDER/build-version" ]; then
     have=$(cat "$FOLDER/build-version")
-    [ "$have" = "$VERSION+cpu" ] ||
+    # PyTorch's own archives of libtorch have this file too.
+    [ "${have%%+*}" = "$VERSION" ] ||
         fail "$FOLDER holds libtorch $have, the engine needs $VERSION: name another folder, or remove it"
-    for file in libtorch.so libtorch_cpu.so libc10.so libcudart.so.13 libcupti.so.13; do
+    files=(libtorch.so libtorch_cpu.so libc10.so)
+    # That of the wheels is half of one for CUDA, whose processors' half asks for these too.
+    if LC_ALL=C grep -qaF libcudart.so.13 "$FOLDER/lib/libtorch_cpu.so" 2>/dev/null; then
+        files+=(libcudart.so.13 libcupti.so.13)
+    fi
+    for file in "${files[@]}"; do
         [ -e "$FOLDER/lib/$file" ] || fail "$FOLDER lacks lib/$file: remove the folder and try again"
     done
     exports "$FOLDER"

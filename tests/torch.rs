@@ -12,6 +12,8 @@ use millrace_net::client::{Client, ClientConfig};
 use millrace_shared::model::Dtype;
 use millrace_shared::options::EngineKind;
 use millrace_shared::wire::rpc::{PositionScore, Prompt};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 async fn scores(client: &Client, cases: &[Reference]) -> Vec<Vec<PositionScore>> {
     let all = cases.iter().map(|case| ask::score(client, case.forced(), fixtures::TOP));
@@ -88,4 +90,44 @@ fn what_is_not_there_is_refused_with_what_to_type() {
     refused(&torch(&["--kv-cache-dtype", "int8"]), &["--kv-cache-dtype f16"]);
     let little = torch(&["--memory-fraction", "0.001"]);
     refused(&little, &["--memory-fraction 0.001", "more stages", "--torch-dtype"]);
+}
+
+/// The processor stands for two devices.
+#[test]
+fn all_devices_of_a_machine_run_under_one_command() {
+    let _turn = alone();
+    let root = tempfile::tempdir().unwrap();
+    let cases = fixtures::references();
+    let cluster = Coordinator::start(root.path(), 2, &["--kv-cache-tokens", "8192"]);
+    // The token admits one machine.
+    let flags = ["--weights", model_arg(), "--engine", "torch", "--device", "cpu,cpu"];
+    let mut machine = cluster.node("gpus", &flags);
+    cluster.wait_ready();
+    let nodes = processes::nodes(&cluster);
+    let named = |name: &str| nodes.iter().any(|n| n.name == name);
+    assert!(nodes.len() == 2 && named("gpus-cpu0") && named("gpus-cpu1"), "{nodes:?}");
+    assert!(nodes[0].host == nodes[1].host && nodes[0].id != nodes[1].id, "{nodes:?}");
+    let (scores, _) = ask_all(&cluster.client, &cases[..1]);
+    fixtures::check("two devices", &cases[..1], &scores);
+
+    // One that ends takes nobody with it, and is back.
+    let process = |log: &str, turn: usize| {
+        let started = log.match_indices("node started").map(|(at, _)| &log[at..]);
+        let pid = |line: &str| {
+            line.split("pid=").nth(1)?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+        };
+        started.filter_map(pid).nth(turn)
+    };
+    let first: i32 = machine.wait_log("a node", |log| process(log, 0));
+    let second: i32 = machine.wait_log("a node", |log| process(log, 1));
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    let third: i32 = machine.wait_log("the node again", |log| process(log, 2));
+    assert!(third != first && third != second);
+    assert!(kill(Pid::from_raw(second), None).is_ok(), "the other one runs on");
+    let (scores, _) = ask_all(&cluster.client, &cases[..1]);
+    fixtures::check("two devices, one of them anew", &cases[..1], &scores);
+    assert!(machine.terminate().success());
+    for gone in [second, third] {
+        assert!(kill(Pid::from_raw(gone), None).is_err(), "{gone} is left");
+    }
 }

@@ -231,7 +231,7 @@ fn forecast(text: &str, status: &ClusterStatus, streams: u32) -> Choice {
     let files = ModelFiles::open(harness::model()).unwrap();
     let parts = parts(&files);
     let described = describe(&parse(text).unwrap(), &parts).unwrap();
-    let model = parts.costs(65_536, Dtype::F16, 256);
+    let model = parts.costs(65_536, Dtype::F16, 256, None);
     let (nodes, network) = (&described.nodes[..], &described.network);
     let problem = Problem { model: &model, nodes, network, rows: 1.0 };
     let stage = |s: &millrace_shared::wire::rpc::StageStatus| StageCut {

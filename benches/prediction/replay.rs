@@ -52,7 +52,7 @@ pub(crate) fn run() -> f64 {
     let files = bench.files.clone();
     let parts = parts(&files);
     let profile = bench.profile(&parts.profile_spec(1));
-    let model = parts.costs(65_536, Dtype::F16, 256);
+    let model = parts.costs(65_536, Dtype::F16, 256, None);
     let mut cases = Vec::new();
     for (name, speeds) in clusters() {
         let (nodes, network) = nodes(&profile, &speeds);

@@ -258,9 +258,9 @@ impl Memory {
         let context = load.context.unwrap_or_else(|| USUAL_CONTEXT.min(config.context));
         let positions = u64::from(context) * u64::from(load.concurrency);
         let batch = load.concurrency.saturating_add(DEFAULT_PREFILL_CHUNK);
-        let costs = parts.costs(positions, Dtype::F16, batch);
+        let costs = parts.costs(positions, Dtype::F16, batch, None);
         let all = StageTensors { layers: 0..config.layers, embed: true, head: true };
-        let weights = parts.memory_bytes(&all);
+        let weights = parts.memory_bytes(&all, None);
         let kv = |dtype| u64::from(config.layers) * config.kv_bytes_per_position(dtype);
         let (f16, int8) = (kv(Dtype::F16), kv(Dtype::Int8));
         let total = weights + positions * f16 + costs.stage_bytes;

@@ -116,7 +116,10 @@ fn print(reply: AdminReply, format: TextOrJson) -> anyhow::Result<()> {
 
 fn nodes_table(nodes: &[NodeStatus]) -> Table {
     use Align::{Left, Right};
+    let mut nodes: Vec<&NodeStatus> = nodes.iter().collect();
+    nodes.sort_by(|a, b| (&a.host, &a.name).cmp(&(&b.host, &b.name)));
     let mut table = Table::new(&[
+        ("machine", Left),
         ("node", Left),
         ("does", Left),
         ("threads", Right),
@@ -125,7 +128,10 @@ fn nodes_table(nodes: &[NodeStatus]) -> Table {
         ("hardware", Left),
         ("id", Left),
     ]);
+    let mut machine = None;
     for node in nodes {
+        // Nodes of one machine stand together, under its name.
+        let again = machine.replace(&node.host) == Some(&node.host);
         let role = match node.role {
             NodeRole::Stage { first_layer, end_layer, head } => {
                 let layers = match (first_layer, end_layer) {
@@ -139,6 +145,7 @@ fn nodes_table(nodes: &[NodeStatus]) -> Table {
             NodeRole::Suspect => "silent".to_owned(),
         };
         table.row([
+            if again { String::new() } else { node.host.clone() },
             node.name.clone(),
             role,
             node.threads.to_string(),

@@ -186,9 +186,10 @@ fn plan(
     let context = context(args, parts.config)?;
     let positions = u64::from(context) * u64::from(args.concurrency);
     let batch = args.concurrency.saturating_add(DEFAULT_PREFILL_CHUNK);
-    let model = parts.costs(positions, args.kv_cache_dtype, batch);
-    let (nodes, network) = (&described.nodes[..], &described.network);
-    let problem = Problem { model: &model, nodes, network, rows: 1.0 };
+    let every = (&described.nodes[..], &described.kept[..]);
+    let (model, nodes) = parts.mixed(every, positions, args.kv_cache_dtype, batch);
+    let network = &described.network;
+    let problem = Problem { model: &model, nodes: &nodes, network, rows: 1.0 };
     let wish = Wish {
         goal: match args.objective {
             Objective::Throughput => Goal::Throughput,

@@ -31,7 +31,7 @@ use millrace_shared::wire::control::{
     Assignment, EngineSettings, Hello, PROFILE_ROWS, Peer, ProfileSpec, StageProfile,
 };
 
-use costs::{ModelParts, node_costs};
+use costs::{Kept, ModelParts, node_costs};
 use report::{NodeFacts, PlanReport, Question};
 
 /// KV cache, in positions, where nothing else is said: a few long conversations or many short ones.
@@ -175,10 +175,10 @@ impl Plan {
         self.assignments.iter().map(|(node, _)| *node).collect()
     }
 
-    /// Bytes of weights and cache of a stage.
-    pub fn stage_bytes(&self, stage: usize) -> u64 {
+    /// Bytes of weights and cache of a stage, on a node that keeps weights so.
+    pub fn stage_bytes(&self, stage: usize, kept: Kept) -> u64 {
         let Some((_, a)) = self.assignments.get(stage) else { return 0 };
-        let weights: u64 = a.tensors.iter().map(|t| t.bytes).sum();
+        let weights: u64 = a.tensors.iter().map(|t| costs::in_memory(t, kept)).sum();
         let positions = u64::from(a.settings.kv_blocks) * u64::from(a.settings.kv_block_size);
         let layers = u64::from(a.end_layer - a.first_layer);
         weights + layers * positions * a.config.kv_bytes_per_position(a.settings.kv_dtype)
@@ -283,20 +283,22 @@ pub fn plan(
     pins::bind(&deployment.pins, &mut capacities, |n, pin| pins::names(pin, &nodes[n]));
     let network = network(nodes, ways);
     let wish = deployment.wish(nodes.len());
+    let kept: Vec<Kept> = nodes.iter().map(|n| n.hello.torch).collect();
     let mut kv_tokens =
         deployment.kv_cache_tokens.unwrap_or_else(|| DEFAULT_KV_TOKENS.max(max_model_len));
-    let (choice, blocks, model) = loop {
+    let (choice, blocks, (model, capacities)) = loop {
         let blocks = kv_tokens.div_ceil(DEFAULT_BLOCK_SIZE).max(1);
         let positions = u64::from(blocks) * u64::from(DEFAULT_BLOCK_SIZE);
         let batch = deployment.max_batch_tokens(config);
-        let model = parts(manifest).costs(positions, deployment.kv_dtype, batch);
-        let problem = Problem { model: &model, nodes: &capacities, network: &network, rows: 1.0 };
+        let every = (&capacities[..], &kept[..]);
+        let (model, nodes) = parts(manifest).mixed(every, positions, deployment.kv_dtype, batch);
+        let problem = Problem { model: &model, nodes: &nodes, network: &network, rows: 1.0 };
         let cut = match &deployment.cuts {
             None => best(&problem, &wish, &stood),
             Some(cuts) => given_cut(&problem, &wish, cuts),
         };
         match cut {
-            Ok(choice) => break (choice, blocks, model),
+            Ok(choice) => break (choice, blocks, (model, nodes)),
             // Less cache than usual is better than no service; one full sequence must fit.
             Err(_) if deployment.kv_cache_tokens.is_none() && kv_tokens / 2 >= max_model_len => {
                 kv_tokens /= 2;
@@ -434,12 +436,13 @@ fn sharing<'a>(nodes: impl IntoIterator<Item = &'a PlanNode>, host: &str) -> usi
     nodes.into_iter().filter(|n| n.hello.host == host).count().max(1)
 }
 
-/// Nodes of one host share its memory.
+/// Nodes of one host share its memory; a GPU has its own.
 fn capacities(nodes: &[PlanNode]) -> Vec<NodeCosts> {
     let node = |n: &PlanNode| {
         let memory = (n.hello.memory_bytes as f64 * MEMORY_SHARE) as u64;
-        let share = sharing(nodes, &n.hello.host) as u64;
-        node_costs(&n.hello.name, &n.profile, memory / share)
+        let of_host = nodes.iter().filter(|other| !other.hello.has_own_memory());
+        let share = if n.hello.has_own_memory() { 1 } else { sharing(of_host, &n.hello.host) };
+        node_costs(&n.hello.name, &n.profile, memory / share as u64)
     };
     nodes.iter().map(node).collect()
 }

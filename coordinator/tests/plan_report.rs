@@ -3,74 +3,17 @@
 //! After a change on purpose, look at what the test prints and copy it into `testdata`.
 #![allow(clippy::unwrap_used)]
 
+mod plan_common;
+
 use millrace_coordinator::plan::cluster::{Described, describe, parse, to_text};
 use millrace_coordinator::plan::costs::ModelParts;
 use millrace_coordinator::plan::kinds;
 use millrace_coordinator::plan::pins::bind;
 use millrace_coordinator::plan::report::{PlanReport, Question};
 use millrace_shared::cluster_file::ClusterFile;
-use millrace_shared::model::{
-    Dtype, Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle, TensorEntry,
-    TensorType,
-};
+use millrace_shared::model::Dtype;
 use millrace_shared::partition::{Goal, Problem, Promise, Wish, choose};
-
-/// The dimensions of SmolLM2 135M.
-fn config() -> ModelConfig {
-    ModelConfig {
-        family: Family::Llama,
-        layers: 30,
-        hidden: 576,
-        heads: 9,
-        kv_heads: 3,
-        head_dim: 64,
-        ffn: 1536,
-        vocab: 49_152,
-        context: 8192,
-        rms_eps: 1e-5,
-        rope: RopeConfig {
-            base: 100_000.0,
-            dim: 64,
-            style: RopeStyle::Interleaved,
-            scaling: RopeScaling::Linear(1.0),
-        },
-        tied_head: true,
-        rope_factors: false,
-        features: Features::default(),
-    }
-}
-
-fn tensors(c: &ModelConfig) -> Vec<TensorEntry> {
-    let entry = |name: String, dtype: TensorType, dims: &[u64]| TensorEntry {
-        name,
-        dtype,
-        dims: dims.to_vec(),
-        file: 0,
-        offset: 0,
-        bytes: dtype.bytes_of(dims.iter().product()).unwrap(),
-        hash: [0; 32],
-    };
-    let [h, kv, f, vocab] = [c.hidden, c.kv_heads * c.head_dim, c.ffn, c.vocab].map(u64::from);
-    let mut all = vec![
-        entry("token_embd.weight".into(), TensorType::Q8_0, &[h, vocab]),
-        entry("output_norm.weight".into(), TensorType::F32, &[h]),
-    ];
-    for layer in 0..c.layers {
-        let name = |part: &str| format!("blk.{layer}.{part}.weight");
-        let matrices = [
-            ("attn_q", [h, h]),
-            ("attn_k", [h, kv]),
-            ("attn_v", [h, kv]),
-            ("attn_output", [h, h]),
-            ("ffn_gate", [h, f]),
-            ("ffn_up", [h, f]),
-            ("ffn_down", [f, h]),
-        ];
-        all.extend(matrices.iter().map(|(n, dims)| entry(name(n), TensorType::Q4_1, dims)));
-        all.extend(["attn_norm", "ffn_norm"].map(|n| entry(name(n), TensorType::F32, &[h])));
-    }
-    all
-}
+use plan_common::{config, tensors};
 
 const CLUSTER: &str = r#"
 [network]
@@ -123,7 +66,8 @@ fn report(file: &ClusterFile, goal: Goal, streams: u32) -> PlanReport {
     let parts = ModelParts { config: &config, tensors: &tensors };
     let Described { nodes, network, facts, .. } = describe(file, &parts).unwrap();
     let context = 2048;
-    let model = parts.costs(u64::from(context) * u64::from(streams), Dtype::F16, streams + 64);
+    let model =
+        parts.costs(u64::from(context) * u64::from(streams), Dtype::F16, streams + 64, None);
     let problem = Problem { model: &model, nodes: &nodes, network: &network, rows: 1.0 };
     let wish = Wish { goal, streams, stages: None, micro_batches: None };
     let choice = choose(&problem, &wish).unwrap();
@@ -194,7 +138,7 @@ fn pins_show_in_the_table() {
     let pins = ["slow-2=0-4".parse().unwrap()];
     let names: Vec<String> = nodes.iter().map(|n| n.name.clone()).collect();
     bind(&pins, &mut nodes, |n, pin| names[n] == pin.node);
-    let model = parts.costs(65_536, Dtype::F16, 96);
+    let model = parts.costs(65_536, Dtype::F16, 96, None);
     let problem = Problem { model: &model, nodes: &nodes, network: &network, rows: 1.0 };
     let goal = Goal::Throughput;
     let wish = Wish { goal, streams: 32, stages: None, micro_batches: None };

@@ -6,12 +6,14 @@
 //! cluster's address when `--coordinator` names another host than before. `node.toml` carries the
 //! number of its format: an older one is kept beside the new, a newer one is refused.
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, anyhow};
 use millrace_net::certs::LiveIdentity;
-use millrace_net::join::{request_join, request_renewal};
+use millrace_net::join::{request_join, request_renewal, request_seat};
 use millrace_net::{Identity, NodeKey, PeerName, private_file};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::NodeId;
@@ -118,6 +120,29 @@ pub async fn membership(config: &Config) -> anyhow::Result<Membership> {
         coordinator: joined.cluster_addr,
         renewal: Some(Renewal { dir: config.dir.clone(), public: token.addr }),
     })
+}
+
+/// Makes the folder of a further node of this machine that of a member, unless it is one.
+///
+/// # Errors
+/// If the coordinator refuses, or cannot be reached.
+pub async fn seat(machine: &Membership, seat: u16, dir: &Path) -> anyhow::Result<()> {
+    let file = dir.join(FILE);
+    if file.exists() {
+        return Ok(());
+    }
+    let Some(renewal) = &machine.renewal else {
+        return Err(anyhow!("{}: nobody to ask for a certificate", dir.display()));
+    };
+    let joined = request_seat(&renewal.public, &machine.identity, seat)
+        .await
+        .map_err(|status| anyhow!("cannot enrol {}: {status}", dir.display()))?;
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    joined.identity.save(dir, IDENTITY)?;
+    let public = Some(renewal.public.clone());
+    save(&file, &Saved { format: FORMAT, coordinator: joined.cluster_addr, public })?;
+    tracing::info!(node = %joined.node_id, "enrolled {}", dir.display());
+    Ok(())
 }
 
 async fn load(config: &Config, file: &Path) -> anyhow::Result<Membership> {

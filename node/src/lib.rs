@@ -13,6 +13,7 @@ pub mod loader;
 pub mod probe;
 mod profiles;
 mod progress;
+pub mod several;
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -188,6 +189,7 @@ fn hello(
             .memory_bytes
             .map_or(hardware.memory_bytes, |m| m.min(hardware.memory_bytes)),
         hardware: hardware.processor.clone(),
+        torch: engines::kept(config),
     }
 }
 

@@ -13,6 +13,7 @@ use millrace_net::signals::terminated;
 use millrace_net::{supervisor, telemetry};
 use millrace_node::cli::{Cli, Command, PROGRAM};
 use millrace_node::probe::probe;
+use millrace_node::several::{self, Task};
 use millrace_node::{Config, enrol, start};
 use millrace_shared::flags::parse_or_exit;
 
@@ -27,7 +28,17 @@ fn main() {
     }
     let result = match cli.command {
         Command::Run(args) => match args.resolve() {
-            Ok(config) => actix_rt::System::new().block_on(run(config)),
+            Ok(config) => several::task(config).and_then(|task| {
+                actix_rt::System::new().block_on(async {
+                    match task {
+                        Task::Node(config) => run(*config).await,
+                        Task::Supervise(config, devices) => {
+                            let _lock = lock(&config)?;
+                            several::supervise(*config, &devices).await
+                        }
+                    }
+                })
+            }),
             Err(e) => Err(e),
         },
         Command::Probe(args) => {

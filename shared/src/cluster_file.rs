@@ -8,6 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::model::{ModelConfig, TensorType};
+use crate::options::TorchKept;
 use crate::wire::control::{PROFILE_ROWS, ProfileSpec, StageProfile};
 
 /// The name of the coordinator in links.
@@ -74,6 +75,9 @@ pub struct NodeEntry {
     pub threads: Option<u32>,
     /// Memory for weights, KV cache and scratch.
     pub memory_bytes: u64,
+    /// How the torch engine keeps weights there, where it is the one: `{ dtype = "bf16", gpu = true }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub torch: Option<TorchKept>,
     /// Free space of the cache folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_free_bytes: Option<u64>,
@@ -89,6 +93,13 @@ pub struct NodeEntry {
     /// For models that were.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub measured: Vec<Measured>,
+}
+
+impl NodeEntry {
+    /// Whether its memory is a GPU's, and not shared with other nodes of its machine.
+    pub fn has_own_memory(&self) -> bool {
+        self.torch.is_some_and(|torch| torch.gpu)
+    }
 }
 
 /// What a machine can do, whatever the model: estimates.

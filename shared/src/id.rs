@@ -51,6 +51,23 @@ uuid_id!(
     /// A node, named by the coordinator when it enrols (version 7).
     NodeId
 );
+impl NodeId {
+    /// A further node of the machine whose first node this is (version 8): always the same for the same
+    /// two, and different for others.
+    pub fn seat(self, seat: u16) -> Self {
+        let mut hash = blake3::Hasher::new_derive_key("millrace node seat");
+        hash.update(self.0.as_bytes());
+        hash.update(&seat.to_le_bytes());
+        let mut bytes = [0; 16];
+        hash.finalize_xof().fill(&mut bytes);
+        Self(uuid::Builder::from_custom_bytes(bytes).into_uuid())
+    }
+
+    /// Whether it is such a further node.
+    pub fn is_seat(self) -> bool {
+        self.0.get_version_num() == 8
+    }
+}
 uuid_id!(
     /// A client's request (version 7).
     RequestId

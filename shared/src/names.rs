@@ -33,6 +33,8 @@ pub mod env {
     pub const TOKEN: &str = "MILLRACE_TOKEN";
     /// Where the torch engine computes (`--device`).
     pub const DEVICE: &str = "MILLRACE_DEVICE";
+    /// Which of its devices a node of `--device cuda:all` has; for the processes that it starts.
+    pub const NODE_PART: &str = "MILLRACE_NODE_PART";
     /// Threads of an engine.
     pub const THREADS: &str = "MILLRACE_THREADS";
     /// How quickly idle processors must wake up (`--wake-latency`).

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use crate::model::Dtype;
 use crate::partition::LayerRange;
-pub use torch::{Device, Fraction, TorchDtype, TorchOptions};
+pub use torch::{Device, Devices, Fraction, INT4_GROUP, Role, TorchDtype, TorchKept, TorchOptions};
 
 /// Micro-batches in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -35,6 +35,7 @@ pub async fn connect(
 /// A hello of this build, to be changed by the caller.
 pub fn hello(numerics_revision: &str) -> Hello {
     Hello {
+        torch: None,
         wire_version: millrace_shared::wire::WIRE_VERSION,
         numerics_revision: numerics_revision.to_owned(),
         version: "0.0.0-by-hand".to_owned(),

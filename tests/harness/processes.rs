@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 use millrace_net::client::ClientConfig;
+use millrace_shared::wire::admin::{AdminReply, AdminRequest, NodeStatus};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{DEADLINE, http, model_arg, program, wait_for};
+use crate::{DEADLINE, ask, block_on, http, model_arg, program, wait_for};
 
 /// A command of this workspace with an environment of its own: nothing of the user's is touched.
 pub fn command(name: &str, home: &Path) -> Command {
@@ -130,6 +131,22 @@ impl Drop for Process {
             eprintln!("---- {}\n{}", self.name, self.log());
         }
     }
+}
+
+/// The cluster's nodes.
+///
+/// # Panics
+/// If the coordinator does not say.
+pub fn nodes(cluster: &Coordinator) -> Vec<NodeStatus> {
+    block_on(async {
+        let client = ask::connect(&cluster.client).await;
+        let reply = client.admin(AdminRequest::Nodes).await;
+        client.close().await;
+        match reply {
+            Ok(AdminReply::Nodes(nodes)) => nodes,
+            other => panic!("{other:?}"),
+        }
+    })
 }
 
 /// A coordinator process that serves the real model.

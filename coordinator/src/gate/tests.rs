@@ -75,6 +75,7 @@ impl Service for Open {
         let node = NodeStatus {
             id: NODE,
             name: "gpu-2".into(),
+            host: String::new(),
             address: String::new(),
             hardware: String::new(),
             threads: 1,

@@ -10,7 +10,7 @@ use millrace_shared::id::NodeId;
 use millrace_shared::partition::{Curve, Link, Network, NodeCosts};
 use millrace_shared::wire::control::{Hello, ProfileSpec, StageProfile};
 
-use super::costs::ModelParts;
+use super::costs::{Kept, ModelParts};
 use super::report::NodeFacts;
 use super::{KnownWay, LAN, MEMORY_SHARE};
 
@@ -81,6 +81,7 @@ pub fn live<'a>(
             hardware: Some(hello.hardware.clone()),
             threads: Some(hello.threads),
             memory_bytes: hello.memory_bytes,
+            torch: hello.torch,
             measured: vec![Measured::new(spec, &profile)],
             ..NodeEntry::default()
         });
@@ -97,9 +98,12 @@ pub fn live<'a>(
     };
     let links: Vec<LinkEntry> = ways.iter().filter_map(link).collect();
     file.link.extend(links);
-    // Members on one host share its memory.
-    for (node, host) in file.node.iter_mut().zip(&hosts) {
-        node.memory_bytes /= hosts.iter().filter(|h| h == &host).count().max(1) as u64;
+    // Members on one host share its memory; a GPU has its own.
+    let shares: Vec<bool> = file.node.iter().map(|n| !n.has_own_memory()).collect();
+    for (i, node) in file.node.iter_mut().enumerate().filter(|(i, _)| shares[*i]) {
+        let on_host =
+            hosts.iter().zip(&shares).filter(|(host, shares)| **host == hosts[i] && **shares);
+        node.memory_bytes /= on_host.count().max(1) as u64;
     }
     file
 }
@@ -109,6 +113,8 @@ pub fn live<'a>(
 pub struct Described {
     /// What the planner reckons with.
     pub nodes: Vec<NodeCosts>,
+    /// How each keeps weights.
+    pub kept: Vec<Kept>,
     /// Their links.
     pub network: Network,
     /// What reports say of them.
@@ -125,6 +131,7 @@ pub fn describe(file: &ClusterFile, parts: &ModelParts<'_>) -> Result<Described,
     let spec = parts.profile_spec(1);
     let shape = shape_key(&spec.config, spec.layer_type, spec.head_type);
     let (mut nodes, mut facts, mut names) = (Vec::new(), Vec::new(), Vec::new());
+    let mut kept = Vec::new();
     let mut estimated = false;
     for entry in &file.node {
         let measured = entry.measured.iter().find(|m| m.shape == shape);
@@ -132,7 +139,7 @@ pub fn describe(file: &ClusterFile, parts: &ModelParts<'_>) -> Result<Described,
             (Some(measured), _) => curves(measured),
             (None, Some(limits)) => {
                 estimated = true;
-                estimate(limits, parts)
+                estimate(limits, parts, entry.torch)
             }
             (None, None) => {
                 return Err(format!(
@@ -150,6 +157,7 @@ pub fn describe(file: &ClusterFile, parts: &ModelParts<'_>) -> Result<Described,
             };
             facts.push(facts_of(entry, &name, measured.is_none()));
             names.push(entry.name.clone());
+            kept.push(entry.torch);
             nodes.push(NodeCosts {
                 name,
                 layer: layer.clone(),
@@ -161,13 +169,14 @@ pub fn describe(file: &ClusterFile, parts: &ModelParts<'_>) -> Result<Described,
         }
     }
     let network = network(file, &names);
-    Ok(Described { nodes, network, facts, estimated })
+    Ok(Described { nodes, kept, network, facts, estimated })
 }
 
 fn facts_of(entry: &NodeEntry, name: &str, estimated: bool) -> NodeFacts {
     NodeFacts {
         name: name.to_owned(),
         memory_bytes: entry.memory_bytes,
+        kept: entry.torch,
         disk_free_bytes: entry.disk_free_bytes,
         disk_bytes_per_second: entry.disk_bytes_per_second,
         price_per_hour: entry.price_per_hour,
@@ -183,8 +192,8 @@ fn curves(measured: &Measured) -> [Curve; 2] {
 }
 
 /// The larger of reading the weights and of computing, and what every layer takes.
-fn estimate(limits: &Limits, parts: &ModelParts<'_>) -> [Curve; 2] {
-    let model = parts.costs(0, millrace_shared::model::Dtype::F16, 1);
+fn estimate(limits: &Limits, parts: &ModelParts<'_>, kept: Kept) -> [Curve; 2] {
+    let model = parts.costs(0, millrace_shared::model::Dtype::F16, 1, kept);
     let layers = model.layers().max(1) as f64;
     let layer_bytes = model.layer_bytes.iter().sum::<u64>() as f64 / layers;
     let (layer_work, head_work) = parts.multiply_adds();

@@ -6,6 +6,7 @@
 //! reports say so.
 
 use millrace_shared::cluster_file::{ClusterFile, Limits, NodeEntry};
+use millrace_shared::options::{TorchDtype, TorchKept};
 
 /// A kind of accelerator: name, memory (GB), bandwidth (GB/s), multiply-adds (10^12/s).
 type Row = (&'static str, u64, f64, f64);
@@ -76,22 +77,27 @@ fn known() -> String {
 }
 
 fn kind_of(kind: &str) -> Option<NodeEntry> {
-    let (memory, limits) = match ACCELERATORS.iter().find(|row| row.0 == kind) {
+    let (memory, limits, torch) = match ACCELERATORS.iter().find(|row| row.0 == kind) {
         Some(&(_, memory, bandwidth, rate)) => {
             let limits = Limits {
                 memory_bytes_per_second: bandwidth * 1e9 * REACHED.0,
                 multiply_adds_per_second: rate * 1e12 * REACHED.1,
                 layer_overhead_seconds: LAUNCH,
             };
-            (memory, limits)
+            // As `--device cuda` keeps weights where nothing else is said.
+            (memory, limits, Some(TorchKept { dtype: TorchDtype::Bf16, gpu: true }))
         }
-        None => processor(kind)?,
+        None => {
+            let (memory, limits) = processor(kind)?;
+            (memory, limits, None)
+        }
     };
     Some(NodeEntry {
         name: kind.to_owned(),
         hardware: Some("nominal figures".to_owned()),
         memory_bytes: memory * 1_000_000_000,
         limits: Some(limits),
+        torch,
         ..NodeEntry::default()
     })
 }

@@ -8,7 +8,7 @@ use millrace_shared::partition::{
 use serde::Serialize;
 
 use super::PlanNode;
-use super::costs::ModelParts;
+use super::costs::{Kept, ModelParts};
 
 /// Bytes of weights that a node packs a second, and reads where its disk is not known.
 const PACK_RATE: f64 = 1e9;
@@ -41,6 +41,8 @@ pub struct NodeFacts {
     pub name: String,
     /// Memory.
     pub memory_bytes: u64,
+    /// How it keeps weights.
+    pub kept: Kept,
     /// Free space of its cache folder.
     pub disk_free_bytes: Option<u64>,
     /// How fast that is read.
@@ -57,6 +59,7 @@ impl NodeFacts {
         Self {
             name: node.hello.name.clone(),
             memory_bytes: node.hello.memory_bytes,
+            kept: node.hello.torch,
             ..Self::default()
         }
     }
@@ -227,7 +230,7 @@ impl PlanReport {
         Self {
             model: question.model_name.clone(),
             layers: question.parts.config.layers,
-            weight_bytes: question.parts.memory_bytes(&whole),
+            weight_bytes: question.parts.memory_bytes(&whole, first_kept(facts, choice)),
             objective: match wish.goal {
                 Goal::Throughput => "throughput",
                 Goal::Latency => "latency",
@@ -261,6 +264,11 @@ impl PlanReport {
     }
 }
 
+/// How the first stage keeps weights: what the whole model would take there.
+fn first_kept(facts: &[NodeFacts], choice: &Choice) -> Kept {
+    choice.stages.first().and_then(|stage| facts[stage.node].kept)
+}
+
 fn stages(
     question: &Question<'_>,
     problem: &Problem<'_>,
@@ -282,8 +290,8 @@ fn stages(
         let (embed, head) = (i == 0, i == last);
         let range = cut.range.range();
         let layers = range.start as usize..range.end as usize;
-        let weight_bytes =
-            question.parts.memory_bytes(&StageTensors { layers: range, embed, head });
+        let stage = StageTensors { layers: range, embed, head };
+        let weight_bytes = question.parts.memory_bytes(&stage, fact.kept);
         let used = problem.model.stage_memory(layers.clone(), embed, head);
         let disk_bytes = file(i);
         let fetch = (disk_bytes as f64 / link(cut.node)).max(all as f64 / uplink);

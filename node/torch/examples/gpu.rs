@@ -22,7 +22,7 @@ use case::{CASES, Case};
 use millrace_engine::{Engine, Isa};
 use millrace_shared::model::{ModelFiles, TensorType};
 use millrace_shared::options::{Device, TorchDtype, TorchOptions};
-use millrace_torch::{Place, TorchEngine};
+use millrace_torch::{Graphing, Place, TorchEngine};
 use model::Loaded;
 use rig::{deviations, floats, pipeline_of, run};
 use tch::{Kind, Tensor};
@@ -48,7 +48,7 @@ fn bound(dtype: TorchDtype) -> f64 {
 }
 
 fn engine(device: Device, dtype: TorchDtype) -> Box<dyn Engine> {
-    let options = TorchOptions { device, torch_dtype: Some(dtype), ..TorchOptions::default() };
+    let options = TorchOptions { torch_dtype: Some(dtype), ..TorchOptions::default() }.on(device);
     Box::new(TorchEngine::new(options))
 }
 
@@ -126,13 +126,22 @@ fn bench(device: Device, shapes: &[String]) {
     );
     println!("\n| model | kept as | test | tokens/s | ms a step | bound ms | share of bound |");
     println!("|---|---|---|---|---|---|---|");
-    let small = [TorchDtype::default_on(device), TorchDtype::Int8, TorchDtype::Int4];
+    let usual = TorchDtype::default_on(device);
+    let mut kinds = vec![(usual, Graphing::Auto)];
+    if place.device.is_cuda() {
+        kinds.push((usual, Graphing::Off));
+    }
+    kinds.extend([TorchDtype::Int8, TorchDtype::Int4].map(|dtype| (dtype, Graphing::Auto)));
     for name in shapes {
-        for dtype in small {
-            let mut loaded = match Loaded::new(name, engine(device, dtype)) {
+        for &(dtype, graphing) in &kinds {
+            let without = if graphing == Graphing::Off { ", no graphs" } else { "" };
+            let kept = format!("{}{without}", dtype.as_str());
+            let options = TorchOptions { torch_dtype: Some(dtype), ..TorchOptions::default() };
+            let engine = Box::new(TorchEngine::new(options.on(device)).graphing(graphing));
+            let mut loaded = match Loaded::new(name, engine) {
                 Ok(loaded) => loaded,
                 Err(e) => {
-                    println!("| {name} | {} | {e} | | | | |", dtype.as_str());
+                    println!("| {name} | {kept} | {e} | | | | |");
                     continue;
                 }
             };
@@ -142,8 +151,7 @@ fn bench(device: Device, shapes: &[String]) {
                 let multiplied = rows as f64 * loaded.multiply_adds / rate;
                 let bound = read.max(multiplied);
                 println!(
-                    "| {name} | {} | {test} | {:.1} | {:.3} | {:.3} | {:.0} % |",
-                    dtype.as_str(),
+                    "| {name} | {kept} | {test} | {:.1} | {:.3} | {:.3} | {:.0} % |",
                     rows as f64 / seconds,
                     seconds * 1e3,
                     bound * 1e3,

@@ -7,12 +7,15 @@
 use std::ops::Range;
 
 use millrace_engine::LoadError;
+use millrace_engine::model::{Batch, BlockTables};
 use millrace_shared::model::{Activation, RopeConfig};
 use tch::{Kind, TchError, Tensor};
 
 use crate::Place;
 use crate::attention::Rope;
+use crate::graphs::{Fixed, Geometry, Graphs, Recorder};
 use crate::matrix::Matrix;
+use crate::shim::{Shim, pinned};
 use crate::step::Step;
 
 /// Activations: as many rows as were last written.
@@ -38,6 +41,13 @@ pub struct TorchBackend {
     /// Layers of the stage, and how often a step has looked whether all is finite.
     pub(crate) layers: usize,
     pub(crate) looked: usize,
+    /// Decode steps as graphs, once the stage is loaded and where they can be.
+    graphs: Option<Graphs>,
+    pub(crate) geometry: Geometry,
+    /// Whether the host must read in the middle of a step: which experts rows chose.
+    pub(crate) host_reads: bool,
+    /// Where activations come from the device to.
+    pub(crate) landing: Option<Tensor>,
 }
 
 /// What went wrong, without libtorch's own stack.
@@ -76,6 +86,10 @@ impl TorchBackend {
             kv_bytes: 0,
             layers: 0,
             looked: 0,
+            graphs: None,
+            geometry: Geometry::default(),
+            host_reads: false,
+            landing: None,
         }
     }
 
@@ -90,6 +104,61 @@ impl TorchBackend {
         self.failure = None;
         self.finite = None;
         self.looked = 0;
+    }
+
+    /// From here on decode steps are graphs, where the stage allows it.
+    pub(crate) fn record(&mut self, recorder: Box<dyn Recorder>) {
+        let graphs = || Graphs::new(recorder, self.geometry.clone(), self.place.device);
+        self.graphs = (self.layers > 0 && !self.host_reads).then(graphs);
+    }
+
+    /// The step that has begun is one of a graph's sizes, if it can be. `whole`: the stage has the head.
+    pub(crate) fn begin_graph(
+        &mut self,
+        batch: &Batch,
+        tables: &BlockTables,
+        (tokens, whole): (&[u32], bool),
+    ) {
+        let Some(graphs) = &mut self.graphs else { return };
+        match graphs.begin(batch, tables, (tokens, whole)) {
+            Ok(()) => graphs.fixed().into_iter().for_each(|fixed| self.step.begin_fixed(fixed)),
+            Err(e) => self.failure = Some(e),
+        }
+    }
+
+    /// Whether the step came to nothing because it could not be recorded: it is to run again, and will
+    /// not be recorded.
+    pub(crate) fn end_graph(&mut self) -> bool {
+        self.graphs.as_mut().is_some_and(Graphs::end)
+    }
+
+    /// The inputs of the step's graph, if it is one.
+    pub(crate) fn fixed(&self) -> Option<&Fixed> {
+        self.graphs.as_ref()?.fixed()
+    }
+
+    /// What follows is recorded, or was. `hidden`: the step's activations, where it does not begin with
+    /// tokens.
+    pub(crate) fn enter(&mut self, hidden: Option<&[f32]>) {
+        let Some(graphs) = self.graphs.as_mut().filter(|_| self.failure.is_none()) else { return };
+        let put = hidden.map_or(Ok(()), |rows| graphs.put_hidden(rows));
+        if let Err(e) = put.and_then(|()| graphs.enter()) {
+            self.failure = Some(e);
+        }
+    }
+
+    /// The last layer is through.
+    pub(crate) fn leave(&mut self, x: &mut Activations) {
+        let Some(graphs) = self.graphs.as_mut().filter(|_| self.failure.is_none()) else { return };
+        match graphs.leave(&x.data) {
+            Ok(data) => x.data = data,
+            Err(e) => self.failure = Some(e),
+        }
+    }
+
+    /// Whether operations come between the step's input and the result of a graph.
+    pub(crate) fn is_inside(&self) -> bool {
+        self.graphs.as_ref().is_some_and(Graphs::is_inside)
     }
 
     /// What failed in the step, if anything did.
@@ -107,12 +176,27 @@ impl TorchBackend {
     }
 
     pub(crate) fn attempt(&mut self, work: impl FnOnce(&mut Self) -> Result<(), TchError>) {
-        if self.failure.is_some() {
+        if self.failure.is_some() || self.graphs.as_ref().is_some_and(Graphs::skips) {
             return;
         }
         if let Err(e) = work(self) {
             self.failure = Some(reason(&e));
         }
+    }
+
+    /// Brings floats from the device; from a GPU by way of pinned memory, where the shim is there.
+    pub(crate) fn land(&mut self, all: &Tensor, out: &mut [f32]) -> Result<(), TchError> {
+        let (tch::Device::Cuda(device), Some(shim)) = (self.place.device, Shim::get()) else {
+            return all.f_copy_data(out, out.len());
+        };
+        let len = out.len() as i64;
+        if self.landing.as_ref().is_none_or(|there| there.numel() < out.len()) {
+            self.landing = Some(pinned(&[len], Kind::Float, self.place.device)?);
+        }
+        let Some(landing) = &self.landing else { return all.f_copy_data(out, out.len()) };
+        let landing = landing.f_narrow(0, 0, len)?;
+        shim.copy(&landing, all).and_then(|()| shim.wait(device)).map_err(TchError::Kind)?;
+        landing.f_copy_data(out, out.len())
     }
 
     /// As what is multiplied.
@@ -162,7 +246,8 @@ impl TorchBackend {
     /// what is not finite stays so to the end of the stage.
     pub(crate) fn looks(&mut self) -> bool {
         self.looked += 1;
-        !self.place.device.is_cuda() || self.looked > self.layers
+        let every = !self.place.device.is_cuda() && !self.is_inside();
+        every || self.looked > self.layers
     }
 
     /// Logits of some rows, in f32 on the device.

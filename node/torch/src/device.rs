@@ -10,9 +10,11 @@ use std::sync::OnceLock;
 
 use millrace_engine::LoadError;
 use millrace_engine::cpu::available_bytes;
-use millrace_shared::options::{Device, TorchDtype};
+use millrace_shared::options::{Device, TorchDtype, TorchKept};
 use nix::libc;
 use tch::Kind;
+
+use crate::holders::Holders;
 
 /// CUDA's half of libtorch.
 const LIBRARY: &CStr = c"libtorch_cuda.so";
@@ -47,8 +49,19 @@ impl Place {
                 cuda(index).map_err(LoadError::Settings)?;
                 tch::Device::Cuda(usize::from(index))
             }
+            Device::Several(several) => {
+                return Err(LoadError::Settings(format!(
+                    "--device {several}: several are for millrace-node run, which starts a node for \
+                     each; name one here"
+                )));
+            }
         };
         Ok(Self { device, dtype, compute })
+    }
+
+    /// How weights are kept there.
+    pub fn kept(&self) -> TorchKept {
+        TorchKept { dtype: self.dtype, gpu: self.device.is_cuda() }
     }
 
     /// Memory of the device; `None` where it does not say.
@@ -56,6 +69,18 @@ impl Place {
         match self.device {
             tch::Device::Cuda(index) => cuda_memory(index),
             _ => available_bytes().map(|free| Memory { free, total: free }),
+        }
+    }
+}
+
+impl Place {
+    /// Who holds memory of the GPU, to be put after what is free; empty where nobody does or can tell.
+    pub fn held(&self) -> String {
+        match self.device {
+            tch::Device::Cuda(index) => {
+                bus_id(index).map_or_else(String::new, |id| Holders::of("nvidia-smi", &id).text())
+            }
+            _ => String::new(),
         }
     }
 }
@@ -93,6 +118,38 @@ fn cuda(index: u16) -> Result<(), String> {
     }
 }
 
+/// How many GPUs this process may use, by CUDA's driver alone: no memory is taken on any.
+///
+/// # Errors
+/// If there is no driver, or it refuses.
+pub fn gpu_count() -> Result<u16, String> {
+    // SAFETY: the name ends in a zero; the driver's initialisers are its own business.
+    let driver = unsafe { libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW) };
+    if driver.is_null() {
+        return Err("there is no NVIDIA driver here (libcuda.so.1), use --device cpu".to_owned());
+    }
+    let find = |name: &CStr| {
+        // SAFETY: the handle is a library's, and the name ends in a zero.
+        let found = unsafe { libc::dlsym(driver, name.as_ptr()) };
+        (!found.is_null()).then_some(found).ok_or("the NVIDIA driver is too old: CUDA 13 needs 580")
+    };
+    let (init, count) = (find(c"cuInit")?, find(c"cuDeviceGetCount")?);
+    // SAFETY: these are their types in every release of the driver.
+    let (init, count) = unsafe {
+        (
+            std::mem::transmute::<*mut c_void, extern "C" fn(u32) -> c_int>(init),
+            std::mem::transmute::<*mut c_void, extern "C" fn(*mut c_int) -> c_int>(count),
+        )
+    };
+    let mut n: c_int = 0;
+    match (init(0), count(&mut n)) {
+        (0, 0) => Ok(u16::try_from(n).unwrap_or(0)),
+        // No device, or all of them hidden.
+        (100, _) => Ok(0),
+        (error, _) => Err(format!("the NVIDIA driver refuses (error {error}): see nvidia-smi")),
+    }
+}
+
 /// Makes CUDA known to libtorch.
 fn load() -> Result<(), String> {
     // Whether it is there already is nothing to ask: libtorch would remember the answer.
@@ -112,14 +169,29 @@ fn load() -> Result<(), String> {
     Err(message.to_string_lossy().into_owned())
 }
 
+/// A function of the CUDA runtime that libtorch has brought.
+fn runtime(name: &CStr) -> Option<*mut c_void> {
+    // SAFETY: the name ends in a zero; the default handle searches what is loaded already.
+    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    (!found.is_null()).then_some(found)
+}
+
+/// The bus address of a GPU: its name for `nvidia-smi`, which numbers them in its own way.
+fn bus_id(index: usize) -> Option<String> {
+    let find = runtime(c"cudaDeviceGetPCIBusId")?;
+    // SAFETY: this is its type in every release of the CUDA runtime.
+    let find = unsafe {
+        std::mem::transmute::<*mut c_void, extern "C" fn(*mut c_char, c_int, c_int) -> c_int>(find)
+    };
+    let mut text = [0 as c_char; 32];
+    let found = find(text.as_mut_ptr(), text.len() as c_int, c_int::try_from(index).ok()?) == 0;
+    // SAFETY: where it succeeds it has written a text that ends in a zero, within the length.
+    found.then(|| unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy().into_owned())
+}
+
 /// Free and total bytes of a GPU, by the CUDA runtime that libtorch has brought.
 fn cuda_memory(index: usize) -> Option<Memory> {
-    let find = |name: &CStr| {
-        // SAFETY: the name ends in a zero; the default handle searches what is loaded already.
-        let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
-        (!found.is_null()).then_some(found)
-    };
-    let (set, info) = (find(c"cudaSetDevice")?, find(c"cudaMemGetInfo")?);
+    let (set, info) = (runtime(c"cudaSetDevice")?, runtime(c"cudaMemGetInfo")?);
     // SAFETY: these are their types in every release of the CUDA runtime.
     let (set, info) = unsafe {
         (

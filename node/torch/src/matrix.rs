@@ -11,13 +11,13 @@
 //! what is computed in. So are embedding and head, where small differences choose the token, and of
 //! which single rows are read; routers are always kept as floats.
 
-use millrace_shared::options::TorchDtype;
+use millrace_shared::options::{INT4_GROUP, Role, TorchDtype};
 use tch::{Kind, TchError, Tensor};
 
 use crate::Place;
 
 /// Inputs that share a scale of int4.
-pub(crate) const GROUP: i64 = 32;
+pub(crate) const GROUP: i64 = INT4_GROUP as i64;
 /// The largest value of E4M3.
 const FP8_MAX: f64 = 448.0;
 /// Below this there is nothing but zeros.
@@ -66,50 +66,11 @@ pub(crate) struct Builder {
     filled: i64,
 }
 
-/// What a matrix does in the model, as far as that matters here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// Embedding or head.
-    Tokens,
-    /// Chooses experts.
-    Router,
-    /// Any other.
-    Layer,
-}
-
-impl Role {
-    /// By the tensor's name.
-    pub(crate) fn of(name: &str) -> Self {
-        match name {
-            "token_embd.weight" | "output.weight" => Self::Tokens,
-            _ if name.contains(".ffn_gate_inp") => Self::Router,
-            _ => Self::Layer,
-        }
-    }
-}
-
-/// What a matrix of this shape is kept as; `Bf16` stands for what is computed in.
-fn kept_as(place: Place, role: Role, rows: i64, cols: i64) -> TorchDtype {
-    // As the kernels of processors and GPUs together ask for it.
-    let int4 = cols % 128 == 0 || (!place.device.is_cuda() && cols % GROUP == 0);
-    match place.dtype {
-        TorchDtype::Int8 | TorchDtype::Int4 | TorchDtype::Fp8 if role == Role::Router => {
-            TorchDtype::Bf16
-        }
-        TorchDtype::Int4 if role == Role::Tokens => TorchDtype::Int8,
-        TorchDtype::Fp8 if role == Role::Tokens => TorchDtype::Bf16,
-        TorchDtype::Int4 if rows % 16 == 0 && int4 => TorchDtype::Int4,
-        TorchDtype::Int4 => TorchDtype::Int8,
-        TorchDtype::Fp8 if rows % 16 != 0 || cols % 16 != 0 => TorchDtype::Bf16,
-        other => other,
-    }
-}
-
 impl Builder {
     /// Room for a matrix.
     pub(crate) fn new(place: Place, role: Role, rows: i64, cols: i64) -> Result<Self, TchError> {
         let device = place.device;
-        let dtype = kept_as(place, role, rows, cols);
+        let dtype = place.kept().kept_as(role, rows as u64, cols as u64);
         let (kind, scales) = match dtype {
             TorchDtype::Int8 => (Kind::Int8, vec![rows]),
             TorchDtype::Int4 => (Kind::Int, vec![rows, cols / GROUP, 2]),
@@ -264,19 +225,6 @@ impl Matrix {
             Self::Fp8 { q, scale } => of(q) + of(scale),
         }
     }
-
-    /// About what a matrix of this shape will take.
-    pub(crate) fn expected_bytes(place: Place, role: Role, rows: u64, cols: u64) -> u64 {
-        let n = rows.saturating_mul(cols);
-        match kept_as(place, role, rows as i64, cols as i64) {
-            TorchDtype::F32 | TorchDtype::F16 | TorchDtype::Bf16 => {
-                n.saturating_mul(element_bytes(place.compute))
-            }
-            TorchDtype::Int8 | TorchDtype::Fp8 => n.saturating_add(rows * 4),
-            // Half a byte, and two numbers for each group.
-            TorchDtype::Int4 => n / 2 + n / GROUP as u64 * 2 * element_bytes(place.compute),
-        }
-    }
 }
 
 /// Bytes of an element.
@@ -286,5 +234,65 @@ pub(crate) fn element_bytes(kind: Kind) -> u64 {
         Kind::Float | Kind::Int => 4,
         Kind::Half | Kind::BFloat16 | Kind::Int16 => 2,
         _ => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_shared::options::Device;
+
+    use super::*;
+
+    /// What was built from these rows, as floats: products with single inputs.
+    fn read_back(dtype: TorchDtype, x: &[f32], cols: usize) -> Vec<f32> {
+        let place = Place::open(Device::Cpu, dtype).unwrap();
+        let rows = x.len() / cols;
+        let mut builder = Builder::new(place, Role::Layer, rows as i64, cols as i64).unwrap();
+        // In two parts, as large ones come.
+        let half = rows / 2 * cols;
+        builder.push(&x[..half]).unwrap();
+        builder.push(&x[half..]).unwrap();
+        let one = Tensor::eye(cols as i64, (place.compute, tch::Device::Cpu));
+        let found = builder.finish().unwrap().product(&one).unwrap();
+        let found = found.to_kind(Kind::Float).transpose(0, 1).contiguous().view([-1]);
+        Vec::<f32>::try_from(&found).unwrap()
+    }
+
+    #[test]
+    fn quantised_matrices_are_what_the_reference_says() {
+        let (rows, cols) = (32, 64);
+        let mut state = 1u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32 - 0.3
+        };
+        let x: Vec<f32> = (0..rows * cols).map(|_| next()).collect();
+        let near = |found: &[f32], expected: &[f32], bound: f32| {
+            let off = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(found.len() == expected.len() && off <= bound, "{off}");
+        };
+
+        // Each 32 inputs: 16 steps from the smallest to the largest.
+        let int4: Vec<f32> = (x.chunks_exact(32))
+            .flat_map(|group| {
+                let low = group.iter().copied().fold(f32::MAX, f32::min);
+                let scale = (group.iter().copied().fold(f32::MIN, f32::max) - low) / 15.0;
+                group.iter().map(move |v| ((v - low) / scale).round().mul_add(scale, low))
+            })
+            .collect();
+        let found = read_back(TorchDtype::Int4, &x, cols);
+        near(&found, &int4, 1e-4);
+        // The reference itself is no further from the weights than half a step.
+        near(&int4, &x, 0.5 / 15.0 + 1e-6);
+
+        // Each output: 127 steps to its largest.
+        let int8: Vec<f32> = (x.chunks_exact(cols))
+            .flat_map(|row| {
+                let scale = row.iter().fold(0f32, |m, v| m.max(v.abs())) / 127.0;
+                row.iter().map(move |v| (v / scale).round() * scale)
+            })
+            .collect();
+        near(&read_back(TorchDtype::Int8, &x, cols), &int8, 1e-4);
+        near(&read_back(TorchDtype::F32, &x, cols), &x, 0.0);
     }
 }

@@ -11,6 +11,7 @@ use tch::{Kind, TchError, Tensor};
 
 use crate::attention::{Rule, TorchKv};
 use crate::backend::{Activations, TorchBackend, activated, load_error};
+use crate::graphs::Geometry;
 use crate::largest::Largest;
 use crate::matrix::Matrix;
 use crate::{experts, weights};
@@ -77,7 +78,8 @@ impl Backend for TorchBackend {
         self.layers = layers.len();
         let slots = i64::from(settings.kv_blocks) * i64::from(settings.kv_block_size);
         let dim = i64::from(config.head_dim);
-        let shape = [slots, i64::from(config.kv_heads), dim];
+        // One more, for what pads the steps of a graph.
+        let shape = [slots + 1, i64::from(config.kv_heads), dim];
         let bytes = 2 * (slots as u64) * u64::from(config.kv_heads * config.head_dim);
         self.kv_bytes = layers.len() as u64 * bytes * settings.kv_dtype.bytes() as u64;
         let failed = |e: &TchError| load_error(e, "the KV cache", self.kv_bytes);
@@ -99,6 +101,16 @@ impl Backend for TorchBackend {
                 rope: usize::from(window.is_some_and(|w| w.rope.is_some())),
             }
         };
+        let rules: Vec<Rule> = layers.map(rule).collect();
+        let mut windows: Vec<usize> = rules.iter().map(|r| r.window).collect();
+        windows.sort_unstable();
+        windows.dedup();
+        self.geometry = Geometry {
+            block_size: settings.kv_block_size as usize,
+            nowhere: slots,
+            windows,
+            hidden: i64::from(config.hidden),
+        };
         Ok(TorchKv {
             layers: caches,
             kind,
@@ -107,19 +119,25 @@ impl Backend for TorchBackend {
             kv_heads: i64::from(config.kv_heads),
             dim,
             ropes,
-            rules: layers.map(rule).collect(),
+            rules,
         })
     }
 
     fn routes(&mut self, _: usize, _: usize, _: usize, _: &Experts) -> Result<(), LoadError> {
+        self.host_reads = true;
         Ok(())
     }
 
     fn embed(&mut self, table: &Matrix, tokens: &[u32], out: &mut Activations) {
+        self.enter(None);
         self.attempt(|s| {
-            let ids: Vec<i64> = tokens.iter().map(|&t| i64::from(t)).collect();
-            let ids = Tensor::f_from_slice(&ids)?.f_to_device(s.place.device)?;
-            out.data = table.rows(&ids)?;
+            out.data = match s.fixed() {
+                Some(fixed) => table.rows(&fixed.ids)?,
+                None => {
+                    let ids: Vec<i64> = tokens.iter().map(|&t| i64::from(t)).collect();
+                    table.rows(&Tensor::f_from_slice(&ids)?.f_to_device(s.place.device)?)?
+                }
+            };
             Ok(())
         });
     }
@@ -134,17 +152,24 @@ impl Backend for TorchBackend {
     }
 
     fn upload(&mut self, rows: &[f32], out: &mut Activations) {
+        self.enter(Some(rows));
         self.attempt(|s| {
-            let host = Tensor::f_from_slice(rows)?.f_view([-1, out.width])?;
-            out.data = host.f_to_device(s.place.device)?;
+            out.data = match s.fixed() {
+                // Layers add to it where it lies: not to the graph's input.
+                Some(fixed) => fixed.hidden.f_add_scalar(0.0)?,
+                None => {
+                    let host = Tensor::f_from_slice(rows)?.f_view([-1, out.width])?;
+                    host.f_to_device(s.place.device)?
+                }
+            };
             Ok(())
         });
     }
 
     fn download(&mut self, x: &Activations, out: &mut [f32]) {
-        self.attempt(|_| {
+        self.attempt(|s| {
             let all = x.data.f_to_kind(Kind::Float)?.f_contiguous()?.f_view(-1)?;
-            all.f_copy_data(out, out.len())
+            s.land(&all, out)
         });
     }
 
@@ -316,9 +341,13 @@ impl Backend for TorchBackend {
             if let Some(kind @ (Kind::Half | Kind::BFloat16)) = kind(dtype) {
                 x.data = x.data.f_to_kind(kind)?.f_to_kind(Kind::Float)?;
             }
-            if !looks {
-                return Ok(());
-            }
+            Ok(())
+        });
+        if !looks {
+            return None;
+        }
+        self.leave(x);
+        self.attempt(|_| {
             let finite = x.data.f_isfinite()?;
             if finite.f_all()?.f_int64_value(&[])? == 0 {
                 let rows = finite.f_all_dim(1, false)?.f_to_kind(Kind::Int64)?;
@@ -332,6 +361,10 @@ impl Backend for TorchBackend {
     }
 
     fn gather_rows(&mut self, rows: &[usize], x: &mut Activations) {
+        // All rows of a graph's step go the whole way.
+        if self.is_inside() {
+            return;
+        }
         self.attempt(|s| {
             // Rows that go no further are looked at here, and only here: their keys and values stay.
             let finite = x.data.f_isfinite()?.f_all()?;

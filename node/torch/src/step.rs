@@ -7,6 +7,7 @@ use millrace_engine::model::{BlockTables, Span};
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::attention::Rope;
+use crate::graphs::Fixed;
 
 /// A group's longest sequence is at most so many times as long as its shortest, and a block.
 const PADDING: usize = 2;
@@ -25,6 +26,37 @@ pub(crate) struct Step {
     angles: Vec<(usize, Tensor, Tensor)>,
     /// By window: what is seen.
     groups: Vec<(usize, Vec<Group>)>,
+    /// Where all of it lies, in a step of a graph's sizes.
+    fixed: Option<Views>,
+}
+
+/// Inputs of a graph.
+#[derive(Debug)]
+struct Views {
+    positions: Tensor,
+    places: Tensor,
+    /// By window: positions of the longest, how many each row sees, slots.
+    seen: Vec<(usize, i64, Tensor, Tensor)>,
+}
+
+impl Views {
+    /// One group, padded to the graph's sizes.
+    fn group(&self, window: usize, device: Device) -> Result<Group, TchError> {
+        let found = self.seen.iter().find(|(w, ..)| *w == window);
+        let Some((_, longest, lens, slots)) = found else {
+            return Err(TchError::Kind("invariant: a graph knows the stage's windows".to_owned()));
+        };
+        let rows = lens.numel() as i64;
+        let lens = lens.f_view([rows, 1, 1, 1])?;
+        let mask = Tensor::f_arange(*longest, (Kind::Int64, device))?.f_lt_tensor(&lens)?;
+        Ok(Group {
+            sizes: [rows, 1, *longest],
+            rows: Rows::All,
+            seen: Seen::Some(slots.shallow_clone()),
+            mask: Some(mask),
+            causal: false,
+        })
+    }
 }
 
 /// Rows that attend together.
@@ -64,11 +96,25 @@ impl Step {
         (self.places, self.positions) = (None, None);
         self.angles.clear();
         self.groups.clear();
+        self.fixed = None;
+    }
+
+    /// A step begins whose rows are those of a graph.
+    pub(crate) fn begin_fixed(&mut self, fixed: &Fixed) {
+        self.clear();
+        let seen = fixed.seen.iter();
+        self.fixed = Some(Views {
+            positions: fixed.positions.shallow_clone(),
+            places: fixed.places.shallow_clone(),
+            seen: seen
+                .map(|s| (s.window, s.longest, s.lens.shallow_clone(), s.slots.shallow_clone()))
+                .collect(),
+        });
     }
 
     /// Makes this about other rows, if they are.
     fn about(&mut self, spans: &[Span]) {
-        if self.spans != spans {
+        if self.fixed.is_none() && self.spans != spans {
             self.clear();
             self.spans.extend_from_slice(spans);
         }
@@ -77,6 +123,9 @@ impl Step {
     /// Positions of all rows.
     pub(crate) fn positions(&mut self, spans: &[Span], device: Device) -> Result<Tensor, TchError> {
         self.about(spans);
+        if let Some(fixed) = &self.fixed {
+            return Ok(fixed.positions.shallow_clone());
+        }
         let make = || {
             let all: Vec<i64> = spans
                 .iter()
@@ -95,6 +144,9 @@ impl Step {
         (size, device): (usize, Device),
     ) -> Result<Tensor, TchError> {
         self.about(spans);
+        if let Some(fixed) = &self.fixed {
+            return Ok(fixed.places.shallow_clone());
+        }
         let make = || {
             let mut all = Vec::new();
             for s in spans {
@@ -134,7 +186,10 @@ impl Step {
         let at = match self.groups.iter().position(|(w, _)| *w == window) {
             Some(at) => at,
             None => {
-                let groups = groups(spans, tables, (size, window), device)?;
+                let groups = match &self.fixed {
+                    Some(fixed) => vec![fixed.group(window, device)?],
+                    None => groups(spans, tables, (size, window), device)?,
+                };
                 self.groups.push((window, groups));
                 self.groups.len() - 1
             }
@@ -157,7 +212,7 @@ fn upload(all: &[i64], device: Device) -> Result<Tensor, TchError> {
     Tensor::f_from_slice(all)?.f_to_device(device)
 }
 
-fn slot(tables: &BlockTables, sequence: usize, position: usize, size: usize) -> i64 {
+pub(crate) fn slot(tables: &BlockTables, sequence: usize, position: usize, size: usize) -> i64 {
     i64::from(tables.blocks(sequence)[position / size]) * size as i64 + (position % size) as i64
 }
 

@@ -11,11 +11,12 @@ use millrace_engine::LoadError;
 use millrace_engine::cpu::dequantise_row;
 use millrace_engine::model::{LoadedPart, LoadedParts, Part, Piece, Source};
 use millrace_shared::model::TensorType;
+use millrace_shared::options::Role;
 use tch::{Kind, Tensor};
 
 use crate::Place;
 use crate::backend::load_error;
-use crate::matrix::{Builder, Matrix, Role};
+use crate::matrix::{Builder, Matrix};
 
 /// Elements that are read together.
 const PART: usize = 4 << 20;
@@ -76,7 +77,7 @@ fn matrices(
     let rows: usize = shapes.iter().map(|s| s.1).sum();
     let name = sources.first().map_or("", |s| s.entry().name.as_str());
     let failed = |e: &tch::TchError| {
-        let needed = Matrix::expected_bytes(place, Role::of(name), rows as u64, cols as u64);
+        let needed = place.kept().matrix_bytes(Role::of(name), rows as u64, cols as u64);
         load_error(e, &format!("'{name}'"), needed)
     };
     let mut builder =

@@ -1,7 +1,14 @@
 //! Options of the torch engine: where it computes, and in what.
 
+mod devices;
+mod kept;
+
 use std::fmt;
 use std::str::FromStr;
+
+pub use devices::Devices;
+pub use kept::{INT4_GROUP, Role, TorchKept};
+use serde::{Deserialize, Serialize};
 
 /// Where the torch engine computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Hash)]
@@ -11,21 +18,14 @@ pub enum Device {
     Cpu,
     /// A GPU, by its number.
     Cuda(u16),
+    /// Several: `millrace-node run` starts a node for each, and no engine ever sees them together.
+    Several(Devices),
 }
 
 impl FromStr for Device {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
-        let wrong = || format!("'{s}' is no device: use cpu, cuda:0, cuda:1, …");
-        match s.strip_prefix("cuda") {
-            None if s == "cpu" => Ok(Self::Cpu),
-            Some("") => Ok(Self::Cuda(0)),
-            Some(rest) => {
-                let number = rest.strip_prefix(':').and_then(|n| n.parse().ok());
-                number.map(Self::Cuda).ok_or_else(wrong)
-            }
-            None => Err(wrong()),
-        }
+        Devices::parse(s)
     }
 }
 
@@ -34,12 +34,14 @@ impl fmt::Display for Device {
         match self {
             Self::Cpu => f.write_str("cpu"),
             Self::Cuda(n) => write!(f, "cuda:{n}"),
+            Self::Several(devices) => devices.fmt(f),
         }
     }
 }
 
 /// What the torch engine keeps matrices as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum TorchDtype {
     /// 32-bit floats.
     F32,
@@ -70,7 +72,7 @@ impl TorchDtype {
     pub fn default_on(device: Device) -> Self {
         match device {
             Device::Cpu => Self::F32,
-            Device::Cuda(_) => Self::Bf16,
+            Device::Cuda(_) | Device::Several(_) => Self::Bf16,
         }
     }
 
@@ -122,9 +124,10 @@ impl fmt::Display for Fraction {
 #[cfg_attr(feature = "clap", derive(clap::Args))]
 #[cfg_attr(feature = "clap", command(next_help_heading = "Engine"))]
 pub struct TorchOptions {
-    /// Where the torch engine computes: cpu or cuda:N
-    #[cfg_attr(feature = "clap", arg(long, value_name = "DEVICE", env = crate::names::env::DEVICE, default_value = "cpu"))]
-    pub device: Device,
+    /// Where the torch engine computes: cpu or cuda:N; with millrace-node run also cuda:all or cuda:0,2, a
+    /// node for each [default: cpu; other engines leave $MILLRACE_DEVICE alone] [env: MILLRACE_DEVICE]
+    #[cfg_attr(feature = "clap", arg(long, value_name = "DEVICE"))]
+    pub device: Option<Device>,
     /// What the torch engine keeps matrices as: f32, f16, bf16, int8, int4 or fp8 [default: f32 on cpu, bf16 on cuda]
     #[cfg_attr(feature = "clap", arg(long, value_name = "TYPE"))]
     pub torch_dtype: Option<TorchDtype>,
@@ -136,7 +139,31 @@ pub struct TorchOptions {
 impl TorchOptions {
     /// What matrices are kept as.
     pub fn dtype(&self) -> TorchDtype {
-        self.torch_dtype.unwrap_or_else(|| TorchDtype::default_on(self.device))
+        self.torch_dtype.unwrap_or_else(|| TorchDtype::default_on(self.device()))
+    }
+
+    /// Where is computed.
+    pub fn device(&self) -> Device {
+        self.device.unwrap_or_default()
+    }
+
+    /// On this device.
+    pub fn on(self, device: Device) -> Self {
+        Self { device: Some(device), ..self }
+    }
+
+    /// These, with the device that the environment names where no flag does.
+    ///
+    /// # Errors
+    /// If that is no device.
+    pub fn or_device(self, environment: Option<&str>) -> Result<Self, String> {
+        match (self.device, environment.filter(|text| !text.is_empty())) {
+            (None, Some(text)) => match text.parse() {
+                Ok(device) => Ok(self.on(device)),
+                Err(e) => Err(format!("{}: {e}", crate::names::env::DEVICE)),
+            },
+            _ => Ok(self),
+        }
     }
 
     /// Whether all of them are what they are where nobody says anything.
@@ -147,7 +174,7 @@ impl TorchOptions {
 
 impl Default for TorchOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, torch_dtype: None, memory_fraction: Fraction(900) }
+        Self { device: None, torch_dtype: None, memory_fraction: Fraction(900) }
     }
 }
 
@@ -163,7 +190,7 @@ mod tests {
             assert_eq!(text.parse(), Ok(device));
         }
         assert_eq!(Device::Cuda(2).to_string(), "cuda:2");
-        for bad in ["", "gpu", "cuda:", "cuda:x", "cuda0", "cuda:-1", "cuda:70000", "cpu:0"] {
+        for bad in ["", "gpu", "cuda:", "cuda:x", "cuda0", "cuda:-1", "cuda:70000", "cpu:0", "0"] {
             assert!(bad.parse::<Device>().is_err_and(|e| e.contains("use cpu, cuda:0")), "{bad}");
         }
     }
@@ -172,7 +199,7 @@ mod tests {
     fn dtypes_and_parts() {
         assert_eq!("int4".parse(), Ok(TorchDtype::Int4));
         assert!("q4".parse::<TorchDtype>().is_err_and(|e| e.contains("f32, f16, bf16, int8")));
-        let options = TorchOptions { device: Device::Cuda(0), ..TorchOptions::default() };
+        let options = TorchOptions::default().on(Device::Cuda(0));
         assert_eq!(
             (options.dtype(), TorchOptions::default().dtype().as_str()),
             (TorchDtype::Bf16, "f32")
@@ -181,6 +208,14 @@ mod tests {
             "0.5".parse::<Fraction>().map(|f| (f.of(1000), f.to_string())),
             Ok((500, "0.5".to_owned()))
         );
+        let from = |flag: Option<Device>, env| {
+            let options = TorchOptions { device: flag, ..TorchOptions::default() };
+            options.or_device(env).map(|o| o.device())
+        };
+        assert_eq!(from(None, Some("cuda:1")), Ok(Device::Cuda(1)));
+        assert_eq!(from(Some(Device::Cpu), Some("cuda:1")), Ok(Device::Cpu));
+        assert_eq!((from(None, None), from(None, Some(""))), (Ok(Device::Cpu), Ok(Device::Cpu)));
+        assert!(from(None, Some("gpu")).is_err_and(|e| e.starts_with("MILLRACE_DEVICE: 'gpu'")));
         for bad in ["0", "1.1", "-1", "NaN", "much", ""] {
             assert!(bad.parse::<Fraction>().is_err_and(|e| e.contains("such as 0.9")), "{bad}");
         }

@@ -248,6 +248,8 @@ pub struct NodeStatus {
     pub id: NodeId,
     /// Name for people.
     pub name: String,
+    /// Its machine: several nodes may be on one.
+    pub host: String,
     /// Where neighbours reach it.
     pub address: String,
     /// Processor and instruction set.

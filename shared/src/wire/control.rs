@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{Epoch, NodeId, PipelineId, SequenceId, StageIndex};
 use crate::model::{Dtype, ModelConfig, TensorEntry};
+use crate::options::TorchKept;
 
 /// What a node says.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -89,7 +90,7 @@ pub struct Hello {
     pub advertise: String,
     /// Name of the host, to tell which nodes share one.
     pub host: String,
-    /// Engine: `cpu`, `mock`.
+    /// Engine: `cpu`, `torch`, `mock`.
     pub engine: String,
     /// Threads the engine uses.
     pub threads: u32,
@@ -97,6 +98,8 @@ pub struct Hello {
     pub memory_bytes: u64,
     /// Processor and instruction set, for people.
     pub hardware: String,
+    /// How the torch engine keeps weights, where it is the one.
+    pub torch: Option<TorchKept>,
 }
 
 /// Longest text in a [`Hello`]: it is shown to people, and kept for as long as the node is there.
@@ -107,6 +110,11 @@ pub const MAX_HELLO_MEMORY_BYTES: u64 = 1 << 50;
 pub const MAX_HELLO_THREADS: u32 = 1 << 16;
 
 impl Hello {
+    /// Whether its memory is its own: that of a GPU, where other nodes of a host share the host's.
+    pub fn has_own_memory(&self) -> bool {
+        self.torch.is_some_and(|torch| torch.gpu)
+    }
+
     /// Whether what the node says of itself can be shown and reckoned with.
     ///
     /// # Errors
@@ -458,6 +466,7 @@ mod tests {
             threads: 4,
             memory_bytes: 1 << 30,
             hardware: "none".into(),
+            torch: None,
         };
         assert_eq!(honest.check(), Ok(()));
         for (lie, part) in [

@@ -1,10 +1,13 @@
-//! The one exchange of `millrace-join/2`: a token, or a certificate that is to be renewed, and a
+//! The one exchange of `millrace-join/3`: a token, or a certificate that is to be renewed, and a
 //! public key against a certificate.
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::Status;
 use crate::id::NodeId;
+
+/// Most further nodes that a machine may have: one for each of 64 GPUs, and 16 on its processor.
+pub const MAX_SEAT: u16 = 80;
 
 /// What a joining node sends. Of the certificate request only the key and its proof are used.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -25,6 +28,9 @@ pub enum JoinProof {
     /// It is a member already: its certificate, DER, for the same key. Who only repeats such a
     /// request gains nothing: the answer is of use to the holder of the key alone.
     Renewal(Vec<u8>),
+    /// It is a further node of a member's machine, with the same key: the certificate of the machine's
+    /// first node, DER, and the number of the further one, 1 to [`MAX_SEAT`].
+    Seat(Vec<u8>, u16),
 }
 
 /// What the coordinator answers.

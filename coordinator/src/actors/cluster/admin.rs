@@ -105,6 +105,7 @@ impl Cluster {
         let status = |(id, m): (&NodeId, &super::Member)| NodeStatus {
             id: *id,
             name: m.hello.name.clone(),
+            host: m.hello.host.clone(),
             address: m.hello.advertise.clone(),
             hardware: m.hello.hardware.clone(),
             threads: m.hello.threads,

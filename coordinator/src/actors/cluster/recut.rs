@@ -127,14 +127,15 @@ impl Cluster {
     fn fits_beside(&self, current: &Plan, next: &Plan) -> bool {
         next.assignments.iter().all(|(id, _)| {
             let Some(member) = self.members.get(id) else { return false };
-            let host = member.hello.host.as_str();
+            let (own, host) = (member.hello.has_own_memory(), member.hello.host.as_str());
+            // In the same memory: of a GPU nobody else's stages.
             let on_host = |plan: &Plan| -> u64 {
-                let there =
-                    |id: &NodeId| self.members.get(id).is_some_and(|m| m.hello.host == host);
-                (0..plan.assignments.len())
-                    .filter(|&i| there(&plan.assignments[i].0))
-                    .map(|i| plan.stage_bytes(i))
-                    .sum()
+                let bytes = |(i, (other, _)): (usize, &(NodeId, Assignment))| {
+                    let m = self.members.get(other)?;
+                    let shared = !own && !m.hello.has_own_memory() && m.hello.host == host;
+                    (other == id || shared).then(|| plan.stage_bytes(i, m.hello.torch))
+                };
+                plan.assignments.iter().enumerate().filter_map(bytes).sum()
             };
             let usable = member.hello.memory_bytes as f64 * crate::plan::MEMORY_SHARE;
             on_host(current) + on_host(next) <= usable as u64

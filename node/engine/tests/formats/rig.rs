@@ -84,7 +84,7 @@ pub(crate) fn deviations(found: &[Vec<u32>], expected: &[Vec<f64>]) -> Vec<f64> 
     let size = expected.iter().flatten().fold(1f64, |m, x| m.max(x.abs()));
     let row = |(found, expected): (&Vec<u32>, &Vec<f64>)| {
         let pairs = floats(found).into_iter().zip(expected.clone());
-        pairs.map(|(a, b)| (a - b).abs() / size).fold(0.0, f64::max)
+        pairs.map(|(a, b)| (a - b).abs() / size).fold(0.0, larger)
     };
     assert_eq!(found.len(), expected.len());
     found.iter().zip(expected).map(row).collect()
@@ -92,5 +92,36 @@ pub(crate) fn deviations(found: &[Vec<u32>], expected: &[Vec<f64>]) -> Vec<f64> 
 
 /// The largest of all.
 pub(crate) fn worst(found: &[Vec<u32>], expected: &[Vec<f64>]) -> f64 {
-    deviations(found, expected).into_iter().fold(0.0, f64::max)
+    deviations(found, expected).into_iter().fold(0.0, larger)
+}
+
+/// What is no number is the largest of all.
+fn larger(a: f64, b: f64) -> f64 {
+    if a.is_nan() || a > b { a } else { b }
+}
+
+/// The token with the largest logit.
+pub(crate) fn best(logits: &[u32]) -> u32 {
+    let logits = floats(logits);
+    (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32
+}
+
+pub(crate) fn as_floats(bits: &[Vec<u32>]) -> Vec<Vec<f64>> {
+    bits.iter().map(|row| floats(row)).collect()
+}
+
+/// Runs a prompt and the answer to it through a whole model; the logits must be the expected ones, and the
+/// answer the one that they choose. Returns all tokens that were given, and their logits.
+pub(crate) fn answers(
+    name: &str,
+    (prompt, answer, expected): (&[u32], &[u32], &[Vec<f64>]),
+    whole: Pipeline,
+) -> (Vec<u32>, Vec<Vec<u32>>) {
+    let all = [prompt, &answer[..answer.len() - 1]].concat();
+    let found = run(whole, &all, 64);
+    let deviation = worst(&found[..prompt.len()], expected);
+    assert!(deviation < 1e-3, "{name}: {deviation}");
+    let said: Vec<u32> = found[prompt.len() - 1..].iter().map(|l| best(l)).collect();
+    assert_eq!(said, answer, "{name}");
+    (all, found)
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::NodeId;
-use millrace_shared::wire::join::{JoinProof, JoinRequest, JoinResponse};
+use millrace_shared::wire::join::{JoinProof, JoinRequest, JoinResponse, MAX_SEAT};
 use millrace_shared::wire::{MAX_JOIN_BYTES, WIRE_VERSION};
 use rustls_pki_types::UnixTime;
 use tokio::time::Instant;
@@ -116,6 +116,10 @@ impl JoinDesk {
         let (key, node_id) = match &request.proof {
             JoinProof::Token(secret) => self.enrol(secret, request, now)?,
             JoinProof::Renewal(certificate) => self.renew(certificate, request, now)?,
+            JoinProof::Seat(certificate, seat) => {
+                let (key, node) = self.renew(certificate, request, now)?;
+                (key, self.seat(node, *seat)?)
+            }
         };
         let certificate_der =
             self.ca.sign_node(&key, node_id).map_err(|e| Status::internal(e.to_string()))?;
@@ -182,6 +186,23 @@ impl JoinDesk {
         }
         self.begin_good()?;
         Ok((key, node))
+    }
+
+    /// The name of a further node of the machine whose first node this is.
+    fn seat(&self, node: NodeId, seat: u16) -> Result<NodeId, Status> {
+        let refused = |message: String| Status::new(ErrorCode::PermissionDenied, message);
+        if !(1..=MAX_SEAT).contains(&seat) {
+            return Err(Status::invalid("seat", format!("{seat} is not from 1 to {MAX_SEAT}")));
+        }
+        // Or one machine would have as many as it likes.
+        if node.is_seat() {
+            return Err(refused("only a machine's first node enrols further ones".to_owned()));
+        }
+        let node = node.seat(seat);
+        if self.revoked.as_ref().is_some_and(|revoked| revoked.has(node)) {
+            return Err(refused(format!("node {node} was revoked")));
+        }
+        Ok(node)
     }
 
     /// One more request that looks good: it costs signatures.
@@ -291,6 +312,34 @@ mod tests {
             assert_eq!(renewed.name().unwrap(), PeerName::Node(id));
             assert!(renewed.validity().unwrap().until > now);
         }
+        // A seat: the same key under another name, which stays the same, and enrols nobody.
+        let seat_of = |certificate: &[u8], seat: u16| JoinRequest {
+            proof: JoinProof::Seat(certificate.to_vec(), seat),
+            ..good.clone()
+        };
+        let mut seats = Vec::new();
+        for seat in [1, 2, 1] {
+            let answer = desk.answer(&seat_of(&node.cert_der, seat), host, now).unwrap();
+            let JoinResponse::Accepted { node_id, certificate_der, .. } = answer else {
+                panic!("refused")
+            };
+            assert_eq!(
+                PeerName::of_certificate(&certificate_der).unwrap(),
+                PeerName::Node(node_id)
+            );
+            assert!(node_id == id.seat(seat) && node_id.is_seat() && !id.is_seat());
+            seats.push((node_id, certificate_der));
+        }
+        assert!(seats[0].0 == seats[2].0 && seats[0].0 != seats[1].0);
+        for (request, message) in [
+            (seat_of(&node.cert_der, 0), "not from 1 to"),
+            (seat_of(&node.cert_der, MAX_SEAT + 1), "not from 1 to"),
+            (seat_of(&seats[0].1, 3), "first node"),
+        ] {
+            let status = desk.answer(&request, host, now).unwrap_err();
+            assert!(status.message.contains(message), "{status}");
+        }
+
         let stranger = ClusterCa::create().unwrap().issue_node_for(id, validity).unwrap();
         let strange = of(&stranger.cert_der, &NodeKey::of_identity(&stranger).unwrap());
         let stolen = of(&node.cert_der, &NodeKey::generate().unwrap());

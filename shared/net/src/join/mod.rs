@@ -1,4 +1,4 @@
-//! Enrolment: a token and a public key against a certificate, over `millrace-join/2`.
+//! Enrolment: a token and a public key against a certificate, over `millrace-join/3`.
 //!
 //! The joiner authenticates the coordinator by the CA fingerprint in its [`JoinToken`], sends one
 //! bounded request, and gets a certificate for a name that the coordinator chose. The coordinator's
@@ -63,6 +63,18 @@ pub async fn request_renewal(addr: &str, identity: &Identity) -> Result<Joined, 
         return Err(unusable(NetError::Identity(message)));
     }
     Ok(joined)
+}
+
+/// Enrols a further node of the machine whose first node `identity` is: the same key, a name of its own
+/// that follows from the first one's and `seat`, which is the same whenever it is asked for again.
+///
+/// # Errors
+/// As [`request_renewal`].
+pub async fn request_seat(addr: &str, identity: &Identity, seat: u16) -> Result<Joined, Status> {
+    let unusable = |e: NetError| Status::new(ErrorCode::FailedPrecondition, e.to_string());
+    let key = NodeKey::of_identity(identity).map_err(unusable)?;
+    let proof = JoinProof::Seat(identity.cert_der.clone(), seat);
+    ask(addr, fingerprint(&identity.ca_der), proof, &key).await
 }
 
 async fn ask(
