@@ -2,6 +2,7 @@
 
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{Epoch, NodeId, PipelineId, RequestId, SequenceId};
+use millrace_shared::options::{TorchDtype, TorchKept};
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::admin::{
     AdminReply, AdminRequest, KeyInfo, KeyLimits, KeyRequest, NewKey, NodeRole, NodeStatus,
@@ -44,6 +45,7 @@ fn hello() -> Hello {
         threads: 2,
         memory_bytes: 1 << 30,
         hardware: "x86".into(),
+        torch: Some(TorchKept { dtype: TorchDtype::Int4, gpu: true }),
     }
 }
 
@@ -136,6 +138,7 @@ pub(in crate::fuzz) fn admin_replies() -> Vec<Vec<u8>> {
     let node = NodeStatus {
         id: node_id(),
         name: "a".into(),
+        host: "h".into(),
         address: "127.0.0.1:1".into(),
         hardware: "x".into(),
         threads: 2,
@@ -215,8 +218,16 @@ pub(in crate::fuzz) fn blobs() -> Vec<Vec<u8>> {
 
 pub(in crate::fuzz) fn joins() -> Vec<Vec<u8>> {
     encoded(
-        [JoinProof::Token("secret".into()), JoinProof::Renewal(vec![0x30, 1])]
-            .map(|proof| JoinRequest { wire_version: 5, proof, csr_der: vec![0x30, 0x82, 1, 2] }),
+        [
+            JoinProof::Token("secret".into()),
+            JoinProof::Renewal(vec![0x30, 1]),
+            JoinProof::Seat(vec![0x30, 1], 3),
+        ]
+        .map(|proof| JoinRequest {
+            wire_version: 5,
+            proof,
+            csr_der: vec![0x30, 0x82, 1, 2],
+        }),
     )
 }
 
