@@ -12,6 +12,7 @@ mod bench;
 mod cache;
 mod chat;
 mod completions;
+mod compress;
 mod demo;
 #[cfg(test)]
 mod deploy_check;
@@ -66,6 +67,7 @@ Examples:
   millrace inspect ./model.gguf                       what a model file holds
   millrace pull Qwen/Qwen3-0.6B-GGUF                  fetch a model of the Hugging Face hub
   millrace quantize ./f16.gguf ./q8.gguf --type q8_0  a smaller copy of a model file
+  millrace compress table smollm2:135m                every way to make it smaller, and the price
 
 MODEL is the path of a GGUF file or of a model's folder, a catalogue name such as smollm2:135m
 ('millrace list' shows all), or org/name[@revision][:file] of the Hugging Face hub. Commands that talk to a
@@ -97,7 +99,10 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Turn a text into the model's token ids
     Tokenize(tokenize::TokenizeArgs),
-    /// Judge a model: likelihood of a text, or logits
+    /// Make a model smaller: quantise, prune, factorise, cut; and know what that costs
+    #[command(subcommand)]
+    Compress(compress::CompressCommand),
+    /// Judge models: likelihood of a text, distance, tasks, speed, logits
     #[command(subcommand)]
     Eval(eval::EvalCommand),
     /// Fetch a model of the catalogue or of the Hugging Face hub and print its path
@@ -154,6 +159,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Chat(args) => chat::run(*args).await,
         Command::Generate(args) => generate::run(args).await,
         Command::Tokenize(args) => tokenize::run(&args),
+        Command::Compress(command) => compress::run(command),
         Command::Eval(command) => eval::run(command).await,
         Command::Pull(args) => pull::run(&args),
         Command::List(args) => kept::list(&args),

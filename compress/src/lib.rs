@@ -21,6 +21,7 @@ pub mod recipe;
 mod report;
 mod sink;
 mod source;
+pub mod sparse;
 mod step;
 mod structure;
 pub mod survey;

@@ -184,9 +184,30 @@ fn lay_out(
         metadata.set(*key, value.clone());
     }
     metadata.set("general.quantization_version", 2u32);
+    metadata.set("general.file_type", file_type(slots));
     let tensors = slots.iter().map(|s| (s.name.clone(), s.dtype, s.dims.clone()));
     let file = Gguf::lay_out(&metadata, tensors)?;
     Ok((file.head(), file.tensors, file.file_len))
+}
+
+/// llama.cpp's number for a file whose weights mostly have one type (`llama_ftype`).
+fn file_type(slots: &[Slot]) -> u32 {
+    const KNOWN: [(TensorType, u32); 8] = [
+        (TensorType::F16, 1),
+        (TensorType::Q4_0, 2),
+        (TensorType::Q4_1, 3),
+        (TensorType::Q8_0, 7),
+        (TensorType::Q5_0, 8),
+        (TensorType::Q4_K, 14),
+        (TensorType::Q6_K, 18),
+        (TensorType::BF16, 32),
+    ];
+    let weights = |dtype: TensorType| -> u64 {
+        let of_type = slots.iter().filter(|s| s.dtype == dtype);
+        of_type.map(|s| s.dims.iter().product::<u64>()).sum()
+    };
+    let most = KNOWN.iter().max_by_key(|(dtype, _)| weights(*dtype));
+    most.filter(|(dtype, _)| weights(*dtype) > weights(TensorType::F32)).map_or(0, |(_, n)| *n)
 }
 
 fn lay_out_folder(

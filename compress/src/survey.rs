@@ -23,6 +23,7 @@ pub struct Variant {
 
 /// Name and steps, as TOML.
 const VARIANTS: &[(&str, &[&str])] = &[
+    ("same weights, float activations", &["method = 'quantise', type = 'f32', output = 'f32'"]),
     ("q8_0", &["method = 'quantise', type = 'q8_0'"]),
     ("q6_k", &["method = 'quantise', type = 'q6_k'"]),
     ("q6_k imatrix", &["method = 'quantise', type = 'q6_k', importance = true"]),

@@ -1,0 +1,203 @@
+//! `millrace compress`: models made smaller, and what that costs. The work is millrace-compress's; here
+//! are flags, tokenizers, bars and tables.
+
+mod apply;
+mod run;
+mod table;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::{Args, Subcommand};
+use millrace_compress::{CompressError, StepReport, texts};
+use millrace_coordinator::models::{ConsoleProgress, Progress as _};
+use millrace_coordinator::text::TextModel;
+use millrace_shared::model::Description;
+
+pub(crate) use table::{print as print_entries, write_page};
+
+use crate::error::usage;
+use crate::table::Align::{Left, Right};
+use crate::table::{Table, bytes};
+use crate::{input, output};
+
+const STEPS: &str = "\
+STEP is a line of TOML, as in a recipe's [[step]]:
+  method = \"quantise\", type = \"q4_k\"            also q8_0 q6_k q5_0 q4_1 q4_0 f32 f16 bf16;
+                                               importance = true or gptq = true; output = \"q6_k\"
+  method = \"mixed\", bytes = 90000000            a type for each matrix, within a budget
+  method = \"int8\"                              per = \"row\" or \"tensor\", affine = true
+  method = \"fixed-point\", bits = 8, fraction_bits = 6      wrap = true for modulo 2^bits
+  method = \"binary\"                            signs and a magnitude for each row
+  method = \"magnitude\", sparsity = 0.5          or threshold = 0.05; pattern = \"tensor\" \"row\" \"2:4\"
+                                               or \"block\"; global = true
+  method = \"signed-threshold\", theta = 0.0      w I(w > theta), as it reads
+  method = \"clip\", min = -0.5, max = 0.5
+  method = \"random\", sparsity = 0.5, seed = 1   the baseline
+  method = \"wanda\" | \"sparsegpt\", sparsity = 0.5         pattern = \"2:4\"
+  method = \"low-rank\", size = 0.5               or energy = 0.9; aware = true
+  method = \"drop-layers\" | \"merge-layers\" | \"drop-heads\", count = 2
+  method = \"keep-layers\", layers = [0, 1, 5]
+  method = \"drop-channels\", fraction = 0.1
+  method = \"width\", hidden = 512
+
+Methods without a GGUF type of their own are written as if: the file holds the values that such a
+format would give, as f16 (--store) or q8_0, and is larger than the format; the report tells both.";
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum CompressCommand {
+    /// Carry one step out
+    #[command(after_help = STEPS)]
+    Apply(apply::ApplyArgs),
+    /// Carry a recipe (TOML) out, or go on with it; write model, report and plan
+    #[command(after_help = STEPS)]
+    Run(run::RunArgs),
+    /// Try every method at two settings and print one table
+    Table(table::TableArgs),
+}
+
+pub(crate) fn run(command: CompressCommand) -> anyhow::Result<()> {
+    match command {
+        CompressCommand::Apply(args) => apply::run(&args),
+        CompressCommand::Run(args) => run::run(&args),
+        CompressCommand::Table(args) => table::run(&args),
+    }
+}
+
+/// Flags that all have.
+#[derive(Debug, Args)]
+pub(crate) struct Common {
+    /// UTF-8 text like what the model will read [default: one of this program's]
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+    /// Most tokens of it that are read
+    #[arg(long, value_name = "TOKENS", default_value_t = 8192)]
+    calibration_tokens: usize,
+    /// Type of values that have no format of their own: f16, f32 or q8_0
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    store: String,
+    /// Threads [default: the cores this process may use]; they change nothing but the time
+    #[arg(long, short = 't', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+}
+
+impl Common {
+    fn threads(&self) -> usize {
+        threads(self.threads)
+    }
+
+    /// Token ids of the calibration text.
+    fn calibration(&self, model: &Path) -> anyhow::Result<Vec<u32>> {
+        let text = match &self.calibration {
+            Some(path) => input::text(path)?,
+            None => texts::CALIBRATION.to_owned(),
+        };
+        let mut ids = tokenize(model, &text)?;
+        ids.truncate(self.calibration_tokens);
+        Ok(ids)
+    }
+}
+
+pub(crate) fn threads(given: Option<u16>) -> usize {
+    given.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from)
+}
+
+/// Token ids of a text, by the model's own tokenizer.
+pub(crate) fn tokenize(model: &Path, text: &str) -> anyhow::Result<Vec<u32>> {
+    let told = || model.display().to_string();
+    let found = TextModel::of(&Description::open(model)?).with_context(told)?;
+    Ok(found.tokenizer.encode(text, true)?)
+}
+
+/// What no other try can mend exits as wrong usage.
+pub(crate) fn failed(error: CompressError) -> anyhow::Error {
+    match error {
+        CompressError::Exists(_) => usage(format!("{error}: --force replaces it")),
+        CompressError::Settings(_) => usage(error.to_string()),
+        other => other.into(),
+    }
+}
+
+/// A bar for one piece of work after another.
+#[derive(Default)]
+struct Bar(ConsoleProgress);
+
+impl Bar {
+    fn begin(&mut self, what: &str, total: u64) {
+        self.0.begin(what, Some(total));
+    }
+
+    fn advance(&mut self, done: u64) {
+        self.0.advance(done);
+    }
+
+    fn end(&mut self) {
+        self.0.end();
+    }
+}
+
+impl millrace_compress::recipe::Progress for Bar {
+    fn begin(&mut self, step: usize, of: usize, what: &str, bytes: u64) {
+        self.0.begin(&format!("step {step} of {of}: {what}"), Some(bytes));
+    }
+
+    fn advance(&mut self, done: u64) {
+        self.0.advance(done);
+    }
+}
+
+/// What a step did, one line for like matrices of all layers.
+fn print(report: &StepReport) -> anyhow::Result<()> {
+    let mut groups: Vec<(String, Vec<&millrace_compress::TensorReport>)> = Vec::new();
+    for t in &report.tensors {
+        let place = t.name.splitn(3, '.').nth(2).filter(|_| t.name.starts_with("blk."));
+        let key = format!("{} {}", place.unwrap_or(&t.name), t.to);
+        match groups.iter_mut().find(|g| g.0 == key) {
+            Some(group) => group.1.push(t),
+            None => groups.push((key, vec![t])),
+        }
+    }
+    let mut table = Table::new(&[
+        ("tensors", Left),
+        ("number", Right),
+        ("from", Left),
+        ("to", Left),
+        ("in the file", Right),
+        ("in its format", Right),
+        ("error", Right),
+        ("of outputs", Right),
+        ("zeros", Right),
+    ]);
+    for (_, all) in &groups {
+        let first = all[0];
+        let one = StepReport {
+            tensors: all.iter().map(|t| (*t).clone()).collect(),
+            ..StepReport::default()
+        };
+        let place = first.name.splitn(3, '.').nth(2).filter(|_| first.name.starts_with("blk."));
+        table.row([
+            place.unwrap_or(&first.name).to_owned(),
+            all.len().to_string(),
+            first.from.clone(),
+            first.to.clone(),
+            bytes(all.iter().map(|t| t.bytes_stored).sum()),
+            bytes(all.iter().map(|t| t.bytes_format).sum()),
+            percent(one.error()),
+            one.output_error().map_or_else(|| "-".to_owned(), percent),
+            percent(one.sparsity()),
+        ]);
+    }
+    output::write(format_args!("{}\n{}", report.step, table))?;
+    output::write(format_args!(
+        "all tensors: {} before, {} in the file, {} in the method's own format\n",
+        bytes(report.bytes_before),
+        bytes(report.bytes_stored),
+        bytes(report.bytes_format)
+    ))?;
+    report.notes.iter().try_for_each(|note| output::write(format_args!("note: {note}\n")))
+}
+
+fn percent(part: f64) -> String {
+    format!("{:.2} %", part * 100.0)
+}

@@ -1,0 +1,136 @@
+//! `millrace eval kl | tasks | speed | compare`: models judged on this machine's CPU engine, without a
+//! cluster. The work is millrace-compress's.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use millrace_compress::compare::{Entry, Terms, judge};
+use millrace_compress::judge::{Judge, Speed};
+use millrace_compress::{CompressError, tasks, texts};
+use millrace_coordinator::text::TextModel;
+use millrace_shared::model::{Description, Dtype};
+
+use crate::compress::{failed, threads, tokenize};
+use crate::{compress, input, output};
+
+/// Flags that all have.
+#[derive(Debug, Args)]
+pub(crate) struct Common {
+    /// Positions of a window
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..))]
+    context: u32,
+    /// Type of K and V: f32, f16 or int8
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    kv_dtype: Dtype,
+    /// Threads [default: the cores this process may use]
+    #[arg(long, short = 't', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Common {
+    fn terms(&self) -> Terms {
+        let threads = threads(self.threads);
+        Terms { window: self.context as usize, threads, kv_dtype: self.kv_dtype }
+    }
+
+    fn open(&self, model: &str) -> anyhow::Result<(PathBuf, Judge)> {
+        let path = input::model(model)?;
+        let t = self.terms();
+        let judge = Judge::open(&path, t.window, t.threads, t.kv_dtype).map_err(failed)?;
+        Ok((path, judge))
+    }
+}
+
+/// Flags of `eval kl` and `eval compare`.
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// The original, then models to compare with it: paths or catalogue names
+    #[arg(value_name = "MODEL", required = true)]
+    models: Vec<String>,
+    /// UTF-8 text to judge by [default: held-out documents of this program's]
+    #[arg(long, short, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Also write a page with plots
+    #[arg(long, value_name = "FILE.html")]
+    html: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Flags of `eval tasks`.
+#[derive(Debug, Args)]
+pub(crate) struct TasksArgs {
+    /// Path or catalogue name
+    #[arg(value_name = "MODEL")]
+    model: String,
+    /// JSONL: {"prompt", "choices", "answer": number} or {"prompt", "answer": "text"} [default: twenty
+    /// easy ones of this program's]
+    #[arg(long, short, value_name = "FILE")]
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Flags of `eval speed`.
+#[derive(Debug, Args)]
+pub(crate) struct SpeedArgs {
+    /// Path or catalogue name
+    #[arg(value_name = "MODEL")]
+    model: String,
+    #[command(flatten)]
+    common: Common,
+}
+
+pub(super) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
+    let text = match &args.file {
+        Some(path) => input::text(path)?,
+        None => texts::HELD_OUT.to_owned(),
+    };
+    let (original, mut first) = args.common.open(&args.models[0])?;
+    let tokens = tokenize(&original, &text)?;
+    let baseline = first.baseline(&tokens).map_err(failed)?;
+    drop(first);
+    let mut entries: Vec<Entry> = Vec::new();
+    for name in &args.models {
+        let path = input::model(name)?;
+        let short = path.file_stem().map_or_else(|| name.clone(), |n| n.to_string_lossy().into());
+        let judged = judge(&short, &path, &tokens, Some(&baseline), args.common.terms());
+        entries.push(judged.map_err(failed).with_context(|| name.clone())?);
+    }
+    compress::write_page(args.html.as_deref(), "Models compared", &entries)?;
+    if args.common.json { output::json(&entries) } else { compress::print_entries(&entries) }
+}
+
+pub(super) fn tasks(args: &TasksArgs) -> anyhow::Result<()> {
+    let text = match &args.file {
+        Some(path) => input::text(path)?,
+        None => texts::TASKS.to_owned(),
+    };
+    let all = tasks::parse(&text).map_err(failed)?;
+    let (path, mut judge) = args.common.open(&args.model)?;
+    let tokenizer = TextModel::of(&Description::open(&path)?)?.tokenizer;
+    let encode = |text: &str| {
+        tokenizer.encode(text, true).map_err(|e| CompressError::settings(e.to_string()))
+    };
+    let score = tasks::run(&mut judge, &all, &encode).map_err(failed)?;
+    if args.common.json {
+        return output::json(&score);
+    }
+    output::write(format_args!("{} of {} tasks right\n", score.right, score.of))
+}
+
+pub(super) fn speed(args: &SpeedArgs) -> anyhow::Result<()> {
+    let (_, mut judge) = args.common.open(&args.model)?;
+    let speed: Speed = judge.speed().map_err(failed)?;
+    if args.common.json {
+        return output::json(&speed);
+    }
+    output::write(format_args!(
+        "{:.1} tokens/s of a prompt of 128, {:.1} tokens/s of an answer, one sequence\n",
+        speed.prefill, speed.decode
+    ))
+}
