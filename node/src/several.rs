@@ -322,7 +322,7 @@ mod tests {
             let c = part.config(config()).unwrap();
             (c.name, c.dir.display().to_string(), c.listen.port(), c.advertise, c.torch.device())
         };
-        let own = |name: &str, port, device| {
+        let own = |name: &str, port: u16, device| {
             let name = name.to_owned();
             let dir = format!("/d/devices/{}", &name[5..]);
             (name, dir, 9000 + port, Some(format!("gpu1:{}", 7000 + port)), device)
