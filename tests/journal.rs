@@ -137,7 +137,8 @@ fn hear_slowly(
 }
 
 /// Greedy; three choices, sampled with penalties and log-probabilities; with a seed that the
-/// coordinator draws, the best of three; with a stop string that is half matched for long.
+/// coordinator draws, the best of three; with a stop string that is half matched for long; JSON that
+/// follows a schema.
 fn requests(truth: &ClientConfig) -> Vec<GenerateRequest> {
     let penalised = SamplingParams {
         repetition_penalty: 1.1,
@@ -160,6 +161,10 @@ fn requests(truth: &ClientConfig) -> Vec<GenerateRequest> {
             ..asked("A recipe for bread:", drawn)
         },
         asked("The old mill by the river", stopped),
+        asked(
+            "As JSON:",
+            SamplingParams { repetition_penalty: 1.1, ..ask::constrained(7, TOKENS) },
+        ),
     ]
 }
 

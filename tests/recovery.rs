@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 const TOKENS: u32 = 160;
 
 /// Greedy ones and sampled ones, with penalties, log-probabilities, and stop strings of which answers
-/// hold the beginning time and again; short prompts and longer ones.
+/// hold the beginning time and again; JSON that follows a schema; short prompts and longer ones.
 fn requests() -> Vec<(String, SamplingParams)> {
     let sentence = "The wheel turns slowly while the water runs below the old stone bridge. ";
     let request = |i: usize| {
@@ -38,6 +38,7 @@ fn requests() -> Vec<(String, SamplingParams)> {
                 logprobs: Some(0),
                 ..ask::sampled(7, TOKENS)
             },
+            4 => SamplingParams { logprobs: Some(1), ..ask::constrained(7, TOKENS) },
             _ => ask::greedy(TOKENS),
         };
         (prompt, params)

@@ -2,7 +2,7 @@
 //! command, so those two are not here.
 
 use clap::Args;
-use millrace_shared::sampling::SamplingParams;
+use millrace_shared::sampling::{Grammar, SamplingParams};
 
 /// How to choose tokens.
 #[derive(Debug, Args)]
@@ -32,9 +32,25 @@ pub(crate) struct SamplingArgs {
     /// Text that ends the answer and is not part of it; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// JSON schema that the answer follows: JSON, or @FILE
+    #[arg(long, value_name = "SCHEMA", value_parser = text_or_file, group = "language")]
+    json_schema: Option<String>,
+    /// Regular expression that the whole answer matches, or @FILE
+    #[arg(long, value_name = "REGEX", value_parser = text_or_file, group = "language")]
+    regex: Option<String>,
+    /// Lark grammar that the answer follows, or @FILE; for example start: "yes" | "no"
+    #[arg(long, value_name = "LARK", value_parser = text_or_file, group = "language")]
+    grammar: Option<String>,
 }
 
 impl SamplingArgs {
+    fn language(&self) -> Option<Grammar> {
+        let schema = self.json_schema.clone().map(Grammar::JsonSchema);
+        schema
+            .or_else(|| self.regex.clone().map(Grammar::Regex))
+            .or_else(|| self.grammar.clone().map(Grammar::Lark))
+    }
+
     pub(crate) fn params(&self, temperature: f32, max_tokens: Option<u32>) -> SamplingParams {
         SamplingParams {
             temperature,
@@ -47,8 +63,17 @@ impl SamplingArgs {
             seed: self.seed,
             max_tokens,
             stop: self.stop.clone(),
+            grammar: self.language(),
             ..SamplingParams::default()
         }
+    }
+}
+
+/// A text as it stands, or behind `@` the file that has it.
+fn text_or_file(text: &str) -> Result<String, String> {
+    match text.strip_prefix('@') {
+        None => Ok(text.to_owned()),
+        Some(path) => std::fs::read_to_string(path).map_err(|e| format!("{path}: {e}")),
     }
 }
 

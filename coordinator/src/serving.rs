@@ -8,7 +8,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
-use millrace_shared::sampling::SamplingParams;
+use millrace_shared::sampling::{Grammar, SamplingParams};
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::codec;
 use millrace_shared::wire::rpc::{
@@ -20,7 +20,7 @@ use crate::actors::batcher::{Attach, Cancel, GetCounters, Submit, SubmitScore};
 use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
 use crate::service::{Caller, EventStream, Service};
-use crate::text::TextModel;
+use crate::text::{Matcher, TextModel};
 use crate::whereabouts;
 
 /// Bytes of text from which tokenising takes a millisecond and more.
@@ -152,6 +152,16 @@ impl Prompts {
         encoding.await.unwrap_or_else(|e| Err(Status::internal(e.to_string())))
     }
 
+    /// Compiles a grammar, elsewhere: the first one takes some tenths of a second.
+    async fn matcher(&self, grammar: Option<&Grammar>) -> Result<Option<Matcher>, Status> {
+        let Some(grammar) = grammar.cloned() else { return Ok(None) };
+        let tokenizer = Arc::clone(&self.text.tokenizer);
+        let compiling =
+            tokio::task::spawn_blocking(move || tokenizer.grammars()?.compile(&grammar));
+        let compiled = compiling.await.map_err(|e| Status::internal(e.to_string()))?;
+        compiled.map(Some).map_err(|e| Status::invalid("grammar", e.to_string()))
+    }
+
     fn ids(&self, prompt: &Prompt) -> Result<Vec<u32>, Status> {
         match self.prepare(prompt)? {
             Prepared::Ids(ids) => Ok(ids),
@@ -189,10 +199,12 @@ impl Service for Serving {
             let chat = matches!(request.prompt, Prompt::Chat(_));
             let digest = *blake3::hash(&codec::encode(&request)).as_bytes();
             let tokens = self.prompts.prompt_ids(request.prompt).await?;
+            let matcher = self.prompts.matcher(request.params.grammar.as_ref()).await?;
             let id = caller.request_id.unwrap_or_else(|| RequestId(Uuid::now_v7()));
             let seed = request.params.seed.unwrap_or_else(|| self.draw_seed(id));
             let (params, choices) = (request.params, request.choices);
-            let submit = Submit { id, tokens, params, choices, seed, chat, caller, digest };
+            let submit =
+                Submit { id, tokens, params, choices, matcher, seed, chat, caller, digest };
             self.batcher.send(submit).await.map_err(crossed)?
         }
         .boxed()

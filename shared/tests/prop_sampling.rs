@@ -3,8 +3,8 @@
 use std::cmp::Ordering;
 
 use millrace_shared::sampling::{
-    MAX_CANDIDATES, SampleError, SamplingParams, Scratch, StopMatcher, largest_logits, sample,
-    sample_top, score, uniform,
+    MAX_CANDIDATES, Place, SampleError, SamplingParams, Scratch, StopMatcher, TokenMask,
+    largest_logits, sample, sample_top, score, uniform,
 };
 use proptest::prelude::*;
 
@@ -122,9 +122,8 @@ fn run(
     position: u32,
 ) -> u32 {
     let mut copy = logits.to_vec();
-    sample(&mut copy, params, history, prompt, seed, position, &mut Scratch::default())
-        .expect("finite logits")
-        .token
+    let place = Place { history, prompt_len: prompt, seed, position, mask: None };
+    sample(&mut copy, params, place, &mut Scratch::default()).expect("finite logits").token
 }
 
 proptest! {
@@ -146,10 +145,12 @@ proptest! {
         let mut scratch = Scratch::default();
         let other = SamplingParams { repetition_penalty: 1.5, ..SamplingParams::default() };
         let mut unrelated = vec![1.0, 2.0, 3.0];
-        sample(&mut unrelated, &other, &[2, 2], 1, 1, 1, &mut scratch).expect("finite");
+        let elsewhere =
+            Place { history: &[2, 2], prompt_len: 1, seed: 1, position: 1, mask: None };
+        sample(&mut unrelated, &other, elsewhere, &mut scratch).expect("finite");
         let mut copy = logits.clone();
-        let got = sample(&mut copy, &params, &history, prompt, seed, position, &mut scratch)
-            .expect("finite");
+        let place = Place { history: &history, prompt_len: prompt, seed, position, mask: None };
+        let got = sample(&mut copy, &params, place, &mut scratch).expect("finite");
         prop_assert_eq!(got.token, expected);
         prop_assert_eq!(got.logprobs.is_some(), logprobs.is_some());
         if let Some(got_logprobs) = got.logprobs {
@@ -221,9 +222,53 @@ proptest! {
         params.logprobs = logprobs;
         let at = at.index(logits.len());
         logits[at] = bad;
-        let result = sample(&mut logits, &params, &[0], 0, 1, 1, &mut Scratch::default());
+        let place = Place { history: &[0], prompt_len: 0, seed: 1, position: 1, mask: None };
+        let result = sample(&mut logits, &params, place, &mut Scratch::default());
         let named = matches!(result, Err(SampleError::NonFinite { id, .. }) if id == at);
         prop_assert!(named);
+    }
+
+    /// A mask makes the vocabulary smaller and changes nothing else.
+    #[test]
+    fn a_mask_is_a_smaller_vocabulary(
+        logits in logits(300),
+        mut params in params(),
+        history in prop::collection::vec(0u32..300, 0..40),
+        prompt in 0usize..40,
+        seed in any::<u64>(),
+        position in any::<u32>(),
+        allowed in prop::collection::btree_set(0u32..300, 1..60),
+        logprobs in prop::option::of(0u8..=64),
+    ) {
+        params.logprobs = logprobs;
+        let kept: Vec<u32> =
+            allowed.iter().copied().filter(|&id| (id as usize) < logits.len()).collect();
+        let mask = TokenMask::of(allowed.iter().copied());
+        let place = Place { history: &history, prompt_len: prompt, seed, position, mask: None };
+        let masked = Place { mask: Some(&mask), ..place };
+        let mut scratch = Scratch::default();
+        let got = sample(&mut logits.clone(), &params, masked, &mut scratch);
+        if kept.is_empty() {
+            prop_assert_eq!(got, Err(SampleError::NothingAllowed));
+            return Ok(());
+        }
+        let got = got.expect("finite");
+        // The same among the kept tokens alone, under new ids.
+        let renamed = |id: u32| kept.binary_search(&id).map_or(u32::MAX, |index| index as u32);
+        let fewer: Vec<f32> = kept.iter().map(|&id| logits[id as usize]).collect();
+        let history_renamed: Vec<u32> = history.iter().map(|&id| renamed(id)).collect();
+        let mut params_renamed = params.clone();
+        params_renamed.logprobs = None;
+        params_renamed.logit_bias.iter_mut().for_each(|b| b.0 = renamed(b.0));
+        let place = Place { history: &history_renamed, ..place };
+        let expected =
+            sample(&mut fewer.clone(), &params_renamed, place, &mut scratch).expect("finite");
+        prop_assert_eq!(got.token, kept[expected.token as usize]);
+        // Log-probabilities stay those of all tokens.
+        if let Some(raw) = got.logprobs {
+            let scored = score(&logits, position, Some(got.token), 0, &mut scratch).expect("finite");
+            prop_assert_eq!(Some(raw.logprob), scored.next_logprob);
+        }
     }
 
     #[test]

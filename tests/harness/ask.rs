@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use millrace_net::client::{Client, ClientConfig, GenerateStream};
 use millrace_shared::error::Status;
-use millrace_shared::sampling::SamplingParams;
+use millrace_shared::sampling::{Grammar, SamplingParams};
 use millrace_shared::wire::rpc::{
     Choices, ClusterStatus, FinishReason, GenerateEvent, GenerateRequest, PositionScore, Prompt,
     ScoreRequest, TokenLogprobs,
@@ -31,6 +31,25 @@ pub fn greedy(max_tokens: u32) -> SamplingParams {
 /// Sampled at temperature 0.8, exactly this many tokens.
 pub fn sampled(seed: u64, max_tokens: u32) -> SamplingParams {
     SamplingParams { temperature: 0.8, seed: Some(seed), ..greedy(max_tokens) }
+}
+
+/// Sampled at temperature 0.8, JSON of a schema that takes more than this many tokens.
+pub fn constrained(seed: u64, max_tokens: u32) -> SamplingParams {
+    let schema = serde_json::json!({
+        "type": "object",
+        "properties": {
+            "kind": { "enum": ["story", "report"] },
+            "lines": {
+                "type": "array",
+                "items": { "type": "string", "minLength": 20, "maxLength": 60 },
+                "minItems": max_tokens
+            }
+        },
+        "required": ["kind", "lines"],
+        "additionalProperties": false
+    });
+    let grammar = Some(Grammar::JsonSchema(schema.to_string()));
+    SamplingParams { grammar, ignore_eos: false, ..sampled(seed, max_tokens) }
 }
 
 /// A client of its own connection.

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use millrace_shared::id::RequestId;
+use millrace_shared::sampling::Grammar;
 use millrace_shared::wire::codec;
 use millrace_shared::wire::rpc::MAX_CHOICES;
 use redb::backends::FileBackend;
@@ -20,7 +21,7 @@ use uuid::Uuid;
 use super::record::{End, Entry, Head, Record, Token};
 
 /// The format that this program writes.
-pub const VERSION: u64 = 2;
+pub const VERSION: u64 = 3;
 /// Name of the file in the cluster's folder.
 pub const FILE: &str = "journal.redb";
 
@@ -75,17 +76,55 @@ pub enum JournalError {
 /// Turns a file of one version into one of the next.
 pub(super) type Migration = fn(&WriteTransaction) -> Result<(), redb::Error>;
 /// `MIGRATIONS[i]` leads from version `i + 1` to `i + 2`.
-const MIGRATIONS: &[Migration] = &[count_choices];
+const MIGRATIONS: &[Migration] = &[count_choices, without_grammar];
 
 /// To version 2: a request says how many of its choices are sent, which was the one.
 fn count_choices(transaction: &WriteTransaction) -> Result<(), redb::Error> {
+    rewrite_requests(transaction, |value| {
+        value.extend(codec::encode(&1u32));
+        Ok(())
+    })
+}
+
+/// What stood before the grammar in a [`Head`](super::Head) of version 2: id, model, prompt, and the
+/// fields of the sampling parameters.
+type BeforeGrammar = (
+    RequestId,
+    [u8; 32],
+    Vec<u32>,
+    (f32, u32, f32, f32, f32, f32, f32, Vec<(u32, f32)>, Option<u64>, Option<u32>),
+    (Vec<String>, Vec<u32>, bool, Option<u8>),
+);
+
+/// Where the grammar belongs in an encoded head.
+fn place_of_grammar(value: &[u8]) -> Result<usize, redb::Error> {
+    let (_, length) = codec::decode_first::<BeforeGrammar>(value)
+        .map_err(|e| redb::Error::Corrupted(format!("a request of version 2: {e}")))?;
+    Ok(length)
+}
+
+/// 2 to 3: requests may have a grammar; none had.
+fn without_grammar(transaction: &WriteTransaction) -> Result<(), redb::Error> {
+    rewrite_requests(transaction, |value| {
+        let at = place_of_grammar(value)?;
+        value.splice(at..at, codec::encode(&None::<Grammar>));
+        Ok(())
+    })
+}
+
+fn rewrite_requests(
+    transaction: &WriteTransaction,
+    change: impl Fn(&mut Vec<u8>) -> Result<(), redb::Error>,
+) -> Result<(), redb::Error> {
     let mut requests = transaction.open_table(REQUESTS)?;
-    let mut longer = Vec::new();
+    let mut changed = Vec::new();
     for row in requests.iter()? {
         let (id, value) = row?;
-        longer.push((id.value(), [value.value(), codec::encode(&1u32).as_slice()].concat()));
+        let mut value = value.value().to_vec();
+        change(&mut value)?;
+        changed.push((id.value(), value));
     }
-    for (id, value) in longer {
+    for (id, value) in changed {
         requests.insert(id, value.as_slice())?;
     }
     Ok(())
@@ -354,7 +393,7 @@ fn load(database: &Database, path: &Path) -> Result<Vec<Entry>, JournalError> {
 
 /// Makes the file in `dir` one that version 1 wrote.
 #[cfg(test)]
-pub(super) fn as_version_1(dir: &Path) {
+pub(super) fn as_version(old: u64, dir: &Path) {
     let database = open_database(&dir.join(FILE)).expect("the file");
     let transaction = database.begin_write().expect("a transaction");
     {
@@ -362,10 +401,14 @@ pub(super) fn as_version_1(dir: &Path) {
         let all: Vec<(u128, Vec<u8>)> = (requests.iter().expect("rows").flatten())
             .map(|(id, value)| (id.value(), value.value().to_vec()))
             .collect();
-        for (id, value) in all {
-            requests.insert(id, &value[..value.len() - 1]).expect("room");
+        for (id, mut value) in all {
+            assert_eq!(value.remove(place_of_grammar(&value).expect("a head")), 0);
+            if old == 1 {
+                value.pop();
+            }
+            requests.insert(id, value.as_slice()).expect("room");
         }
-        transaction.open_table(META).expect("a table").insert(VERSION_KEY, 1).expect("room");
+        transaction.open_table(META).expect("a table").insert(VERSION_KEY, old).expect("room");
     }
     transaction.commit().expect("room");
 }

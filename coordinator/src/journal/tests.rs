@@ -129,7 +129,7 @@ fn a_newer_version_is_refused_and_an_older_one_migrated() {
     store.write(&[request(1), token(1, 0)]).unwrap();
     drop(store);
     let nothing: store::Migration = |_| Ok(());
-    let (_, entries) = FileStore::open_as(dir.path(), VERSION + 1, &[nothing; 2]).unwrap();
+    let (_, entries) = FileStore::open_as(dir.path(), VERSION + 1, &[nothing; 3]).unwrap();
     assert_eq!(entries[0].records(), [request(1), token(1, 0)]);
     // The old file is kept, as the old program reads it.
     let old = tempfile::tempdir().unwrap();
@@ -138,11 +138,11 @@ fn a_newer_version_is_refused_and_an_older_one_migrated() {
 
     let error = FileStore::open(dir.path()).unwrap_err();
     assert!(matches!(error, JournalError::Newer { found, .. } if found == VERSION + 1));
-    for part in ["version 3", "up to 2", FILE] {
+    for part in ["version 4", "up to 3", FILE] {
         assert!(error.to_string().contains(part), "{error}");
     }
     // Without a way there, nothing is touched.
-    let error = FileStore::open_as(dir.path(), VERSION + 2, &[nothing; 2]).unwrap_err();
+    let error = FileStore::open_as(dir.path(), VERSION + 2, &[nothing; 3]).unwrap_err();
     assert!(matches!(error, JournalError::Unreadable { .. }), "{error}");
 }
 
@@ -183,7 +183,7 @@ fn the_format_is_that_of_its_version() {
         hash(&codec::encode(&(at_ms, end))),
         hash(&codec::encode(&(at_ms, failed))),
     ];
-    assert_eq!(VERSION, 2, "write a migration, then the new hashes");
+    assert_eq!(VERSION, 3, "write a migration, then the new hashes");
     assert_eq!(
         hashes,
         ["94c67c41fdc42b3d", "d51aa3e0f7331e83", "e5feb5eb770923b4", "97e88b65b394723e"]
@@ -233,17 +233,20 @@ fn what_is_kept_is_bounded() {
     assert_eq!(retained.promise(each), []);
 }
 
-/// A file of version 1 as it was written: its requests have no number of choices to send.
+/// Files as they were written: requests of version 1 have no number of choices to send, those of
+/// version 2 no grammar.
 #[test]
-fn the_first_version_is_migrated() {
-    let dir = tempfile::tempdir().unwrap();
-    let (mut store, _) = FileStore::open(dir.path()).unwrap();
-    store.write(&[request(1), token(1, 0), request(2)]).unwrap();
-    drop(store);
-    store::as_version_1(dir.path());
-    let records: Vec<Record> = reopened(dir.path()).iter().flat_map(Entry::records).collect();
-    assert_eq!(records, [request(1), token(1, 0), request(2)]);
-    assert!(dir.path().join(format!("{FILE}.v1")).exists());
+fn older_versions_are_migrated() {
+    for old in [1, 2] {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = FileStore::open(dir.path()).unwrap();
+        store.write(&[request(1), token(1, 0), request(2)]).unwrap();
+        drop(store);
+        store::as_version(old, dir.path());
+        let records: Vec<Record> = reopened(dir.path()).iter().flat_map(Entry::records).collect();
+        assert_eq!(records, [request(1), token(1, 0), request(2)]);
+        assert!(dir.path().join(format!("{FILE}.v{old}")).exists());
+    }
 }
 
 /// Remembers what was written, and whether an event had arrived by then.

@@ -82,6 +82,7 @@ fn build(json: &[u8], settings: &Settings) -> Result<Tokenizer, TextError> {
         bos,
         adds_bos: settings.adds_bos.unwrap_or(adds),
         strips_space: decoder.strips,
+        grammars: OnceLock::new(),
         model: Box::new(Whole { inner, plain: OnceLock::new(), markup }),
     })
 }

@@ -5,6 +5,7 @@
 //! (SentencePiece's unigram model). What the file leaves open is as llama.cpp has it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::OnceLock;
 
 use millrace_shared::model::gguf::{Array, Gguf, GgufError, Value};
 use tokenizers::models::bpe::{BPE, Vocab};
@@ -74,6 +75,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<Tokenizer, TextError> {
         bos: v.id("tokenizer.ggml.bos_token_id", (v.family == Family::Llama).then_some(1))?,
         adds_bos: v.adds_bos()?,
         strips_space: sentence_piece && v.prefix_space()?,
+        grammars: OnceLock::new(),
     })
 }
 

@@ -14,6 +14,7 @@ mod ends;
 mod files;
 mod folder;
 mod gguf;
+mod grammar;
 mod normalize;
 mod patterns;
 mod pieces;
@@ -25,6 +26,7 @@ mod unigram;
 
 pub use chat::ChatTemplate;
 pub use detokenizer::Detokenizer;
+pub use grammar::{GrammarError, Grammars, Matcher};
 pub use millrace_shared::wire::rpc::ChatMessage;
 pub use tokenizer::Tokenizer;
 

@@ -8,11 +8,12 @@
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
 use millrace_shared::model::gguf::Gguf;
 
 use super::table::TokenTable;
-use super::{TextError, folder, gguf};
+use super::{GrammarError, Grammars, TextError, folder, gguf};
 
 /// Longest run of white space: regular expressions of splitters give up on much longer ones.
 const MAX_WHITESPACE_RUN: usize = 250_000;
@@ -49,6 +50,8 @@ pub struct Tokenizer {
     pub(super) adds_bos: bool,
     /// Whether texts begin with a space of the vocabulary's own, which decoding takes away.
     pub(super) strips_space: bool,
+    /// Made when a request first asks for it.
+    pub(super) grammars: OnceLock<Result<Arc<Grammars>, GrammarError>>,
 }
 
 impl Tokenizer {
@@ -92,6 +95,15 @@ impl Tokenizer {
             }
         }
         Ok(ids)
+    }
+
+    /// What compiles grammars for these tokens. The first call takes some tenths of a second.
+    ///
+    /// # Errors
+    /// As [`Grammars::new`].
+    pub fn grammars(&self) -> Result<&Arc<Grammars>, GrammarError> {
+        let made = self.grammars.get_or_init(|| Grammars::new(self).map(Arc::new));
+        made.as_ref().map_err(Clone::clone)
     }
 
     /// Token ids of a prompt as the model was trained to see it: [`Self::encode`] with special

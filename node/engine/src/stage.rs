@@ -20,7 +20,8 @@ use millrace_shared::id::{Epoch, PipelineId, StageIndex};
 use millrace_shared::model::Dtype;
 use millrace_shared::wire::control::{ProfileSpec, StageProfile, VoidRows};
 use millrace_shared::wire::data::{
-    FrameError, FrameHeader, FrameKind, OpenMeta, ResultMeta, RowOutcome, StageTime, StepMeta,
+    FrameError, FrameHeader, FrameKind, MaskMeta, OpenMeta, ResultMeta, RowOutcome, StageTime,
+    StepMeta,
 };
 use millrace_shared::wire::frame::Frame;
 use millrace_shared::wire::stamp::Stamp;
@@ -184,6 +185,20 @@ impl StageRunner {
             return Err(StageError::Mismatch("sequences are opened at the last stage only".into()));
         }
         loaded.sequences.open(opens)
+    }
+
+    /// Notes which tokens may come next in constrained sequences.
+    ///
+    /// # Errors
+    /// If this is not the last stage, or the epoch is another.
+    pub fn mask(&mut self, epoch: Epoch, masks: MaskMeta) -> Result<(), StageError> {
+        let loaded = self.loaded.as_mut().ok_or(StageError::NotLoaded)?;
+        loaded.check_place(loaded.place.pipeline, epoch)?;
+        if !loaded.spec.head {
+            return Err(StageError::Mismatch("masks are for the last stage only".into()));
+        }
+        loaded.sequences.mask(masks);
+        Ok(())
     }
 
     /// Rows of an epoch that nobody wants any more: frames that come lose them. Of another epoch

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use millrace_shared::id::Epoch;
 use millrace_shared::wire::MAX_VOID_ROWS;
 use millrace_shared::wire::control::{ProfileSpec, StageProfile, VoidRows};
-use millrace_shared::wire::data::{OpenMeta, StageTime};
+use millrace_shared::wire::data::{MaskMeta, OpenMeta, StageTime};
 use millrace_shared::wire::frame::Frame;
 
 use crate::clock;
@@ -64,6 +64,15 @@ pub enum Job {
         /// Gets the outcome.
         done: Done<Result<(), StageError>>,
     },
+    /// Note which tokens may come next (last stage).
+    Mask {
+        /// Epoch of the frame that carried them.
+        epoch: Epoch,
+        /// The masks.
+        masks: MaskMeta,
+        /// Gets the outcome.
+        done: Done<Result<(), StageError>>,
+    },
     /// Run a frame.
     Step {
         /// The frame.
@@ -89,6 +98,7 @@ impl fmt::Debug for Job {
         f.write_str(match self {
             Self::Load(_) => "Job::Load",
             Self::Open { .. } => "Job::Open",
+            Self::Mask { .. } => "Job::Mask",
             Self::Step { .. } => "Job::Step",
             Self::Profile { .. } => "Job::Profile",
             Self::Unload => "Job::Unload",
@@ -315,6 +325,10 @@ fn run(runner: &mut StageRunner, job: Job, arrival: Arrival, counters: &Counters
             let result = guarded(|| runner.open(epoch, opens));
             answer(done, result.unwrap_or_else(|panic| Err(StageError::Panic(panic))));
         }
+        Job::Mask { epoch, masks, done } => {
+            let result = guarded(|| runner.mask(epoch, masks));
+            answer(done, result.unwrap_or_else(|panic| Err(StageError::Panic(panic))));
+        }
         Job::Step { frame, done } => {
             for (epoch, rows) in counters.take_void() {
                 runner.void(epoch, &[rows]);
@@ -345,7 +359,7 @@ fn refuse(job: Job, cause: &StageError) {
     let load_error = || LoadError::Settings(cause.to_string());
     match job {
         Job::Load(job) => answer(job.done, Err(load_error())),
-        Job::Open { done, .. } => answer(done, Err(stage_error())),
+        Job::Open { done, .. } | Job::Mask { done, .. } => answer(done, Err(stage_error())),
         Job::Step { done, .. } => answer(done, Err(stage_error())),
         Job::Profile { done, .. } => answer(done, Err(load_error())),
         Job::Unload => {}

@@ -85,6 +85,7 @@ impl Served {
                 prompt_len: prompt_len as u32,
                 params: params.clone(),
                 seed: *seed,
+                constrained: false,
             }
         };
         let opens = step.opens.iter().map(open).collect();

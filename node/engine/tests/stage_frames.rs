@@ -7,9 +7,10 @@ use millrace_engine::mock::MockConfig;
 use millrace_engine::stage::{StageError, StageRunner};
 use millrace_shared::id::{Epoch, PipelineId, SequenceId};
 use millrace_shared::model::Dtype;
-use millrace_shared::sampling::SamplingParams;
+use millrace_shared::sampling::{SamplingParams, TokenMask};
 use millrace_shared::wire::data::{
-    FrameHeader, FrameKind, OpenMeta, ResultMeta, RowOutcome, StepMeta, TableUpdate, Want,
+    FrameHeader, FrameKind, MaskMeta, OpenMeta, ResultMeta, RowMask, RowOutcome, SequenceOpen,
+    StepMeta, TableUpdate, Want,
 };
 use millrace_shared::wire::frame::Frame;
 
@@ -98,6 +99,53 @@ fn foreign_metadata_is_refused() {
         Ok(_) => panic!("ran an OpenMeta as a step"),
         Err(error) => assert!(error.is_bad_frame(), "{error}"),
     }
+}
+
+/// A constrained sequence gives tokens of its masks, each for one position, and never one without.
+#[test]
+fn constrained_rows_need_their_masks() {
+    let mut pipeline = Pipeline::new(2, Dtype::F32, vec![]);
+    let constrained = SequenceOpen {
+        constrained: true,
+        ..open(0, &[1, 2], SamplingParams { logprobs: Some(1), ..SamplingParams::greedy() })
+    };
+    let opens = OpenMeta { opens: vec![constrained, open(1, &[1, 2], SamplingParams::greedy())] };
+    pipeline.stages[1].open(Epoch(1), opens).expect("last stage");
+    let mask = |position, ids: &[u32]| {
+        let allowed = TokenMask::of(ids.iter().copied());
+        MaskMeta { masks: vec![RowMask { sequence: SequenceId(0), position, allowed }] }
+    };
+    let mut outcome = |given: Option<MaskMeta>| {
+        if let Some(given) = given {
+            pipeline.stages[1].mask(Epoch(1), given).expect("last stage");
+        }
+        pipeline.step(&good_meta(), &[1, 2]).rows.remove(0).outcome
+    };
+    let failed = |outcome: RowOutcome, says: &str| match outcome {
+        RowOutcome::Failed(why) => assert!(why.contains(says), "{why}"),
+        other => panic!("{other:?}"),
+    };
+    failed(outcome(None), "never came");
+    failed(outcome(Some(mask(0, &[5]))), "after position 1 never came");
+    for id in [5, 0, VOCAB - 1] {
+        match outcome(Some(mask(1, &[id, VOCAB + 7]))) {
+            RowOutcome::Token { token, logprobs } => {
+                assert_eq!(token, id);
+                assert!(logprobs.is_some_and(|l| l.logprob <= 0.0 && l.top.len() == 1));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    failed(outcome(Some(mask(1, &[]))), "no token");
+    failed(outcome(Some(mask(1, &[VOCAB]))), "no token");
+    let error = first().mask(Epoch(1), mask(1, &[5])).expect_err("not the last stage");
+    assert!(error.is_bad_frame(), "{error}");
+    assert!(last().mask(Epoch(0), mask(1, &[5])).expect_err("stale").is_stale());
+    // Nobody else is concerned.
+    let mut meta = one_row(1, 0, 2, Want::Sample);
+    meta.tables = blocks(1, 0, 2);
+    let other = pipeline.step(&meta, &[1, 2]).rows.remove(0).outcome;
+    assert!(matches!(other, RowOutcome::Token { .. }), "{other:?}");
 }
 
 #[test]

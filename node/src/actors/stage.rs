@@ -5,10 +5,10 @@
 //! refuses what is left as stale.
 //!
 //! Frames run in issue order. At the last stage a frame whose sequences were not announced yet
-//! waits for their `SequenceOpen`, which comes on another stream, for at most `OPEN_WAIT`; every
+//! waits for their `SequenceOpen` and masks, which come on another stream, for at most `OPEN_WAIT`; every
 //! later frame waits behind it. Then it runs as it is: the engine fails those rows alone.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use millrace_net::pump::Ticket;
 use millrace_shared::id::{MicroBatchId, SequenceId};
 use millrace_shared::wire::Edge;
 use millrace_shared::wire::control::Assignment;
-use millrace_shared::wire::data::{FrameKind, OpenMeta, StepMeta, Want};
+use millrace_shared::wire::data::{FrameKind, MaskMeta, OpenMeta, Row, StepMeta, Want};
 use millrace_shared::wire::frame::Frame;
 use tokio::sync::mpsc;
 
@@ -46,7 +46,9 @@ pub struct Stage {
     /// Ends the epoch.
     losses: mpsc::Sender<Loss>,
     last: MicroBatchId,
-    opened: HashSet<SequenceId>,
+    /// Sequences that were announced; with the position after which a mask says what may come,
+    /// where they are constrained.
+    opened: HashMap<SequenceId, Option<Masked>>,
     /// Released before their announcement came: forgotten when it comes.
     early: HashSet<SequenceId>,
     held: VecDeque<Held>,
@@ -58,6 +60,9 @@ impl std::fmt::Debug for Stage {
         f.debug_struct("Stage").field("stage", &self.assignment.stage).finish_non_exhaustive()
     }
 }
+
+/// The position of the mask that came last; none came yet where it is `None`.
+type Masked = Option<u32>;
 
 /// A frame that waits for announcements.
 struct Held {
@@ -82,7 +87,7 @@ impl Stage {
             out,
             losses,
             last: MicroBatchId(0),
-            opened: HashSet::new(),
+            opened: HashMap::new(),
             early: HashSet::new(),
             held: VecDeque::new(),
             stale,
@@ -103,7 +108,7 @@ impl Stage {
         let fits = match edge {
             Edge::Steps => header.kind == FrameKind::Step,
             Edge::Activations => header.kind == FrameKind::Activations,
-            Edge::Sequences => header.kind == FrameKind::Sequences,
+            Edge::Sequences => matches!(header.kind, FrameKind::Sequences | FrameKind::Masks),
             Edge::Results => false,
         };
         if !fits {
@@ -117,6 +122,10 @@ impl Stage {
             FrameKind::Sequences => {
                 let opens: OpenMeta = frame.meta().map_err(|e| e.to_string())?;
                 self.on_opens(opens, ticket)
+            }
+            FrameKind::Masks => {
+                let masks: MaskMeta = frame.meta().map_err(|e| e.to_string())?;
+                self.on_masks(masks, ticket)
             }
             FrameKind::Step | FrameKind::Activations => {
                 // Releases travel without a row; their number increases all the same.
@@ -141,7 +150,7 @@ impl Stage {
     fn on_opens(&mut self, opens: OpenMeta, ticket: Ticket) -> Result<(), String> {
         for open in &opens.opens {
             if !self.early.remove(&open.sequence) {
-                self.opened.insert(open.sequence);
+                self.opened.insert(open.sequence, open.constrained.then_some(None));
             }
         }
         let losses = self.losses.clone();
@@ -157,21 +166,46 @@ impl Stage {
         self.drain()
     }
 
+    fn on_masks(&mut self, masks: MaskMeta, ticket: Ticket) -> Result<(), String> {
+        for mask in &masks.masks {
+            if let Some(Some(masked)) = self.opened.get_mut(&mask.sequence) {
+                *masked = Some(mask.position);
+            }
+        }
+        let losses = self.losses.clone();
+        let job = Job::Mask {
+            epoch: self.assignment.epoch,
+            masks,
+            done: Box::new(move |result| {
+                drop(ticket);
+                report(&losses, result);
+            }),
+        };
+        self.engine.try_submit(job).map_err(|e| e.to_string())?;
+        self.drain()
+    }
+
+    /// Whether everything that a row needs besides its activations has come.
+    fn knows(&self, row: &Row) -> bool {
+        match (row.want, self.opened.get(&row.sequence)) {
+            (Want::None, _) => true,
+            (_, None) => false,
+            (Want::Sample, Some(Some(masked))) => *masked == Some(row.position + row.count - 1),
+            (_, Some(_)) => true,
+        }
+    }
+
     /// Submits frames from the front as long as all their sequences are known.
     fn drain(&mut self) -> Result<(), String> {
         while let Some(front) = self.held.front() {
-            let known = front
-                .meta
-                .rows
-                .iter()
-                .all(|r| r.want == Want::None || self.opened.contains(&r.sequence));
+            let known = front.meta.rows.iter().all(|row| self.knows(row));
             if !known && front.since.elapsed() < OPEN_WAIT {
                 break;
             }
             let Some(held) = self.held.pop_front() else { break };
             for id in &held.meta.released {
                 // Bounded: a release without an announcement to come is a fault of the coordinator.
-                if !self.opened.remove(id) && self.early.len() < MAX_EARLY {
+                if self.opened.remove(id).is_none() && self.early.len() < MAX_EARLY {
                     self.early.insert(*id);
                 }
             }

@@ -18,7 +18,7 @@ impl SamplingParams {
     /// How many of the largest of `vocab` logits [`sample_top`] needs to give the token that
     /// [`sample`](super::sample()) would; `None` where it takes all logits.
     pub fn candidates(&self, vocab: usize) -> Option<usize> {
-        if self.logprobs.is_some() || adjusts(self) {
+        if self.logprobs.is_some() || self.grammar.is_some() || adjusts(self) {
             return None;
         }
         if self.takes_best() {

@@ -1,4 +1,4 @@
-//! From logits to a token: a pure function of (logits, parameters, token log, seed, position).
+//! From logits to a token: a pure function of (logits, parameters, token log, seed, position, mask).
 //!
 //! Nothing here keeps state between calls (a [`Scratch`] is only memory), draws randomness of its
 //! own or calls the platform's maths library: the same inputs give the same token on every machine,
@@ -11,6 +11,8 @@
 mod draw;
 mod exp;
 mod few;
+mod grammar;
+mod mask;
 mod params;
 mod sample;
 mod score;
@@ -19,10 +21,12 @@ mod top;
 
 pub use draw::{choice_seed, uniform};
 pub use few::{MAX_CANDIDATES, largest_logits, sample_top};
+pub use grammar::{Grammar, MAX_GRAMMAR_BYTES};
+pub use mask::TokenMask;
 pub use params::{
     MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS,
     SamplingError, SamplingParams,
 };
-pub use sample::{SampleError, Sampled, Scratch, sample};
+pub use sample::{Place, SampleError, Sampled, Scratch, sample};
 pub use score::{log_sum_exp, score};
 pub use stop::{StopMatcher, StopOutcome};

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::grammar::Grammar;
 use crate::wire::bounded;
 
 /// How to choose tokens and when to stop. Defaults: greedy-free plain sampling, as OpenAI has it.
@@ -45,6 +46,8 @@ pub struct SamplingParams {
     pub ignore_eos: bool,
     /// Return raw log-probabilities: `Some(k)` with the `k` best rivals, at most 64.
     pub logprobs: Option<u8>,
+    /// What the answer has to look like.
+    pub grammar: Option<Grammar>,
 }
 
 impl Default for SamplingParams {
@@ -64,6 +67,7 @@ impl Default for SamplingParams {
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             logprobs: None,
+            grammar: None,
         }
     }
 }
@@ -114,6 +118,11 @@ impl SamplingParams {
         check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
         self.validate_bias(vocab)?;
         self.validate_stops(vocab)?;
+        self.grammar.as_ref().map_or(Ok(()), Grammar::validate)?;
+        if self.grammar.is_some() && self.ignore_eos {
+            let message = "an answer that follows a grammar ends where the grammar does";
+            return Err(SamplingError::new("ignore_eos", message));
+        }
         if self.max_tokens == Some(0) {
             return Err(SamplingError::new("max_tokens", "must be at least 1, got 0"));
         }
@@ -193,7 +202,7 @@ pub struct SamplingError {
 }
 
 impl SamplingError {
-    fn new(param: &'static str, message: impl Into<String>) -> Self {
+    pub(super) fn new(param: &'static str, message: impl Into<String>) -> Self {
         Self { param, message: message.into() }
     }
 }

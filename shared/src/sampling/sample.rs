@@ -5,11 +5,12 @@
 //! 2. `logit_bias` is added;
 //! 3. penalties: repetition (tokens of prompt and answer), then frequency and presence (tokens of
 //!    the answer);
-//! 4. temperature 0: the largest logit, the lowest id among equals;
-//! 5. else probabilities at that temperature; then `top_k` largest logits (equal ones by lower id),
+//! 4. where there is a mask, only the tokens in it go on;
+//! 5. temperature 0: the largest logit, the lowest id among equals;
+//! 6. else probabilities at that temperature; then `top_k` largest logits (equal ones by lower id),
 //!    `min_p` (relative to the most probable), `top_p` (of what is left, most probable first; the
 //!    token that reaches the mass is kept);
-//! 6. a number in `[0, 1)` from (seed, position) picks from the running sum of probabilities in
+//! 7. a number in `[0, 1)` from (seed, position) picks from the running sum of probabilities in
 //!    ascending order of ids.
 //!
 //! Probabilities are f64, unnormalised, relative to the largest, and exactly 0 below e^-37; every sum
@@ -17,6 +18,7 @@
 
 use super::draw::uniform;
 use super::exp;
+use super::mask::TokenMask;
 use super::params::SamplingParams;
 use super::score::log_sum_exp;
 use super::top::{self, Candidate};
@@ -45,6 +47,9 @@ pub enum SampleError {
     /// There is nothing to choose from.
     #[error("no logits")]
     Empty,
+    /// The mask lets nothing through.
+    #[error("no token of the vocabulary is allowed")]
+    NothingAllowed,
     /// A token that the model does not have.
     #[error("token id {id} is outside the vocabulary of {vocab}")]
     OutsideVocabulary {
@@ -74,24 +79,34 @@ pub struct Scratch {
     counts: Vec<u32>,
 }
 
-/// Chooses the token that follows `history`.
-///
-/// `logits` are the `vocab` logits of the last position; they are changed. `history` is the token
-/// log up to and including that position, of which the first `prompt_len` are the prompt. `position`
-/// is that of the last token of `history`; with `seed` it names the random number. `params` must
-/// have passed [`SamplingParams::validate`].
+/// Where in its sequence a token is chosen, and among which.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// The token log up to and including the position after which a token is chosen.
+    pub history: &'a [u32],
+    /// How many of `history` are the prompt.
+    pub prompt_len: usize,
+    /// The random stream.
+    pub seed: u64,
+    /// Position of the last token of `history`; with `seed` it names the random number.
+    pub position: u32,
+    /// Tokens that may come; `None` allows all.
+    pub mask: Option<&'a TokenMask>,
+}
+
+/// Chooses the token that follows a place. `logits` are the `vocab` logits of its position; they are
+/// changed. `params` must have passed [`SamplingParams::validate`].
 ///
 /// # Errors
-/// If a logit is not finite, or there are none.
+/// If a logit is not finite, there are none, or the mask allows none.
 pub fn sample(
     logits: &mut [f32],
     params: &SamplingParams,
-    history: &[u32],
-    prompt_len: usize,
-    seed: u64,
-    position: u32,
+    place: Place<'_>,
     scratch: &mut Scratch,
 ) -> Result<Sampled, SampleError> {
+    let Place { history, prompt_len, seed, position, mask } = place;
+    let changes = adjusts(params) || mask.is_some();
     let adjusts = adjusts(params);
     let mut raw = None;
     if let Some(k) = params.logprobs {
@@ -100,15 +115,22 @@ pub fn sample(
         let logprob = |logit: f32| (f64::from(logit) - total) as f32;
         let top = scratch.candidates.iter().map(|&(id, logit)| (id, logprob(logit))).collect();
         raw = Some((total, top));
-        if adjusts {
+        if changes {
             scratch.raw.clear();
             scratch.raw.extend_from_slice(logits);
         }
-    } else if adjusts && top::argmax(logits).is_none() {
+    } else if changes && top::argmax(logits).is_none() {
         return Err(SampleError::non_finite(logits));
     }
     if adjusts {
         adjust(logits, params, history, prompt_len, &mut scratch.counts);
+    }
+    let lowest = match mask {
+        Some(mask) => Some(mask.first(logits.len()).ok_or(SampleError::NothingAllowed)?),
+        None => None,
+    };
+    if let Some(mask) = mask {
+        mask.apply(logits);
     }
     let (best, max) = top::argmax(logits).ok_or_else(|| SampleError::non_finite(logits))?;
     let token = if params.takes_best() {
@@ -116,8 +138,11 @@ pub fn sample(
     } else {
         draw(logits, max, params, uniform(seed, position), scratch)
     };
+    // Only where bias and penalties made every allowed logit the lowest that there is.
+    let allowed = |token: &u32| mask.is_none_or(|mask| mask.allows(*token));
+    let token = Some(token).filter(allowed).or(lowest).unwrap_or(token);
     let logprobs = raw.map(|(total, top)| {
-        let untouched = if adjusts { &scratch.raw[..] } else { &*logits };
+        let untouched = if changes { &scratch.raw[..] } else { &*logits };
         let logprob = (f64::from(untouched[token as usize]) - total) as f32;
         TokenLogprobs { logprob, top }
     });

@@ -7,7 +7,7 @@ use super::cost::Load;
 use super::draft;
 use super::policy::{self, Candidate};
 use super::sequence::Phase;
-use super::types::Step;
+use super::types::{Kind, Step};
 use crate::id::SequenceId;
 use crate::wire::data::{Row, StepMeta, TableUpdate, Want};
 
@@ -177,7 +177,8 @@ impl Scheduler {
     /// What may follow the rows of a decode that are under way.
     fn add_ahead(&mut self, id: SequenceId, draft: &mut Draft) {
         let Some(seq) = self.sequences.get(&id) else { return };
-        let follows = seq.phase == Phase::Decoding && seq.rows_in_flight > 0;
+        let follows =
+            seq.phase == Phase::Decoding && seq.rows_in_flight > 0 && seq.kind != Kind::Constrained;
         if !follows || seq.issued < seq.len() || seq.no_guess == seq.issued {
             return;
         }
@@ -290,7 +291,9 @@ impl Scheduler {
         }
         let streams = self.decoding();
         let rows = streams.div_ceil(self.window.size());
-        let Some(seq) = self.sequences.get_mut(&id) else { return Vec::new() };
+        let Some(seq) = self.sequences.get_mut(&id).filter(|s| s.kind != Kind::Constrained) else {
+            return Vec::new();
+        };
         // The other rows of the cohort, those that are to come included.
         let to_come = rows.saturating_sub(1 + draft.meta.rows.len() as u32);
         let plain = (0..to_come).fold(draft.load, |load, _| load.with_decode(seq.issued));

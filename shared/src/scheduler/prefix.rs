@@ -67,7 +67,7 @@ impl Scheduler {
             return &[];
         }
         let most = match seq.kind {
-            Kind::Generate => seq.len() - 1,
+            Kind::Generate | Kind::Constrained => seq.len() - 1,
             Kind::Score { .. } => seq.scored.min(seq.len() - 1),
         };
         let blocks = (most / self.config.block_size) as usize;

@@ -133,8 +133,10 @@ impl Sequence {
     pub(super) fn next_row(&self, budget: u32) -> (u32, Want) {
         let count = self.remaining().min(budget);
         match self.kind {
-            Kind::Generate if count == self.remaining() => (count, Want::Sample),
-            Kind::Generate => (count, Want::None),
+            Kind::Generate | Kind::Constrained if count == self.remaining() => {
+                (count, Want::Sample)
+            }
+            Kind::Generate | Kind::Constrained => (count, Want::None),
             // Recomputing after preemption: these scores have been delivered.
             Kind::Score { .. } if self.issued < self.scored => {
                 (count.min(self.scored - self.issued), Want::None)

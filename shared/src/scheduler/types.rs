@@ -101,6 +101,9 @@ impl SchedulerConfig {
 pub enum Kind {
     /// Continue the prompt.
     Generate,
+    /// Continue the prompt by tokens of a grammar: which may come is known only after the one before
+    /// them, so nothing is guessed.
+    Constrained,
     /// Score every position of the prompt.
     Score {
         /// Largest logits to return per position, at most 64.

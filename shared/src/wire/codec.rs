@@ -45,13 +45,21 @@ pub fn encode_frame<T: Serialize>(message: &T) -> Vec<u8> {
     out
 }
 
+/// Decodes a message at the beginning of `bytes`; with it, how many they were.
+///
+/// # Errors
+/// If there is none.
+pub fn decode_first<T: DeserializeOwned>(bytes: &[u8]) -> Result<(T, usize), CodecError> {
+    bincode::serde::decode_from_slice(bytes, config())
+        .map_err(|e| CodecError::Malformed(e.to_string()))
+}
+
 /// Decodes exactly one message.
 ///
 /// # Errors
 /// If the bytes are not one whole message of this type.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
-    let (message, used) = bincode::serde::decode_from_slice(bytes, config())
-        .map_err(|e| CodecError::Malformed(e.to_string()))?;
+    let (message, used) = decode_first(bytes)?;
     if used != bytes.len() {
         return Err(CodecError::Trailing(bytes.len() - used));
     }

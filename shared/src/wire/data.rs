@@ -12,7 +12,7 @@ use super::rpc::{PositionScore, TokenLogprobs};
 use super::stamp::Stamp;
 use crate::id::{Epoch, MicroBatchId, PipelineId, SequenceId};
 use crate::model::Dtype;
-use crate::sampling::SamplingParams;
+use crate::sampling::{SamplingParams, TokenMask};
 
 /// `MLRF`, little-endian.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"MLRF");
@@ -31,6 +31,8 @@ pub enum FrameKind {
     Results = 3,
     /// Opened sequences ([`OpenMeta`]); coordinator to last stage. No payload.
     Sequences = 4,
+    /// What may come next ([`MaskMeta`]); on the edge of `Sequences`. No payload.
+    Masks = 5,
 }
 
 /// Why a header is refused.
@@ -151,6 +153,7 @@ impl FrameHeader {
             2 => FrameKind::Activations,
             3 => FrameKind::Results,
             4 => FrameKind::Sequences,
+            5 => FrameKind::Masks,
             other => return Err(FrameError::Kind(other)),
         };
         let dtype = Dtype::from_wire(b[8]).ok_or(FrameError::Dtype(b[8]))?;
@@ -450,6 +453,8 @@ pub struct SequenceOpen {
     pub params: SamplingParams,
     /// The random stream: `hash(seed, choice)`.
     pub seed: u64,
+    /// Every token waits for a [`RowMask`]. (`params` come without their grammar.)
+    pub constrained: bool,
 }
 
 /// Metadata of `Sequences` frames.
@@ -457,6 +462,24 @@ pub struct SequenceOpen {
 pub struct OpenMeta {
     /// The sequences.
     pub opens: Vec<SequenceOpen>,
+}
+
+/// Which tokens may follow one position of a constrained sequence.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct RowMask {
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// The position after which a token is chosen.
+    pub position: u32,
+    /// The tokens.
+    pub allowed: TokenMask,
+}
+
+/// Metadata of `Masks` frames.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct MaskMeta {
+    /// At most one for each sequence.
+    pub masks: Vec<RowMask>,
 }
 
 /// Returned on a stage stream by the receiver: this many more frames may come.

@@ -10,7 +10,9 @@ use rkyv::rancor::Error as RkyvError;
 use rkyv::ser::allocator::ArenaHandle;
 use rkyv::util::AlignedVec;
 
-use super::data::{FrameError, FrameHeader, HEADER_BYTES, OpenMeta, ResultMeta, StepMeta};
+use super::data::{
+    FrameError, FrameHeader, HEADER_BYTES, MaskMeta, OpenMeta, ResultMeta, StepMeta,
+};
 use super::stamp::Stamp;
 
 /// The buffer type of frames: aligned for SIMD loads of the payload.
@@ -69,7 +71,7 @@ macro_rules! frame_meta {
         }
     )*};
 }
-frame_meta!(StepMeta, ResultMeta, OpenMeta);
+frame_meta!(StepMeta, ResultMeta, OpenMeta, MaskMeta);
 
 impl Frame {
     /// Lays a frame out with room for `payload_len` bytes (zeroed). Lengths and checksum in

@@ -134,6 +134,7 @@ impl Batcher {
         if !self.requests.rename(old, id) {
             return old;
         }
+        self.masks.rename(old, id);
         self.next_sequence += 1;
         id
     }

@@ -104,6 +104,7 @@ impl Batcher {
             self.fail(request, Status::exhausted(why.to_string(), RETRY_PIPELINE_MS));
         }
         let _ = next.cluster.try_send(Switched { epoch: next.epoch });
+        self.masks.on_epoch();
         self.active = Some(Active {
             pipeline: next.pipeline,
             epoch: next.epoch,

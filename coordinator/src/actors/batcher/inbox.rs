@@ -15,6 +15,7 @@ use tokio::sync::oneshot;
 use super::{Active, Batcher};
 use crate::request::{Generation, Request, Scoring, Work};
 use crate::service::{Caller, EventStream, unknown_request};
+use crate::text::Matcher;
 
 /// A continuation to produce. The prompt is tokenised, the parameters are validated.
 #[derive(Debug, Message)]
@@ -28,6 +29,8 @@ pub struct Submit {
     pub params: SamplingParams,
     /// How many continuations.
     pub choices: Choices,
+    /// The state of the grammar, where there is one.
+    pub matcher: Option<Matcher>,
     /// The seed, given or drawn.
     pub seed: u64,
     /// Whether the prompt is a conversation, rather than a text to go on with.
@@ -53,8 +56,15 @@ impl Handler<Submit> for Batcher {
         let first = Generation::first_bytes(&head);
         self.check_room(first)?;
         let counts = (max_new, head.choices);
-        let sequences = self.submit(m.tokens, Kind::Generate, counts, m.caller)?;
+        let last = (m.tokens.len() as u32).saturating_sub(1);
+        let kind = if m.matcher.is_some() { Kind::Constrained } else { Kind::Generate };
+        let sequences = self.submit(m.tokens, kind, counts, m.caller)?;
         self.promise(first);
+        if let (Some(matcher), Some(own)) = (m.matcher, &self.own) {
+            for &(sequence, _) in &sequences {
+                self.masks.begin(sequence, last, matcher.fresh(), own.clone());
+            }
+        }
         let now = self.now();
         let mut generation = Generation::new(head, &self.tokenizer, &self.journal);
         let stream = generation.listen(Vec::new(), false, &self.journal)?;

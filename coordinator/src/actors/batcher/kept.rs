@@ -216,7 +216,10 @@ impl Batcher {
                 id,
                 prompt: head.prompt.clone(),
                 max_new_tokens: head.max_new,
-                kind: Kind::Generate,
+                kind: match head.params.grammar {
+                    Some(_) => Kind::Constrained,
+                    None => Kind::Generate,
+                },
                 submitted: request.submitted,
                 deadline: request.deadline,
                 client: head.client,

@@ -13,6 +13,7 @@ mod doubt;
 mod epochs;
 mod inbox;
 mod kept;
+mod masks;
 mod requests;
 mod submit;
 mod whereabouts;
@@ -114,6 +115,10 @@ pub struct Batcher {
     resumed: Vec<SequenceId>,
     /// Requests were left to the next life.
     leaving: bool,
+    /// What constrained answers may go on with.
+    masks: masks::Masks,
+    /// The batcher's own; there while it runs.
+    own: Option<Addr<Batcher>>,
 }
 
 impl std::fmt::Debug for Batcher {
@@ -154,6 +159,8 @@ impl Batcher {
             retained,
             resumed: Vec::new(),
             leaving: false,
+            masks: masks::Masks::default(),
+            own: None,
         };
         batcher.restore(entries);
         batcher
@@ -235,22 +242,25 @@ impl Batcher {
         }
         let frame = frame(active, FrameKind::Step, step.id, &step.meta, &step.tokens)
             .map_err(IssueError::Frame)?;
-        send(&active.steps, frame)
+        send(&active.steps, frame)?;
+        self.send_masks_of(&step.meta)
     }
 
     fn open(&self, scheduler: &Scheduler, id: SequenceId) -> Option<SequenceOpen> {
         let (tokens, prompt_len) = scheduler.tokens(id)?;
         let (request, choice) = self.requests.of(id)?;
-        let (params, seed) = match &request.work {
+        let (mut params, seed) = match &request.work {
             Work::Generate(g) => (g.params(), g.seed(choice)),
             Work::Score(_) => (SamplingParams::greedy(), 0),
         };
+        let constrained = params.grammar.take().is_some();
         Some(SequenceOpen {
             sequence: id,
             tokens: tokens.to_vec(),
             prompt_len: prompt_len as u32,
             params,
             seed,
+            constrained,
         })
     }
 
@@ -317,12 +327,13 @@ impl Batcher {
             generation.on_token(choice, (index, token, last), logprobs, since, &self.journal);
         let (more, done) = (generation.take_promise(), generation.is_done());
         let abandoned = verdict == Verdict::Continue && generation.is_abandoned(now);
+        let position = generation.head().prompt.len() as u32 + index;
         if let Some(more) = more {
             self.promise(more);
         }
         match verdict {
             Verdict::Continue if abandoned => self.abandon(id),
-            Verdict::Continue => {}
+            Verdict::Continue => self.advance_mask(sequence, position, token),
             Verdict::Finished(reason) if done => {
                 self.metrics.on_finished(reason, since);
                 if let Some(request) = self.end(id) {
@@ -352,6 +363,7 @@ impl Batcher {
         let request = self.requests.remove(id)?;
         for &(sequence, _) in &request.sequences {
             self.note_fared(sequence, true);
+            self.end_masks(sequence);
             if let Some(scheduler) = self.scheduler.as_mut() {
                 scheduler.handle_finish(sequence);
             }
@@ -369,6 +381,7 @@ impl Batcher {
     /// Ends one choice of a request that goes on.
     fn end_choice(&mut self, sequence: SequenceId) {
         self.note_fared(sequence, true);
+        self.end_masks(sequence);
         self.requests.end(sequence);
         if let Some(scheduler) = self.scheduler.as_mut() {
             scheduler.handle_finish(sequence);
@@ -456,6 +469,8 @@ impl Actor for Batcher {
     fn started(&mut self, ctx: &mut Self::Context) {
         // A result per micro-batch in flight, submissions and cancellations of every API task.
         ctx.set_mailbox_capacity(1024);
+        self.own = Some(ctx.address());
+        self.restore_masks();
         ctx.run_interval(SWEEP, |actor, _| actor.sweep());
     }
 }

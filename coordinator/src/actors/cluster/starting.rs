@@ -48,8 +48,9 @@ impl Cluster {
         };
         let stood = plan.assignments.iter().map(held).collect();
         let credits = plan.assignments.first().map_or(2, |(_, a)| a.own_credits());
-        // Every micro-batch in flight, and a burst of frames that only carry releases.
-        let capacity = credits as usize + 64;
+        // Every micro-batch in flight, a burst of frames that only carry releases, and masks that
+        // come one by one, at most one for each sequence.
+        let capacity = credits as usize + 64 + plan.scheduler.max_num_seqs as usize;
         let (steps, step_frames) = mpsc::channel(capacity);
         let (opens, open_frames) = mpsc::channel(capacity);
         let number = self.number;

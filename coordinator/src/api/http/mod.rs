@@ -9,6 +9,7 @@
 mod admin;
 mod chat;
 mod completions;
+mod constraint;
 mod dashboard;
 mod error;
 mod fields;

@@ -9,6 +9,7 @@ use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::rpc::Choices;
 use serde_json::{Value, json};
 
+use super::constraint;
 use super::error::ApiError;
 use super::fields::Fields;
 
@@ -60,6 +61,7 @@ pub(crate) fn take(
     take_sampling(fields, &mut params)?;
     params.stop = take_stop(fields)?;
     params.stop_token_ids = fields.take("stop_token_ids")?.unwrap_or_default();
+    params.grammar = constraint::take(fields)?;
     params.ignore_eos = fields.take("ignore_eos")?.unwrap_or(false);
     Ok(Options { model, params, choices, stream, include_usage })
 }
@@ -201,20 +203,12 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
         ("tool_choice", &[json!("none"), json!("auto")]),
         ("functions", &[json!([])]),
         ("function_call", &[json!("none"), json!("auto")]),
-        ("response_format", &[json!({"type": "text"})]),
         ("modalities", &[json!(["text"])]),
         ("audio", &[]),
         ("prediction", &[]),
         ("web_search_options", &[]),
         ("reasoning_effort", &[json!("none")]),
         ("verbosity", &[json!("medium")]),
-        ("structured_outputs", &[]),
-        ("guided_json", &[]),
-        ("guided_regex", &[]),
-        ("guided_choice", &[]),
-        ("guided_grammar", &[]),
-        ("grammar", &[json!("")]),
-        ("json_schema", &[]),
         ("use_beam_search", &[json!(false)]),
         ("min_tokens", &[json!(0)]),
         ("bad_words", &[json!([])]),

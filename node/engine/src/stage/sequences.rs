@@ -11,10 +11,10 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use millrace_shared::id::SequenceId;
 use millrace_shared::sampling::{
-    SampleError, Sampled, SamplingParams, Scratch, sample, sample_top, score,
+    Place, SampleError, Sampled, SamplingParams, Scratch, TokenMask, sample, sample_top, score,
 };
 use millrace_shared::wire::data::{
-    ChosenToken, OpenMeta, Row, RowOutcome, SequenceOpen, StepMeta, Want,
+    ChosenToken, MaskMeta, OpenMeta, Row, RowMask, RowOutcome, SequenceOpen, StepMeta, Want,
 };
 
 use super::StageError;
@@ -30,18 +30,25 @@ struct Sequence {
     seed: u64,
     prompt_len: usize,
     history: Vec<u32>,
+    /// Every token waits for a mask.
+    constrained: bool,
+    /// What may come after which position: the latest that was told.
+    mask: Option<(u32, TokenMask)>,
 }
 
 impl Sequence {
     /// Chooses the token after a position and enters it into the history, in place of whatever
     /// followed that position.
     fn choose(&mut self, got: HeadRow<'_>, scratch: &mut Scratch) -> Result<Sampled, SampleError> {
-        let Self { params, seed, prompt_len, history } = self;
+        let Self { params, seed, prompt_len, history, mask, .. } = self;
         let last = got.position;
         history.truncate(last as usize + 1);
         let sampled = match got.logits {
             HeadLogits::Full(logits) => {
-                sample(logits, params, history, *prompt_len, *seed, last, scratch)
+                let mask = mask.as_ref().map(|(_, mask)| mask);
+                let place =
+                    Place { history, prompt_len: *prompt_len, seed: *seed, position: last, mask };
+                sample(logits, params, place, scratch)
             }
             HeadLogits::Top(top) => sample_top(top?, params, *seed, last, scratch),
         }?;
@@ -101,6 +108,8 @@ impl Sequences {
                 seed: open.seed,
                 prompt_len: open.prompt_len as usize,
                 history: open.tokens,
+                constrained: open.constrained,
+                mask: None,
             });
             self.open.insert(id, entry);
         }
@@ -120,6 +129,18 @@ impl Sequences {
         match open.tokens.iter().find(|&&id| id >= self.vocab) {
             Some(id) => Err(format!("token id {id} is outside the vocabulary of {}", self.vocab)),
             None => Ok(()),
+        }
+    }
+
+    /// Notes what may come next. Of a sequence that is not open, or never constrained, it means
+    /// nothing: the sequence may have ended in the meantime.
+    pub(super) fn mask(&mut self, masks: MaskMeta) {
+        for RowMask { sequence, position, allowed } in masks.masks {
+            if let Some(Ok(sequence)) = self.open.get_mut(&sequence)
+                && sequence.constrained
+            {
+                sequence.mask = Some((position, allowed));
+            }
         }
     }
 
@@ -169,6 +190,17 @@ impl Sequences {
                 sequence.history.len()
             ));
         }
+        let chooses = matches!(row.want, Want::Sample | Want::Verify | Want::Follow);
+        let last = row.position + own - 1;
+        if chooses
+            && sequence.constrained
+            && (row.drafts() > 0 || sequence.mask.as_ref().map(|m| m.0) != Some(last))
+        {
+            return Err(format!(
+                "what the grammar of sequence {} allows after position {last} never came",
+                row.sequence
+            ));
+        }
         Ok(())
     }
 
@@ -187,6 +219,9 @@ impl Sequences {
         wants.extend(meta.rows.iter().map(|row| match (row.want, self.open.get(&row.sequence)) {
             (Want::Score { .. }, _) => HeadWant::Full,
             (Want::Sample | Want::Verify | Want::Follow, Some(Ok(sequence))) => {
+                if sequence.constrained {
+                    return HeadWant::Full;
+                }
                 sequence.params.candidates(vocab).map_or(HeadWant::Full, HeadWant::Top)
             }
             // Has failed already, or wants nothing.

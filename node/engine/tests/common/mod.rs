@@ -134,6 +134,7 @@ pub fn open(sequence: u64, prompt: &[u32], params: SamplingParams) -> SequenceOp
         prompt_len: prompt.len() as u32,
         params,
         seed: 7,
+        constrained: false,
     }
 }
 

@@ -161,6 +161,7 @@ pub(super) fn open_metas() -> Vec<Vec<u8>> {
         prompt_len: tokens.min(3),
         params: SamplingParams { stop: vec!["x".into(); stops], ..SamplingParams::greedy() },
         seed: 3,
+        constrained: stops == 0,
     };
     let one = OpenMeta { opens: vec![open(1, 3)] };
     bytes([one, OpenMeta { opens: vec![open(0, 300), open(4, 9)] }, OpenMeta { opens: vec![] }])
