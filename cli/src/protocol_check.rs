@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use millrace_shared::error::{ErrorCode, Status};
-use millrace_shared::sampling::SamplingParams;
+use millrace_shared::sampling::{Grammar, SamplingParams};
 use millrace_shared::wire::ALPN_CLIENT;
 use millrace_shared::wire::codec::encode;
 use millrace_shared::wire::rpc::{
@@ -46,6 +46,8 @@ fn asked() -> Vec<(&'static str, Vec<u8>)> {
         |role: &str, content: &str| ChatMessage { role: role.into(), content: content.into() };
     let chat = vec![turn("system", "Be brief."), turn("user", "Why?")];
     let plain = SamplingParams::default();
+    let regex =
+        SamplingParams { grammar: Some(Grammar::Regex("a+".into())), ..SamplingParams::default() };
     let ids = vec![1, 250, 251, 65_535, 65_536];
     vec![
         ("header", encode(&header)),
@@ -55,6 +57,7 @@ fn asked() -> Vec<(&'static str, Vec<u8>)> {
             generate("m", Prompt::Tokens(ids), params.clone(), Choices { n: 2, best_of: 3 }),
         ),
         ("generate chat", generate("", Prompt::Chat(chat), params, Choices::of(1))),
+        ("generate regex", generate("", Prompt::Text("x".into()), regex, Choices::of(1))),
     ]
 }
 

@@ -140,6 +140,7 @@ class Params:
     stop_token_ids: list = field(default_factory=list)
     ignore_eos: bool = False
     logprobs: Optional[int] = None
+    grammar: Optional[tuple] = None  # ("json_object",), or ("json_schema" | "regex" | "lark", source)
 
     def write(self, w: Writer) -> None:
         w.f32(self.temperature)
@@ -153,6 +154,14 @@ class Params:
         w.list(self.stop_token_ids, w.uint)
         w.byte(self.ignore_eos)
         w.option(self.logprobs, w.byte)
+        w.option(self.grammar, lambda grammar: write_grammar(w, *grammar))
+
+
+def write_grammar(w: Writer, kind: str, source: str = "") -> None:
+    number = ("json_object", "json_schema", "regex", "lark").index(kind)
+    w.uint(number)
+    if number:
+        w.text(source)
 
 
 @dataclass
@@ -349,6 +358,7 @@ def self_test(path: str) -> None:
         "generate text": generate("Once upon", Params()),
         "generate tokens": generate([1, 250, 251, 65_535, 65_536], params, "m", 2, 3),
         "generate chat": generate(chat, params),
+        "generate regex": generate("x", Params(grammar=("regex", "a+"))),
     }
     for name, body in made.items():
         assert body == asked[name], f"{name}: {body.hex()} is not {asked[name].hex()}"
