@@ -1,6 +1,6 @@
 //! The long run of damaged inputs: `cargo bench --bench fuzz -- --seconds 3600 --seed 1`.
 //!
-//! Every target, or the one that `--only NAME` names, gets its share of the time; an input that breaks one is printed and ends the run.
+//! Every target, or the one that `--only NAME` names, or those from `--from NAME` on, gets its share of the time; an input that breaks one is printed and ends the run.
 #![allow(clippy::print_stdout)]
 
 use std::time::{Duration, Instant};
@@ -23,9 +23,17 @@ fn main() {
     let (seconds, seed) = (number("--seconds", 60), number("--seed", 1));
     let mut all = targets();
     all.push(Http::start().target);
-    if let Some(at) = words.iter().position(|w| w == "--only") {
-        all.retain(|target| words.get(at + 1).is_some_and(|name| name == target.name));
-        assert!(!all.is_empty(), "--only names no target");
+    let named = |option| {
+        let at = words.iter().position(|w| w == option)?;
+        let name = words.get(at + 1);
+        let found = all.iter().position(|target| name.is_some_and(|name| name == target.name));
+        Some(found.unwrap_or_else(|| panic!("{option} names no target")))
+    };
+    let (only, from) = (named("--only"), named("--from"));
+    if let Some(at) = only {
+        all = vec![all.swap_remove(at)];
+    } else if let Some(at) = from {
+        all.drain(..at);
     }
     let share = Duration::from_secs(seconds) / all.len() as u32;
     println!("{:<20} {:>12} {:>12}", "target", "inputs", "accepted");

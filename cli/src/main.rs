@@ -45,6 +45,7 @@ mod up;
 use std::process::exit;
 
 use clap::{Parser, Subcommand};
+use millrace_coordinator::text::renderers;
 use millrace_net::telemetry::{self, LogFormat};
 use millrace_shared::flags::{Program, parse_or_exit};
 
@@ -180,6 +181,10 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
 }
 
 fn main() {
+    if renderers::serve_if_asked() {
+        return;
+    }
+    renderers::enable();
     let cli = parse_or_exit::<Cli>(PROGRAM);
     // Not dropped before the exit: neither an actor that is still running nor a thread that waits
     // for a key on stdin may hold up the end, or have a say in it.

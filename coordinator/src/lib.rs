@@ -7,6 +7,7 @@
 //! and [`gate`] stands in front of it;
 //! [`text`] tokenises; [`models`] finds and hashes model files; [`blobs`] hands weights to nodes;
 //! [`chronicle`] remembers what happened; [`whereabouts`] says what requests wait for; [`state`] is the cluster's folder, [`journal`] what is kept of requests there.
+#![forbid(unsafe_code)]
 
 pub mod actors;
 pub mod api;

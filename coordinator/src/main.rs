@@ -11,6 +11,7 @@ use millrace_coordinator::cli::{
 };
 use millrace_coordinator::paste::paste_lines;
 use millrace_coordinator::state::CLIENT_FILE;
+use millrace_coordinator::text::renderers;
 use millrace_coordinator::{Config, start};
 use millrace_net::signals::terminated;
 use millrace_net::{supervisor, telemetry};
@@ -20,6 +21,10 @@ use millrace_shared::flags::parse_or_exit;
 const SERVE_TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
 fn main() {
+    if renderers::serve_if_asked() {
+        return;
+    }
+    renderers::enable();
     let cli = parse_or_exit::<Cli>(PROGRAM);
     if let Err(message) = telemetry::init(cli.log_format) {
         eprintln!("error: {message}");

@@ -2,6 +2,7 @@
 //!
 //! [`start()`] runs one inside the current actix system or arbiter, for the `millrace-node` binary
 //! and for programs that embed nodes. No maths here: `millrace-engine` computes, on its own thread.
+#![forbid(unsafe_code)]
 
 pub mod actors;
 pub mod cli;

@@ -1,38 +1,29 @@
-//! Renders conversations by the chat template in the model file.
+//! The chat template of a model: where it comes from, and who renders it.
 //!
-//! Templates are programs from the model's file. They see nothing but the conversation and cannot
-//! reach files; instructions, messages and output are bounded, and so is the time they take. Memory
-//! on the way is not: a template that doubles a string again and again can exhaust it within its
-//! instructions. No conversation can make an honest template do so, but a model file has to be
-//! trusted that far.
+//! In a program that asked for it ([`super::renderers::enable`]) conversations are rendered by
+//! processes of their own, because a template can take more memory than there is; elsewhere (tests,
+//! tools) by this one.
 
-use std::io::{self, Write};
 use std::path::Path;
+use std::sync::Arc;
 
 use millrace_shared::model::gguf::Gguf;
-use millrace_shared::wire::rpc::MAX_CHAT_MESSAGES;
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
-use minijinja::{Environment, Error, ErrorKind, context};
 
+use super::renderers::{self, Renderers, Source};
 use super::settings::Settings;
-use super::{ChatMessage, TextError, clock};
-
-/// Instructions that a template may run, besides some per message.
-const FUEL: u64 = 1_000_000;
-const FUEL_PER_MESSAGE: u64 = 10_000;
-/// Instructions in all, however many messages there are: seconds at most.
-const MAX_FUEL: u64 = 10_000_000;
-/// Longest prompt in bytes.
-const MAX_OUTPUT: usize = 64 << 20;
-const NAME: &str = "chat";
+use super::template::Template;
+use super::{ChatMessage, TextError};
 
 /// A model's chat template.
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
-    bos: String,
-    eos: String,
+    rendering: Rendering,
+}
+
+#[derive(Clone, Debug)]
+enum Rendering {
+    Here(Arc<Template>),
+    Apart(Arc<Renderers>),
 }
 
 impl ChatTemplate {
@@ -68,141 +59,31 @@ impl ChatTemplate {
     /// # Errors
     /// If it is not valid.
     pub fn new(source: &str, bos: String, eos: String) -> Result<Self, TextError> {
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|e| TextError::Template(describe(&e)))?);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |message: String| -> Result<(), Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_function("strftime_now", |format: String| clock::strftime_now(&format));
-        environment
-            .add_template_owned(NAME, source.to_owned())
-            .map_err(|e| TextError::Template(describe(&e)))?;
-        Ok(Self { environment, bos, eos })
+        let rendering = match renderers::program() {
+            None => Rendering::Here(Arc::new(Template::new(source, bos, eos)?)),
+            Some(program) => {
+                let source = Source { source: source.to_owned(), bos, eos };
+                Rendering::Apart(Arc::new(Renderers::start(program, source)?))
+            }
+        };
+        Ok(Self { rendering })
     }
 
     /// The prompt of a conversation; with `add_generation_prompt` it ends where the model's answer
-    /// begins. The template may add a system message of its own.
+    /// begins. The template may add a system message of its own. Takes as long as the template
+    /// does: some seconds at most.
     ///
     /// # Errors
-    /// If there are more than [`MAX_CHAT_MESSAGES`], or the template refuses the conversation (such
-    /// as roles out of turn), or runs too long.
+    /// If there are more than [`millrace_shared::wire::rpc::MAX_CHAT_MESSAGES`], or the template
+    /// refuses the conversation (such as roles out of turn), or takes too much time or memory.
     pub fn render(
         &self,
         messages: &[ChatMessage],
         add_generation_prompt: bool,
     ) -> Result<String, TextError> {
-        let found = messages.len();
-        if found > MAX_CHAT_MESSAGES {
-            return Err(TextError::Messages { found, limit: MAX_CHAT_MESSAGES });
+        match &self.rendering {
+            Rendering::Here(template) => template.render(messages, add_generation_prompt),
+            Rendering::Apart(renderers) => renderers.render(messages, add_generation_prompt),
         }
-        let failed = |e: &Error| TextError::Render(describe(e));
-        let mut environment = self.environment.clone();
-        environment.set_fuel(Some(MAX_FUEL.min(FUEL + FUEL_PER_MESSAGE * found as u64)));
-        let template = environment.get_template(NAME).map_err(|e| failed(&e))?;
-        let mut out = Bounded(Vec::new());
-        let rendered = template.render_captured_to(
-            context! {
-                messages => Serde(messages),
-                add_generation_prompt,
-                bos_token => self.bos.as_str(),
-                eos_token => self.eos.as_str(),
-            },
-            &mut out,
-        );
-        rendered.map_err(|e| failed(&e))?;
-        String::from_utf8(out.0).map_err(|e| TextError::Render(e.to_string()))
-    }
-}
-
-/// An error with its causes, without the template's source.
-fn describe(error: &Error) -> String {
-    let mut text = match (error.kind(), error.detail()) {
-        (ErrorKind::OutOfFuel, _) => "it runs for too long".to_owned(),
-        (ErrorKind::InvalidOperation, Some(detail)) => detail.to_owned(),
-        (kind, Some(detail)) => format!("{kind}: {detail}"),
-        (kind, None) => kind.to_string(),
-    };
-    if let Some(line) = error.line() {
-        text.push_str(&format!(" (line {line} of the template)"));
-    }
-    let mut cause = std::error::Error::source(error);
-    while let Some(e) = cause {
-        text.push_str(&format!(": {e}"));
-        cause = e.source();
-    }
-    text
-}
-
-struct Bounded(Vec<u8>);
-
-impl Write for Bounded {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        if self.0.len() + data.len() > MAX_OUTPUT {
-            return Err(io::Error::other(format!("the prompt exceeds {MAX_OUTPUT} bytes")));
-        }
-        self.0.extend_from_slice(data);
-        Ok(data.len())
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn user(content: &str) -> ChatMessage {
-        ChatMessage { role: "user".to_owned(), content: content.to_owned() }
-    }
-
-    fn render(source: &str, messages: &[ChatMessage]) -> Result<String, TextError> {
-        ChatTemplate::new(source, "<s>".to_owned(), "</s>".to_owned())?.render(messages, true)
-    }
-
-    #[test]
-    fn python_methods_and_tokens() {
-        let source = "{{ bos_token }}{% for m in messages %}\n{{ m['content'].strip().upper() }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}>{% endif %}";
-        assert_eq!(render(source, &[user(" hi "), user("x")]).unwrap(), "<s>HI</s>X</s>>");
-    }
-
-    #[test]
-    fn refusals_carry_the_templates_words() {
-        let source = "{{ raise_exception('roles must alternate') }}";
-        let message = render(source, &[user("a")]).unwrap_err().to_string();
-        assert!(message.contains("refused the conversation: roles must alternate"), "{message}");
-    }
-
-    #[test]
-    fn invalid_and_endless_templates() {
-        assert!(matches!(render("{% for %}", &[]), Err(TextError::Template(_))));
-        let source =
-            "{% for i in range(9999) %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}";
-        let message = render(source, &[user("a")]).unwrap_err().to_string();
-        assert!(message.contains("too long"), "{message}");
-    }
-
-    #[test]
-    fn conversations_have_a_longest_length() {
-        let source =
-            "{% for m in messages %}{{ '<' + m.role + '>' + m.content.strip() }}{% endfor %}";
-        let longest = vec![user("a"); MAX_CHAT_MESSAGES];
-        assert_eq!(render(source, &longest).unwrap().len(), 7 * MAX_CHAT_MESSAGES);
-        let message = render(source, &vec![user("a"); 4097]).unwrap_err().to_string();
-        assert!(message.contains("4097 messages, at most 4096"), "{message}");
-        // What takes some thousand instructions for each message ends, too.
-        let source =
-            "{% for m in messages %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}";
-        let message = render(source, &longest).unwrap_err().to_string();
-        assert!(message.contains("too long"), "{message}");
-    }
-
-    #[test]
-    fn dates() {
-        let text = render("{{ strftime_now('%Y') }}", &[]).unwrap();
-        assert!(text.parse::<u32>().unwrap() >= 2024);
     }
 }

@@ -19,8 +19,10 @@ mod normalize;
 mod patterns;
 mod pieces;
 mod pretokenizer;
+pub mod renderers;
 mod settings;
 mod table;
+mod template;
 mod tokenizer;
 mod unigram;
 
