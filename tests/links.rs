@@ -75,3 +75,29 @@ fn what_is_cancelled_is_not_computed() {
         assert_eq!(answer.expect("an answer").tokens, cluster.expected(&short, 3));
     });
 }
+
+/// The way between the stages closes for good while they serve: it is tried, and gone around.
+#[test]
+fn a_way_that_closes_while_it_serves_is_gone_around() {
+    let _alone = alone();
+    let shape =
+        Shape { link: Some(Way::default()), ..Shape::of_layers([Duration::from_millis(2); 2], 4) };
+    let cluster = Mocked::start(&shape);
+    let order =
+        |s: &ClusterStatus| s.stages.iter().map(|s| s.node_name.clone()).collect::<Vec<_>>();
+    block_on(async {
+        let client = ask::connect(cluster.client()).await;
+        let before = order(&ask::idle(&client).await);
+        let prompt: Vec<u32> = (1..20).collect();
+        let asked = Prompt::Tokens(prompt.clone());
+        let mut stream = ask::begin(&client, asked, ask::greedy(100)).await.expect("accepted");
+        let begun = ask::take_tokens(&mut stream, 5).await.expect("tokens");
+        // The relay before the second node carries what other nodes send it, and nothing else.
+        let second = usize::from(before[1] == "mock-1");
+        cluster.relays()[2 * second + 1].set_ways(Way::cut(), Way::cut());
+        let answer = ask::finish_from(stream, begun).await.expect("an answer");
+        assert_eq!(answer.tokens, cluster.expected(&prompt, 100));
+        let after = order(&ask::idle(&client).await);
+        assert_eq!(after, before.iter().rev().cloned().collect::<Vec<_>>(), "the other way");
+    });
+}

@@ -58,6 +58,7 @@ pub(crate) fn node(args: &[OsString]) {
         require_kv_dtype: None,
         require_activation_dtype: None,
         show_progress: false,
+        drains: false,
     };
     actix_rt::System::new().block_on(async {
         let membership = millrace_node::enrol::membership(&config).await.unwrap();

@@ -210,5 +210,6 @@ fn node_config(
         require_kv_dtype: None,
         require_activation_dtype: None,
         show_progress: false,
+        drains: false,
     })
 }

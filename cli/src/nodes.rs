@@ -144,6 +144,12 @@ fn nodes_table(nodes: &[NodeStatus]) -> Table {
             NodeRole::Cordoned => "cordoned".to_owned(),
             NodeRole::Suspect => "silent".to_owned(),
         };
+        let why: Vec<&str> = node.cordons.iter().map(|r| r.as_str()).collect();
+        let role = match (why.is_empty(), node.role) {
+            (true, _) => role,
+            (false, NodeRole::Cordoned) => format!("cordoned: {}", why.join(", ")),
+            (false, _) => format!("{role}, cordoned: {}", why.join(", ")),
+        };
         table.row([
             if again { String::new() } else { node.host.clone() },
             node.name.clone(),

@@ -140,6 +140,7 @@ impl RunArgs {
                 defaults.activation_dtype,
             ),
             show_progress: true,
+            drains: true,
         })
     }
 }

@@ -50,4 +50,6 @@ pub struct Config {
     pub require_activation_dtype: Option<Dtype>,
     /// Bars and tables on stderr; off where another program embeds the node.
     pub show_progress: bool,
+    /// Whether the process ends when an operator tells the node to drain.
+    pub drains: bool,
 }

@@ -191,6 +191,7 @@ fn hello(
             .map_or(hardware.memory_bytes, |m| m.min(hardware.memory_bytes)),
         hardware: hardware.processor.clone(),
         torch: engines::kept(config),
+        drains: config.drains,
     }
 }
 

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use millrace_shared::id::{Epoch, NodeId};
 use millrace_shared::membership::{
-    Action, Event, FLAPS, LEASE, LostReason, MemberState, Membership, MembershipConfig,
-    PipelineConfig, PipelinePhase, PipelineState, RETRY_NODE, RETRY_PIPELINE, SUSPECT_AFTER,
-    Session,
+    Action, CordonReason, Event, FLAPS, LEASE, LostReason, MemberState, Membership,
+    MembershipConfig, PipelineConfig, PipelinePhase, PipelineState, RETRY_NODE, RETRY_PIPELINE,
+    SUSPECT_AFTER, Session,
 };
 use millrace_shared::wire::control::StageProfile;
 use proptest::prelude::*;
@@ -328,7 +328,7 @@ enum PipeOp {
     /// A new cut over the nodes whose bits are set.
     Recut(u8),
     Restart,
-    Cordon(u64, bool),
+    Cordon(u64, usize, bool),
     /// Answers the nth action that is outstanding; `false` badly.
     Answer(usize, bool),
     Wait(u64),
@@ -342,7 +342,7 @@ fn pipe_op() -> impl Strategy<Value = PipeOp> {
         1 => Just(PipeOp::EdgeLost),
         2 => (1..32u8).prop_map(PipeOp::Recut),
         1 => Just(PipeOp::Restart),
-        1 => (0..5u64, any::<bool>()).prop_map(|(i, on)| PipeOp::Cordon(i, on)),
+        1 => (0..5u64, 0..3usize, any::<bool>()).prop_map(|(i, why, on)| PipeOp::Cordon(i, why, on)),
         12 => (0..4usize, prop::bool::weighted(0.9)).prop_map(|(n, ok)| PipeOp::Answer(n, ok)),
         2 => (1..8000u64).prop_map(PipeOp::Wait),
     ]
@@ -409,7 +409,9 @@ impl World {
                 let began = self.p.handle_recut(&nodes, now);
                 assert!(idle || !began, "only beside an epoch that runs, one at a time");
             }
-            PipeOp::Cordon(i, on) => self.p.handle_cordon(node(i), on, now),
+            PipeOp::Cordon(i, why, on) => {
+                self.p.handle_cordon(node(i), CordonReason::ALL[why], on, now);
+            }
             PipeOp::Restart => {
                 assert_eq!(self.p.handle_restart("told to", now), self.started.is_some());
             }
@@ -503,7 +505,7 @@ fn run_pipeline(stages: u16, ops: &[PipeOp]) {
     // When all is well again it runs: fresh nodes, everything answered well, time passes.
     for i in 0..5 {
         world.apply(&PipeOp::Suspect(i, false));
-        world.apply(&PipeOp::Cordon(i, false));
+        (0..3).for_each(|why| world.apply(&PipeOp::Cordon(i, why, false)));
         world.apply(&PipeOp::Join(i));
     }
     world.apply(&PipeOp::Join(5));

@@ -354,8 +354,11 @@ impl World {
                 }
             }
             Outcome::Shed { .. } => unreachable!("no deadlines here"),
-            Outcome::Failed { sequence, message } => {
-                assert!(self.missing || !message.contains("no result"), "it was called void");
+            Outcome::Failed { sequence, failure, .. } => {
+                assert!(
+                    self.missing || !failure.message.contains("no result"),
+                    "it was called void"
+                );
                 assert!(self.clients.remove(&sequence).is_some());
                 assert!(self.scheduler.tokens(sequence).is_none());
                 self.failed += 1;

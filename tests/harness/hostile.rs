@@ -46,6 +46,7 @@ pub fn hello(numerics_revision: &str) -> Hello {
         threads: 1,
         memory_bytes: 1 << 30,
         hardware: "none".to_owned(),
+        drains: true,
     }
 }
 

@@ -192,6 +192,11 @@ impl Mocked {
         http::get(self.http, "/metrics").text()
     }
 
+    /// Ends a node, which says goodbye.
+    pub fn stop(&mut self, index: usize) {
+        drop(self.nodes.remove(index));
+    }
+
     /// The links, in no order that means something.
     pub fn relays(&self) -> &[Relay] {
         &self.relays
@@ -360,5 +365,6 @@ fn node_config(dir: &Path, index: usize, nodes: usize, front: Option<SocketAddr>
         require_kv_dtype: None,
         require_activation_dtype: None,
         show_progress: false,
+        drains: false,
     }
 }

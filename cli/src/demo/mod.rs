@@ -9,6 +9,7 @@ mod parts;
 mod processes;
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
@@ -66,8 +67,10 @@ pub(crate) struct DemoArgs {
 }
 
 pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
+    // Before signals are heard: until then one ends the program, download and all.
+    let model = input::model_as(&args.model, args.model_options)?;
     let work = async {
-        let mut cluster = start(&args).await?;
+        let mut cluster = start(&args, &model).await?;
         let result = show(&args, &mut cluster).await;
         match &result {
             Err(e) if !e.is::<output::StdoutError>() => output::remark(&cluster.logs()),
@@ -83,9 +86,8 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     }
 }
 
-async fn start(args: &DemoArgs) -> anyhow::Result<Processes> {
-    let model = input::model_as(&args.model, args.model_options)?;
-    let mut cluster = Processes::start(&model, STAGES)?;
+async fn start(args: &DemoArgs, model: &Path) -> anyhow::Result<Processes> {
+    let mut cluster = Processes::start(model, STAGES).await?;
     let started = populate(args, &mut cluster).await;
     if started.is_err() {
         output::remark(&cluster.logs());
@@ -214,7 +216,7 @@ async fn stream(
                 last = Some(Instant::now());
                 let here = seen.tokens.len() as u32;
                 if let Some((_, name)) = kill.filter(|k| k.0 == here) {
-                    cluster.kill(name)?;
+                    cluster.kill(name).await?;
                     seen.died_at = Some(here);
                     let what = match name {
                         processes::COORDINATOR => "the one that holds it together".to_owned(),

@@ -64,11 +64,12 @@ impl Processes {
     ///
     /// # Errors
     /// If it cannot be started, or ends.
-    pub(super) fn start(model: &Path, stages: usize) -> anyhow::Result<Self> {
+    pub(super) async fn start(model: &Path, stages: usize) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("millrace-demo-").tempdir()?;
         let model = std::path::absolute(model)?.to_str().context("the model's path")?.to_owned();
         let stages = stages.to_string();
-        let (coordinator, token, cluster) = serve(folder.path(), &model, &stages, (ANY, ANY))?;
+        let (coordinator, token, cluster) =
+            serve(folder.path(), &model, &stages, (ANY, ANY)).await?;
         let client = ClientConfig::load(&folder.path().join(COORDINATOR).join(CLIENT_FILE))?;
         let nodes = Vec::new();
         Ok(Self { nodes, coordinator, token, client, cluster, stages, model, folder })
@@ -91,12 +92,13 @@ impl Processes {
     ///
     /// # Errors
     /// If there is none of that name, or it cannot be started again.
-    pub(super) fn kill(&mut self, name: &str) -> anyhow::Result<()> {
+    pub(super) async fn kill(&mut self, name: &str) -> anyhow::Result<()> {
         if name == COORDINATOR {
             self.coordinator.child.kill()?;
             self.coordinator.child.wait()?;
             let addresses = (self.client.quic.as_str(), self.cluster.as_str());
-            let (again, ..) = serve(self.folder.path(), &self.model, &self.stages, addresses)?;
+            let (again, ..) =
+                serve(self.folder.path(), &self.model, &self.stages, addresses).await?;
             self.coordinator = again;
             return Ok(());
         }
@@ -170,7 +172,7 @@ impl Processes {
 }
 
 /// A coordinator at these addresses of clients and members, a join token, and where members connect.
-fn serve(
+async fn serve(
     folder: &Path,
     model: &str,
     stages: &str,
@@ -182,8 +184,15 @@ fn serve(
     command.stdout(Stdio::piped());
     let mut coordinator = spawn(COORDINATOR, command)?;
     let stdout = coordinator.child.stdout.take().context("its output")?;
-    let mut line = String::new();
-    BufReader::new(stdout).read_line(&mut line)?;
+    // Elsewhere, so that a signal is heard meanwhile: who drops this ends the coordinator, and with
+    // it the wait.
+    let line = tokio::task::spawn_blocking(move || {
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line).map(|_| line)
+    });
+    let line = tokio::time::timeout(START_DEADLINE, line)
+        .await
+        .with_context(|| format!("the coordinator said nothing within {START_DEADLINE:?}"))???;
     match line.trim().split_once(' ') {
         Some((token, cluster)) => Ok((coordinator, token.to_owned(), cluster.to_owned())),
         None => {

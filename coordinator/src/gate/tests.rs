@@ -81,6 +81,7 @@ impl Service for Open {
             threads: 1,
             memory_bytes: 1,
             role: millrace_shared::wire::admin::NodeRole::StandBy,
+            cordons: Vec::new(),
         };
         async { Ok(AdminReply::Nodes(vec![node])) }.boxed()
     }

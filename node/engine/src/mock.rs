@@ -32,7 +32,12 @@ pub enum Fault {
     Panic,
     /// The step gives NaN as activations or logits.
     Nan,
+    /// The step takes [`HANG`] longer, as if it would never end.
+    Hang,
 }
+
+/// How long a step hangs: longer than tests wait for it, and not for ever, for its thread is joined.
+pub const HANG: Duration = Duration::from_secs(8);
 
 /// How the mock behaves.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,6 +58,8 @@ pub struct MockConfig {
     pub head_seconds: f64,
     /// What goes wrong in which call of `step`, the first being 0.
     pub faults: Vec<(u64, Fault)>,
+    /// What goes wrong in every step of a first stage that computes this token.
+    pub poison: Option<(u32, Fault)>,
 }
 
 impl Default for MockConfig {
@@ -66,6 +73,7 @@ impl Default for MockConfig {
             layer_rows: u32::MAX,
             head_seconds: 1e-3,
             faults: Vec::new(),
+            poison: None,
         }
     }
 }
@@ -307,11 +315,21 @@ impl Engine for MockEngine {
         self.calls += 1;
         let spec =
             self.spec.clone().ok_or_else(|| StepError::Invalid("nothing is loaded".into()))?;
-        let fault = self.config.faults.iter().find(|(n, _)| *n == call).map(|(_, fault)| *fault);
+        let poisoned = |token: u32| match input {
+            StageInput::Tokens(tokens) => tokens.contains(&token),
+            StageInput::Hidden(_) => false,
+        };
+        let poison = self.config.poison.filter(|(token, _)| poisoned(*token));
+        let fault = self.config.faults.iter().find(|(n, _)| *n == call);
+        let fault = poison.map(|(_, fault)| fault).or_else(|| fault.map(|(_, fault)| *fault));
         self.update_tables(meta);
         let result = match fault {
             Some(Fault::Fail) => Err(StepError::Invalid(format!("fault in step {call}"))),
             Some(Fault::Panic) => panic!("fault in step {call}"),
+            Some(Fault::Hang) => {
+                std::thread::sleep(HANG);
+                self.compute(&spec, meta, input, output, false)
+            }
             nan => self.compute(&spec, meta, input, output, nan == Some(Fault::Nan)),
         };
         self.pause(spec.layers.len(), since);

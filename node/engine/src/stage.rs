@@ -20,7 +20,7 @@ use millrace_shared::id::{Epoch, PipelineId, StageIndex};
 use millrace_shared::model::Dtype;
 use millrace_shared::wire::control::{ProfileSpec, StageProfile, VoidRows};
 use millrace_shared::wire::data::{
-    FrameError, FrameHeader, FrameKind, MaskMeta, OpenMeta, ResultMeta, RowOutcome, StageTime,
+    Failure, FrameError, FrameHeader, FrameKind, MaskMeta, OpenMeta, ResultMeta, RowOutcome, StageTime,
     StepMeta,
 };
 use millrace_shared::wire::frame::Frame;
@@ -162,7 +162,7 @@ impl StageRunner {
         };
         self.input = vec![0.0; if spec.embed { 0 } else { width }];
         self.output = vec![0.0; if spec.head { 0 } else { width }];
-        let sequences = Sequences::new(spec);
+        let sequences = Sequences::new(spec, place.stage.0);
         let (wants, void) = (Vec::new(), Void::default());
         self.loaded = Some(Loaded { spec: spec.clone(), place, sequences, wants, void });
         Ok(done)
@@ -322,9 +322,9 @@ impl StageRunner {
                 Ok(next.stamped(ready).seal())
             }
             Err(cause) => {
-                let failed = Some(loaded.describe(&cause));
-                tracing::warn!(error = failed.as_deref(), micro_batch = header.micro_batch.0);
-                let meta = StepMeta { failed, ..meta };
+                let failed = loaded.describe(&cause);
+                tracing::warn!(error = failed.message, micro_batch = header.micro_batch.0);
+                let meta = StepMeta { failed: Some(failed), ..meta };
                 Ok(Frame::build(FrameHeader { rows: 0, ..header }, &meta, 0)?.seal())
             }
         }
@@ -357,7 +357,7 @@ impl StageRunner {
             }
             Err(cause) => {
                 let failed = loaded.describe(&cause);
-                tracing::warn!(error = failed, micro_batch = frame.header().micro_batch.0);
+                tracing::warn!(error = failed.message, micro_batch = frame.header().micro_batch.0);
                 meta.times.clear();
                 results(frame.header(), &meta, std::iter::repeat(RowOutcome::Failed(failed)))
             }
@@ -392,9 +392,10 @@ impl Loaded {
         Err(StageError::Stale { pipeline, epoch, own_pipeline, own_epoch })
     }
 
-    fn describe(&self, cause: &StepError) -> String {
-        let layers = &self.spec.layers;
-        format!("stage {}, layers {}..{}: {cause}", self.place.stage, layers.start, layers.end)
+    fn describe(&self, cause: &StepError) -> Failure {
+        let (stage, layers) = (self.place.stage, &self.spec.layers);
+        let message = format!("stage {stage}, layers {}..{}: {cause}", layers.start, layers.end);
+        Failure::of_stage(stage.0, message)
     }
 }
 

@@ -9,7 +9,7 @@ use millrace_shared::id::{Epoch, PipelineId, SequenceId};
 use millrace_shared::model::Dtype;
 use millrace_shared::sampling::{SamplingParams, TokenMask};
 use millrace_shared::wire::data::{
-    FrameHeader, FrameKind, MaskMeta, OpenMeta, ResultMeta, RowMask, RowOutcome, SequenceOpen,
+    Failure, FrameHeader, FrameKind, MaskMeta, OpenMeta, ResultMeta, RowMask, RowOutcome, SequenceOpen,
     StepMeta, TableUpdate, Want,
 };
 use millrace_shared::wire::frame::Frame;
@@ -82,11 +82,14 @@ fn a_later_stage_checks_its_frames() {
     refused(&mut stage, &frame(activations(header(1)), &meta, &zeros[..60]), "payload of 60");
     refused(&mut stage, &frame(activations(header(1)), &meta, &[]), "payload of 0");
     stage.run(&frame(activations(header(1)), &meta, &zeros)).expect("good");
-    meta.failed = Some("stage 0: because".to_owned());
+    meta.failed = Some(Failure::of_stage(0, "because".to_owned()));
     refused(&mut stage, &frame(activations(header(1)), &meta, &zeros), "no payload");
     let passed = stage.run(&frame(activations(header(1)), &meta, &[])).expect("good");
     let results: ResultMeta = passed.meta().expect("results");
-    assert_eq!(results.rows[0].outcome, RowOutcome::Failed("stage 0: because".to_owned()));
+    assert_eq!(
+        results.rows[0].outcome,
+        RowOutcome::Failed(Failure::of_stage(0, "because".to_owned()))
+    );
 }
 
 /// Metadata of another kind than the header says.

@@ -22,7 +22,7 @@ fn with_fault(stages: usize, at: usize, call: u64, fault: Fault) -> Vec<MockConf
 
 fn failure(results: &ResultMeta, row: usize) -> &str {
     match &results.rows[row].outcome {
-        RowOutcome::Failed(cause) => cause,
+        RowOutcome::Failed(cause) => &cause.message,
         other => panic!("expected a failure, got {other:?}"),
     }
 }

@@ -149,9 +149,10 @@ fn panics_are_reported_and_the_next_step_works() {
     let faults = vec![(0, Fault::Panic), (1, Fault::Fail)];
     let handle = loaded(4, MockConfig { faults, ..MockConfig::default() });
     let RowOutcome::Failed(cause) = run(&handle) else { panic!("step 0 panics") };
-    assert_eq!(cause, "stage 0, layers 0..6: the engine panicked: fault in step 0");
+    assert_eq!(cause.message, "stage 0, layers 0..6: the engine panicked: fault in step 0");
+    assert_eq!(cause.stage, Some(0));
     let RowOutcome::Failed(cause) = run(&handle) else { panic!("step 1 fails") };
-    assert_eq!(cause, "stage 0, layers 0..6: fault in step 1");
+    assert_eq!(cause.message, "stage 0, layers 0..6: fault in step 1");
     assert!(matches!(run(&handle), RowOutcome::Token { .. }));
     // A callback that panics harms nobody either.
     let done = Box::new(|_: Stepped| panic!("callback"));

@@ -5,7 +5,7 @@
 //! refuses what is left as stale.
 //!
 //! Frames run in issue order. At the last stage a frame whose sequences were not announced yet
-//! waits for their `SequenceOpen` and masks, which come on another stream, for at most `OPEN_WAIT`; every
+//! waits for their `SequenceOpen` and masks, which come on another stream, for at most `open_wait`; every
 //! later frame waits behind it. Then it runs as it is: the engine fails those rows alone.
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -18,15 +18,13 @@ use millrace_engine::stage::StageError;
 use millrace_engine::thread::{EngineHandle, Job};
 use millrace_net::pump::Ticket;
 use millrace_shared::id::{MicroBatchId, SequenceId};
+use millrace_shared::membership::{LEASE, open_wait};
 use millrace_shared::wire::Edge;
 use millrace_shared::wire::control::Assignment;
 use millrace_shared::wire::data::{FrameKind, MaskMeta, OpenMeta, Row, StepMeta, Want};
 use millrace_shared::wire::frame::Frame;
 use tokio::sync::mpsc;
 
-/// Longest wait of a frame for the announcement of its sequences. Longer than a lease: a node that
-/// is cut off from the coordinator loses its epoch first, and with it no request.
-const OPEN_WAIT: Duration = Duration::from_secs(5);
 /// How often waiting frames are looked at.
 const OPEN_SWEEP: Duration = Duration::from_millis(100);
 
@@ -53,6 +51,7 @@ pub struct Stage {
     early: HashSet<SequenceId>,
     held: VecDeque<Held>,
     stale: Arc<AtomicU64>,
+    open_wait: Duration,
 }
 
 impl std::fmt::Debug for Stage {
@@ -91,7 +90,15 @@ impl Stage {
             early: HashSet::new(),
             held: VecDeque::new(),
             stale,
+            open_wait: open_wait(LEASE),
         }
+    }
+
+    /// With this as the longest wait of a frame for the announcement of its sequences.
+    #[must_use]
+    pub fn waiting(mut self, open_wait: Duration) -> Self {
+        self.open_wait = open_wait;
+        self
     }
 
     fn is_last(&self) -> bool {
@@ -199,7 +206,7 @@ impl Stage {
     fn drain(&mut self) -> Result<(), String> {
         while let Some(front) = self.held.front() {
             let known = front.meta.rows.iter().all(|row| self.knows(row));
-            if !known && front.since.elapsed() < OPEN_WAIT {
+            if !known && front.since.elapsed() < self.open_wait {
                 break;
             }
             let Some(held) = self.held.pop_front() else { break };

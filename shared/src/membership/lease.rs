@@ -26,6 +26,13 @@ pub const SUSPECT_AFTER: Duration = Duration::from_millis(750);
 /// neighbour or a busy link, short enough that a client sees a pause and not a breakdown.
 pub const LEASE: Duration = Duration::from_millis(1500);
 
+/// Longest wait of a frame at the last stage for the announcement of its sequences: longer than a
+/// lease by so much that a node which is cut off from the coordinator loses its epoch first, and
+/// with it no request. 5 s by the usual lease.
+pub fn open_wait(lease: Duration) -> Duration {
+    3 * lease + 2 * HEARTBEAT
+}
+
 /// Times of a lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MembershipConfig {

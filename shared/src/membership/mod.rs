@@ -8,6 +8,7 @@
 //! Invariant: a message of an ended session or epoch changes nothing.
 
 mod balance;
+mod deaths;
 mod lease;
 mod pace;
 mod pipeline;
@@ -15,14 +16,15 @@ mod quarantine;
 mod stall;
 
 pub use balance::{Balance, PATIENCE, UNEVEN};
+pub use deaths::{Deaths, Fate, PROOF};
 pub use lease::{
     Event, HEARTBEAT, LEASE, LostReason, MemberState, Membership, MembershipConfig, SUSPECT_AFTER,
-    Session,
+    Session, open_wait,
 };
 pub use pace::{Pace, Paces};
 pub use pipeline::{
-    Action, FLAP_MEMORY, FLAPS, LOAD_TIMEOUT, PROFILE_TIMEOUT, PipelineConfig, PipelinePhase,
-    PipelineState, RETRY_NODE, RETRY_PIPELINE,
+    Action, CordonReason, FLAP_MEMORY, FLAPS, LOAD_TIMEOUT, PROFILE_TIMEOUT, PipelineConfig,
+    PipelinePhase, PipelineState, RETRY_NODE, RETRY_PIPELINE,
 };
 pub use quarantine::{Quarantine, SICK, Verdict};
-pub use stall::{STALL, STALL_UNKNOWN, Stalls};
+pub use stall::{LinkTimes, Oldest, STALL_UNKNOWN, Stalls};

@@ -3,13 +3,16 @@
 //! ```text
 //!  step fails on A ──▶ A in quarantine, its sequences are tried elsewhere
 //!      ├─ they all fare well, or end       ──▶ A is sick: stays in quarantine for SICK
-//!      ├─ one fails on B, another node     ──▶ that request fails, A is free again
+//!      ├─ a step with some of them fails   ──▶ each of those is tried alone
+//!      │       ├─ it fails alone           ──▶ that request fails, A is free again
+//!      │       └─ it fares well            ──▶ as above
 //!      └─ all of them end (cancelled)      ──▶ nothing is known, A is free again
-//!  no other node                           ──▶ the request fails at once, A stays in use
+//!  no other node                           ──▶ A stays in use, each is tried alone at once
 //! ```
 //!
 //! Pure: it hears what happened and says what follows; who plans and who schedules obey. Invariant:
-//! one request fails steps on at most two nodes.
+//! a request fails only of a step that held nobody else, and that was not its first to fail where
+//! there is another node to try; nobody fails for the company that it was in.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -23,6 +26,8 @@ pub const SICK: Duration = Duration::from_secs(600);
 pub enum Verdict {
     /// It is computed again, where the node is not.
     Elsewhere,
+    /// It is computed again at once, with no other in flight.
+    Alone,
     /// Its request fails.
     Fails,
 }
@@ -46,38 +51,61 @@ impl Suspicion {
 #[derive(Clone, Debug, Default)]
 pub struct Quarantine {
     nodes: BTreeMap<NodeId, Suspicion>,
+    /// Tried alone, until it is known how they fare.
+    alone: BTreeSet<SequenceId>,
 }
 
 impl Quarantine {
-    /// A step with these sequences failed on a node. `others`: whether the pipeline can do without
-    /// the node. What becomes of each; the node is in quarantine where one is tried elsewhere.
+    /// A step with these sequences failed on a node. `alone`: it held nobody else, not even one that
+    /// nobody waits for any more. `others`: whether the pipeline can do without the node. What becomes of each; the node is in quarantine where none of them has failed
+    /// before and there are others.
     pub fn handle_failed(
         &mut self,
         node: NodeId,
         sequences: &[SequenceId],
+        alone: bool,
         others: bool,
     ) -> Vec<(SequenceId, Verdict)> {
         let elsewhere =
-            |q: &Self, id: &SequenceId| q.nodes.iter().any(|(n, s)| *n != node && s.is_of(*id));
-        let guilty: Vec<SequenceId> =
-            sequences.iter().copied().filter(|id| elsewhere(self, id)).collect();
-        // Where one of them has failed before, the others only kept it company.
-        let suspects = guilty.is_empty() && others;
-        if suspects && !sequences.is_empty() {
+            |id: &SequenceId| self.nodes.iter().any(|(n, s)| *n != node && s.is_of(*id));
+        let before: BTreeSet<SequenceId> = sequences
+            .iter()
+            .copied()
+            .filter(|id| elsewhere(id) || self.alone.contains(id))
+            .collect();
+        if let [id] = sequences
+            && alone
+            && (!others || before.contains(id))
+        {
+            // It was the request: nodes that failed with it are as good as any.
+            self.nodes.retain(|_, s| !s.is_of(*id));
+            self.alone.remove(id);
+            return vec![(*id, Verdict::Fails)];
+        }
+        if before.is_empty() && others {
             let ids = sequences.iter().copied().collect();
             match self.nodes.entry(node).or_insert_with(|| Suspicion::Of(BTreeSet::new(), false)) {
                 Suspicion::Of(known, _) => known.extend(&ids),
                 sick => *sick = Suspicion::Of(ids, false),
             }
+            return sequences.iter().map(|id| (*id, Verdict::Elsewhere)).collect();
         }
-        // It was the request: nodes that failed with it are as good as any.
-        self.nodes.retain(|_, s| !guilty.iter().any(|id| s.is_of(*id)));
-        let verdict = |id: &SequenceId| match guilty.contains(id) || (guilty.is_empty() && !others)
-        {
-            true => (*id, Verdict::Fails),
+        // One of those that have failed before, most likely; the others kept it company. Where
+        // there is nowhere else to try, it may be any.
+        let verdict = |id: &SequenceId| match before.is_empty() || before.contains(id) {
+            true => (*id, Verdict::Alone),
             false => (*id, Verdict::Elsewhere),
         };
-        sequences.iter().map(verdict).collect()
+        let verdicts: Vec<_> = sequences.iter().map(verdict).collect();
+        let alone = verdicts.iter().filter(|(_, v)| *v == Verdict::Alone);
+        self.alone.extend(alone.map(|(id, _)| *id));
+        verdicts
+    }
+
+    /// A node is needed although it is in quarantine: no other could serve. Those that failed on it
+    /// are tried again there; which of them fail then, fail of themselves.
+    pub fn handle_needed(&mut self, node: NodeId) {
+        self.nodes.remove(&node);
     }
 
     /// A sequence has one more token: it fares well elsewhere. The node is sick only when that, or
@@ -92,6 +120,7 @@ impl Quarantine {
     }
 
     fn acquit(&mut self, id: SequenceId, fares_well: bool, now: Duration) {
+        self.alone.remove(&id);
         self.nodes.retain(|_, suspicion| {
             let Suspicion::Of(ids, well) = suspicion else { return true };
             if !ids.remove(&id) {
@@ -137,55 +166,87 @@ mod tests {
     fn a_sick_node_is_told_from_a_poisonous_request() {
         let mut q = Quarantine::default();
         let both = [(A, Verdict::Elsewhere), (B, Verdict::Elsewhere)];
-        assert_eq!(q.handle_failed(node(1), &[A, B], true), both);
+        assert_eq!(q.handle_failed(node(1), &[A, B], false, true), both);
         assert!(q.holds(node(1), NOW) && !q.holds(node(2), NOW));
         // They do well elsewhere: it is the node.
         q.handle_token(B, NOW);
         q.handle_ended(A, NOW);
         q.handle_ended(B, NOW);
         assert!(q.holds(node(1), NOW + SICK / 2) && !q.holds(node(1), NOW + SICK));
-        // One that does well acquits nobody but itself: another one may be poisonous.
+        // One that fails again, beside others, is tried alone; they only kept it company.
         let mut q = Quarantine::default();
-        q.handle_failed(node(1), &[A, B], true);
-        q.handle_token(B, NOW);
-        let verdicts = q.handle_failed(node(2), &[A, B], true);
-        assert_eq!(verdicts, [(A, Verdict::Fails), (B, Verdict::Elsewhere)]);
-        assert!(!q.holds(node(1), NOW) && !q.holds(node(2), NOW));
-        // Failing twice, it is the request; who kept it company is tried again.
-        let mut q = Quarantine::default();
-        q.handle_failed(node(1), &[A], true);
-        let verdicts = q.handle_failed(node(2), &[A, B], true);
-        assert_eq!(verdicts, [(A, Verdict::Fails), (B, Verdict::Elsewhere)]);
+        q.handle_failed(node(1), &[A], true, true);
+        let verdicts = q.handle_failed(node(2), &[A, B], false, true);
+        assert_eq!(verdicts, [(A, Verdict::Alone), (B, Verdict::Elsewhere)]);
+        assert!(q.holds(node(1), NOW) && !q.holds(node(2), NOW));
+        assert_eq!(q.handle_failed(node(2), &[A], true, true), [(A, Verdict::Fails)]);
         assert!(!q.holds(node(1), NOW) && !q.holds(node(2), NOW));
     }
 
     #[test]
-    fn without_another_node_the_request_fails_at_once() {
+    fn company_that_was_there_both_times_does_not_fail() {
         let mut q = Quarantine::default();
-        assert_eq!(q.handle_failed(node(1), &[A], false), [(A, Verdict::Fails)]);
+        q.handle_failed(node(1), &[A, B], false, true);
+        let both = [(A, Verdict::Alone), (B, Verdict::Alone)];
+        assert_eq!(q.handle_failed(node(2), &[A, B], false, true), both);
+        assert!(!q.holds(node(2), NOW), "they are tried alone here");
+        assert_eq!(q.handle_failed(node(2), &[A], true, true), [(A, Verdict::Fails)]);
+        q.handle_ended(A, NOW);
+        q.handle_token(B, NOW);
+        assert!(!q.holds(node(1), NOW) && !q.holds(node(2), NOW), "it was the request");
+        // Acquitted, it is as good as any that comes.
+        assert_eq!(q.handle_failed(node(1), &[B], true, true), [(B, Verdict::Elsewhere)]);
+        // Where neither fails alone, the first node stays under suspicion, and is sick.
+        let mut q = Quarantine::default();
+        q.handle_failed(node(1), &[A, B], false, true);
+        q.handle_failed(node(2), &[A, B], false, true);
+        q.handle_token(A, NOW);
+        q.handle_token(B, NOW);
+        assert!(q.holds(node(1), NOW + SICK / 2) && !q.holds(node(2), NOW));
+    }
+
+    #[test]
+    fn without_another_node_each_is_tried_alone_at_once() {
+        let mut q = Quarantine::default();
+        assert_eq!(q.handle_failed(node(1), &[A], true, false), [(A, Verdict::Fails)]);
         assert!(!q.holds(node(1), NOW));
+        let both = [(A, Verdict::Alone), (B, Verdict::Alone)];
+        assert_eq!(q.handle_failed(node(1), &[A, B], false, false), both);
+        assert!(!q.holds(node(1), NOW), "nobody else could serve");
+        q.handle_token(A, NOW);
+        assert_eq!(q.handle_failed(node(1), &[B], true, false), [(B, Verdict::Fails)]);
         // Also where the other one is gone by the second failure.
-        q.handle_failed(node(1), &[A], true);
-        assert_eq!(q.handle_failed(node(2), &[A], false), [(A, Verdict::Fails)]);
+        q.handle_failed(node(1), &[A], true, true);
+        assert_eq!(q.handle_failed(node(2), &[A], true, false), [(A, Verdict::Fails)]);
         assert!(!q.holds(node(1), NOW));
+        // What was in the step with one that nobody waits for any more is tried alone as well.
+        let first = q.handle_failed(node(1), &[A], false, false);
+        assert_eq!(first, [(A, Verdict::Alone)]);
+        q.handle_token(A, NOW);
+        // The last one that could serve does.
+        q.handle_failed(node(1), &[A], true, true);
+        q.handle_needed(node(1));
+        assert!(!q.holds(node(1), NOW));
+        assert_eq!(q.handle_failed(node(1), &[A], true, false), [(A, Verdict::Fails)]);
     }
 
     #[test]
     fn what_ends_before_it_is_known_frees_the_node() {
         let mut q = Quarantine::default();
-        q.handle_failed(node(1), &[A, B], true);
+        q.handle_failed(node(1), &[A, B], false, true);
         q.handle_ended(A, NOW);
         assert!(q.holds(node(1), NOW));
         q.handle_ended(B, NOW);
         assert!(!q.holds(node(1), NOW));
-        q.handle_failed(node(1), &[A], true);
+        q.handle_failed(node(1), &[A], true, true);
         q.handle_lost(node(1));
         assert!(!q.holds(node(1), NOW));
     }
 
-    /// Any order of failures: nobody breaks more than two nodes, and nothing stays behind.
+    /// Any order of failures, one of five being poisonous: nobody else fails, and nothing stays
+    /// behind.
     #[test]
-    fn one_request_breaks_two_nodes_at_most() {
+    fn whoever_is_harmless_never_fails() {
         for seed in 0..2000u64 {
             let mut dice = seed;
             let mut draw = |n: u64| {
@@ -193,37 +254,41 @@ mod tests {
                 (dice >> 33) % n
             };
             let mut q = Quarantine::default();
-            let mut broken: BTreeMap<SequenceId, BTreeSet<u128>> = BTreeMap::new();
+            let poison = SequenceId(draw(5));
             let mut open: BTreeSet<SequenceId> = (0..5).map(SequenceId).collect();
+            let mut alone = BTreeSet::new();
             for _ in 0..60 {
-                let id = SequenceId(draw(5));
-                let free: Vec<u128> = (0..4).filter(|n| !q.holds(node(*n), NOW)).collect();
-                if !open.contains(&id) || free.is_empty() {
-                    continue;
-                }
-                let on = free[draw(free.len() as u64) as usize];
-                match draw(3) {
-                    0 => {
-                        let of = q.handle_failed(node(on), &[id], free.len() > 1);
-                        broken.entry(id).or_default().insert(on);
-                        assert!(broken[&id].len() <= 2, "seed {seed}");
-                        if of == [(id, Verdict::Fails)] {
-                            open.remove(&id);
+                let free: Vec<u128> = (0..3).filter(|n| !q.holds(node(*n), NOW)).collect();
+                assert!(!free.is_empty(), "seed {seed}");
+                let on = node(free[draw(free.len() as u64) as usize]);
+                let step: Vec<SequenceId> = match alone.first() {
+                    Some(id) => vec![*id],
+                    None => open.iter().copied().filter(|_| draw(3) > 0).collect(),
+                };
+                if step.contains(&poison) {
+                    for (id, verdict) in q.handle_failed(on, &step, step.len() == 1, free.len() > 1)
+                    {
+                        match verdict {
+                            Verdict::Fails => {
+                                assert_eq!(id, poison, "seed {seed}");
+                                open.remove(&id);
+                                alone.remove(&id);
+                            }
+                            Verdict::Alone => assert!(alone.insert(id), "seed {seed}: once"),
+                            Verdict::Elsewhere => {}
                         }
                     }
-                    1 => {
-                        q.handle_ended(id, NOW);
-                        open.remove(&id);
-                    }
-                    _ => {
+                } else {
+                    for id in step {
+                        alone.remove(&id);
                         q.handle_token(id, NOW);
-                        // What fails later is another step.
-                        broken.remove(&id);
                     }
                 }
             }
+            assert!(!open.contains(&poison), "seed {seed}: it was found");
             open.into_iter().for_each(|id| q.handle_ended(id, NOW));
-            assert!((0..4).all(|n| !q.holds(node(n), NOW + SICK)), "seed {seed}");
+            assert!((0..3).all(|n| !q.holds(node(n), NOW + SICK)), "seed {seed}");
+            assert!(q.alone.is_empty(), "seed {seed}");
         }
     }
 }

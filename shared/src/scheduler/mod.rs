@@ -24,6 +24,7 @@
 //! tokens alone, never on batching, chunking or preemption; the most senior running sequence can
 //! always take blocks from juniors, and alone it fits, so something always moves.
 
+mod alone;
 mod batch;
 pub mod cost;
 pub mod draft;
@@ -39,7 +40,7 @@ mod types;
 mod whereabouts;
 mod window;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 pub use types::{
@@ -80,6 +81,8 @@ pub struct Scheduler {
     /// Decoding and without a row in flight, the one that became so first at the front.
     ready: VecDeque<SequenceId>,
     in_flight: InFlight,
+    /// To be computed one after the other, with nobody beside them: see `alone`.
+    alone: BTreeSet<SequenceId>,
     /// Ended sequences that stages still have tables of.
     released: Vec<SequenceId>,
     /// Rows in flight that nobody wants any more.
@@ -126,6 +129,7 @@ impl Scheduler {
             prefilling: BTreeMap::new(),
             ready: VecDeque::new(),
             in_flight: InFlight::default(),
+            alone: BTreeSet::new(),
             released: Vec::new(),
             void: Vec::new(),
             next_arrival: 0,
@@ -271,6 +275,9 @@ impl Scheduler {
         if self.in_flight.len() >= self.config.max_in_flight as usize {
             return None;
         }
+        if !self.make_way() {
+            return None;
+        }
         let pace = self.pace();
         let certain = match self.in_flight.certain() < pace.slots as usize {
             true => self.build_step(pace, now),
@@ -299,6 +306,11 @@ impl Scheduler {
     /// The micro-batch that has been out longest, and when it was issued.
     pub fn oldest_in_flight(&self) -> Option<(MicroBatchId, Duration)> {
         self.in_flight.oldest()
+    }
+
+    /// How many positions a micro-batch in flight has.
+    pub fn positions(&self, id: MicroBatchId) -> u32 {
+        self.in_flight.rows(id).iter().map(|row| row.count).sum()
     }
 
     /// When the sequence that has waited longest for its first row was submitted.
@@ -352,6 +364,7 @@ impl Scheduler {
         self.queue.leave(seq.flow);
         self.kv.free(id);
         self.drafter.forget(id);
+        self.alone.remove(&id);
         if seq.opened {
             self.released.push(id);
         }

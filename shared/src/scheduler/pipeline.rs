@@ -99,6 +99,11 @@ impl InFlight {
         self.batches.get(&id).map_or(&[], |b| &b.rows)
     }
 
+    /// All rows of all of them.
+    pub(super) fn all_rows(&self) -> impl Iterator<Item = &IssuedRow> {
+        self.batches.values().flat_map(|b| &b.rows)
+    }
+
     pub(super) fn oldest(&self) -> Option<(MicroBatchId, Duration)> {
         self.batches.first_key_value().map(|(&id, b)| (id, b.issued))
     }

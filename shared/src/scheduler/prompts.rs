@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use super::Scheduler;
 use super::batch::{Draft, Pace, Room};
 use super::cost::Load;
-use super::fair::Head;
 use super::sequence::{Phase, Sequence};
 use crate::id::SequenceId;
 use crate::wire::data::Want;
@@ -47,8 +46,10 @@ impl Scheduler {
                 break;
             }
             let under_way = self.next_under_way(&tried, short);
-            let admits =
-                open && !draft.preempted && self.running.len() < self.config.max_num_seqs as usize;
+            let admits = open
+                && self.alone.is_empty()
+                && !draft.preempted
+                && self.running.len() < self.config.max_num_seqs as usize;
             let head = if admits { self.queue.head(short) } else { None };
             let newcomer = head.filter(|&head| {
                 under_way.is_none_or(|(rank, ..)| self.rank(head.id(), short) < rank)
@@ -58,7 +59,7 @@ impl Scheduler {
                     open = false;
                     continue;
                 }
-                self.start(head);
+                self.start(head.id());
                 (head.id(), budget.min(self.newcomer_budget()))
             } else {
                 let Some((_, _, id)) = under_way else { break };
@@ -149,18 +150,13 @@ impl Scheduler {
     }
 
     /// A waiting sequence runs.
-    fn start(&mut self, head: Head) {
-        let Some(seq) = self.sequences.get_mut(&head.id()) else { return };
-        match head {
-            Head::Preempted { order, id } => {
-                self.queue.take_preempted(order, id);
-            }
-            Head::Fresh { flow, arrival, .. } => {
-                self.queue.serve(flow);
-                self.queue.take(flow, arrival);
-                seq.order = self.next_order;
-                self.next_order += 1;
-            }
+    pub(super) fn start(&mut self, id: SequenceId) {
+        let Some(seq) = self.sequences.get_mut(&id) else { return };
+        if !self.queue.take_preempted(seq.order, id) {
+            self.queue.serve(seq.flow);
+            self.queue.take(seq.flow, seq.arrival);
+            seq.order = self.next_order;
+            self.next_order += 1;
         }
         seq.phase = Phase::Prefilling;
         self.running.insert(seq.order, seq.id);

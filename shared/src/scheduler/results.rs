@@ -8,8 +8,21 @@ use super::types::Outcome;
 use crate::id::{MicroBatchId, SequenceId};
 use crate::wire::MAX_VOID_ROWS;
 use crate::wire::control::VoidRows;
-use crate::wire::data::{ChosenToken, RowOutcome, RowResult, StageTime, Want};
+use crate::wire::data::{ChosenToken, Failure, RowOutcome, RowResult, StageTime, Want};
 use crate::wire::rpc::TokenLogprobs;
+
+fn is_of_one(rows: &[IssuedRow]) -> bool {
+    rows.windows(2).all(|pair| pair[0].sequence == pair[1].sequence)
+}
+
+/// Says of what failed whether it was alone.
+fn note_alone(outcomes: &mut [Outcome], was_alone: bool) {
+    for outcome in outcomes {
+        if let Outcome::Failed { alone, .. } = outcome {
+            *alone = was_alone;
+        }
+    }
+}
 
 impl Scheduler {
     /// Seconds that a micro-batch in flight should take in each stage; empty where nothing is known.
@@ -50,6 +63,7 @@ impl Scheduler {
         };
         self.round_trip = now.saturating_sub(issued);
         let mut rest = results;
+        let alone = is_of_one(&rows);
         for row in rows {
             // In the order of the rows; what does not match is not ours, and rows may be left out.
             let at = rest.iter().position(|r| row.is_answered_by(r));
@@ -65,6 +79,7 @@ impl Scheduler {
             };
             self.apply(row, outcome, &mut outcomes);
         }
+        note_alone(&mut outcomes, alone);
         outcomes
     }
 
@@ -72,13 +87,16 @@ impl Scheduler {
     /// what later rows need.
     pub fn handle_step_failed(&mut self, id: MicroBatchId, message: &str) -> Vec<Outcome> {
         let mut outcomes = Vec::new();
-        for row in self.in_flight.take(id).map_or_else(Vec::new, |(_, rows)| rows) {
+        let rows = self.in_flight.take(id).map_or_else(Vec::new, |(_, rows)| rows);
+        let alone = is_of_one(&rows);
+        for row in rows {
             if self.is_live(&row) {
-                self.fail(row.sequence, message.to_owned(), &mut outcomes);
+                self.fail(row.sequence, message.into(), &mut outcomes);
             } else {
                 self.drop_stale(&row);
             }
         }
+        note_alone(&mut outcomes, alone);
         outcomes
     }
 
@@ -91,7 +109,7 @@ impl Scheduler {
         }
     }
 
-    fn is_live(&self, row: &IssuedRow) -> bool {
+    pub(super) fn is_live(&self, row: &IssuedRow) -> bool {
         self.sequences.get(&row.sequence).is_some_and(|s| s.epoch == row.epoch)
     }
 
@@ -106,7 +124,7 @@ impl Scheduler {
         }
         let Some(seq) = self.sequences.get_mut(&row.sequence) else { return };
         match (row.want, outcome) {
-            (_, RowOutcome::Failed(message)) => self.fail(row.sequence, message, outcomes),
+            (_, RowOutcome::Failed(failure)) => self.fail(row.sequence, failure, outcomes),
             (Want::None, _) => {}
             (Want::Sample, RowOutcome::Token { token, logprobs }) => {
                 if seq.finish_prefill() {
@@ -131,8 +149,8 @@ impl Scheduler {
                 }
             }
             _ => {
-                let message = "the last stage answered something that was not asked for".into();
-                self.fail(row.sequence, message, outcomes);
+                let message = "the last stage answered something that was not asked for";
+                self.fail(row.sequence, message.into(), outcomes);
             }
         }
     }
@@ -199,8 +217,8 @@ impl Scheduler {
         }
     }
 
-    fn fail(&mut self, sequence: SequenceId, message: String, outcomes: &mut Vec<Outcome>) {
+    fn fail(&mut self, sequence: SequenceId, failure: Failure, outcomes: &mut Vec<Outcome>) {
         self.remove(sequence);
-        outcomes.push(Outcome::Failed { sequence, message });
+        outcomes.push(Outcome::Failed { sequence, failure, alone: false });
     }
 }

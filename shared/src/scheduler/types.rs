@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::id::{MicroBatchId, SequenceId};
 use crate::options::PrefixCache;
-use crate::wire::data::StepMeta;
+use crate::wire::data::{Failure, StepMeta};
 use crate::wire::rpc::{PositionScore, TokenLogprobs};
 
 /// Limits; the same for the life of a pipeline's epoch. Zero counts as one.
@@ -236,8 +236,11 @@ pub enum Outcome {
     Failed {
         /// Which.
         sequence: SequenceId,
-        /// Why.
-        message: String,
+        /// Why, and where.
+        failure: Failure,
+        /// Whether its micro-batch held rows of nobody else: also ones that nobody waits for any
+        /// more could be the cause.
+        alone: bool,
     },
 }
 

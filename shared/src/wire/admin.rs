@@ -8,6 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{NodeId, RequestId};
+use crate::membership::CordonReason;
 
 /// A question or an order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -235,7 +236,7 @@ pub enum NodeRole {
     },
     /// It is there, and not needed.
     StandBy,
-    /// An operator took it out of use.
+    /// It is out of use: [`NodeStatus::cordons`] says why.
     Cordoned,
     /// It is silent.
     Suspect,
@@ -260,6 +261,8 @@ pub struct NodeStatus {
     pub memory_bytes: u64,
     /// What it does.
     pub role: NodeRole,
+    /// Why it gets no layers: one that has some keeps them until the next cut.
+    pub cordons: Vec<CordonReason>,
 }
 
 /// A stage of a cut, and how long it takes for a micro-batch of the planning size.

@@ -100,6 +100,9 @@ pub struct Hello {
     pub hardware: String,
     /// How the torch engine keeps weights, where it is the one.
     pub torch: Option<TorchKept>,
+    /// Whether its process ends when the coordinator tells it to drain; one that shares its process
+    /// with others does not.
+    pub drains: bool,
 }
 
 /// Longest text in a [`Hello`]: it is shown to people, and kept for as long as the node is there.
@@ -174,6 +177,8 @@ pub enum CoordinatorMessage {
         node_id: NodeId,
         /// Milliseconds between heartbeats.
         heartbeat_ms: u32,
+        /// Milliseconds of silence after which the node is lost.
+        lease_ms: u32,
     },
     /// The hello is refused; the connection closes.
     Refused {
@@ -467,6 +472,7 @@ mod tests {
             memory_bytes: 1 << 30,
             hardware: "none".into(),
             torch: None,
+            drains: true,
         };
         assert_eq!(honest.check(), Ok(()));
         for (lie, part) in [

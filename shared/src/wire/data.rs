@@ -269,7 +269,7 @@ pub struct StepMeta {
     pub released: Vec<SequenceId>,
     /// Set by a stage whose step failed: later stages only apply the tables, and the last one
     /// reports it. The payload is empty then.
-    pub failed: Option<String>,
+    pub failed: Option<Failure>,
     /// Token ids of all positions but the first of every row that wants `Verify`, and of all
     /// positions of those that want `Follow`, in order.
     pub drafts: Vec<u32>,
@@ -336,6 +336,29 @@ impl StepMeta {
     }
 }
 
+/// Why something was not computed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Failure {
+    /// The stage whose computing failed; `None` where no computing is to blame (a row that asks for
+    /// what cannot be, an answer that is missing).
+    pub stage: Option<u16>,
+    /// For people.
+    pub message: String,
+}
+
+impl Failure {
+    /// Of a stage's computing.
+    pub fn of_stage(stage: u16, message: String) -> Self {
+        Self { stage: Some(stage), message }
+    }
+}
+
+impl<T: Into<String>> From<T> for Failure {
+    fn from(message: T) -> Self {
+        Self { stage: None, message: message.into() }
+    }
+}
+
 /// What became of one row.
 #[derive(Clone, Debug, PartialEq, Archive, Serialize, Deserialize)]
 pub enum RowOutcome {
@@ -350,8 +373,8 @@ pub enum RowOutcome {
     },
     /// Scores, one per position.
     Scores(Vec<PositionScore>),
-    /// This row failed; others of the micro-batch did not.
-    Failed(String),
+    /// This row failed; others of the micro-batch may not have.
+    Failed(Failure),
     /// The tokens of a row that verifies: its accepted drafts, and one more.
     Tokens(Vec<ChosenToken>),
 }

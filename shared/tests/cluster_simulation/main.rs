@@ -7,6 +7,7 @@
 //! test does by itself; `MILLRACE_SIM_FROM` says with which one it begins.
 #![allow(clippy::unwrap_used)]
 
+mod doubt;
 mod node;
 mod world;
 
@@ -15,6 +16,7 @@ use std::time::Duration;
 use millrace_shared::membership::PipelineConfig;
 use millrace_shared::scheduler::{Policy, SchedulerConfig};
 
+use doubt::{Doubts, Poison};
 use world::{COORDINATOR, Fault, Happening, Request, World, ms};
 
 /// Faults begin within this time.
@@ -43,7 +45,7 @@ fn config(world_seed: u64) -> SchedulerConfig {
 fn fault(world: &mut World, nodes: u64) -> Fault {
     let node = world.draw(nodes) as usize;
     let pause = ms(100 + world.draw(4000));
-    match world.draw(12) {
+    match world.draw(15) {
         0..3 => Fault::Crash(node, pause),
         3 => Fault::Freeze(node, pause),
         4 => Fault::Cut(node, COORDINATOR, pause),
@@ -55,6 +57,9 @@ fn fault(world: &mut World, nodes: u64) -> Fault {
         },
         9 => Fault::Recut(1 + world.draw((1 << nodes) - 1)),
         10 => Fault::Cordon(node, true),
+        11 => Fault::Hang(node, pause),
+        12 => Fault::Sick(node, 1 + world.draw(3) as u32),
+        13 => Fault::Drain(node),
         _ => Fault::Delay(ms(100 + world.draw(2500))),
     }
 }
@@ -76,10 +81,17 @@ fn prepare(seed: u64) -> World {
         let at = ms(if dice.draw(4) == 0 { dice.draw(8000) } else { dice.draw(500) });
         world.at(at, Happening::Restart(node));
     }
+    let poisonous = seed.is_multiple_of(4);
     for id in 1..=4 + dice.draw(12) {
         let prompt: Vec<u32> = (0..1 + dice.draw(40)).map(|i| (i * (id % 3)) as u32).collect();
         let wanted = 1 + dice.draw(30) as usize;
-        let request = Request { prompt, wanted, log: Vec::new(), ended: false, rejected: false };
+        let poison = match (poisonous, dice.draw(8)) {
+            (true, 0) => Some(Poison::Fails),
+            (true, 1) => Some(Poison::Kills),
+            _ => None,
+        };
+        let log = Vec::new();
+        let request = Request { prompt, wanted, log, ended: false, rejected: false, poison };
         world.requests.insert(id, request);
         let at = dice.draw(TROUBLE);
         world.at(ms(at), Happening::Submit(id));
@@ -89,7 +101,9 @@ fn prepare(seed: u64) -> World {
             world.ahead += 1;
         }
     }
-    for _ in 0..dice.draw(9) {
+    // Where requests are poisonous nothing else is wrong, so that it is known who may fail.
+    let faults = if poisonous { 0 } else { dice.draw(9) };
+    for _ in 0..faults {
         let what = fault(&mut dice, nodes);
         world.at(ms(dice.draw(TROUBLE)), Happening::Fault(what));
         world.ahead += 1;
@@ -102,12 +116,27 @@ fn prepare(seed: u64) -> World {
     world
 }
 
-/// Trace, epochs, stale messages and requests of a schedule.
-fn play(seed: u64) -> (u64, u64, u64, usize) {
+/// What happened in a schedule.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Played {
+    trace: u64,
+    epochs: u64,
+    stale: u64,
+    served: usize,
+    /// Poisonous requests that failed, as they should.
+    found: usize,
+    drained: usize,
+}
+
+fn play(seed: u64) -> Played {
     let mut world = prepare(seed);
     world.run();
+    let poisonous = world.requests.values().any(|r| r.poison.is_some());
+    let Doubts { unjust, found, drained, .. } = world.doubts;
+    assert!(!poisonous || unjust == 0, "seed {seed}: {unjust} failed for the company they were in");
     let served = world.requests.values().filter(|r| !r.rejected).count();
-    (world.trace, world.epochs, world.stale, served)
+    let World { trace, epochs, stale, .. } = world;
+    Played { trace, epochs, stale, served, found, drained }
 }
 
 fn number(variable: &str, default: u64) -> u64 {
@@ -117,18 +146,19 @@ fn number(variable: &str, default: u64) -> u64 {
 #[test]
 fn nothing_is_lost_doubled_or_wrong_in_any_schedule() {
     let (from, seeds) = (number("MILLRACE_SIM_FROM", 0), number("MILLRACE_SIM_SEEDS", 400));
-    let (mut epochs, mut stale, mut served) = (0, 0, 0);
+    let mut all = Played::default();
     for seed in from..from + seeds {
         let played = std::panic::catch_unwind(|| play(seed));
-        let (_, e, s, r) = played.unwrap_or_else(|_| panic!("seed {seed} broke an invariant"));
-        epochs += e;
-        stale += s;
-        served += r;
+        let p = played.unwrap_or_else(|_| panic!("seed {seed} broke an invariant"));
+        all.epochs += p.epochs;
+        all.stale += p.stale;
+        all.served += p.served;
+        all.found += p.found;
+        all.drained += p.drained;
     }
-    eprintln!(
-        "{seeds} schedules: {epochs} epochs, {stale} stale messages dropped, {served} requests"
-    );
-    assert!(epochs > seeds && stale > 0 && served > 0, "the schedules are too tame");
+    eprintln!("{seeds} schedules: {all:?}");
+    let all_kinds = all.stale > 0 && all.served > 0 && all.found > 0 && all.drained > 0;
+    assert!(all.epochs > seeds && all_kinds, "the schedules are too tame");
 }
 
 #[test]
@@ -136,5 +166,5 @@ fn the_same_seed_gives_the_same_trace() {
     for seed in 0..40 {
         assert_eq!(play(seed), play(seed), "seed {seed}");
     }
-    assert_ne!(play(1).0, play(2).0);
+    assert_ne!(play(1).trace, play(2).trace);
 }

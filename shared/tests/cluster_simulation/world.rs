@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use millrace_shared::id::{Epoch, NodeId, SequenceId};
 use millrace_shared::membership::{
-    Action, Event, Membership, MembershipConfig, PipelineConfig, PipelinePhase, PipelineState,
-    Session,
+    Action, CordonReason, Event, LEASE, LinkTimes, LostReason, Membership, MembershipConfig,
+    Oldest, PipelineConfig, PipelinePhase, PipelineState, Session, Stalls,
 };
 use millrace_shared::scheduler::{NewSequence, Outcome, Scheduler, SchedulerConfig};
 use millrace_shared::wire::control::StageProfile;
-use millrace_shared::wire::data::StageTime;
+use millrace_shared::wire::data::{Row, StageTime};
 
+use super::doubt::{Doubts, Poison, request_of};
 use super::node::{Assignment, Frame, Node, Stage, expected, mix};
 
 pub(crate) fn ms(n: u64) -> Duration {
@@ -26,10 +27,8 @@ pub(crate) fn ms(n: u64) -> Duration {
 /// So often the coordinator looks at leases.
 const TICK: Duration = Duration::from_millis(50);
 const HEARTBEAT: Duration = Duration::from_millis(250);
-/// A micro-batch that is out this long is lost.
-const STALL: Duration = Duration::from_secs(2);
 /// The end of patience: everything has ended by then, or something hangs.
-const END: Duration = Duration::from_secs(900);
+const END: Duration = Duration::from_secs(3600);
 /// Far more than is ever under way on a link.
 const LINK_LIMIT: usize = 4096;
 
@@ -37,6 +36,7 @@ const LINK_LIMIT: usize = 4096;
 pub(crate) const COORDINATOR: usize = usize::MAX;
 
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "most of them are arrivals of frames")]
 pub(crate) enum Happening {
     Tick,
     Beat {
@@ -106,6 +106,12 @@ pub(crate) enum Fault {
     Cut(usize, usize, Duration),
     Slow(usize, u32, Duration),
     FailLoad(usize),
+    /// The engine hangs, the node lives.
+    Hang(usize, Duration),
+    /// So many steps fail on the node.
+    Sick(usize, u32),
+    /// The node wants to leave.
+    Drain(usize),
     Recut(u64),
     Cordon(usize, bool),
     EdgeLost,
@@ -121,6 +127,7 @@ pub(crate) struct Request {
     pub(crate) log: Vec<u32>,
     pub(crate) ended: bool,
     pub(crate) rejected: bool,
+    pub(crate) poison: Option<Poison>,
 }
 
 /// What is under way on a link, and until when it is cut.
@@ -153,14 +160,19 @@ pub(crate) struct World {
     pub(crate) nodes: Vec<Node>,
     links: BTreeMap<(usize, usize), Link>,
     members: BTreeMap<usize, Member>,
-    membership: Membership,
+    pub(crate) doubts: Doubts,
+    stalls: Stalls,
+    /// Fewest and most stages.
+    pub(crate) need: usize,
+    pub(crate) most: usize,
+    pub(crate) membership: Membership,
     pub(crate) pipeline: PipelineState,
-    scheduler: Scheduler,
+    pub(crate) scheduler: Scheduler,
     config: SchedulerConfig,
     /// Epoch in which micro-batches run, and its order.
-    active: Option<(Epoch, Vec<usize>)>,
+    pub(crate) active: Option<(Epoch, Vec<usize>)>,
     next_up: Option<(Epoch, Vec<usize>)>,
-    orders: BTreeMap<Epoch, Vec<usize>>,
+    pub(crate) orders: BTreeMap<Epoch, Vec<usize>>,
     starting: Option<Starting>,
     pub(crate) requests: BTreeMap<u64, Request>,
     /// Faults and requests that are still to come.
@@ -172,11 +184,11 @@ pub(crate) struct World {
     pub(crate) stale: u64,
 }
 
-fn name(node: usize) -> NodeId {
+pub(crate) fn name(node: usize) -> NodeId {
     NodeId(uuid::Uuid::from_u128(node as u128 + 1))
 }
 
-fn number(node: NodeId) -> usize {
+pub(crate) fn number(node: NodeId) -> usize {
     node.0.as_u128() as usize - 1
 }
 
@@ -197,6 +209,10 @@ impl World {
             nodes: (0..nodes).map(|_| Node { slow: 1, ..Node::default() }).collect(),
             links: BTreeMap::new(),
             members: BTreeMap::new(),
+            doubts: Doubts::default(),
+            stalls: Stalls::default(),
+            need: if pipeline.flexible { 1 } else { usize::from(pipeline.stages) },
+            most: usize::from(pipeline.stages),
             membership: Membership::new(MembershipConfig::default()),
             pipeline: PipelineState::new(pipeline),
             scheduler: Scheduler::new(config),
@@ -247,6 +263,15 @@ impl World {
         }
     }
 
+    pub(crate) fn session_of(&self, node: usize) -> Option<Session> {
+        self.members.get(&node).map(|m| m.session)
+    }
+
+    /// The nodes of the epoch that serves.
+    pub(crate) fn active_order(&self) -> Vec<usize> {
+        self.active.as_ref().map_or_else(Vec::new, |(_, order)| order.clone())
+    }
+
     pub(crate) fn describe(&self) -> String {
         let open = self.requests.values().filter(|r| !r.ended).count();
         format!("{open} requests, {}, {:?}", self.pipeline.detail(), self.scheduler.stats())
@@ -288,7 +313,9 @@ impl World {
             Happening::Leave(id) => {
                 if let Some(request) = self.requests.get_mut(&id).filter(|r| !r.ended) {
                     request.ended = true;
-                    self.scheduler.handle_cancel(SequenceId(id));
+                    let sequence = self.sequence_of(id);
+                    self.scheduler.handle_cancel(sequence);
+                    self.note_ended(id);
                     self.pump();
                 }
                 self.ahead -= 1;
@@ -336,7 +363,7 @@ impl World {
     }
 
     /// A crash loses what was under way from and to the node.
-    fn lose_links(&mut self, node: usize) {
+    pub(crate) fn lose_links(&mut self, node: usize) {
         for ((from, to), link) in &mut self.links {
             if *from == node || *to == node {
                 link.held.clear();
@@ -394,6 +421,8 @@ impl World {
                 let n = &mut self.nodes[node];
                 assert!(n.stages.len() < 2, "a node never holds three stages");
                 n.stages.push(Stage::new(assignment));
+                // An engine of its own.
+                n.hung_until = Duration::ZERO;
                 let took = ms((50 + self.draw(500)) * u64::from(slow));
                 self.at(self.now + took, Happening::Loaded { node, life, epoch });
             }
@@ -459,7 +488,8 @@ impl World {
             .collect();
         for (epoch, wait, positions) in begun {
             let micros = (500 + 100 * positions as u64) * u64::from(slow) + self.draw(200);
-            let step = Duration::from_micros(micros);
+            let hangs = self.nodes[node].hung_until.saturating_sub(now);
+            let step = Duration::from_micros(micros) + hangs;
             self.at(now + step, Happening::Computed { node, life, epoch, wait, step });
         }
     }
@@ -469,10 +499,21 @@ impl World {
         if !n.alive || n.life != life {
             return;
         }
+        let sick = n.sick_steps > 0;
         let Some(stage) = n.stage(epoch) else { return };
         stage.working = false;
         let Some((_, frame)) = stage.queue.pop_front() else { return };
-        let next = stage.compute(frame, time);
+        let poison =
+            |row: &Row| self.requests.get(&request_of(row.sequence)).and_then(|r| r.poison);
+        let poisons: Vec<Poison> = frame.meta.rows.iter().filter_map(poison).collect();
+        if poisons.contains(&Poison::Kills) {
+            return self.suffer(Fault::Crash(node, ms(300)));
+        }
+        let fails = !frame.meta.rows.is_empty() && (sick || poisons.contains(&Poison::Fails));
+        let n = &mut self.nodes[node];
+        n.sick_steps -= u32::from(fails && sick);
+        let Some(stage) = n.stage(epoch) else { return };
+        let next = stage.compute(frame, time, fails);
         match stage.assignment.order.get(stage.assignment.at + 1).copied() {
             Some(to) => self.send(node, to, Message::Frame(next)),
             None if !next.meta.rows.is_empty() => {
@@ -538,10 +579,21 @@ impl World {
             self.stale += 1;
             return;
         }
+        self.stalls.handle_answer(self.now);
         self.scheduler.handle_times(frame.id, &frame.meta.times, self.now);
         let outcomes = self.scheduler.handle_result(frame.id, &frame.results, self.now);
+        let mut failed: BTreeMap<(u16, bool), Vec<SequenceId>> = BTreeMap::new();
         for outcome in outcomes {
-            self.on_outcome(outcome);
+            match outcome {
+                Outcome::Failed { sequence, failure, alone } => {
+                    let stage = failure.stage.unwrap_or_else(|| panic!("{}", failure.message));
+                    failed.entry((stage, alone)).or_default().push(sequence);
+                }
+                other => self.on_outcome(other),
+            }
+        }
+        for ((stage, alone), sequences) in failed {
+            self.judge(frame.epoch, (usize::from(stage), alone), &sequences);
         }
         self.pump();
     }
@@ -550,10 +602,12 @@ impl World {
         match outcome {
             Outcome::Token { sequence, index, token, last, .. } => {
                 self.note(u64::from(token) ^ sequence.0 << 20);
-                let Some(request) = self.requests.get_mut(&sequence.0) else {
+                self.note_token(sequence);
+                let id = request_of(sequence);
+                let Some(request) = self.requests.get_mut(&id) else {
                     panic!("a token of nobody's");
                 };
-                assert!(!request.ended, "a token after the end");
+                assert!(!request.ended, "a token after the end of {id}, {sequence:?}");
                 assert_eq!(index as usize, request.log.len(), "each token once, in order");
                 request.log.push(token);
                 if last {
@@ -565,6 +619,7 @@ impl World {
                         self.seed,
                         sequence
                     );
+                    self.note_ended(id);
                 }
             }
             Outcome::PrefillDone { .. } => {}
@@ -577,9 +632,11 @@ impl World {
 
     fn submit(&mut self, id: u64) {
         self.ahead -= 1;
-        let Some(request) = self.requests.get_mut(&id) else { return };
+        let sequence = self.sequence_of(id);
+        // Who was held up may hear that the client has gone before it hears of the request.
+        let Some(request) = self.requests.get_mut(&id).filter(|r| !r.ended) else { return };
         let new = NewSequence {
-            id: SequenceId(id),
+            id: sequence,
             prompt: request.prompt.clone(),
             max_new_tokens: request.wanted as u32,
             kind: millrace_shared::scheduler::Kind::Generate,
@@ -599,11 +656,13 @@ impl World {
     }
 
     /// The fence, the switch, and every micro-batch that is ready.
-    fn pump(&mut self) {
+    pub(crate) fn pump(&mut self) {
         let fenced = self.active.is_some() && self.scheduler.stats().in_flight > 0;
         if let Some((epoch, order)) = self.next_up.take_if(|_| !fenced) {
             let refused = self.scheduler.handle_epoch(self.config);
             assert!(refused.is_empty());
+            self.note_epoch_begin();
+            self.resume();
             if self.pipeline.next_epoch() == Some(epoch) {
                 self.pipeline.handle_switched(epoch);
             }
@@ -634,10 +693,14 @@ impl World {
         while let Some(event) = self.membership.poll_event(self.now) {
             self.on_membership(event);
         }
-        let stalled = self.scheduler.oldest_in_flight().filter(|_| self.active.is_some());
-        if let Some((_, issued)) = stalled
-            && self.now.saturating_sub(issued) > STALL
-        {
+        let oldest = self.scheduler.oldest_in_flight().filter(|_| self.active.is_some());
+        let oldest = oldest.map(|(id, issued)| Oldest {
+            issued,
+            predicted: self.scheduler.predicted_seconds(id).iter().sum(),
+            positions: self.scheduler.positions(id),
+        });
+        if self.stalls.is_stalled(oldest, &LinkTimes::default(), LEASE, self.now) {
+            self.note_death();
             let epoch = self.active.as_ref().map_or(Epoch(0), |a| a.0);
             self.pipeline.handle_edge_lost(epoch, "a micro-batch did not come back", self.now);
         }
@@ -660,6 +723,7 @@ impl World {
                 {
                     self.send(COORDINATOR, at, Message::Closed { link: member.link });
                 }
+                self.forget_lost(node, reason == LostReason::Left);
                 self.pipeline.handle_lost(node, &reason.to_string(), now);
             }
         }
@@ -669,6 +733,8 @@ impl World {
         while let Some(event) = self.membership.poll_handled() {
             self.on_membership(event);
         }
+        self.check_drains();
+        self.check_sick();
         self.pipeline.handle_timeout(self.now);
         while let Some(action) = self.pipeline.poll_action() {
             self.carry_out(action);
@@ -713,6 +779,7 @@ impl World {
                 if let Some((active, _)) = &self.active {
                     assert!(*active <= epoch, "an epoch that never served is stopped");
                 }
+                self.note_epoch_end();
                 self.active = None;
                 self.next_up = None;
                 self.starting = None;
@@ -767,6 +834,9 @@ impl World {
                 self.at(now + time, Happening::Recover(node));
             }
             Fault::FailLoad(node) => self.nodes[node].fail_loads += 1,
+            Fault::Hang(node, time) => self.nodes[node].hung_until = now + time,
+            Fault::Sick(node, steps) => self.nodes[node].sick_steps += steps,
+            Fault::Drain(node) => self.drain(node),
             Fault::Recut(mask) => {
                 let chosen: Vec<NodeId> =
                     (0..self.nodes.len()).filter(|i| mask >> i & 1 == 1).map(name).collect();
@@ -774,7 +844,7 @@ impl World {
                 self.advance();
             }
             Fault::Cordon(node, on) => {
-                self.pipeline.handle_cordon(name(node), on, now);
+                self.pipeline.handle_cordon(name(node), CordonReason::Operator, on, now);
                 self.advance();
             }
             Fault::EdgeLost => {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use actix::prelude::*;
 use millrace_shared::error::Status;
 use millrace_shared::id::{Epoch, PipelineId, RequestId};
-use millrace_shared::membership::{Balance, Paces};
+use millrace_shared::membership::{Balance, LinkTimes, Oldest, Paces};
 use millrace_shared::scheduler::cost::StageCost;
 use millrace_shared::scheduler::{Scheduler, SchedulerConfig};
 use millrace_shared::wire::data::{ResultMeta, RowOutcome, RowResult, StageTime};
@@ -18,7 +18,7 @@ use millrace_shared::wire::frame::Frame;
 use tokio::sync::mpsc;
 
 use super::{Active, Batcher, RETRY_PIPELINE_MS};
-use crate::actors::cluster::{Cluster, Paced, Switched, Uneven};
+use crate::actors::cluster::{Cluster, EdgeFailed, Paced, Switched, Uneven};
 
 /// A pipeline is ready; where another epoch serves, it goes on from there.
 #[derive(Debug, Message)]
@@ -32,6 +32,10 @@ pub struct PipelineUp {
     pub config: SchedulerConfig,
     /// What each stage costs, before anything is measured.
     pub costs: Vec<StageCost>,
+    /// Silence that is a stall at the least.
+    pub lease: Duration,
+    /// What the links between stages take.
+    pub links: LinkTimes,
     /// To the first stage.
     pub steps: mpsc::Sender<Frame>,
     /// To the last stage.
@@ -65,6 +69,9 @@ impl Handler<PipelineDown> for Batcher {
     fn handle(&mut self, m: PipelineDown, _: &mut Context<Self>) {
         self.detail = m.detail;
         self.next = None;
+        if self.active.is_some() {
+            self.note_epoch_end();
+        }
         if self.active.take().is_some() && !m.forever {
             self.suspended = Some(self.now());
         }
@@ -77,6 +84,11 @@ impl Handler<PipelineDown> for Batcher {
 }
 
 impl Batcher {
+    /// What is said to requests while nothing is up.
+    pub(super) fn unavailable(&self) -> Status {
+        Status::unavailable(format!("no pipeline is ready: {}", self.detail), RETRY_PIPELINE_MS)
+    }
+
     /// Begins the next epoch as soon as the present one has nothing in flight.
     pub(super) fn begin_next(&mut self, now: Duration) {
         let busy = |s: &Scheduler| s.stats().in_flight > 0;
@@ -91,6 +103,7 @@ impl Batcher {
             None => (Scheduler::new(next.config), Vec::new()),
         };
         refused.extend(self.resume(&mut scheduler));
+        self.doubts.begin_epoch(&mut scheduler);
         scheduler.set_prior(&next.costs);
         self.scheduler = Some(scheduler);
         self.cluster = Some(next.cluster.clone());
@@ -108,6 +121,8 @@ impl Batcher {
         self.active = Some(Active {
             pipeline: next.pipeline,
             epoch: next.epoch,
+            lease: next.lease,
+            links: next.links,
             steps: next.steps,
             opens: next.opens,
             cluster: next.cluster,
@@ -133,6 +148,28 @@ impl Batcher {
             && let Some(pace) = active.paces.handle_times(rows, &steps, now)
         {
             let _ = active.cluster.try_send(Paced { epoch, pace });
+        }
+    }
+
+    pub(super) fn break_off(&mut self) {
+        let Some(active) = self.active.as_mut() else { return };
+        active.broken = true;
+        let message = "an edge of the coordinator is lost".to_owned();
+        let _ = active.cluster.try_send(EdgeFailed { epoch: active.epoch, message });
+    }
+
+    /// Every wait has a deadline: also the one for a stage that neither answers nor dies.
+    pub(super) fn check_stall(&mut self, now: Duration) {
+        let (Some(active), Some(scheduler)) = (&self.active, &self.scheduler) else { return };
+        let oldest = scheduler.oldest_in_flight().map(|(id, issued)| Oldest {
+            issued,
+            predicted: scheduler.predicted_seconds(id).iter().sum(),
+            positions: scheduler.positions(id),
+        });
+        if self.stalls.is_stalled(oldest, &active.links, active.lease, now) {
+            let message = "a stage does not answer although its node lives".to_owned();
+            let _ = active.cluster.try_send(EdgeFailed { epoch: active.epoch, message });
+            self.note_death();
         }
     }
 

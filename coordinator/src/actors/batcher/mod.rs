@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{Epoch, MicroBatchId, PipelineId, RequestId, SequenceId};
-use millrace_shared::membership::{Balance, Paces, Stalls};
+use millrace_shared::membership::{Balance, LinkTimes, Paces, Stalls};
 use millrace_shared::model::Dtype;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::scheduler::{Outcome, Scheduler, SchedulerStats, Step};
@@ -35,12 +35,12 @@ use millrace_shared::wire::rpc::TokenLogprobs;
 use millrace_shared::wire::stamp::Stamp;
 use tokio::sync::mpsc;
 
-use super::cluster::{Cluster, EdgeFailed, RowsVoid};
+use super::cluster::{Cluster, RowsVoid};
 use crate::journal::{Entry, Journal, Retained};
 use crate::metrics::{Metrics, Shed};
 use crate::request::{Request, Verdict, Work};
 use crate::text::Tokenizer;
-pub use doubt::{LAST_STAGE, StepVerdict};
+pub use doubt::{NodeDied, StepVerdict};
 pub use epochs::{PipelineDown, PipelineUp};
 pub use inbox::{Attach, Cancel, GetCounters, ResultFrame, Submit, SubmitScore};
 use submit::retry_ms;
@@ -59,6 +59,8 @@ const RETRY_QUEUE_MS: u32 = 1000;
 struct Active {
     pipeline: PipelineId,
     epoch: Epoch,
+    lease: Duration,
+    links: LinkTimes,
     /// To the first stage; capacity covers every micro-batch in flight.
     steps: mpsc::Sender<Frame>,
     /// To the last stage.
@@ -170,10 +172,6 @@ impl Batcher {
         self.started.elapsed()
     }
 
-    fn unavailable(&self) -> Status {
-        Status::unavailable(format!("no pipeline is ready: {}", self.detail), RETRY_PIPELINE_MS)
-    }
-
     /// Tells the stages which rows nobody wants any more, and sends every micro-batch the scheduler
     /// has ready.
     fn pump(&mut self) {
@@ -211,13 +209,6 @@ impl Batcher {
         if let Some(active) = self.active.as_ref().filter(|_| !rows.is_empty()) {
             let _ = active.cluster.try_send(RowsVoid { epoch: active.epoch, rows });
         }
-    }
-
-    fn break_off(&mut self) {
-        let Some(active) = self.active.as_mut() else { return };
-        active.broken = true;
-        let message = "an edge of the coordinator is lost".to_owned();
-        let _ = active.cluster.try_send(EdgeFailed { epoch: active.epoch, message });
     }
 
     fn issue(&mut self, step: &Step, now: Duration) -> Result<(), IssueError> {
@@ -265,7 +256,7 @@ impl Batcher {
     }
 
     fn apply(&mut self, outcomes: Vec<Outcome>, now: Duration) {
-        let mut doubted: BTreeMap<u16, Vec<SequenceId>> = BTreeMap::new();
+        let mut doubted: BTreeMap<(u16, bool), Vec<SequenceId>> = BTreeMap::new();
         for outcome in outcomes {
             match outcome {
                 Outcome::PrefillDone { .. } => {}
@@ -291,17 +282,17 @@ impl Batcher {
                         self.fail(request, status);
                     }
                 }
-                Outcome::Failed { sequence, message } => {
-                    if let Some(stage) = self.doubt(sequence, &message) {
-                        doubted.entry(stage).or_default().push(sequence);
+                Outcome::Failed { sequence, failure, alone } => {
+                    if let Some(stage) = self.doubt(sequence, &failure) {
+                        doubted.entry((stage, alone)).or_default().push(sequence);
                     } else if let Some(request) = self.forget(sequence) {
-                        self.fail(request, Status::internal(message));
+                        self.fail(request, Status::internal(failure.message));
                     }
                 }
             }
         }
-        for (stage, sequences) in doubted {
-            self.ask_verdict(stage, sequences);
+        for ((stage, alone), sequences) in doubted {
+            self.ask_verdict(stage, alone, &sequences);
         }
     }
 
@@ -412,17 +403,6 @@ impl Batcher {
         self.check_suspended(now);
         self.check_stall(now);
         self.pump();
-    }
-
-    /// Every wait has a deadline: also the one for a stage that neither answers nor dies.
-    fn check_stall(&mut self, now: Duration) {
-        let (Some(active), Some(scheduler)) = (&self.active, &self.scheduler) else { return };
-        let oldest = scheduler.oldest_in_flight();
-        let predicted = oldest.map_or(0.0, |(id, _)| scheduler.predicted_seconds(id).iter().sum());
-        if self.stalls.is_stalled(oldest.map(|(_, issued)| issued), predicted, now) {
-            let message = "a stage does not answer although its node lives".to_owned();
-            let _ = active.cluster.try_send(EdgeFailed { epoch: active.epoch, message });
-        }
     }
 
     fn register(&mut self, request: Request) {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::NodeId;
+use millrace_shared::membership::CordonReason;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest, EdgeStatus, NodeRole, NodeStatus};
 use millrace_shared::wire::control::CoordinatorMessage;
 use tokio::sync::oneshot;
@@ -111,6 +112,7 @@ impl Cluster {
             threads: m.hello.threads,
             memory_bytes: m.hello.memory_bytes,
             role: role(id),
+            cordons: self.pipeline.iter().flat_map(|p| p.cordons(*id)).collect(),
         };
         self.members.iter().map(status).collect()
     }
@@ -128,7 +130,7 @@ impl Cluster {
         let Some(pipeline) = &mut self.pipeline else {
             return Err(refused("there is no pipeline yet: wait until one has formed".into()));
         };
-        pipeline.handle_cordon(id, true, now);
+        pipeline.handle_cordon(id, CordonReason::Operator, true, now);
         Ok(match offer {
             None => AdminReply::Nodes(self.node_statuses()),
             Some(offer) => AdminReply::Recut(Box::new(self.apply_offer(offer))),
@@ -146,6 +148,12 @@ impl Cluster {
     /// Tells a node to hand its layers over and to end, as SIGTERM would.
     fn drain(&mut self, node: &str) -> Result<AdminReply, Status> {
         let id = self.find(node)?;
+        if self.members.get(&id).is_some_and(|m| !m.hello.drains) {
+            return Err(refused(format!(
+                "{node} shares its process with others, so it cannot end alone: to take its layers \
+                 away, cordon it; to end it, end that process"
+            )));
+        }
         self.say(id, CoordinatorMessage::Drain);
         Ok(AdminReply::Nodes(self.node_statuses()))
     }
@@ -153,7 +161,7 @@ impl Cluster {
     fn uncordon(&mut self, node: &str) -> Result<AdminReply, Status> {
         let (id, now) = (self.find(node)?, self.now());
         if let Some(pipeline) = &mut self.pipeline {
-            pipeline.handle_cordon(id, false, now);
+            pipeline.handle_cordon(id, CordonReason::Operator, false, now);
         }
         Ok(AdminReply::Nodes(self.node_statuses()))
     }

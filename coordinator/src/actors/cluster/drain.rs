@@ -2,13 +2,14 @@
 //!
 //! A drain is a cordon of the node's own making: nobody plans with it any more, a new cut without it
 //! is made ready beside the one that serves, and when that has taken over the node is told. Where
-//! nobody can take its layers over it is told that at once, and its leaving is a loss like any
+//! nobody can take its layers over, also none that measures at the moment, it is told that at once, and its leaving is a loss like any
 //! other. The cordon ends with the node, so that it is used again when it comes back.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use millrace_shared::id::NodeId;
+use millrace_shared::membership::{CordonReason, PROFILE_TIMEOUT};
 use millrace_shared::wire::control::CoordinatorMessage;
 
 use super::Cluster;
@@ -19,10 +20,8 @@ const AGAIN: Duration = Duration::from_millis(500);
 /// Nodes that want to leave.
 #[derive(Debug, Default)]
 pub(super) struct Drains {
-    /// When each is looked at again.
-    waiting: BTreeMap<NodeId, Duration>,
-    /// Whom to forget the cordon of, when they are gone.
-    cordoned: Vec<NodeId>,
+    /// Since when each waits, and when it is looked at again.
+    waiting: BTreeMap<NodeId, (Duration, Duration)>,
 }
 
 impl Cluster {
@@ -30,34 +29,33 @@ impl Cluster {
     pub(super) fn begin_drain(&mut self, id: NodeId, now: Duration) {
         tracing::info!(node = %id, name = self.name_of(id), "the node wants to leave");
         self.chronicle.note("leaving", self.name_of(id));
-        self.drains.waiting.insert(id, now);
-        let Some(pipeline) = self.pipeline.as_mut().filter(|p| !p.is_cordoned(id)) else { return };
-        self.drains.cordoned.push(id);
-        pipeline.handle_cordon(id, true, now);
+        self.drains.waiting.entry(id).or_insert((now, now));
+        if let Some(pipeline) = &mut self.pipeline {
+            pipeline.handle_cordon(id, CordonReason::Drain, true, now);
+        }
     }
 
     /// A node is gone, as it wanted or not.
     pub(super) fn end_drain(&mut self, id: NodeId, now: Duration) {
         self.drains.waiting.remove(&id);
-        let own = self.drains.cordoned.iter().position(|c| *c == id);
-        if let (Some(at), Some(pipeline)) = (own, &mut self.pipeline) {
-            self.drains.cordoned.swap_remove(at);
-            pipeline.handle_cordon(id, false, now);
+        if let Some(pipeline) = &mut self.pipeline {
+            pipeline.handle_cordon(id, CordonReason::Drain, false, now);
         }
     }
 
     /// Cuts without those who want to leave, and lets go who has no layers any more.
     pub(super) fn check_drains(&mut self, now: Duration) {
-        let due = |at: &Duration| *at <= now;
-        let waiting: Vec<NodeId> =
-            self.drains.waiting.iter().filter(|(_, at)| due(at)).map(|(id, _)| *id).collect();
-        for id in waiting {
-            self.drains.waiting.insert(id, now + AGAIN);
-            self.check_drain(id);
+        let mut due = Vec::new();
+        for (id, (since, at)) in &mut self.drains.waiting {
+            if *at <= now {
+                *at = now + AGAIN;
+                due.push((*id, now.saturating_sub(*since)));
+            }
         }
+        due.into_iter().for_each(|(id, waited)| self.check_drain(id, waited));
     }
 
-    fn check_drain(&mut self, id: NodeId) {
+    fn check_drain(&mut self, id: NodeId, waited: Duration) {
         let Some(pipeline) = &self.pipeline else { return self.let_go(id, None) };
         let serves = pipeline.chosen().contains(&id);
         if !serves && pipeline.next_epoch().is_none() {
@@ -70,8 +68,17 @@ impl Cluster {
             Ok(offer) => {
                 self.apply_offer(offer);
             }
+            // Whoever measures may take the layers over in a moment.
+            Err(_) if waited < PROFILE_TIMEOUT && self.somebody_measures() => {}
             Err(message) => self.let_go(id, Some(message)),
         }
+    }
+
+    /// Whether a node that could serve is yet to say what it can.
+    fn somebody_measures(&self) -> bool {
+        let Some(pipeline) = &self.pipeline else { return false };
+        let usable = |id: &&NodeId| !pipeline.is_cordoned(**id) && !pipeline.is_suspect(**id);
+        self.members.keys().filter(usable).any(|id| pipeline.measured(*id).is_none())
     }
 
     fn let_go(&mut self, id: NodeId, trouble: Option<String>) {

@@ -47,6 +47,7 @@ impl Handler<NodeHello> for Cluster {
         let welcome = CoordinatorMessage::Welcome {
             node_id: m.id,
             heartbeat_ms: self.deployment.heartbeat.as_millis() as u32,
+            lease_ms: self.deployment.lease.as_millis() as u32,
         };
         let _ = m.out.try_send(welcome);
         let member = Member {

@@ -26,7 +26,7 @@ use actix::prelude::*;
 use millrace_net::Connection;
 use millrace_shared::id::{Epoch, NodeId, PipelineId};
 use millrace_shared::membership::{
-    Action, Event, Membership, MembershipConfig, PipelineConfig, PipelineState, Session,
+    Action, Event, LostReason, Membership, MembershipConfig, PipelineConfig, PipelineState, Session,
 };
 use millrace_shared::model::ModelManifest;
 use millrace_shared::options::EngineKind;
@@ -37,7 +37,7 @@ use millrace_shared::wire::control::{
 };
 use tokio::sync::{mpsc, watch};
 
-use super::batcher::{Batcher, PipelineDown};
+use super::batcher::{Batcher, NodeDied, PipelineDown};
 use crate::chronicle::Chronicle;
 use crate::plan::{Deployment, Plan, profile_spec};
 pub use admin::Admin;
@@ -262,6 +262,9 @@ impl Cluster {
                     self.members.remove(&node);
                 }
                 self.ways.forget(node);
+                if reason != LostReason::Left && self.dies_serving(node) {
+                    let _ = self.batcher.try_send(NodeDied);
+                }
                 if let Some(pipeline) = &mut self.pipeline {
                     self.shrunk |= pipeline.chosen().contains(&node);
                     pipeline.handle_lost(node, &reason.to_string(), now);
@@ -344,12 +347,12 @@ impl Cluster {
         [&self.plan, &self.next_plan].into_iter().flatten().find(|p| p.epoch == epoch)
     }
 
-    fn failed(&self, message: String) {
-        self.readiness.send_modify(|r| r.failed = Some(message));
-    }
-
     fn edge_failed(&mut self, epoch: Epoch, message: &str) {
         let now = self.now();
+        // One of them may be closed for good: it is tried anew before the next plan.
+        for way in self.plan_of(epoch).map(Plan::ways).unwrap_or_default() {
+            self.ways.doubt(way);
+        }
         if let Some(pipeline) = &mut self.pipeline {
             pipeline.handle_edge_lost(epoch, message, now);
         }

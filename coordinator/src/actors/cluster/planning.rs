@@ -30,6 +30,11 @@ pub(super) struct Draft {
 }
 
 impl Cluster {
+    /// Why the last attempt to form a pipeline failed, for whoever waits for it.
+    pub(super) fn failed(&self, message: String) {
+        self.readiness.send_modify(|r| r.failed = Some(message));
+    }
+
     /// The nodes as plans see them, at the pace they were last seen to work.
     pub(super) fn plan_nodes(&self, nodes: &[(NodeId, StageProfile)]) -> Vec<PlanNode> {
         let known = |(id, profile): &(NodeId, StageProfile)| {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use millrace_shared::id::{Epoch, NodeId};
+use millrace_shared::membership::LinkTimes;
 use millrace_shared::partition::LayerRange;
 use millrace_shared::wire::Edge;
 use millrace_shared::wire::control::{Assignment, CoordinatorMessage};
@@ -13,6 +14,7 @@ use tokio::sync::mpsc;
 use super::{Cluster, Member};
 use crate::actors::batcher::PipelineUp;
 use crate::actors::edges;
+use crate::plan::Plan;
 
 /// From the order to start until every edge is connected.
 const START_DEADLINE: Duration = Duration::from_secs(15);
@@ -70,6 +72,8 @@ impl Cluster {
                 epoch,
                 config: plan.scheduler,
                 costs: plan.costs.clone(),
+                lease: self.deployment.lease,
+                links: self.link_times(plan),
                 steps,
                 opens,
                 cluster: ctx.address(),
@@ -79,6 +83,18 @@ impl Cluster {
         for node in nodes {
             self.say(*node, CoordinatorMessage::Start { pipeline: self.number, epoch });
         }
+    }
+
+    /// What the ways between the stages of a plan take.
+    fn link_times(&self, plan: &Plan) -> LinkTimes {
+        let width = self.deployment.activation_dtype.bytes() as u64;
+        let bytes = u64::from(self.manifest.config.hidden) * width;
+        let mut links = LinkTimes::default();
+        for way in plan.ways() {
+            let round_trip = self.ways.outcome(way, self.now()).and_then(|o| o.as_ref().ok());
+            links.add(self.ways.rate(way), round_trip.copied().unwrap_or_default(), bytes);
+        }
+        links
     }
 
     /// Serves once nothing is left to connect.

@@ -49,6 +49,8 @@ enum Rate {
 #[derive(Debug, Default)]
 pub(super) struct Ways {
     trials: BTreeMap<Way, Trial>,
+    /// Round trips of open ways that are to be tried anew.
+    doubtful: BTreeMap<Way, f64>,
     rates: BTreeMap<Way, Rate>,
 }
 
@@ -91,6 +93,7 @@ impl Ways {
                 self.rates.entry(way).or_insert(Rate::Waiting);
             }
             *trial = Trial { outcome: Some(outcome), at: now };
+            self.doubtful.remove(&way);
         }
     }
 
@@ -137,19 +140,33 @@ impl Ways {
         }
     }
 
+    /// Something that needed this way broke: an open one is tried again before a plan uses it. Until
+    /// that is known, plans reckon with it as it was.
+    pub(super) fn doubt(&mut self, way: Way) {
+        let open = |t: &Trial| t.outcome.as_ref().and_then(|o| o.as_ref().ok()).copied();
+        if let Some(round_trip) = self.trials.get(&way).and_then(open) {
+            self.trials.remove(&way);
+            self.doubtful.insert(way, round_trip);
+        }
+    }
+
     /// A member came or went: nothing is known of its ways.
     pub(super) fn forget(&mut self, node: NodeId) {
         self.trials.retain(|(from, to), _| *from != node && *to != node);
+        self.doubtful.retain(|(from, to), _| *from != node && *to != node);
         self.rates.retain(|(from, to), _| *from != node && *to != node);
     }
 
     /// What plans may build on.
     pub(super) fn known(&self, now: Duration) -> Vec<KnownWay> {
         let known = |&(from, to): &Way| {
-            let round_trip = self.outcome((from, to), now)?.as_ref().ok().copied();
+            let before = self.doubtful.get(&(from, to)).map(|round_trip| Some(*round_trip));
+            let tried = self.outcome((from, to), now).map(|o| o.as_ref().ok().copied());
+            let round_trip = tried.or(before)?;
             Some(KnownWay { from, to, round_trip, bytes_per_second: self.rate((from, to)) })
         };
-        self.trials.keys().filter_map(known).collect()
+        let doubtful = self.doubtful.keys().filter(|way| !self.trials.contains_key(way));
+        self.trials.keys().chain(doubtful).filter_map(known).collect()
     }
 }
 
@@ -178,6 +195,14 @@ mod tests {
         assert!(ways.begin(way, s(31)));
         ways.expire(s(41));
         assert!(ways.outcome(way, s(41)).is_some_and(Result::is_err), "silence is an answer");
+        // One that broke while it served is tried again, and plans know it as it was meanwhile.
+        ways.doubt(back);
+        ways.doubt(way);
+        assert_eq!((ways.outcome(back, s(42)), known(&ways, 42)), (None, vec![None, Some(0.1)]));
+        assert!(ways.begin(back, s(42)));
+        assert_eq!(known(&ways, 42), [None, Some(0.1)]);
+        ways.end(back, Err("shut".into()), s(43));
+        assert_eq!(known(&ways, 43), [None, None]);
         ways.forget(node(2));
         assert_eq!((ways.outcome(back, s(42)), known(&ways, 42)), (None, vec![]));
     }

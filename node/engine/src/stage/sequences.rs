@@ -14,7 +14,7 @@ use millrace_shared::sampling::{
     Place, SampleError, Sampled, SamplingParams, Scratch, TokenMask, sample, sample_top, score,
 };
 use millrace_shared::wire::data::{
-    ChosenToken, MaskMeta, OpenMeta, Row, RowMask, RowOutcome, SequenceOpen, StepMeta, Want,
+    ChosenToken, Failure, MaskMeta, OpenMeta, Row, RowMask, RowOutcome, SequenceOpen, StepMeta, Want,
 };
 
 use super::StageError;
@@ -61,6 +61,8 @@ impl Sequence {
 type Entry = Result<Sequence, String>;
 
 pub(super) struct Sequences {
+    /// The stage's number, for what its computing is to blame for.
+    stage: u16,
     vocab: u32,
     max_len: usize,
     limit: usize,
@@ -77,8 +79,9 @@ const MAX_IN_FLIGHT: usize = 1025;
 pub(super) type Outcomes = Vec<Option<RowOutcome>>;
 
 impl Sequences {
-    pub(super) fn new(spec: &StageSpec) -> Self {
+    pub(super) fn new(spec: &StageSpec, stage: u16) -> Self {
         Self {
+            stage,
             vocab: spec.config.vocab,
             max_len: spec.settings.max_model_len as usize,
             // Announcements overtake the releases that travel with the frames: every micro-batch in
@@ -165,7 +168,7 @@ impl Sequences {
                 Want::None => Some(RowOutcome::Done),
                 Want::Follow if !self.follows(row, meta.drafts_of(index)) => Some(RowOutcome::Done),
                 Want::Sample | Want::Score { .. } | Want::Verify | Want::Follow => {
-                    self.ready(row).err().map(RowOutcome::Failed)
+                    self.ready(row).err().map(|e| RowOutcome::Failed(e.into()))
                 }
             })
             .collect()
@@ -248,17 +251,18 @@ impl Sequences {
         drafts: &[u32],
         slot: &mut Option<RowOutcome>,
         got: HeadRow<'_>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Failure> {
         // Again, now in order: an earlier row of this step may have changed the history.
         self.ready(row)?;
-        let Self { open, scratch, .. } = self;
+        let Self { open, scratch, stage, .. } = self;
+        let blame = |e: SampleError| of_sampling(*stage, &e);
         let Some(Ok(sequence)) = open.get_mut(&row.sequence) else {
-            return Err("the sequence is gone".to_owned());
+            return Err("the sequence is gone".into());
         };
         match row.want {
             Want::None => {}
             Want::Sample => {
-                let sampled = sequence.choose(got, scratch).map_err(|e| e.to_string())?;
+                let sampled = sequence.choose(got, scratch).map_err(blame)?;
                 *slot =
                     Some(RowOutcome::Token { token: sampled.token, logprobs: sampled.logprobs });
             }
@@ -272,7 +276,7 @@ impl Sequences {
                 let known = usize::from(row.want == Want::Verify);
                 let expected = (index > 0).then(|| drafts.get(index - known).copied());
                 if chosen.len() == index && expected.unwrap_or(None) == last_token(&chosen) {
-                    let sampled = sequence.choose(got, scratch).map_err(|e| e.to_string())?;
+                    let sampled = sequence.choose(got, scratch).map_err(blame)?;
                     chosen.push(ChosenToken { token: sampled.token, logprobs: sampled.logprobs });
                 }
                 *slot = Some(RowOutcome::Tokens(chosen));
@@ -280,10 +284,9 @@ impl Sequences {
             Want::Score { top_k } => {
                 let next = sequence.history.get(got.position as usize + 1).copied();
                 let HeadLogits::Full(logits) = got.logits else {
-                    return Err("the engine gave too few logits for a score".to_owned());
+                    return Err("the engine gave too few logits for a score".into());
                 };
-                let scored =
-                    score(logits, got.position, next, top_k, scratch).map_err(|e| e.to_string())?;
+                let scored = score(logits, got.position, next, top_k, scratch).map_err(blame)?;
                 match slot {
                     Some(RowOutcome::Scores(scores)) => scores.push(scored),
                     _ => *slot = Some(RowOutcome::Scores(vec![scored])),
@@ -294,6 +297,12 @@ impl Sequences {
     }
 }
 
+/// Logits that are not finite are the fault of what computed them; all else is the row's.
+fn of_sampling(stage: u16, error: &SampleError) -> Failure {
+    let stage = matches!(error, SampleError::NonFinite { .. }).then_some(stage);
+    Failure { stage, message: error.to_string() }
+}
+
 fn last_token(chosen: &[ChosenToken]) -> Option<u32> {
     chosen.last().map(|c| c.token)
 }
@@ -302,10 +311,11 @@ fn last_token(chosen: &[ChosenToken]) -> Option<u32> {
 pub(super) fn finish(meta: &StepMeta, outcomes: Outcomes) -> Vec<RowOutcome> {
     let complete = |row: &Row, outcome: Option<RowOutcome>| match outcome {
         Some(RowOutcome::Scores(scores)) if scores.len() != row.count as usize => {
-            RowOutcome::Failed(format!("the engine scored {} of {}", scores.len(), row.count))
+            let message = format!("the engine scored {} of {}", scores.len(), row.count);
+            RowOutcome::Failed(message.into())
         }
         Some(outcome) => outcome,
-        None => RowOutcome::Failed("the engine gave no logits".to_owned()),
+        None => RowOutcome::Failed("the engine gave no logits".into()),
     };
     meta.rows.iter().zip(outcomes).map(|(row, outcome)| complete(row, outcome)).collect()
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use actix::prelude::*;
 use millrace_net::pump::pump_in;
 use millrace_net::{Connection, EdgeReceiver, PeerName, RecvStream, SendStream};
+use millrace_shared::membership::open_wait;
 use millrace_shared::wire::control::{Assignment, CoordinatorMessage, LoadReport, NodeMessage};
 use millrace_shared::wire::{MAX_FRAME_META_BYTES, Plane};
 use tokio::sync::{mpsc, oneshot};
@@ -78,7 +79,7 @@ impl Handler<Loaded> for Node {
     type Result = ();
 
     fn handle(&mut self, m: Loaded, _: &mut Context<Self>) {
-        let stale = Arc::clone(&self.stale);
+        let (stale, lease) = (Arc::clone(&self.stale), self.lease);
         let (pipeline, epoch) = (m.assignment.pipeline, m.assignment.epoch);
         let assignment = Arc::clone(&m.assignment);
         let Some(active) = self.slot(|a| Arc::ptr_eq(&a.assignment, &m.assignment)) else {
@@ -94,7 +95,8 @@ impl Handler<Loaded> for Node {
                     out,
                     active.losses.clone(),
                     stale,
-                );
+                )
+                .waiting(open_wait(lease));
                 active.stage = Some(stage.start());
                 active.out = Some(frames);
                 active.since = Instant::now();

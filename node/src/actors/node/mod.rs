@@ -135,6 +135,8 @@ pub struct Node {
     /// Where the last measurement is kept.
     known: Option<KnownProfile>,
     echo: u64,
+    /// Silence after which the coordinator takes this node for lost.
+    lease: Duration,
     heartbeat: Option<SpawnHandle>,
     leaving: bool,
     /// Told when the coordinator wants this process to end.
@@ -161,6 +163,7 @@ impl Node {
             stale: Arc::new(AtomicU64::new(0)),
             known: None,
             echo: 0,
+            lease: millrace_shared::membership::LEASE,
             heartbeat: None,
             leaving: false,
             drain: None,
@@ -207,7 +210,8 @@ impl Node {
 
     fn on_control(&mut self, message: CoordinatorMessage, ctx: &mut Context<Self>) {
         match message {
-            CoordinatorMessage::Welcome { heartbeat_ms, .. } => {
+            CoordinatorMessage::Welcome { heartbeat_ms, lease_ms, .. } => {
+                self.lease = Duration::from_millis(lease_ms.into());
                 let every = Duration::from_millis(u64::from(heartbeat_ms.max(10)));
                 if let Some(handle) = self.heartbeat.take() {
                     ctx.cancel_future(handle);

@@ -25,8 +25,8 @@ use crate::id::{Epoch, NodeId};
 use crate::wire::control::StageProfile;
 use next::Next;
 pub use types::{
-    Action, FLAP_MEMORY, FLAPS, LOAD_TIMEOUT, PROFILE_TIMEOUT, PipelineConfig, PipelinePhase,
-    RETRY_NODE, RETRY_PIPELINE,
+    Action, CordonReason, FLAP_MEMORY, FLAPS, LOAD_TIMEOUT, PROFILE_TIMEOUT, PipelineConfig,
+    PipelinePhase, RETRY_NODE, RETRY_PIPELINE,
 };
 
 #[derive(Clone, Debug)]
@@ -48,8 +48,8 @@ pub struct PipelineState {
     /// What is made ready while this epoch runs.
     next: Option<Next>,
     nodes: BTreeMap<NodeId, Candidate>,
-    /// Not to be used, whether there or not.
-    cordoned: BTreeSet<NodeId>,
+    /// Not to be used, whether there or not, and why.
+    cordoned: BTreeSet<(NodeId, CordonReason)>,
     /// When nodes were lost: the last few times of each.
     losses: BTreeMap<NodeId, VecDeque<Duration>>,
     next_order: u64,
@@ -144,10 +144,17 @@ impl PipelineState {
         self.advance(now);
     }
 
-    /// An operator takes a node out of use, or back. What runs on it runs on until the next cut.
-    pub fn handle_cordon(&mut self, node: NodeId, cordoned: bool, now: Duration) {
+    /// A node is taken out of use for a reason, or that reason is gone; others may be left. What
+    /// runs on it runs on until the next cut.
+    pub fn handle_cordon(
+        &mut self,
+        node: NodeId,
+        reason: CordonReason,
+        cordoned: bool,
+        now: Duration,
+    ) {
         if cordoned {
-            self.cordoned.insert(node);
+            self.cordoned.insert((node, reason));
             let early = matches!(self.phase, PipelinePhase::Profiling | PipelinePhase::Planning);
             let reason = format!("node {node} was cordoned");
             if early && self.chosen.contains(&node) {
@@ -156,15 +163,33 @@ impl PipelineState {
                 self.abandon(reason, now);
             }
         } else {
-            self.cordoned.remove(&node);
+            self.cordoned.remove(&(node, reason));
             self.unplannable = false;
         }
         self.advance(now);
     }
 
-    /// Whether an operator took the node out of use.
+    /// Whether the node is out of use, for whatever reason.
     pub fn is_cordoned(&self, node: NodeId) -> bool {
-        self.cordoned.contains(&node)
+        self.cordons(node).next().is_some()
+    }
+
+    /// Why the node is out of use.
+    pub fn cordons(&self, node: NodeId) -> impl Iterator<Item = CordonReason> + '_ {
+        CordonReason::ALL.into_iter().filter(move |r| self.cordoned.contains(&(node, *r)))
+    }
+
+    /// A node without which no pipeline can form, and that only this reason keeps out of use: what
+    /// is wrong with it matters less than that nothing is served.
+    pub fn needed_despite(&self, reason: CordonReason, now: Duration) -> Option<NodeId> {
+        let eligible = self.nodes.keys().filter(|n| self.is_eligible(**n, now)).count();
+        if self.phase != PipelinePhase::Waiting || self.unplannable || eligible >= self.need() {
+            return None;
+        }
+        let only = |n: &NodeId| self.cordons(*n).eq([reason]);
+        let fit = |c: &Candidate| !c.suspect && c.barred_until <= now;
+        let mut needed = self.nodes.iter().filter(|(n, c)| only(n) && fit(c));
+        needed.next().map(|(node, _)| *node)
     }
 
     /// Whether the node is silent.
@@ -328,7 +353,7 @@ impl PipelineState {
         }
         // The moment at which enough nodes may be chosen, if no other joins.
         let mut times: Vec<Duration> = (self.nodes.iter())
-            .filter(|(node, c)| !c.suspect && !self.cordoned.contains(node))
+            .filter(|(node, c)| !c.suspect && !self.is_cordoned(**node))
             .map(|(_, c)| c.barred_until.max(self.retry_at))
             .collect();
         times.sort_unstable();

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::id::{Epoch, NodeId};
 use crate::wire::control::StageProfile;
 
@@ -48,6 +50,31 @@ impl PipelineConfig {
             load_timeout: LOAD_TIMEOUT,
             retry_node: RETRY_NODE,
             retry_pipeline: RETRY_PIPELINE,
+        }
+    }
+}
+
+/// Why a node gets no layers. Each stands for itself: a node is used when none is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum CordonReason {
+    /// An operator took it out of use, until an operator takes it back.
+    Operator,
+    /// It wants to leave.
+    Drain,
+    /// A step failed on it.
+    Quarantine,
+}
+
+impl CordonReason {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Operator, Self::Drain, Self::Quarantine];
+
+    /// A word for people.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Operator => "operator",
+            Self::Drain => "drain",
+            Self::Quarantine => "quarantine",
         }
     }
 }

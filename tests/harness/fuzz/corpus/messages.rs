@@ -2,6 +2,7 @@
 
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{Epoch, NodeId, PipelineId, RequestId, SequenceId};
+use millrace_shared::membership::CordonReason;
 use millrace_shared::options::{TorchDtype, TorchKept};
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::admin::{
@@ -46,6 +47,7 @@ fn hello() -> Hello {
         memory_bytes: 1 << 30,
         hardware: "x86".into(),
         torch: Some(TorchKept { dtype: TorchDtype::Int4, gpu: true }),
+        drains: true,
     }
 }
 
@@ -73,7 +75,7 @@ pub(in crate::fuzz) fn of_coordinators() -> Vec<Vec<u8>> {
     let rows = vec![VoidRows { sequence: SequenceId(7), epoch: 2 }; 3];
     let peer = Peer { node_id: node_id(), address: "127.0.0.1:7001".into() };
     encoded([
-        CoordinatorMessage::Welcome { node_id: node_id(), heartbeat_ms: 250 },
+        CoordinatorMessage::Welcome { node_id: node_id(), heartbeat_ms: 250, lease_ms: 1500 },
         CoordinatorMessage::Refused { message: "no".into() },
         CoordinatorMessage::TryEdge { peer, burst: true },
         CoordinatorMessage::Start { pipeline, epoch },
@@ -144,6 +146,7 @@ pub(in crate::fuzz) fn admin_replies() -> Vec<Vec<u8>> {
         threads: 2,
         memory_bytes: 5,
         role: NodeRole::Stage { first_layer: 0, end_layer: 9, head: true },
+        cordons: CordonReason::ALL.to_vec(),
     };
     let key = NewKey::new("k", Scope::Admin);
     let info = KeyInfo { id: "k".into(), key, created: 5, last_used: Some(6) };

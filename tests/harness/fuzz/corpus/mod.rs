@@ -6,7 +6,7 @@ use millrace_shared::model::TensorType;
 use millrace_shared::model::gguf::GgufWriter;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::data::{
-    ChosenToken, OpenMeta, ResultMeta, Row, RowOutcome, SequenceOpen, StageTime, StepMeta,
+    ChosenToken, Failure, OpenMeta, ResultMeta, Row, RowOutcome, SequenceOpen, StageTime, StepMeta,
     TableUpdate, Want,
 };
 use millrace_shared::wire::frame::FrameMeta;
@@ -117,7 +117,7 @@ pub(super) fn step_metas() -> Vec<Vec<u8>> {
         times: vec![StageTime::default()],
         ..StepMeta::default()
     };
-    let failed = StepMeta { failed: Some("stage 1: NaN".into()), ..meta.clone() };
+    let failed = StepMeta { failed: Some(Failure::of_stage(1, "NaN".into())), ..meta.clone() };
     let scored = StepMeta {
         rows: vec![row(Want::Score { top_k: 5 }, 64), row(Want::Follow, 2)],
         drafts: vec![1, 2],

@@ -1,0 +1,137 @@
+//! Requests that nodes die of.
+//!
+//! ```text
+//!              death                death                  death
+//!  (unknown) ─────────▶ in company ─────────▶ to run alone ─────────▶ fails
+//!      ▲                    │                     │
+//!      └────────────────────┴─────────────────────┘
+//!         PROOF tokens more since the last death, or its end
+//! ```
+//!
+//! Counts, for each sequence, the unexplained deaths of nodes at which it was in flight. What runs
+//! alone is in flight alone, so that of a third death nothing else can be the cause. Tokens acquit:
+//! a sequence that gets past where it was is none that nodes die of, and of many streams under which
+//! nodes are killed none need run alone. Pure.
+
+use std::collections::BTreeMap;
+
+use crate::id::SequenceId;
+
+/// Deaths after which a sequence runs alone.
+const ALONE: u32 = 2;
+/// Tokens since the last death that prove a sequence harmless: one could be luck.
+pub const PROOF: u32 = 8;
+
+/// What follows from a death for a sequence that was in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It is computed again, like all others.
+    Company,
+    /// It is computed again with no other in flight.
+    Alone,
+    /// Its request fails.
+    Fails,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    deaths: u32,
+    tokens: u32,
+}
+
+/// See the module's documentation.
+#[derive(Clone, Debug, Default)]
+pub struct Deaths {
+    seen: BTreeMap<SequenceId, Seen>,
+}
+
+impl Deaths {
+    /// A node died, nobody knows why, while these were in flight.
+    pub fn handle_death(
+        &mut self,
+        in_flight: impl IntoIterator<Item = SequenceId>,
+    ) -> Vec<(SequenceId, Fate)> {
+        let mut count = |id| {
+            let seen = self.seen.entry(id).or_default();
+            *seen = Seen { deaths: seen.deaths + 1, tokens: 0 };
+            match seen.deaths {
+                0..ALONE => (id, Fate::Company),
+                ALONE => (id, Fate::Alone),
+                _ => (id, Fate::Fails),
+            }
+        };
+        in_flight.into_iter().map(&mut count).collect()
+    }
+
+    /// A sequence has one more token.
+    pub fn handle_token(&mut self, id: SequenceId) {
+        let Some(seen) = self.seen.get_mut(&id) else { return };
+        seen.tokens += 1;
+        if seen.tokens >= PROOF {
+            self.seen.remove(&id);
+        }
+    }
+
+    /// A sequence has ended, however.
+    pub fn handle_ended(&mut self, id: SequenceId) {
+        self.seen.remove(&id);
+    }
+
+    /// A sequence has another name from now on.
+    pub fn handle_renamed(&mut self, old: SequenceId, new: SequenceId) {
+        if let Some(seen) = self.seen.remove(&old) {
+            self.seen.insert(new, seen);
+        }
+    }
+
+    /// Whether no death is remembered.
+    pub fn is_empty(&self) -> bool {
+        self.seen.is_empty()
+    }
+
+    /// Whether a sequence must run alone.
+    pub fn is_alone(&self, id: SequenceId) -> bool {
+        self.seen.get(&id).is_some_and(|s| s.deaths >= ALONE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POISON: SequenceId = SequenceId(1);
+    const COMPANY: SequenceId = SequenceId(2);
+
+    #[test]
+    fn the_third_death_of_one_that_ran_alone_is_its_fault() {
+        let mut deaths = Deaths::default();
+        let both = [POISON, COMPANY];
+        assert_eq!(deaths.handle_death(both), both.map(|id| (id, Fate::Company)));
+        assert!(!deaths.is_alone(POISON));
+        assert_eq!(deaths.handle_death(both), both.map(|id| (id, Fate::Alone)));
+        assert!(deaths.is_alone(POISON) && deaths.is_alone(COMPANY));
+        assert_eq!(deaths.handle_death([POISON]), [(POISON, Fate::Fails)]);
+        deaths.handle_ended(POISON);
+        // Who was there both times, and is harmless, goes on.
+        (0..PROOF).for_each(|_| deaths.handle_token(COMPANY));
+        assert!(!deaths.is_alone(COMPANY));
+        assert_eq!(deaths.handle_death([COMPANY]), [(COMPANY, Fate::Company)]);
+    }
+
+    #[test]
+    fn tokens_acquit_and_names_change_nothing() {
+        let mut deaths = Deaths::default();
+        deaths.handle_death([POISON]);
+        (1..PROOF).for_each(|_| deaths.handle_token(POISON));
+        deaths.handle_renamed(POISON, COMPANY);
+        assert_eq!(deaths.handle_death([COMPANY]), [(COMPANY, Fate::Alone)], "one token short");
+        let mut deaths = Deaths::default();
+        for _ in 0..10 {
+            assert_eq!(deaths.handle_death([POISON]), [(POISON, Fate::Company)]);
+            (0..PROOF).for_each(|_| deaths.handle_token(POISON));
+        }
+        deaths.handle_death([POISON]);
+        deaths.handle_ended(POISON);
+        assert_eq!(deaths.handle_death([POISON]), [(POISON, Fate::Company)]);
+    }
+}
