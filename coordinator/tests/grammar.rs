@@ -36,9 +36,8 @@ fn answer(
         let end = choices.iter().find(|&&id| tokenizer.is_eos(id));
         let draw = uniform(seed, step);
         // Ends are rare among all tokens: half of the time where one is possible.
-        if let Some(_) =
-            end.filter(|_| draw < 0.5 || choices.iter().all(|&id| tokenizer.is_eos(id)))
-        {
+        let over = draw < 0.5 || choices.iter().all(|&id| tokenizer.is_eos(id));
+        if end.is_some() && over {
             return Some(tokenizer.decode(&ids, true));
         }
         let texts: Vec<u32> = choices.into_iter().filter(|&id| !tokenizer.is_eos(id)).collect();

@@ -31,6 +31,7 @@ fn profile() -> StageProfile {
 
 fn node(i: u16, torch: Kept, memory_bytes: u64) -> PlanNode {
     let hello = Hello {
+        drains: true,
         wire_version: 0,
         numerics_revision: String::new(),
         version: String::new(),

@@ -289,6 +289,7 @@ mod tests {
 
     fn config() -> Config {
         Config {
+            drains: true,
             dir: "/d".into(),
             cache: "/c".into(),
             token: None,

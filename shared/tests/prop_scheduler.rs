@@ -238,7 +238,9 @@ impl World {
         }
         result?;
         let expected = match kind {
-            Kind::Generate => expected(&prompt, max_new, self.config.max_model_len),
+            Kind::Generate | Kind::Constrained => {
+                expected(&prompt, max_new, self.config.max_model_len)
+            }
             Kind::Score { .. } => Vec::new(),
         };
         let client = Client {

@@ -20,8 +20,8 @@ use millrace_shared::id::{Epoch, PipelineId, StageIndex};
 use millrace_shared::model::Dtype;
 use millrace_shared::wire::control::{ProfileSpec, StageProfile, VoidRows};
 use millrace_shared::wire::data::{
-    Failure, FrameError, FrameHeader, FrameKind, MaskMeta, OpenMeta, ResultMeta, RowOutcome, StageTime,
-    StepMeta,
+    Failure, FrameError, FrameHeader, FrameKind, MaskMeta, OpenMeta, ResultMeta, RowOutcome,
+    StageTime, StepMeta,
 };
 use millrace_shared::wire::frame::Frame;
 use millrace_shared::wire::stamp::Stamp;

@@ -9,8 +9,8 @@ use millrace_shared::id::{Epoch, PipelineId, SequenceId};
 use millrace_shared::model::Dtype;
 use millrace_shared::sampling::{SamplingParams, TokenMask};
 use millrace_shared::wire::data::{
-    Failure, FrameHeader, FrameKind, MaskMeta, OpenMeta, ResultMeta, RowMask, RowOutcome, SequenceOpen,
-    StepMeta, TableUpdate, Want,
+    Failure, FrameHeader, FrameKind, MaskMeta, OpenMeta, ResultMeta, RowMask, RowOutcome,
+    SequenceOpen, StepMeta, TableUpdate, Want,
 };
 use millrace_shared::wire::frame::Frame;
 
@@ -125,7 +125,7 @@ fn constrained_rows_need_their_masks() {
         pipeline.step(&good_meta(), &[1, 2]).rows.remove(0).outcome
     };
     let failed = |outcome: RowOutcome, says: &str| match outcome {
-        RowOutcome::Failed(why) => assert!(why.contains(says), "{why}"),
+        RowOutcome::Failed(why) => assert!(why.message.contains(says), "{why:?}"),
         other => panic!("{other:?}"),
     };
     failed(outcome(None), "never came");

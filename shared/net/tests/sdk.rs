@@ -121,7 +121,7 @@ async fn a_continuation_streams() {
         assert!(answer.next().await.is_none());
         events
     };
-    let ((), events) = soon(async { tokio::join!(serving, asking) }).await;
+    let ((), events) = soon(Box::pin(async { tokio::join!(serving, asking) })).await;
     assert_eq!(events, vec![token(0), token(1), token(2), finished()]);
 }
 
@@ -167,7 +167,7 @@ async fn unary_calls() {
         assert_eq!(client.score(ask).await.unwrap().len(), 2);
         client.cancel(RequestId(uuid::Uuid::now_v7())).await.unwrap();
     };
-    soon(async { tokio::join!(serving, asking) }).await;
+    soon(Box::pin(async { tokio::join!(serving, asking) })).await;
 }
 
 #[tokio::test]
@@ -197,7 +197,7 @@ async fn errors_come_as_the_server_says_them() {
         assert_eq!(cut.code, ErrorCode::Unavailable);
         assert_eq!(client.models().await.unwrap_err().code, ErrorCode::Internal);
     };
-    soon(async { tokio::join!(serving, asking) }).await;
+    soon(Box::pin(async { tokio::join!(serving, asking) })).await;
 }
 
 /// Dropping the stream tells the server, which can free what the request holds.
@@ -220,7 +220,7 @@ async fn dropping_a_stream_cancels() {
         drop(answer);
         told.recv().await.unwrap();
     };
-    soon(async { tokio::join!(serving, asking) }).await;
+    soon(Box::pin(async { tokio::join!(serving, asking) })).await;
 }
 
 #[tokio::test]
@@ -234,7 +234,7 @@ async fn deadlines_end_calls() {
         replies.closed().await;
     };
     let asking = async { hurried.status().await.unwrap_err() };
-    let ((), status) = soon(async { tokio::join!(serving, asking) }).await;
+    let ((), status) = soon(Box::pin(async { tokio::join!(serving, asking) })).await;
     assert_eq!(status.code, ErrorCode::DeadlineExceeded);
 }
 
@@ -283,7 +283,7 @@ async fn waiting_in_pieces_loses_nothing() {
             }
         }
     };
-    let ((), events) = soon(async { tokio::join!(serving, asking) }).await;
+    let ((), events) = soon(Box::pin(async { tokio::join!(serving, asking) })).await;
     let after = vec![token_of(0, 1), token_of(1, 2), finished()];
     assert_eq!(events, [before, after].concat());
 }
@@ -310,7 +310,7 @@ async fn a_lost_connection_is_made_again() {
         let text = TokenizeRequest { model: String::new(), prompt: Prompt::Text("a".into()) };
         assert_eq!(client.tokenize(text).await.unwrap(), vec![9]);
     };
-    soon(async { tokio::join!(serving, asking) }).await;
+    soon(Box::pin(async { tokio::join!(serving, asking) })).await;
 }
 
 #[tokio::test]

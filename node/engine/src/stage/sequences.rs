@@ -14,7 +14,8 @@ use millrace_shared::sampling::{
     Place, SampleError, Sampled, SamplingParams, Scratch, TokenMask, sample, sample_top, score,
 };
 use millrace_shared::wire::data::{
-    ChosenToken, Failure, MaskMeta, OpenMeta, Row, RowMask, RowOutcome, SequenceOpen, StepMeta, Want,
+    ChosenToken, Failure, MaskMeta, OpenMeta, Row, RowMask, RowOutcome, SequenceOpen, StepMeta,
+    Want,
 };
 
 use super::StageError;
