@@ -17,7 +17,7 @@ use crate::{input, output};
 /// Flags of `compress run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// Recipe: model, output, calibration, evaluation, store, and [[step]]s
+    /// Recipe: model, output, calibration, evaluation, store, and the steps
     #[arg(value_name = "RECIPE.toml")]
     recipe: PathBuf,
     /// Replace the recipe's output if it is there

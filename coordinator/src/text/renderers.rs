@@ -4,7 +4,7 @@
 //! address space, and one socket, over which it gets the template, then conversations, and gives
 //! prompts back. One that dies (too much memory, too deep a nesting) or is late is a refused
 //! request; the next one starts another. Renderers end when their socket closes, however the
-//! program does. At most [`MOST`] render at a time; the others wait for one.
+//! program does. At most `MOST` render at a time; the others wait for one.
 //!
 //! On the socket: lengths (4 bytes, little-endian) and that much; an answer begins with a byte, 0
 //! for a prompt and 1 for what is wrong.
