@@ -22,7 +22,7 @@
 //!   every family; recording, replay, refusal and running again by a recorder that counts;
 //! - several GPUs under `millrace-node run --device cuda:all`: tested with the processor in their place;
 //! - the targets of `benches/gpu.sh`, which prints what a GPU does against its own limits: on a
-//!   processor the script ran whole before there were graphs, and not since.
+//!   processor the script runs whole.
 
 #[cfg(feature = "torch")]
 mod attention;
