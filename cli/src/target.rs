@@ -310,6 +310,11 @@ impl Session {
         Caller::connect(&self.config).await
     }
 
+    /// URL of the HTTP API, and the key.
+    pub(crate) fn http(&self) -> (&str, &str) {
+        (&self.config.http, &self.config.api_key)
+    }
+
     pub(crate) async fn generate(&self, request: GenerateRequest) -> anyhow::Result<Events> {
         self.caller.generate(request).await
     }

@@ -3,6 +3,7 @@
 mod bound;
 mod engine;
 mod engine_rig;
+mod load;
 mod serve;
 mod serve_load;
 mod serve_mixed;
@@ -16,7 +17,7 @@ use clap::Subcommand;
 pub(crate) enum BenchCommand {
     /// The engine alone: no network, no scheduler, one stage with the whole model
     Engine(engine::EngineArgs),
-    /// A whole pipeline: clients in a closed loop over the QUIC API
+    /// A whole pipeline under load: clients in a closed loop, or requests that come at random times
     Serve(Box<serve::ServeArgs>),
 }
 

@@ -1,9 +1,9 @@
 //! `millrace bench serve`: a whole pipeline under load, seen by its clients.
 //!
-//! Here the closed loop of like clients, and what every mode needs; [`super::serve_mixed`] and
-//! [`super::serve_prefix`] are the other modes.
+//! Here the closed loop of like clients, and what every mode needs; [`super::serve_mixed`],
+//! [`super::serve_prefix`] and [`super::load`] are the other modes.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use hdrhistogram::Histogram;
@@ -11,6 +11,7 @@ use millrace_net::cpu_time::process_seconds;
 use millrace_shared::wire::rpc::{ClusterStatus, StageStatus};
 use serde::Serialize;
 
+use super::load::{self, Lengths, LoadArgs};
 use super::serve_load::{Clients, Load, Seen};
 use super::{serve_mixed, serve_prefix};
 use crate::error::usage;
@@ -26,14 +27,15 @@ pub(crate) struct ServeArgs {
     /// Clients at once, one run each; a client sends its next request when it has an answer
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,4,16")]
     pub(super) concurrency: Vec<u32>,
-    /// Tokens of each prompt; all prompts are different
-    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(super) prompt_tokens: u32,
-    /// Tokens of each answer; end-of-text tokens do not end it
-    #[arg(long, value_name = "TOKENS", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(super) max_tokens: u32,
+    /// Tokens of each prompt; all prompts are different. With --rate or --duration also a range
+    /// (64-256), or a median and a spread (lognormal:128:0.6)
+    #[arg(long, value_name = "TOKENS", default_value_t = Lengths::Fixed(128))]
+    pub(super) prompt_tokens: Lengths,
+    /// Tokens of each answer, said in the same way; end-of-text tokens do not end it
+    #[arg(long, value_name = "TOKENS", default_value_t = Lengths::Fixed(64))]
+    pub(super) max_tokens: Lengths,
     /// Requests of each client, one after the other [default: 2]; with --shared-prefix, requests
-    /// at once [default: 64]
+    /// at once [default: 64]; with --rate, requests in all
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) requests: Option<u32>,
     /// Prompts repeat themselves after so many tokens: what drafts are good for (compare with
@@ -57,6 +59,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, short, value_name = "FORMAT", default_value = "table")]
     pub(super) output: TableOrJson,
     #[command(flatten)]
+    pub(super) load: LoadArgs,
+    #[command(flatten)]
     pub(super) target: TargetArgs,
 }
 
@@ -64,11 +68,20 @@ pub(crate) struct ServeArgs {
 const REQUESTS: u32 = 2;
 
 impl ServeArgs {
-    /// What each client of the closed loop asks for.
-    pub(super) fn load(&self, vocab: u32) -> Load {
+    /// The most clients at once.
+    fn check_concurrency(&self) -> anyhow::Result<u32> {
+        let most = self.concurrency.iter().copied().max().unwrap_or(0);
+        if self.concurrency.contains(&0) || !(1..=4096).contains(&most) {
+            return Err(usage("--concurrency takes numbers from 1 to 4096, for example 1,4,16"));
+        }
+        Ok(most)
+    }
+
+    /// What each client of the closed loop asks for, all lengths being the same.
+    pub(super) fn like_load(&self, vocab: u32) -> Load {
         Load {
-            prompt_tokens: self.prompt_tokens,
-            max_tokens: self.max_tokens,
+            prompt_tokens: self.prompt_tokens.most(),
+            max_tokens: self.max_tokens.most(),
             requests: self.requests.unwrap_or(REQUESTS),
             vocab,
             period: self.repeat_after,
@@ -133,17 +146,23 @@ struct StageLoad {
 }
 
 pub(super) async fn run(args: ServeArgs) -> anyhow::Result<()> {
+    if args.load.is_asked() {
+        args.check_concurrency()?;
+        return load::run(&args).await;
+    }
+    args.load.refuse()?;
+    let fixed = |lengths| matches!(lengths, Lengths::Fixed(_));
+    if !fixed(args.prompt_tokens) || !fixed(args.max_tokens) {
+        return Err(usage("lengths that differ go with --rate or --duration"));
+    }
     if args.shared_prefix.is_some() {
         return serve_prefix::run(&args).await;
     }
-    let most = args.concurrency.iter().copied().max().unwrap_or(0);
-    if args.concurrency.contains(&0) || !(1..=4096).contains(&most) {
-        return Err(usage("--concurrency takes numbers from 1 to 4096, for example 1,4,16"));
-    }
+    let most = args.check_concurrency()?;
     if let Some(others) = args.mixed {
         return serve_mixed::run(&args, most, others).await;
     }
-    let length = args.prompt_tokens.saturating_add(args.max_tokens);
+    let length = args.prompt_tokens.most().saturating_add(args.max_tokens.most());
     let positions = most.checked_mul(length.next_multiple_of(64));
     let needs = Needs { requests: most, positions };
     let report =
@@ -154,7 +173,7 @@ pub(super) async fn run(args: ServeArgs) -> anyhow::Result<()> {
 
 async fn measure(args: &ServeArgs, session: &Session) -> anyhow::Result<Report> {
     let model = session.model().await?;
-    let load = args.load(model.vocab);
+    let load = args.like_load(model.vocab);
     let most = args.concurrency.iter().copied().max().unwrap_or(1);
     let mut clients = Clients::connect(session, load, most).await?;
     clients.warm_up().await?;
@@ -173,15 +192,15 @@ async fn measure(args: &ServeArgs, session: &Session) -> anyhow::Result<Report> 
     Ok(Report {
         model: model.id,
         stages: session.status().await?.stages.len(),
-        prompt_tokens: args.prompt_tokens,
-        max_tokens: args.max_tokens,
+        prompt_tokens: args.prompt_tokens.most(),
+        max_tokens: args.max_tokens.most(),
         requests_per_client: load.requests,
         results,
     })
 }
 
 /// The cluster's counters and this process's own.
-struct Moment {
+pub(super) struct Moment {
     status: ClusterStatus,
     own_seconds: f64,
     at: Instant,
@@ -189,8 +208,33 @@ struct Moment {
     embedded: bool,
 }
 
+/// Processor seconds between two moments.
+pub(super) struct Spent {
+    /// Those of this process.
+    pub(super) own: f64,
+    /// Those of the coordinator and of all nodes; `None` where the pipeline changed meanwhile, or
+    /// they are this process.
+    pub(super) cluster: Option<(f64, f64)>,
+}
+
 impl Moment {
-    async fn now(session: &Session) -> anyhow::Result<Self> {
+    /// Time since another one.
+    pub(super) fn since(&self, before: &Self) -> Duration {
+        self.at.duration_since(before.at)
+    }
+
+    /// Processor time since another one.
+    pub(super) fn spent_since(&self, before: &Self) -> Spent {
+        let (now, then) = (&self.status, &before.status);
+        let same = now.epoch == then.epoch && now.stages.len() == then.stages.len();
+        let stages = now.stages.iter().zip(&then.stages);
+        let nodes = stages.map(|(now, then)| now.process_seconds - then.process_seconds).sum();
+        let head = now.process_seconds - then.process_seconds;
+        let cluster = (same && !self.embedded).then_some((head, nodes));
+        Spent { own: self.own_seconds - before.own_seconds, cluster }
+    }
+
+    pub(super) async fn now(session: &Session) -> anyhow::Result<Self> {
         let status = session.status().await?;
         let embedded = session.embedded().is_some();
         Ok(Self { status, own_seconds: process_seconds(), at: Instant::now(), embedded })
@@ -228,7 +272,7 @@ fn level(
     let threads = stages.iter().map(|s| f64::from(s.threads)).sum::<f64>().max(1.0);
     let busy: Option<f64> = stages.iter().map(|s| s.busy_share).sum();
     let wall_s = seen.wall.as_secs_f64();
-    let prompts = seen.requests * u64::from(args.prompt_tokens);
+    let prompts = seen.requests * u64::from(args.prompt_tokens.most());
     Level {
         concurrency,
         requests: seen.requests,

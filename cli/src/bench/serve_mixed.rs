@@ -57,7 +57,7 @@ struct Group {
 
 pub(super) async fn run(args: &ServeArgs, chats: u32, others: u32) -> anyhow::Result<()> {
     let positions = |clients: u32, length: u32| clients.checked_mul(length.next_multiple_of(64));
-    let short = positions(chats, args.prompt_tokens.saturating_add(args.max_tokens));
+    let short = positions(chats, args.prompt_tokens.most().saturating_add(args.max_tokens.most()));
     let long = positions(others, args.long_prompt.saturating_add(LONG_ANSWER));
     let needs = Needs {
         requests: chats + others,
@@ -70,7 +70,7 @@ pub(super) async fn run(args: &ServeArgs, chats: u32, others: u32) -> anyhow::Re
 
 async fn measure(args: &ServeArgs, others: u32, session: &Session) -> anyhow::Result<Report> {
     let model = session.model().await?;
-    let load = args.load(model.vocab);
+    let load = args.like_load(model.vocab);
     let long = Load { prompt_tokens: args.long_prompt, max_tokens: LONG_ANSWER, ..load };
     let mut results = Vec::new();
     for &chats in &args.concurrency {

@@ -43,7 +43,7 @@ struct Case {
 pub(super) async fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let requests = args.requests.unwrap_or(REQUESTS);
     let shared = args.shared_prefix.unwrap_or(1);
-    let length = shared.saturating_add(args.suffix).saturating_add(args.max_tokens);
+    let length = shared.saturating_add(args.suffix).saturating_add(args.max_tokens.most());
     let positions = length.next_multiple_of(64).checked_mul(requests);
     let needs = Needs { requests, positions };
     let measure = async |session: &Session| measure(args, (requests, shared), session).await;
@@ -57,7 +57,7 @@ async fn measure(
     session: &Session,
 ) -> anyhow::Result<Report> {
     let model = session.model().await?;
-    let load = Load { prompt_tokens: shared + args.suffix, ..args.load(model.vocab) };
+    let load = Load { prompt_tokens: shared + args.suffix, ..args.like_load(model.vocab) };
     let mut clients = Clients::connect(session, load, requests).await?;
     let mut results = Vec::new();
     for (order, first) in [("one, then the others", 1), ("all at once", 0)] {
