@@ -62,7 +62,7 @@ impl Handler<Submit> for Batcher {
         self.promise(first);
         if let (Some(matcher), Some(own)) = (m.matcher, &self.own) {
             for &(sequence, _) in &sequences {
-                self.masks.begin(sequence, last, matcher.fresh(), own.clone());
+                self.masks.begin(sequence, last, matcher.fresh(), own);
             }
         }
         let now = self.now();

@@ -60,11 +60,12 @@ impl Masks {
         &mut self,
         sequence: SequenceId,
         position: u32,
-        batcher: Addr<Batcher>,
+        batcher: &Addr<Batcher>,
         work: impl FnOnce(&mut Option<Matcher>) -> Result<(), GrammarError> + Send + 'static,
     ) {
         let matcher = Arc::clone(&self.states.entry(sequence).or_default().matcher);
         let of = Arc::clone(&matcher);
+        let batcher = batcher.clone();
         actix_rt::spawn(async move {
             let computing = tokio::task::spawn_blocking(move || {
                 let mut matcher = matcher.lock().unwrap_or_else(PoisonError::into_inner);
@@ -82,7 +83,7 @@ impl Masks {
         sequence: SequenceId,
         position: u32,
         matcher: Matcher,
-        batcher: Addr<Batcher>,
+        batcher: &Addr<Batcher>,
     ) {
         self.compute(sequence, position, batcher, move |slot| {
             *slot = Some(matcher);
@@ -97,7 +98,7 @@ impl Masks {
         position: u32,
         (grammar, tokens): (Grammar, Vec<u32>),
         tokenizer: Arc<Tokenizer>,
-        batcher: Addr<Batcher>,
+        batcher: &Addr<Batcher>,
     ) {
         self.compute(sequence, position, batcher, move |slot| {
             let mut matcher = tokenizer.grammars()?.compile(&grammar)?;
@@ -113,7 +114,7 @@ impl Masks {
         sequence: SequenceId,
         position: u32,
         token: u32,
-        batcher: Addr<Batcher>,
+        batcher: &Addr<Batcher>,
     ) {
         if !self.states.contains_key(&sequence) {
             return;
@@ -218,7 +219,7 @@ impl Batcher {
     /// Another token of an answer, at `position`.
     pub(super) fn advance_mask(&mut self, sequence: SequenceId, position: u32, token: u32) {
         if let Some(own) = &self.own {
-            self.masks.advance(sequence, position, token, own.clone());
+            self.masks.advance(sequence, position, token, own);
         }
     }
 
@@ -233,7 +234,7 @@ impl Batcher {
                 let position = (generation.head().prompt.len() + tokens.len()).saturating_sub(1);
                 let past = (grammar.clone(), tokens);
                 let tokenizer = Arc::clone(&self.tokenizer);
-                self.masks.begin_again(sequence, position as u32, past, tokenizer, own.clone());
+                self.masks.begin_again(sequence, position as u32, past, tokenizer, own);
             }
         }
     }

@@ -353,11 +353,7 @@ impl Batcher {
     fn end(&mut self, id: RequestId) -> Option<Request> {
         let request = self.requests.remove(id)?;
         for &(sequence, _) in &request.sequences {
-            self.note_fared(sequence, true);
-            self.end_masks(sequence);
-            if let Some(scheduler) = self.scheduler.as_mut() {
-                scheduler.handle_finish(sequence);
-            }
+            self.end_sequence(sequence);
         }
         Some(request)
     }
@@ -371,9 +367,14 @@ impl Batcher {
 
     /// Ends one choice of a request that goes on.
     fn end_choice(&mut self, sequence: SequenceId) {
+        self.requests.end(sequence);
+        self.end_sequence(sequence);
+    }
+
+    /// Ends a sequence for all that know it besides its request.
+    fn end_sequence(&mut self, sequence: SequenceId) {
         self.note_fared(sequence, true);
         self.end_masks(sequence);
-        self.requests.end(sequence);
         if let Some(scheduler) = self.scheduler.as_mut() {
             scheduler.handle_finish(sequence);
         }
