@@ -39,5 +39,5 @@ fn a_schedule_follows_from_its_seed() {
     let mut kinds: Vec<_> = faults(1).iter().map(|f| f.name()).collect();
     kinds.sort_unstable();
     kinds.dedup();
-    assert_eq!(kinds.len(), 9, "{kinds:?}");
+    assert_eq!(kinds.len(), 10, "{kinds:?}");
 }

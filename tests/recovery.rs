@@ -56,6 +56,10 @@ fn answer(config: &ClientConfig, prompt: &str, params: SamplingParams) -> Answer
     })
 }
 
+fn several_of(prompt: Prompt, params: SamplingParams, n: u32) -> GenerateRequest {
+    GenerateRequest { model: String::new(), prompt, params, choices: Choices::of(n) }
+}
+
 /// All full blocks of a prompt are computed for one choice and found by the others.
 fn the_prompt_is_shared(config: &ClientConfig) {
     let prompt = "A long way to go, and many a stone upon it. ".repeat(20);
@@ -65,7 +69,7 @@ fn the_prompt_is_shared(config: &ClientConfig) {
         let tokens = client.tokenize(text).await.unwrap().len() as u64;
         let before = ask::idle(&client).await;
         let (prompt, params) = (Prompt::Text(prompt), ask::sampled(3, 4));
-        let answers = ask::choices(&client, prompt, params, Choices::of(4)).await.unwrap();
+        let answers = ask::choices(&client, several_of(prompt, params, 4), |_| {}).await.unwrap();
         assert_eq!(answers.len(), 4);
         let after = ask::idle(&client).await;
         client.close().await;
@@ -94,7 +98,7 @@ fn several(config: &ClientConfig) -> Vec<Answer> {
     block_on(async {
         let client = ask::connect(config).await;
         let prompt = Prompt::Text(prompt);
-        let answers = ask::choices(&client, prompt, params, Choices::of(3)).await.unwrap();
+        let answers = ask::choices(&client, several_of(prompt, params, 3), |_| {}).await.unwrap();
         client.close().await;
         answers
     })

@@ -169,7 +169,8 @@ fn nodes_that_drain_leave_nothing_behind() {
             .then_some(())
         });
     };
-    measured(4);
+    // Who joined just now measures first; a drain waits for it.
+    wait_for("all nodes", || (nodes(config).len() == 4).then_some(()));
     // A signal: the process ends by itself, with status 0, and nobody reads an error.
     under_load(config, &truth, || {
         assert_eq!(running[0].terminate().code(), Some(0), "{}", running[0].log());

@@ -4,7 +4,9 @@
 //! join tokens, `client.toml`. Not in it: models, requests, and join tokens that are not spent,
 //! which after a restore could be spent twice. Taken beside a running coordinator: every file is
 //! replaced whole or not at all. The file holds the CA's private key: mode 0600, and to be kept
-//! like it. A restored folder knows nothing of keys and nodes that were revoked since.
+//! like it. A restored folder knows nothing of keys and nodes that were revoked since. Its pipeline
+//! is numbered above all that the old one can have had since the backup, so that no stage takes a
+//! frame of the one for one of the other.
 
 use std::fs;
 use std::io::{Cursor, Read as _, Write as _};
@@ -15,11 +17,20 @@ use millrace_net::{ClusterCa, NetError, private_file};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
+use crate::journal::life;
 use crate::state::{CLIENT_FILE, FORMAT, STATE_FILE, format};
 
 /// Files beside each other in the folder; those that must be there come first.
-const FILES: [&str; 7] =
-    ["ca.pem", "ca.key", "coordinator.pem", "coordinator.key", CLIENT_FILE, STATE_FILE, USES];
+const FILES: [&str; 8] = [
+    "ca.pem",
+    "ca.key",
+    "coordinator.pem",
+    "coordinator.key",
+    CLIENT_FILE,
+    STATE_FILE,
+    USES,
+    life::FILE,
+];
 const NEEDED: usize = 5;
 const USES: &str = "key-uses.json";
 /// Folders, and how the names in them end.
@@ -65,20 +76,22 @@ pub fn write(dir: &Path, file: &Path) -> Result<(), NetError> {
     private_file::write(file, &bytes)
 }
 
-/// Makes the folder `dir`, which must not be there or be empty, from a backup.
+/// Makes the folder `dir`, which must not be there or be empty, from a backup. One that is there
+/// stays the same folder: it may be a mounted volume.
 ///
 /// # Errors
 /// If the file is no backup, is of a newer format, or the folder is not empty. Nothing is left
 /// behind then.
 pub fn restore(file: &Path, dir: &Path) -> Result<(), NetError> {
-    if fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some()) {
+    let is_there = fs::symlink_metadata(dir).is_ok();
+    if is_there && !is_empty(dir)? {
         return Err(NetError::Identity(format!(
             "{} is not empty: a backup is restored into a new folder only (--dir)",
             dir.display()
         )));
     }
     let entries = read(file)?;
-    let part = beside(dir)?;
+    let part = if is_there { inside(dir)? } else { beside(dir)? };
     let made = unpack(&entries, &part).and_then(|()| {
         let found = format(&part)?;
         if found > FORMAT {
@@ -91,6 +104,10 @@ pub fn restore(file: &Path, dir: &Path) -> Result<(), NetError> {
         // That it is a whole one, before it takes the place.
         ClusterCa::load(&part)?;
         ClientConfig::load(&part.join(CLIENT_FILE))?;
+        life::leap(&part).map_err(|e| failed(&part, &e))?;
+        if is_there {
+            return move_into(&part, dir);
+        }
         if let Some(parent) = dir.parent() {
             private_file::create_dir(parent)?;
         }
@@ -100,6 +117,46 @@ pub fn restore(file: &Path, dir: &Path) -> Result<(), NetError> {
         let _ = fs::remove_dir_all(&part);
     }
     made
+}
+
+/// Of what a fresh file system has of its own.
+const LOST_AND_FOUND: &str = "lost+found";
+
+fn is_empty(dir: &Path) -> Result<bool, NetError> {
+    let entries = fs::read_dir(dir).map_err(|e| failed(dir, &e))?;
+    for entry in entries {
+        if entry.map_err(|e| failed(dir, &e))?.file_name() != LOST_AND_FOUND {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Moves all that is in `part` up into `dir`. The CA's certificate goes last: without it the folder
+/// is no cluster's yet, and a second attempt says that it is not empty.
+fn move_into(part: &Path, dir: &Path) -> Result<(), NetError> {
+    let entries = fs::read_dir(part).map_err(|e| failed(part, &e))?;
+    let mut names: Vec<_> = entries.filter_map(|e| Some(e.ok()?.file_name())).collect();
+    names.sort_by_key(|name| name == FILES[0]);
+    let mut moved = Vec::new();
+    for name in names {
+        let to = dir.join(&name);
+        if let Err(e) = fs::rename(part.join(&name), &to) {
+            for path in &moved {
+                let path: &PathBuf = path;
+                let _ =
+                    if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+            }
+            return Err(failed(&to, &e));
+        }
+        moved.push(to);
+    }
+    fs::remove_dir(part).map_err(|e| failed(part, &e))
+}
+
+fn inside(dir: &Path) -> Result<PathBuf, NetError> {
+    let tag = private_file::hex(&private_file::random::<6>()?);
+    Ok(dir.join(format!(".{tag}.restore")))
 }
 
 /// A new folder on the same file system.
@@ -206,6 +263,34 @@ mod tests {
         assert!(spent.to_string().contains("unknown join token"), "{spent}");
         let again = restore(&file, &to).unwrap_err().to_string();
         assert!(again.contains("is not empty"), "{again}");
+        // Whatever the old one did since, the pipeline's number is a higher one.
+        assert!(life::begin(&to).unwrap() > life::begin(&dir).unwrap() + 100_000);
+    }
+
+    #[test]
+    fn a_folder_that_is_there_stays_the_same_one() {
+        use std::os::unix::fs::MetadataExt;
+        let root = tempfile::tempdir().unwrap();
+        let (dir, file) = (root.path().join("a"), root.path().join("a.backup"));
+        let made = ClusterDir::open_or_init(&dir, "h:1", "http://h:2").unwrap();
+        write(&dir, &file).unwrap();
+        let volume = root.path().join("volume");
+        fs::create_dir_all(volume.join(LOST_AND_FOUND)).unwrap();
+        let before = fs::metadata(&volume).unwrap().ino();
+        restore(&file, &volume).unwrap();
+        assert_eq!(fs::metadata(&volume).unwrap().ino(), before);
+        let back = ClusterDir::open(&volume).unwrap();
+        assert_eq!(back.identity, made.identity);
+        let left = fs::read_dir(&volume)
+            .unwrap()
+            .filter_map(|e| e.unwrap().file_name().into_string().ok());
+        assert!(left.into_iter().all(|name| !name.ends_with(".restore")));
+        // What cannot be restored leaves it as it was.
+        let other = root.path().join("other");
+        fs::create_dir(&other).unwrap();
+        fs::write(&file, b"not a zip").unwrap();
+        restore(&file, &other).unwrap_err();
+        assert!(is_empty(&other).unwrap());
     }
 
     #[test]

@@ -234,11 +234,6 @@ impl<S: Service> Gate<S> {
         Ok(holder)
     }
 
-    /// Lets a request in.
-    fn admit(&self, choices: u32, caller: &mut Caller) -> Result<Pass, Status> {
-        self.known(caller)?.admit(choices, Instant::now())
-    }
-
     fn keys(&self, request: KeyRequest) -> Result<AdminReply, Status> {
         let failed = |e: millrace_net::NetError| match e {
             millrace_net::NetError::Protocol(what) => Status::invalid("key", what),
@@ -323,7 +318,14 @@ impl<S: Service> Service for Gate<S> {
     ) -> BoxFuture<'_, Result<EventStream, Status>> {
         async move {
             request.choices.validate()?;
-            let pass = self.admit(request.choices.best_of, &mut caller)?;
+            let holder = self.known(&mut caller)?;
+            if let Some(id) = caller.request_id
+                && self.inner.knows(id, caller).await
+            {
+                // It was counted when it was first submitted, and still is while it runs.
+                return self.inner.generate(request, Caller { again: true, ..caller }).await;
+            }
+            let pass = holder.admit(request.choices.best_of, Instant::now())?;
             Ok(self.inner.generate(request, caller).await?.metered(Box::new(pass)))
         }
         .boxed()
@@ -348,7 +350,7 @@ impl<S: Service> Service for Gate<S> {
         mut caller: Caller,
     ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
         async move {
-            let pass = self.admit(1, &mut caller)?;
+            let pass = self.known(&mut caller)?.admit(1, Instant::now())?;
             pass.charge(request.tokens.len(), Instant::now());
             self.inner.score(request, caller).await
         }

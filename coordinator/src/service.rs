@@ -227,6 +227,8 @@ pub struct Caller {
     pub tag: u32,
     /// Whether the key is an administrator's; the gate says so.
     pub admin: bool,
+    /// Whether the request must be one that is known by its id: a new one is refused.
+    pub again: bool,
 }
 
 impl Caller {
@@ -252,6 +254,12 @@ pub trait Service: Send + Sync + 'static {
         request: GenerateRequest,
         caller: Caller,
     ) -> BoxFuture<'_, Result<EventStream, Status>>;
+
+    /// Whether a request of this id is this caller's, and would be heard rather than begun.
+    fn knows(&self, id: RequestId, caller: Caller) -> BoxFuture<'_, bool> {
+        let _ = (id, caller);
+        async { false }.boxed()
+    }
 
     /// The events of a request of this caller, from a token on, whether it runs or ended a while
     /// ago. Fails with `NotFound` where there is none that is this caller's.
@@ -370,6 +378,10 @@ impl<S: Service> Service for Counted<S> {
             result.inspect_err(|status| self.metrics.on_refused(status.code))
         };
         self.inner.generate(request, caller).map(count).boxed()
+    }
+
+    fn knows(&self, id: RequestId, caller: Caller) -> BoxFuture<'_, bool> {
+        self.inner.knows(id, caller)
     }
 
     fn attach(

@@ -16,7 +16,7 @@ use millrace_shared::wire::rpc::{
 };
 use uuid::Uuid;
 
-use crate::actors::batcher::{Attach, Cancel, GetCounters, Submit, SubmitScore};
+use crate::actors::batcher::{Attach, Cancel, GetCounters, Knows, Submit, SubmitScore};
 use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
 use crate::service::{Caller, EventStream, Service};
@@ -134,15 +134,14 @@ impl Prompts {
         ))
     }
 
-    /// Renders and tokenises; what is long elsewhere, so that nobody else's answer waits for it.
+    /// Renders and tokenises; conversations (a template is a program, and may take its time) and what
+    /// is long elsewhere, so that nobody else's answer waits for it.
     async fn prompt_ids(self: &Arc<Self>, prompt: Prompt) -> Result<Vec<u32>, Status> {
         self.check_size(&prompt)?;
         let long = match &prompt {
             Prompt::Tokens(_) => false,
             Prompt::Text(text) => text.len() > LONG_TEXT,
-            Prompt::Chat(messages) => {
-                messages.iter().map(|m| 64 + m.content.len()).sum::<usize>() > LONG_TEXT
-            }
+            Prompt::Chat(_) => true,
         };
         if !long {
             return self.ids(&prompt);
@@ -208,6 +207,10 @@ impl Service for Serving {
             self.batcher.send(submit).await.map_err(crossed)?
         }
         .boxed()
+    }
+
+    fn knows(&self, id: RequestId, caller: Caller) -> BoxFuture<'_, bool> {
+        async move { self.batcher.send(Knows { id, caller }).await.unwrap_or(false) }.boxed()
     }
 
     fn attach(

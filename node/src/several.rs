@@ -179,14 +179,9 @@ pub async fn supervise(config: Config, devices: &[Device]) -> anyhow::Result<()>
         std::future::pending::<()>().await;
     });
     let running = Rc::new(Cell::new(parts.len()));
-    let keep = |part: &Part| actix_rt::spawn(keep(*part, stopped.clone(), Rc::clone(&running)));
-    let tasks: Vec<_> = parts.iter().map(keep).collect();
-    let mut result = Ok(());
-    for task in tasks {
-        let ended = task.await.unwrap_or_else(|e| Err(anyhow!("a task ended: {e}")));
-        result = result.and(ended);
-    }
-    result
+    let keep = |part: &Part| keep(*part, stopped.clone(), Rc::clone(&running));
+    // The first that gives up ends the others with it: who started this program starts it again.
+    futures::future::try_join_all(parts.iter().map(keep)).await.map(drop)
 }
 
 /// Keeps the process of one device running.
@@ -198,31 +193,37 @@ async fn keep(
     let mut pause = PAUSE[0];
     loop {
         let started = Instant::now();
-        let mut child = start(&part)?;
-        tracing::info!(device = %part.device, pid = child.id(), "node started");
-        let ended = tokio::select! {
-            ended = child.wait() => ended.map(Some),
-            () = asked(&mut stopped, 1) => Ok(None),
+        let why = match start(&part) {
+            // What is short now (memory, processes) may not be later.
+            Err(e) => format!("could not be started: {e:#}"),
+            Ok(mut child) => {
+                tracing::info!(device = %part.device, pid = child.id(), "node started");
+                let ended = tokio::select! {
+                    ended = child.wait() => ended.map(Some),
+                    () = asked(&mut stopped, 1) => Ok(None),
+                };
+                let Some(status) = ended.context("waiting for a node")? else {
+                    return end(&part, child, &mut stopped).await;
+                };
+                if status.success() {
+                    tracing::info!(device = %part.device, "node ended, as it was told to");
+                    running.set(running.get() - 1);
+                    return Ok(());
+                }
+                why(status)
+            }
         };
-        let Some(status) = ended.context("waiting for a node")? else {
-            return end(&part, child, &mut stopped).await;
-        };
-        if status.success() {
-            tracing::info!(device = %part.device, "node ended, as it was told to");
-            running.set(running.get() - 1);
-            return Ok(());
-        }
         running.set(running.get() - 1);
-        ensure!(
-            running.get() > 0,
-            "no node is left: the last, on {}, {}",
-            part.device,
-            why(status)
-        );
-        pause = if started.elapsed() > FARED_WELL { PAUSE[0] } else { pause };
+        let fared_well = started.elapsed() > FARED_WELL;
+        pause = if fared_well { PAUSE[0] } else { pause };
         tracing::error!(
-            device = %part.device, "node {}: the others go on; it starts again in {pause:?}",
-            why(status)
+            device = %part.device, "node {why}: the others go on; it starts again in {pause:?}"
+        );
+        // Those that fared well may have died of one cause, and start again.
+        ensure!(
+            running.get() > 0 || fared_well,
+            "no node is left: the last, on {}, {why}",
+            part.device
         );
         tokio::select! {
             () = tokio::time::sleep(pause) => {}

@@ -120,21 +120,20 @@ pub async fn finish_from(mut stream: GenerateStream, begun: Answer) -> Result<An
     Ok(answer)
 }
 
-/// All choices of a request, in order; checks that indices have no gaps.
+/// All choices of a request, in order; checks that indices have no gaps. `seen` is told each event.
 ///
 /// # Errors
 /// What the cluster says.
 pub async fn choices(
     client: &Client,
-    prompt: Prompt,
-    params: SamplingParams,
-    choices: Choices,
+    request: GenerateRequest,
+    mut seen: impl FnMut(&GenerateEvent),
 ) -> Result<Vec<Answer>, Status> {
-    let request = GenerateRequest { model: String::new(), prompt, params, choices };
     let mut stream = client.generate(request).await?;
     let mut answers = Vec::new();
     while let Some(event) = stream.next().await {
         let event = event?;
+        seen(&event);
         match &event {
             GenerateEvent::Started { choices, .. } => {
                 answers.resize_with(*choices as usize, Answer::empty);
@@ -145,6 +144,26 @@ pub async fn choices(
         }
     }
     Ok(answers)
+}
+
+/// Where answers that should be the same are not, for people.
+pub fn difference(is: &[Answer], should: &[Answer]) -> String {
+    if is.len() != should.len() {
+        return format!("{} choices of {}", is.len(), should.len());
+    }
+    let pairs = is.iter().zip(should).enumerate().filter(|(_, (a, b))| a != b);
+    let told = pairs.map(|(choice, (a, b))| {
+        let at = a.tokens.iter().zip(&b.tokens).position(|(a, b)| a != b);
+        let counts = (a.tokens.len(), b.tokens.len());
+        format!(
+            "choice {choice}: first token that differs {at:?}, tokens {counts:?}, same text {}, \
+             ends {:?} and {:?}",
+            a.text == b.text,
+            a.reason,
+            b.reason
+        )
+    });
+    told.collect::<Vec<_>>().join("; ")
 }
 
 /// The first tokens of a continuation.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use millrace_net::client::ClientConfig;
 use millrace_shared::error::Status;
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::rpc::Prompt;
+use millrace_shared::wire::rpc::{Choices, GenerateEvent, GenerateRequest, Prompt};
 use nix::sys::signal::Signal;
 
 use crate::ask::{self, Answer};
@@ -47,6 +47,8 @@ pub struct Plan {
 pub enum Fault {
     /// `kill -9` of a node, which is started again after a while.
     Kill(usize, Duration),
+    /// The same of all nodes at once, as when a rack loses its power.
+    Rack(Duration),
     /// `kill -9` of the coordinator, which is started again after a while.
     Coordinator(Duration),
     /// SIGSTOP of a node, then SIGCONT.
@@ -62,6 +64,7 @@ impl Fault {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Kill(..) => "kill -9",
+            Self::Rack(_) => "all nodes",
             Self::Coordinator(_) => "coordinator",
             Self::Stop(..) => "SIGSTOP",
             Self::Cut(..) => "cut link",
@@ -105,10 +108,11 @@ impl Dice {
     pub fn fault(&mut self, nodes: usize) -> Fault {
         let node = self.below(nodes);
         let way = Way::default();
-        match self.below(11) {
+        match self.below(12) {
             0 | 1 => Fault::Kill(node, self.millis(0, 1500)),
             9 => Fault::Coordinator(self.millis(0, 1000)),
             10 => Fault::Kill(node, self.millis(2000, 4000)),
+            11 => Fault::Rack(self.millis(0, 1500)),
             2 => Fault::Stop(node, self.millis(200, 3000)),
             3 => Fault::Cut(node, self.below(2) == 0, self.millis(300, 3000)),
             4 => {
@@ -184,15 +188,17 @@ impl Report {
 /// Of the coordinator.
 const OPTIONS: [&str; 4] = ["--kv-cache-tokens", "16384", "--recovery-timeout", "120"];
 
-/// What streams ask for: greedy, sampled, with penalties, stop strings and log-probabilities.
-fn requests() -> Vec<(Prompt, SamplingParams)> {
+/// What streams ask for: greedy, sampled, with penalties, stop strings and log-probabilities, in a
+/// given form, several answers at once.
+fn requests() -> Vec<GenerateRequest> {
     let sentence = "The wheel turns slowly while the water runs below the old stone bridge. ";
     let request = |i: usize| {
         let prompt = Prompt::Text(format!("{}Story {i}:", sentence.repeat(i % 4)));
         let tokens = 60 + 20 * (i as u32 % 4);
         let params = match i % 4 {
+            _ if i == 6 => ask::constrained(i as u64, tokens),
             0 => ask::greedy(tokens),
-            1 => ask::sampled(7 + i as u64, tokens),
+            1 => SamplingParams { logprobs: Some(2), ..ask::sampled(7 + i as u64, tokens) },
             2 => SamplingParams {
                 presence_penalty: 0.4,
                 frequency_penalty: 0.3,
@@ -204,19 +210,20 @@ fn requests() -> Vec<(Prompt, SamplingParams)> {
                 ..ask::sampled(i as u64, tokens)
             },
         };
-        (prompt, params)
+        let choices = Choices::of(if i == 5 { 2 } else { 1 });
+        GenerateRequest { model: String::new(), prompt, params, choices }
     };
     (0..8).map(request).collect()
 }
 
-/// What one stage says to which nothing happens.
-fn truth(asked: &[(Prompt, SamplingParams)]) -> Vec<Answer> {
+/// What one stage says to which nothing happens: of each request, its choices.
+fn truth(asked: &[GenerateRequest]) -> Vec<Vec<Answer>> {
     let single = Local::start(Shape::default());
     block_on(async {
         let client = ask::connect(single.client()).await;
         let mut answers = Vec::new();
-        for (prompt, params) in asked {
-            let answer = ask::generate(&client, prompt.clone(), params.clone()).await;
+        for request in asked {
+            let answer = ask::choices(&client, request.clone(), |_| {}).await;
             answers.push(answer.expect("an answer"));
         }
         client.close().await;
@@ -271,6 +278,11 @@ impl Node {
         Process::start(name, run, root)
     }
 
+    fn start_again(&mut self, root: &Path) {
+        let listen = self.links[1].target().expect("it has a target");
+        self.process = Self::run(root, &self.name, listen, self.links[1].addr());
+    }
+
     fn set_ways(&self, way: Way) {
         self.links.iter().for_each(|link| link.set_ways(way, way));
     }
@@ -309,8 +321,8 @@ impl Seen {
 fn read(
     stream: usize,
     config: &ClientConfig,
-    asked: &[(Prompt, SamplingParams)],
-    truth: &[Answer],
+    asked: &[GenerateRequest],
+    truth: &[Vec<Answer>],
     seen: &Seen,
 ) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -319,33 +331,21 @@ fn read(
         let mut which = stream;
         while !seen.stop.load(Ordering::Relaxed) {
             which = (which + 1) % asked.len();
-            let (prompt, params) = asked[which].clone();
-            let begun = Instant::now();
-            let answer = async {
-                let mut events = ask::begin(&client, prompt, params).await?;
-                let mut answer = Answer::empty();
-                let mut last = begun;
-                while let Some(event) = events.next().await {
-                    answer.take(event?);
+            let mut last = Instant::now();
+            let answer = ask::choices(&client, asked[which].clone(), |event| {
+                if matches!(event, GenerateEvent::Token { .. }) {
                     seen.note(stream, last);
                     last = Instant::now();
                     seen.tokens.fetch_add(1, Ordering::Relaxed);
                 }
-                Ok::<_, Status>(answer)
-            };
+            });
             let timely = tokio::time::timeout(LONGEST, answer).await;
             match timely.unwrap_or_else(|_| Err(Status::internal("it never ended"))) {
                 Ok(answer) if answer == truth[which] => {
                     seen.requests.fetch_add(1, Ordering::Relaxed);
                 }
-                Ok(answer) => {
-                    let at =
-                        answer.tokens.iter().zip(&truth[which].tokens).position(|(a, b)| a != b);
-                    let counts = (answer.tokens.len(), truth[which].tokens.len());
-                    seen.wrong(format!(
-                        "request {which}: first difference {at:?}, tokens {counts:?}"
-                    ));
-                }
+                Ok(answer) => seen
+                    .wrong(format!("request {which}: {}", ask::difference(&answer, &truth[which]))),
                 Err(status) => seen.wrong(format!("request {which}: {status}")),
             }
         }
@@ -362,12 +362,14 @@ fn suffer(fault: Fault, plan: &Plan, coordinator: &mut Coordinator, nodes: &mut 
             coordinator.start_again(plan.stages, &OPTIONS);
         }
         Fault::Kill(node, pause) => {
-            let node = &mut nodes[node];
-            node.process.kill();
+            nodes[node].process.kill();
             std::thread::sleep(pause);
-            let listen = node.links[1].target().expect("it has a target");
-            let root = &coordinator.root;
-            node.process = Node::run(root, &node.name, listen, node.links[1].addr());
+            nodes[node].start_again(&coordinator.root);
+        }
+        Fault::Rack(pause) => {
+            nodes.iter_mut().for_each(|node| node.process.kill());
+            std::thread::sleep(pause);
+            nodes.iter_mut().for_each(|node| node.start_again(&coordinator.root));
         }
         Fault::Stop(node, time) => {
             nodes[node].process.signal(Signal::SIGSTOP);

@@ -9,6 +9,9 @@ use super::*;
 /// Answers all requests with two tokens; one node is there.
 struct Open;
 
+/// A request that runs already.
+const KNOWN: RequestId = RequestId(Uuid::from_u128(9));
+
 const NODE: NodeId = NodeId(Uuid::from_u128(7));
 
 impl Service for Open {
@@ -37,6 +40,10 @@ impl Service for Open {
             Ok(stream)
         }
         .boxed()
+    }
+
+    fn knows(&self, id: RequestId, _: Caller) -> BoxFuture<'_, bool> {
+        async move { id == KNOWN }.boxed()
     }
 
     fn score(
@@ -179,6 +186,32 @@ async fn requests_at_once() {
     assert!(f.generate(&other).await.is_ok(), "each key has its own");
     drop(first);
     assert!(f.generate(&key).await.is_ok(), "the place is free again");
+}
+
+/// A request that is sent again, because a connection was lost, has its place already.
+#[tokio::test]
+async fn a_request_that_is_sent_again_is_not_counted_again() {
+    let f = fixture();
+    let limits =
+        KeyLimits { concurrent: Some(1), requests_per_minute: Some(1), ..KeyLimits::default() };
+    let (_, key) = f.key(Scope::Generate, limits);
+    let _runs = f.generate(&key).await.unwrap();
+    let ask = async |id| {
+        let client = Caller::client_of(Some(&key));
+        let caller = Caller { client, request_id: Some(id), ..Caller::default() };
+        let request = GenerateRequest {
+            model: String::new(),
+            prompt: Prompt::Text(String::new()),
+            params: SamplingParams::default(),
+            choices: Choices::default(),
+        };
+        f.gate.generate(request, caller).await
+    };
+    for _ in 0..3 {
+        assert!(ask(KNOWN).await.is_ok());
+    }
+    let new = ask(RequestId(Uuid::from_u128(10))).await.unwrap_err();
+    assert_eq!(new.code, ErrorCode::ResourceExhausted, "{new}");
 }
 
 /// Each choice has a place, those that are only compared too.

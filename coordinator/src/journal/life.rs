@@ -9,13 +9,28 @@ use std::io::{self, Write as _};
 use std::path::Path;
 
 /// Name of the file in the cluster's folder.
-const FILE: &str = "life";
+pub(crate) const FILE: &str = "life";
+
+/// More lives than a coordinator has between a backup and its loss.
+const LEAP: u32 = 1_000_000;
 
 /// Begins the next life.
 ///
 /// # Errors
 /// If the file cannot be read or written, or holds no number.
 pub fn begin(dir: &Path) -> io::Result<u32> {
+    go_on(dir, 1)
+}
+
+/// For a folder that was made from an old copy: skips the lives that the original may have had since.
+///
+/// # Errors
+/// As for [`begin`].
+pub(crate) fn leap(dir: &Path) -> io::Result<()> {
+    go_on(dir, LEAP).map(drop)
+}
+
+fn go_on(dir: &Path, by: u32) -> io::Result<u32> {
     let path = dir.join(FILE);
     let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
     let last = match fs::read_to_string(&path) {
@@ -27,7 +42,7 @@ pub fn begin(dir: &Path) -> io::Result<u32> {
             named(io::Error::new(io::ErrorKind::InvalidData, why))
         })?,
     };
-    let next = last.checked_add(1).ok_or_else(|| {
+    let next = last.checked_add(by).ok_or_else(|| {
         named(io::Error::new(io::ErrorKind::InvalidData, "no number is left above it"))
     })?;
     write(dir, &path, next).map_err(named)?;

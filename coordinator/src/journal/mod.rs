@@ -11,7 +11,7 @@
 //! (except while degraded, which shows).
 
 mod args;
-mod life;
+pub(crate) mod life;
 mod log;
 mod record;
 mod retained;

@@ -134,7 +134,11 @@ impl Head {
 
     /// Bytes that it takes itself, roughly.
     pub fn bytes(&self) -> u64 {
-        512 + 4 * self.prompt.len() as u64
+        let SamplingParams { stop, stop_token_ids, logit_bias, grammar, .. } = &self.params;
+        let stops: usize = stop.iter().map(|text| 24 + text.len()).sum();
+        let grammar = grammar.as_ref().map_or(0, |g| g.source().len());
+        let lists = 4 * (self.prompt.len() + stop_token_ids.len()) + 8 * logit_bias.len();
+        512 + (lists + stops + grammar) as u64
     }
 
     /// Bytes that a token of it takes, roughly: key, entry, and what the log-probabilities hold.
@@ -153,7 +157,12 @@ impl Entry {
     /// Bytes that it takes, roughly.
     pub fn bytes(&self) -> u64 {
         let tokens: u64 = self.tokens.iter().map(|t| t.len() as u64).sum();
-        self.head.bytes() + tokens * self.head.token_bytes()
+        let failed = |end: &Option<(u64, End)>| match end {
+            Some((_, End::Failed(status))) => status.message.len() as u64,
+            _ => 0,
+        };
+        let failures: u64 = self.ends.iter().map(failed).sum();
+        self.head.bytes() + tokens * self.head.token_bytes() + failures
     }
 
     /// When the last choice ended; `None` while one runs.

@@ -2,7 +2,9 @@
 //!
 //! Pure. Running requests are promised bytes as they grow, ahead of their tokens; the ended ones that
 //! ended first make room. Invariant: what is kept and what is promised stay within the limit
-//! together, where what is promised alone does; nobody new is admitted beyond it.
+//! together, where what is promised alone does; nobody new is admitted beyond it. Times are those of
+//! the wall clock, for they outlive the process: a request that ended in the future, because the
+//! clock was set back, ended now.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -15,7 +17,8 @@ use super::record::Entry;
 pub struct Retained {
     retain_ms: u64,
     max_bytes: u64,
-    entries: HashMap<RequestId, Entry>,
+    /// With when each ended.
+    entries: HashMap<RequestId, (u64, Entry)>,
     by_end: BTreeSet<(u64, RequestId)>,
     /// Of ended requests.
     bytes: u64,
@@ -43,12 +46,12 @@ impl Retained {
 
     /// An ended request.
     pub fn get(&self, id: RequestId) -> Option<&Entry> {
-        self.entries.get(&id)
+        self.entries.get(&id).map(|(_, entry)| entry)
     }
 
     /// All ended requests.
     pub fn iter(&self) -> impl Iterator<Item = &Entry> {
-        self.entries.values()
+        self.entries.values().map(|(_, entry)| entry)
     }
 
     /// Whether those that run leave room for `more` bytes, if all that have ended go.
@@ -64,8 +67,7 @@ impl Retained {
 
     /// Forgets an ended request of which `what` is true; whether it did.
     pub fn forget_if(&mut self, id: RequestId, what: impl Fn(&Entry) -> bool) -> bool {
-        let Some(ended) = self.entries.get(&id).filter(|e| what(e)).and_then(Entry::ended_ms)
-        else {
+        let Some(&(ended, _)) = self.entries.get(&id).filter(|(_, entry)| what(entry)) else {
             return false;
         };
         self.drop_entry(ended, id);
@@ -85,12 +87,19 @@ impl Retained {
         }
         self.bytes += entry.bytes();
         self.by_end.insert((ended, id));
-        self.entries.insert(id, entry);
+        self.entries.insert(id, (ended, entry));
         self.shrink()
     }
 
     /// Forgets what ended too long ago.
     pub fn expire(&mut self, now_ms: u64) -> Vec<RequestId> {
+        while let Some(&(ended, id)) = self.by_end.last().filter(|(ended, _)| *ended > now_ms) {
+            self.by_end.remove(&(ended, id));
+            self.by_end.insert((now_ms, id));
+            if let Some((known, _)) = self.entries.get_mut(&id) {
+                *known = now_ms;
+            }
+        }
         let old = now_ms.saturating_sub(self.retain_ms);
         let mut gone = Vec::new();
         while let Some(&(ended, id)) = self.by_end.first().filter(|(ended, _)| *ended <= old) {
@@ -113,7 +122,7 @@ impl Retained {
 
     fn drop_entry(&mut self, ended: u64, id: RequestId) {
         self.by_end.remove(&(ended, id));
-        if let Some(entry) = self.entries.remove(&id) {
+        if let Some((_, entry)) = self.entries.remove(&id) {
             self.bytes = self.bytes.saturating_sub(entry.bytes());
         }
     }

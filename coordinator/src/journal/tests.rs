@@ -4,9 +4,9 @@ use std::fs;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
-use millrace_shared::error::ErrorCode;
+use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
-use millrace_shared::sampling::SamplingParams;
+use millrace_shared::sampling::{Grammar, SamplingParams};
 use millrace_shared::scheduler::Priority;
 use millrace_shared::wire::codec;
 use millrace_shared::wire::rpc::{FinishReason, Timings, TokenLogprobs};
@@ -209,6 +209,40 @@ fn ended_requests_are_kept_for_a_time() {
     assert_eq!(retained.expire(u64::MAX), [id(2)]);
     assert_eq!(retained.bytes(), 0);
     assert_eq!(Retained::new(0, 1 << 20).keep(entry(3, 1)), [id(3)]);
+}
+
+/// A limit that does not count what clients send would be none.
+#[test]
+fn all_that_a_client_sends_counts() {
+    let plain = entry(1, 1);
+    let with = |change: &dyn Fn(&mut SamplingParams)| {
+        let mut head = Head::clone(&plain.head);
+        change(&mut head.params);
+        head.bytes() - plain.head.bytes()
+    };
+    let text = || "x".repeat(1000);
+    assert!(with(&|p| p.grammar = Some(Grammar::Regex(text()))) >= 1000);
+    assert!(with(&|p| p.stop = vec![text(), text()]) >= 2000);
+    assert!(with(&|p| p.stop_token_ids = vec![1; 100]) >= 400);
+    assert!(with(&|p| p.logit_bias = vec![(1, 1.0); 100]) >= 800);
+    let mut failed = plain.clone();
+    failed.ends[0] = Some((1, End::Failed(Status::internal(text()))));
+    assert!(failed.bytes() >= plain.bytes() + 1000);
+}
+
+#[test]
+fn a_clock_that_is_set_back_keeps_nothing_longer() {
+    let id = |n| RequestId(Uuid::from_u128(n));
+    let mut retained = Retained::new(1_000, 1 << 20);
+    retained.keep(entry(1, 90_000_000));
+    retained.keep(entry(2, 5_000));
+    assert!(retained.expire(5_500).is_empty(), "what seems to have ended tomorrow ended now");
+    assert_eq!(retained.expire(6_000), [id(2)]);
+    assert!(retained.forget_if(id(1), |_| true), "and is found by its name");
+    retained.keep(entry(3, 90_000_000));
+    assert!(retained.expire(7_000).is_empty());
+    assert_eq!(retained.expire(8_000), [id(3)]);
+    assert_eq!(retained.bytes(), 0);
 }
 
 #[test]

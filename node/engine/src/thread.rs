@@ -5,8 +5,9 @@
 //! ```
 //!
 //! Submitting never blocks: a full queue gives the job back. Steps are bounded by the capacity that
-//! was asked for (credits and a few); other jobs have [`CONTROL_SLOTS`] of their own, so that a full
-//! queue of steps cannot keep a new assignment out. Jobs run in the order of submission. A panic in
+//! was asked for (credits and a few); other jobs have as many slots of their own (each step may come
+//! with masks) and [`CONTROL_SLOTS`] more, so that a full queue of steps cannot keep a new assignment
+//! out. Jobs run in the order of submission. A panic in
 //! a job, or in its callback, ends neither thread nor queue.
 
 use std::fmt;
@@ -32,7 +33,7 @@ pub type EngineFactory = Box<dyn FnOnce() -> Box<dyn Engine> + Send>;
 /// Gets a result, on the engine's thread: it must not block.
 pub type Done<T> = Box<dyn FnOnce(T) + Send>;
 
-/// Jobs other than steps that may wait.
+/// Jobs other than steps that may wait, beyond one for each step.
 pub const CONTROL_SLOTS: usize = 64;
 /// How long a dropped handle waits for its thread to finish the job at hand.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -160,7 +161,7 @@ impl EngineHandle {
     /// If the system gives no thread.
     pub fn spawn(name: &str, capacity: usize, factory: EngineFactory) -> io::Result<Self> {
         let capacity = capacity.max(1);
-        let (jobs, queue) = sync_channel(capacity + CONTROL_SLOTS);
+        let (jobs, queue) = sync_channel(2 * capacity + CONTROL_SLOTS);
         let (end, ended) = sync_channel::<()>(1);
         let counters = Arc::new(Counters::default());
         let shared = Arc::clone(&counters);
@@ -254,7 +255,7 @@ impl Counters {
     fn slot(&self, job: &Job, capacity: usize) -> (&AtomicUsize, usize) {
         match job {
             Job::Step { .. } => (&self.queued_steps, capacity),
-            _ => (&self.queued_others, CONTROL_SLOTS),
+            _ => (&self.queued_others, capacity + CONTROL_SLOTS),
         }
     }
 }

@@ -8,12 +8,13 @@
 //!         PROOF tokens more since the last death, or its end
 //! ```
 //!
-//! Counts, for each sequence, the unexplained deaths of nodes at which it was in flight. What runs
-//! alone is in flight alone, so that of a third death nothing else can be the cause. Tokens acquit:
-//! a sequence that gets past where it was is none that nodes die of, and of many streams under which
-//! nodes are killed none need run alone. Pure.
+//! Counts, for each sequence, the unexplained deaths of nodes at which it was in flight, one for an
+//! epoch: nodes that are lost together (a host of several, a switch, a stall and then the node that
+//! stood still) have one cause. What runs alone is in flight alone, so that of a third death nothing
+//! else can be the cause. Tokens acquit: a sequence that gets past where it was is none that nodes
+//! die of, and of many streams under which nodes are killed none need run alone. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::id::SequenceId;
 
@@ -43,14 +44,32 @@ struct Seen {
 #[derive(Clone, Debug, Default)]
 pub struct Deaths {
     seen: BTreeMap<SequenceId, Seen>,
+    /// What was in flight when the epoch ended, of which nobody knows yet whether a node died.
+    exposed: BTreeSet<SequenceId>,
+    /// A death of this epoch has been counted.
+    counted: bool,
 }
 
 impl Deaths {
-    /// A node died, nobody knows why, while these were in flight.
-    pub fn handle_death(
-        &mut self,
-        in_flight: impl IntoIterator<Item = SequenceId>,
-    ) -> Vec<(SequenceId, Fate)> {
+    /// An epoch begins.
+    pub fn handle_begin(&mut self) {
+        self.exposed.clear();
+        self.counted = false;
+    }
+
+    /// The epoch stands still, while these are in flight.
+    pub fn handle_end(&mut self, in_flight: BTreeSet<SequenceId>) {
+        if !self.counted {
+            self.exposed = in_flight;
+        }
+    }
+
+    /// A node died, nobody knows why, and with it the epoch that was said to have ended. What follows
+    /// for each sequence, where it is the first death of the epoch.
+    pub fn handle_death(&mut self) -> Vec<(SequenceId, Fate)> {
+        if std::mem::replace(&mut self.counted, true) {
+            return Vec::new();
+        }
         let mut count = |id| {
             let seen = self.seen.entry(id).or_default();
             *seen = Seen { deaths: seen.deaths + 1, tokens: 0 };
@@ -60,7 +79,7 @@ impl Deaths {
                 _ => (id, Fate::Fails),
             }
         };
-        in_flight.into_iter().map(&mut count).collect()
+        std::mem::take(&mut self.exposed).into_iter().map(&mut count).collect()
     }
 
     /// A sequence has one more token.
@@ -75,6 +94,7 @@ impl Deaths {
     /// A sequence has ended, however.
     pub fn handle_ended(&mut self, id: SequenceId) {
         self.seen.remove(&id);
+        self.exposed.remove(&id);
     }
 
     /// A sequence has another name from now on.
@@ -82,11 +102,14 @@ impl Deaths {
         if let Some(seen) = self.seen.remove(&old) {
             self.seen.insert(new, seen);
         }
+        if self.exposed.remove(&old) {
+            self.exposed.insert(new);
+        }
     }
 
-    /// Whether no death is remembered.
+    /// Whether nothing is remembered of any sequence.
     pub fn is_empty(&self) -> bool {
-        self.seen.is_empty()
+        self.seen.is_empty() && self.exposed.is_empty()
     }
 
     /// Whether a sequence must run alone.
@@ -102,36 +125,67 @@ mod tests {
     const POISON: SequenceId = SequenceId(1);
     const COMPANY: SequenceId = SequenceId(2);
 
+    /// A death in an epoch of its own.
+    fn death<const N: usize>(
+        deaths: &mut Deaths,
+        in_flight: [SequenceId; N],
+    ) -> Vec<(SequenceId, Fate)> {
+        deaths.handle_begin();
+        deaths.handle_end(in_flight.into());
+        deaths.handle_death()
+    }
+
     #[test]
     fn the_third_death_of_one_that_ran_alone_is_its_fault() {
         let mut deaths = Deaths::default();
         let both = [POISON, COMPANY];
-        assert_eq!(deaths.handle_death(both), both.map(|id| (id, Fate::Company)));
+        assert_eq!(death(&mut deaths, both), both.map(|id| (id, Fate::Company)));
         assert!(!deaths.is_alone(POISON));
-        assert_eq!(deaths.handle_death(both), both.map(|id| (id, Fate::Alone)));
+        assert_eq!(death(&mut deaths, both), both.map(|id| (id, Fate::Alone)));
         assert!(deaths.is_alone(POISON) && deaths.is_alone(COMPANY));
-        assert_eq!(deaths.handle_death([POISON]), [(POISON, Fate::Fails)]);
+        assert_eq!(death(&mut deaths, [POISON]), [(POISON, Fate::Fails)]);
         deaths.handle_ended(POISON);
         // Who was there both times, and is harmless, goes on.
         (0..PROOF).for_each(|_| deaths.handle_token(COMPANY));
         assert!(!deaths.is_alone(COMPANY));
-        assert_eq!(deaths.handle_death([COMPANY]), [(COMPANY, Fate::Company)]);
+        assert_eq!(death(&mut deaths, [COMPANY]), [(COMPANY, Fate::Company)]);
     }
 
     #[test]
     fn tokens_acquit_and_names_change_nothing() {
         let mut deaths = Deaths::default();
-        deaths.handle_death([POISON]);
+        death(&mut deaths, [POISON]);
         (1..PROOF).for_each(|_| deaths.handle_token(POISON));
         deaths.handle_renamed(POISON, COMPANY);
-        assert_eq!(deaths.handle_death([COMPANY]), [(COMPANY, Fate::Alone)], "one token short");
+        assert_eq!(death(&mut deaths, [COMPANY]), [(COMPANY, Fate::Alone)], "one token short");
         let mut deaths = Deaths::default();
         for _ in 0..10 {
-            assert_eq!(deaths.handle_death([POISON]), [(POISON, Fate::Company)]);
+            assert_eq!(death(&mut deaths, [POISON]), [(POISON, Fate::Company)]);
             (0..PROOF).for_each(|_| deaths.handle_token(POISON));
         }
-        deaths.handle_death([POISON]);
+        death(&mut deaths, [POISON]);
         deaths.handle_ended(POISON);
-        assert_eq!(deaths.handle_death([POISON]), [(POISON, Fate::Company)]);
+        assert_eq!(death(&mut deaths, [POISON]), [(POISON, Fate::Company)]);
+    }
+    #[test]
+    fn nodes_that_are_lost_together_die_once() {
+        let mut deaths = Deaths::default();
+        let both = [POISON, COMPANY];
+        for expected in [Fate::Company, Fate::Alone] {
+            deaths.handle_begin();
+            deaths.handle_end(both.into());
+            assert_eq!(deaths.handle_death(), both.map(|id| (id, expected)));
+            // The host's second node, and the third, after the epoch was called lost.
+            deaths.handle_end(both.into());
+            assert_eq!(deaths.handle_death(), []);
+            deaths.handle_end(both.into());
+            assert_eq!(deaths.handle_death(), []);
+        }
+        // An end without a death counts nothing.
+        let mut deaths = Deaths::default();
+        deaths.handle_end(both.into());
+        deaths.handle_begin();
+        assert_eq!(deaths.handle_death(), []);
+        assert!(deaths.is_empty());
     }
 }

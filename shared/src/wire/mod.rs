@@ -10,6 +10,7 @@ pub mod control;
 pub mod data;
 pub mod frame;
 pub mod join;
+mod results;
 pub mod rpc;
 pub mod stamp;
 

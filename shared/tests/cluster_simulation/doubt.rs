@@ -37,7 +37,6 @@ pub(crate) struct Doubts {
     alone: BTreeSet<u64>,
     /// To be given to the scheduler when the next epoch begins.
     resumed: Vec<SequenceId>,
-    exposed: BTreeSet<SequenceId>,
     /// How often a request was named.
     names: BTreeMap<u64, u64>,
     /// Since when nodes want to leave.
@@ -162,26 +161,24 @@ impl World {
         let sequence = self.sequence_of(id);
         self.doubts.quarantine.handle_ended(known(id), self.now);
         self.doubts.deaths.handle_ended(sequence);
-        self.doubts.exposed.remove(&sequence);
         self.doubts.alone.remove(&id);
     }
 
     /// The epoch ends: what was in flight may turn out to be what a node died of.
     pub(crate) fn note_epoch_end(&mut self) {
         if self.active.is_some() {
-            self.doubts.exposed = self.scheduler.in_flight();
+            self.doubts.deaths.handle_end(self.scheduler.in_flight());
         }
     }
 
     pub(crate) fn note_epoch_begin(&mut self) {
-        self.doubts.exposed.clear();
+        self.doubts.deaths.handle_begin();
     }
 
     /// A node died or hung, nobody knows why.
     pub(crate) fn note_death(&mut self) {
         self.note_epoch_end();
-        let exposed = std::mem::take(&mut self.doubts.exposed);
-        for (sequence, fate) in self.doubts.deaths.handle_death(exposed) {
+        for (sequence, fate) in self.doubts.deaths.handle_death() {
             match fate {
                 Fate::Company => {}
                 Fate::Alone => self.scheduler.handle_alone(sequence),

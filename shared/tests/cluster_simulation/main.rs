@@ -45,8 +45,9 @@ fn config(world_seed: u64) -> SchedulerConfig {
 fn fault(world: &mut World, nodes: u64) -> Fault {
     let node = world.draw(nodes) as usize;
     let pause = ms(100 + world.draw(4000));
-    match world.draw(15) {
+    match world.draw(16) {
         0..3 => Fault::Crash(node, pause),
+        15 => Fault::Host(1 + world.draw((1 << nodes) - 1), pause),
         3 => Fault::Freeze(node, pause),
         4 => Fault::Cut(node, COORDINATOR, pause),
         5 | 6 => Fault::Cut(node, ((node as u64 + 1) % nodes) as usize, pause),
@@ -82,8 +83,15 @@ fn prepare(seed: u64) -> World {
         world.at(at, Happening::Restart(node));
     }
     let poisonous = seed.is_multiple_of(4);
+    let mut before: Option<(Vec<u32>, u64)> = None;
     for id in 1..=4 + dice.draw(12) {
         let prompt: Vec<u32> = (0..1 + dice.draw(40)).map(|i| (i * (id % 3)) as u32).collect();
+        let (prompt, at) = match before.take() {
+            // Another choice of the request before: the same prompt at the same time.
+            Some(choice) if dice.draw(3) == 0 => choice,
+            _ => (prompt, dice.draw(TROUBLE)),
+        };
+        before = Some((prompt.clone(), at));
         let wanted = 1 + dice.draw(30) as usize;
         let poison = match (poisonous, dice.draw(8)) {
             (true, 0) => Some(Poison::Fails),
@@ -93,7 +101,6 @@ fn prepare(seed: u64) -> World {
         let log = Vec::new();
         let request = Request { prompt, wanted, log, ended: false, rejected: false, poison };
         world.requests.insert(id, request);
-        let at = dice.draw(TROUBLE);
         world.at(ms(at), Happening::Submit(id));
         world.ahead += 1;
         if dice.draw(6) == 0 {
@@ -133,7 +140,10 @@ fn play(seed: u64) -> Played {
     world.run();
     let poisonous = world.requests.values().any(|r| r.poison.is_some());
     let Doubts { unjust, found, drained, .. } = world.doubts;
-    assert!(!poisonous || unjust == 0, "seed {seed}: {unjust} failed for the company they were in");
+    // Three deaths one by one, or two nodes on which a step fails, look like a request's doing; a
+    // poisonous one makes as many of them as it likes, and nobody else pays for it.
+    let misled = !poisonous && world.causes >= 2;
+    assert!(misled || unjust == 0, "seed {seed}: {unjust} failed for what they did not do");
     let served = world.requests.values().filter(|r| !r.rejected).count();
     let World { trace, epochs, stale, .. } = world;
     Played { trace, epochs, stale, served, found, drained }

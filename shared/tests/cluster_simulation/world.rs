@@ -102,6 +102,8 @@ pub(crate) enum Said {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Fault {
     Crash(usize, Duration),
+    /// A host with the nodes of this mask.
+    Host(u64, Duration),
     Freeze(usize, Duration),
     Cut(usize, usize, Duration),
     Slow(usize, u32, Duration),
@@ -117,6 +119,13 @@ pub(crate) enum Fault {
     EdgeLost,
     /// The coordinator itself stands still.
     Delay(Duration),
+}
+
+impl Fault {
+    /// Whether a node may be called dead, or a step fail, of it.
+    fn is_cause(self) -> bool {
+        !matches!(self, Self::Drain(_) | Self::Recut(_) | Self::Cordon(..) | Self::FailLoad(_))
+    }
 }
 
 /// What a client asked for, and what it got.
@@ -182,6 +191,8 @@ pub(crate) struct World {
     pub(crate) trace: u64,
     pub(crate) epochs: u64,
     pub(crate) stale: u64,
+    /// Faults that may make a request look like the cause.
+    pub(crate) causes: u32,
 }
 
 pub(crate) fn name(node: usize) -> NodeId {
@@ -228,6 +239,7 @@ impl World {
             trace: seed,
             epochs: 0,
             stale: 0,
+            causes: 0,
         };
         world.at(TICK, Happening::Tick);
         world
@@ -808,6 +820,7 @@ impl World {
 
     fn suffer(&mut self, fault: Fault) {
         let now = self.now;
+        self.causes += u32::from(fault.is_cause());
         match fault {
             Fault::Crash(node, pause) => {
                 let n = &mut self.nodes[node];
@@ -818,6 +831,12 @@ impl World {
                 n.forget();
                 self.lose_links(node);
                 self.at(now + pause, Happening::Restart(node));
+            }
+            Fault::Host(mask, pause) => {
+                let all = (0..self.nodes.len()).filter(|i| mask >> i & 1 == 1);
+                all.collect::<Vec<_>>()
+                    .into_iter()
+                    .for_each(|n| self.suffer(Fault::Crash(n, pause)));
             }
             Fault::Freeze(node, time) => {
                 self.nodes[node].frozen_until = self.nodes[node].frozen_until.max(now + time);

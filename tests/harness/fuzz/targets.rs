@@ -54,6 +54,10 @@ fn step_meta(bytes: &[u8]) -> bool {
     sound
 }
 
+fn result_meta(bytes: &[u8]) -> bool {
+    ResultMeta::from_bytes(&aligned(bytes)).is_ok_and(|meta| meta.validate(1 << 16).is_ok())
+}
+
 fn gguf(bytes: &[u8]) -> bool {
     let Ok(file) = Gguf::read(bytes, bytes.len() as u64) else { return false };
     for t in &file.tensors {
@@ -184,7 +188,7 @@ fn messages() -> Vec<Target> {
         target("join", m::joins(), message::<JoinRequest>),
         target("join answer", m::join_answers(), message::<JoinResponse>),
         target("step meta", corpus::step_metas(), step_meta),
-        target("result meta", corpus::result_metas(), meta::<ResultMeta>),
+        target("result meta", corpus::result_metas(), result_meta),
         target("open meta", corpus::open_metas(), meta::<OpenMeta>),
         Target {
             mend: Some(|bytes| mend_frame(bytes)),

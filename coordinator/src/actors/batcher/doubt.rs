@@ -29,15 +29,13 @@ pub(super) struct Doubts {
     /// Of those, the ones that run alone.
     alone: BTreeSet<SequenceId>,
     deaths: Deaths,
-    /// What was in flight when the last epoch ended, of which nobody knows yet whether a node died.
-    exposed: BTreeSet<SequenceId>,
 }
 
 impl Doubts {
     /// Nobody is watched.
     fn is_idle(&self) -> bool {
-        let sets = self.alone.is_empty() && self.exposed.is_empty();
-        sets && self.held.is_empty() && self.watched.is_empty() && self.deaths.is_empty()
+        let sets = self.alone.is_empty() && self.held.is_empty();
+        sets && self.watched.is_empty() && self.deaths.is_empty()
     }
 
     fn is_alone(&self, id: SequenceId) -> bool {
@@ -53,9 +51,14 @@ impl Doubts {
         self.watched.iter().find(|(_, k)| **k == known).map_or(known, |(id, _)| *id)
     }
 
-    /// An epoch begins; the scheduler may have just heard of some sequences.
+    /// An epoch begins.
     pub(super) fn begin_epoch(&mut self, scheduler: &mut Scheduler) {
-        self.exposed.clear();
+        self.deaths.handle_begin();
+        self.keep_alone(scheduler);
+    }
+
+    /// Says who runs alone: the scheduler may have just heard of some sequences.
+    fn keep_alone(&self, scheduler: &mut Scheduler) {
         let alone = self.watched.keys().filter(|id| self.is_alone(**id));
         alone.for_each(|id| scheduler.handle_alone(*id));
     }
@@ -96,7 +99,7 @@ impl Handler<StepVerdict> for Batcher {
         }
         if now && let Some(mut scheduler) = self.scheduler.take() {
             let refused = self.resume(&mut scheduler);
-            self.doubts.begin_epoch(&mut scheduler);
+            self.doubts.keep_alone(&mut scheduler);
             self.scheduler = Some(scheduler);
             for (id, why) in refused {
                 let Some(request) = self.forget(id) else { continue };
@@ -176,7 +179,6 @@ impl Batcher {
         let was_alone = self.doubts.is_alone(sequence);
         if ended {
             self.doubts.held.remove(&sequence);
-            self.doubts.exposed.remove(&sequence);
             self.doubts.deaths.handle_ended(sequence);
         } else {
             self.doubts.deaths.handle_token(sequence);
@@ -198,7 +200,7 @@ impl Batcher {
     /// The epoch ends: what was in flight is remembered until it is known whether a node died.
     pub(super) fn note_epoch_end(&mut self) {
         if let Some(scheduler) = &self.scheduler {
-            self.doubts.exposed = scheduler.in_flight();
+            self.doubts.deaths.handle_end(scheduler.in_flight());
         }
     }
 
@@ -207,8 +209,7 @@ impl Batcher {
         if self.active.is_some() {
             self.note_epoch_end();
         }
-        let exposed = std::mem::take(&mut self.doubts.exposed);
-        for (id, fate) in self.doubts.deaths.handle_death(exposed) {
+        for (id, fate) in self.doubts.deaths.handle_death() {
             match fate {
                 Fate::Company => {}
                 Fate::Alone => {

@@ -30,6 +30,8 @@ pub struct PipelineUp {
     pub epoch: Epoch,
     /// Limits.
     pub config: SchedulerConfig,
+    /// Tokens that the model knows.
+    pub vocabulary: u32,
     /// What each stage costs, before anything is measured.
     pub costs: Vec<StageCost>,
     /// Silence that is a stall at the least.
@@ -122,6 +124,8 @@ impl Batcher {
             pipeline: next.pipeline,
             epoch: next.epoch,
             lease: next.lease,
+            vocabulary: next.vocabulary,
+            last_stage: next.costs.len().saturating_sub(1) as u16,
             links: next.links,
             steps: next.steps,
             opens: next.opens,

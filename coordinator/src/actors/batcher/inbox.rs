@@ -7,7 +7,7 @@ use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::scheduler::{Kind, SchedulerStats};
-use millrace_shared::wire::data::{FrameKind, ResultMeta};
+use millrace_shared::wire::data::{Failure, FrameKind, ResultMeta};
 use millrace_shared::wire::frame::Frame;
 use millrace_shared::wire::rpc::{AttachRequest, Choices, PositionScore};
 use tokio::sync::oneshot;
@@ -49,6 +49,10 @@ impl Handler<Submit> for Batcher {
         if let Some(known) = self.submitted_before(&m) {
             return known;
         }
+        if m.caller.again {
+            let message = "the request ended as it was sent again: send it once more";
+            return Err(Status::unavailable(message, 0));
+        }
         let Some(scheduler) = &self.scheduler else { return Err(self.unavailable()) };
         let room = scheduler.max_sequence_len().saturating_sub(m.tokens.len() as u32).max(1);
         let max_new = m.params.max_tokens.unwrap_or(room).min(room);
@@ -77,6 +81,25 @@ impl Handler<Submit> for Batcher {
             deadline: m.caller.deadline.map(|d| now + d),
         });
         Ok(stream)
+    }
+}
+
+/// Is there a request of this id that its caller would hear, rather than begin?
+#[derive(Debug, Message)]
+#[rtype(result = "bool")]
+pub struct Knows {
+    /// Its name.
+    pub id: RequestId,
+    /// Who asks.
+    pub caller: Caller,
+}
+
+impl Handler<Knows> for Batcher {
+    type Result = bool;
+
+    fn handle(&mut self, m: Knows, _: &mut Context<Self>) -> bool {
+        let ours = self.head_of_known(m.id).is_some_and(|head| head.client == m.caller.client);
+        ours && !self.is_tried_again(m.id)
     }
 }
 
@@ -193,7 +216,14 @@ impl Handler<ResultFrame> for Batcher {
         if header.kind != FrameKind::Results {
             return Err(format!("a {:?} frame on the results edge", header.kind));
         }
-        let meta: ResultMeta = frame.meta().map_err(|e| e.to_string())?;
+        let mut meta: ResultMeta = frame.meta().map_err(|e| e.to_string())?;
+        let active = self.active.as_ref().map_or((0, 0), |a| (a.vocabulary, a.last_stage));
+        if let Err(what) = meta.validate(active.0) {
+            // Whatever sends this is sick, or lies: nothing of it is taken, and others are to try.
+            let message = format!("the last stage answered nonsense: {what}");
+            tracing::error!("{message}");
+            meta.fail_all(&Failure::of_stage(active.1, message));
+        }
         self.stalls.handle_answer(now);
         let predicted = scheduler.predicted_seconds(header.micro_batch);
         if scheduler.handle_times(header.micro_batch, &meta.times, now) {

@@ -61,6 +61,11 @@ impl Batcher {
         }
     }
 
+    /// Whether the request of this id has ended with what is worth another try.
+    pub(super) fn is_tried_again(&self, id: RequestId) -> bool {
+        self.retained.get(id).is_some_and(is_worth_another_try)
+    }
+
     /// The answer to a request whose id is in use; `None` where it is not.
     pub(super) fn submitted_before(&mut self, m: &Submit) -> Option<Result<EventStream, Status>> {
         // Ids that were drawn here are new.

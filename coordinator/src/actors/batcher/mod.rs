@@ -42,7 +42,7 @@ use crate::request::{Request, Verdict, Work};
 use crate::text::Tokenizer;
 pub use doubt::{NodeDied, StepVerdict};
 pub use epochs::{PipelineDown, PipelineUp};
-pub use inbox::{Attach, Cancel, GetCounters, ResultFrame, Submit, SubmitScore};
+pub use inbox::{Attach, Cancel, GetCounters, Knows, ResultFrame, Submit, SubmitScore};
 use submit::retry_ms;
 pub use whereabouts::{Flight, Look, Seen};
 
@@ -60,6 +60,9 @@ struct Active {
     pipeline: PipelineId,
     epoch: Epoch,
     lease: Duration,
+    /// Tokens that the model knows, and the number of the stage that chooses them.
+    vocabulary: u32,
+    last_stage: u16,
     links: LinkTimes,
     /// To the first stage; capacity covers every micro-batch in flight.
     steps: mpsc::Sender<Frame>,

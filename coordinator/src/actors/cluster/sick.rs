@@ -47,8 +47,8 @@ impl Handler<StepFailed> for Cluster {
                 .or_else(|| p.assignments.last())
                 .map(|(id, _)| *id)
         };
-        let Some(node) = self.plan_of(m.epoch).and_then(named) else {
-            // The epoch is over: who was in it is computed again anyway.
+        let Some(node) = self.plan_of(m.epoch).and_then(named).filter(|_| self.is_serving()) else {
+            // The epoch is over, or about to be: who was in it is computed again anyway.
             let (failed, alone, again) = (Vec::new(), Vec::new(), m.sequences);
             let verdict = StepVerdict { epoch: m.epoch, failed, again, alone, elsewhere: true };
             let _ = self.batcher.try_send(verdict);

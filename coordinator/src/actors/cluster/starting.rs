@@ -71,6 +71,7 @@ impl Cluster {
                 pipeline: self.number,
                 epoch,
                 config: plan.scheduler,
+                vocabulary: self.manifest.config.vocab,
                 costs: plan.costs.clone(),
                 lease: self.deployment.lease,
                 links: self.link_times(plan),
