@@ -11,8 +11,8 @@
 //! ```
 //!
 //! Pure: it hears what happened and says what follows; who plans and who schedules obey. Invariant:
-//! a request fails only of a step that held nobody else, and that was not its first to fail where
-//! there is another node to try; nobody fails for the company that it was in.
+//! a request fails only of a step that held nobody else and that was not its first to fail; nobody
+//! fails for the company that it was in.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -57,8 +57,8 @@ pub struct Quarantine {
 
 impl Quarantine {
     /// A step with these sequences failed on a node. `alone`: it held nobody else, not even one that
-    /// nobody waits for any more. `others`: whether the pipeline can do without the node. What becomes of each; the node is in quarantine where none of them has failed
-    /// before and there are others.
+    /// nobody waits for any more. `others`: whether the pipeline can do without the node. What becomes
+    /// of each; the node is in quarantine where none of them has failed before and there are others.
     pub fn handle_failed(
         &mut self,
         node: NodeId,
@@ -75,7 +75,7 @@ impl Quarantine {
             .collect();
         if let [id] = sequences
             && alone
-            && (!others || before.contains(id))
+            && before.contains(id)
         {
             // It was the request: nodes that failed with it are as good as any.
             self.nodes.retain(|_, s| !s.is_of(*id));
@@ -208,8 +208,10 @@ mod tests {
     #[test]
     fn without_another_node_each_is_tried_alone_at_once() {
         let mut q = Quarantine::default();
-        assert_eq!(q.handle_failed(node(1), &[A], true, false), [(A, Verdict::Fails)]);
+        // Even one that was alone: a step may fail of nothing that comes again.
+        assert_eq!(q.handle_failed(node(1), &[A], true, false), [(A, Verdict::Alone)]);
         assert!(!q.holds(node(1), NOW));
+        assert_eq!(q.handle_failed(node(1), &[A], true, false), [(A, Verdict::Fails)]);
         let both = [(A, Verdict::Alone), (B, Verdict::Alone)];
         assert_eq!(q.handle_failed(node(1), &[A, B], false, false), both);
         assert!(!q.holds(node(1), NOW), "nobody else could serve");
@@ -227,6 +229,7 @@ mod tests {
         q.handle_failed(node(1), &[A], true, true);
         q.handle_needed(node(1));
         assert!(!q.holds(node(1), NOW));
+        assert_eq!(q.handle_failed(node(1), &[A], true, false), [(A, Verdict::Alone)]);
         assert_eq!(q.handle_failed(node(1), &[A], true, false), [(A, Verdict::Fails)]);
     }
 

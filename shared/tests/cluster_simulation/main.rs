@@ -140,7 +140,7 @@ fn play(seed: u64) -> Played {
     world.run();
     let poisonous = world.requests.values().any(|r| r.poison.is_some());
     let Doubts { unjust, found, drained, .. } = world.doubts;
-    // Three deaths one by one, or two nodes on which a step fails, look like a request's doing; a
+    // Three deaths one by one, or two steps that fail, look like a request's doing; a
     // poisonous one makes as many of them as it likes, and nobody else pays for it.
     let misled = !poisonous && world.causes >= 2;
     assert!(misled || unjust == 0, "seed {seed}: {unjust} failed for what they did not do");

@@ -122,9 +122,13 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    /// Whether a node may be called dead, or a step fail, of it.
-    fn is_cause(self) -> bool {
-        !matches!(self, Self::Drain(_) | Self::Recut(_) | Self::Cordon(..) | Self::FailLoad(_))
+    /// How often a node may be called dead, or a step fail, of it.
+    fn causes(self) -> u32 {
+        match self {
+            Self::Drain(_) | Self::Recut(_) | Self::Cordon(..) | Self::FailLoad(_) => 0,
+            Self::Sick(_, steps) => steps,
+            _ => 1,
+        }
     }
 }
 
@@ -191,7 +195,7 @@ pub(crate) struct World {
     pub(crate) trace: u64,
     pub(crate) epochs: u64,
     pub(crate) stale: u64,
-    /// Faults that may make a request look like the cause.
+    /// What may make a request look like the cause, so often.
     pub(crate) causes: u32,
 }
 
@@ -820,7 +824,7 @@ impl World {
 
     fn suffer(&mut self, fault: Fault) {
         let now = self.now;
-        self.causes += u32::from(fault.is_cause());
+        self.causes += fault.causes();
         match fault {
             Fault::Crash(node, pause) => {
                 let n = &mut self.nodes[node];
