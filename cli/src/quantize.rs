@@ -12,6 +12,7 @@ use millrace_coordinator::models::{ConsoleProgress, NoProgress, Progress};
 use millrace_engine::quantize::{
     self, Loss, Options, Plan, QuantizeError, Requantise, Rounding, TYPES, TensorReport,
 };
+use millrace_engine::target::TargetError;
 use millrace_shared::model::TensorType;
 use serde::Serialize;
 
@@ -122,7 +123,7 @@ pub(crate) async fn run(args: QuantizeArgs) -> anyhow::Result<()> {
     let source = input::model(&args.source)?;
     let plan = plan(&args, &source)?;
     if !args.force && args.target.exists() {
-        return Err(explain(QuantizeError::Exists(args.target)));
+        return Err(explain(TargetError::Exists(args.target).into()));
     }
     let text = args.eval.as_ref().map(|file| input::text_or_sample(file.as_deref())).transpose()?;
     let begun = Instant::now();
@@ -173,10 +174,12 @@ fn write(args: &QuantizeArgs, plan: &Plan) -> anyhow::Result<Vec<TensorReport>> 
 /// What can be said about an error in terms of flags.
 fn explain(error: QuantizeError) -> anyhow::Error {
     match error {
-        QuantizeError::Exists(_) => usage(format!("{error}: --force replaces it")),
-        QuantizeError::SameFile(_) | QuantizeError::Type(_) | QuantizeError::Fixed { .. } => {
-            usage(error.to_string())
+        QuantizeError::Target(TargetError::Exists(_)) => {
+            usage(format!("{error}: --force replaces it"))
         }
+        QuantizeError::Target(TargetError::SameFile(_))
+        | QuantizeError::Type(_)
+        | QuantizeError::Fixed { .. } => usage(error.to_string()),
         QuantizeError::Quantised { .. } => usage(format!(
             "{error}: take the original F32, F16 or BF16 file, or add --allow-requantize and bear both losses"
         )),

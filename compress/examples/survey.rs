@@ -26,12 +26,13 @@ fn main() {
     let settings = Settings { calibration: &calibration, store, threads: 2, overwrite: true };
     let terms = Terms { window: 512, threads: 2, kv_dtype: Dtype::F16 };
     let mut start = Instant::now();
-    let mut each = |e: &Entry| {
+    let mut each = |e: &Entry, _: usize| {
         let seconds = start.elapsed().as_secs_f64();
         start = Instant::now();
         println!("{seconds:.0} s {}", serde_json::to_string(e).unwrap());
     };
-    let all = survey(Path::new(model), &chosen, &text, &settings, terms, &mut each).unwrap();
+    let all =
+        survey(Path::new(model), &chosen, &text, &settings, (terms, None), &mut each).unwrap();
     if let Some(path) = rest.get(1) {
         std::fs::write(path, page("Methods compared", &all, &[])).unwrap();
     }

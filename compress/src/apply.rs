@@ -10,8 +10,7 @@ use std::path::Path;
 use millrace_engine::quantize::BadWeight;
 use millrace_shared::model::{TensorEntry, TensorType};
 
-use crate::hessian::Moments;
-use crate::lowrank::{Rank, factorise};
+use crate::hessian::{Compensation, Moments};
 use crate::mixed;
 use crate::prune::{self, Histogram, Pattern};
 use crate::quant::{encode_row, fallback, gptq, integer};
@@ -20,7 +19,9 @@ use crate::source::{is_head, is_layer_matrix, row_bytes};
 use crate::sparse::race;
 use crate::step::{Needs, Per, parse_type};
 use crate::structure;
-use crate::{Calibration, Calibrator, CompressError, Matrix, Sink, Slot, Source, Step, parallel};
+use crate::{
+    Calibration, Calibrator, CompressError, Matrix, Sink, Slot, Source, Step, factor, parallel,
+};
 
 /// How steps are carried out.
 #[derive(Clone, Copy, Debug)]
@@ -60,6 +61,9 @@ pub fn apply(
             "step '{}' looks at what matrices see: give a calibration text",
             step.describe()
         )));
+    }
+    if matches!(step, Step::LowRank { .. }) {
+        return factor::apply(source, target, step, settings, progress);
     }
     if step.is_structural() {
         return structure::apply(source, target, step, settings, progress);
@@ -212,10 +216,9 @@ impl Job<'_> {
         &self,
         indices: &[usize],
         calibration: &Calibration,
-    ) -> Result<HashMap<String, Vec<f32>>, CompressError> {
-        let wanted =
-            matches!(self.step, Step::Quantise { gptq: true, .. } | Step::Sparsegpt { .. });
-        if !wanted {
+    ) -> Result<HashMap<String, Compensation>, CompressError> {
+        let gptq = matches!(self.step, Step::Quantise { gptq: true, .. });
+        if !gptq && !matches!(self.step, Step::Sparsegpt { .. }) {
             return Ok(HashMap::new());
         }
         let names = indices.iter().map(|&i| &self.source.tensors[i]).filter(|t| is_layer_matrix(t));
@@ -223,7 +226,7 @@ impl Job<'_> {
         keys.sort_unstable();
         keys.dedup();
         let made = parallel(keys.len(), self.settings.threads, |i| {
-            calibration.moments(keys[i]).map(Moments::compensation).transpose()
+            calibration.moments(keys[i]).map(|m| m.compensation(gptq)).transpose()
         });
         let mut factors = HashMap::new();
         for (key, made) in keys.into_iter().zip(made) {
@@ -237,7 +240,7 @@ impl Job<'_> {
         &self,
         index: usize,
         calibration: &Calibration,
-        factors: &HashMap<String, Vec<f32>>,
+        factors: &HashMap<String, Compensation>,
     ) -> Result<Result<Done, Vec<u8>>, CompressError> {
         let (tensor, dtype) = (&self.source.tensors[index], self.types[index]);
         let head = is_head(tensor) && dtype != tensor.dtype;
@@ -253,7 +256,7 @@ impl Job<'_> {
         let mut beyond = 0;
         if !head {
             (bytes_format, beyond) =
-                self.change(&mut after, &tensor.name, importance.as_deref(), moments, factor)?;
+                self.change(&mut after, &tensor.name, importance.as_deref(), factor)?;
         }
         let bytes = self.encode(tensor, dtype, &mut after, importance.as_deref(), factor)?;
         let report = TensorReport {
@@ -280,8 +283,7 @@ impl Job<'_> {
         m: &mut Matrix,
         name: &str,
         importance: Option<&[f32]>,
-        moments: Option<&Moments>,
-        factor: Option<&Vec<f32>>,
+        factor: Option<&Compensation>,
     ) -> Result<(u64, u64), CompressError> {
         let (n, rows) = (m.data.len() as u64, m.rows as u64);
         let unknown = || {
@@ -307,14 +309,6 @@ impl Job<'_> {
             Step::Clip { min, max } => {
                 prune::clip(m, *min, *max);
                 return Ok((0, 0));
-            }
-            Step::LowRank { energy, size, aware } => {
-                let rank = energy.map_or_else(|| Rank::Size(size.unwrap_or(1.0)), Rank::Energy);
-                let moments = if *aware { Some(moments.ok_or_else(unknown)?) } else { None };
-                let factors = factorise(m, rank, moments)?;
-                *m = factors.product();
-                // Where factors are no smaller, the matrix stays whole.
-                return Ok((2 * factors.weights().min(n), 0));
             }
             Step::SignedThreshold { theta } => {
                 prune::signed_threshold(m, *theta);
@@ -344,7 +338,7 @@ impl Job<'_> {
                 let factor = factor.ok_or_else(unknown)?;
                 let cols = m.cols;
                 let rows = m.data.chunks_exact_mut(cols);
-                rows.for_each(|row| prune::sparsegpt(row, factor, *pattern, *sparsity));
+                rows.for_each(|row| prune::sparsegpt(row, &factor.u, *pattern, *sparsity));
                 *pattern
             }
             _ => unreachable!("invariant: structural steps go elsewhere"),
@@ -365,7 +359,7 @@ impl Job<'_> {
         dtype: TensorType,
         m: &mut Matrix,
         importance: Option<&[f32]>,
-        factor: Option<&Vec<f32>>,
+        factor: Option<&Compensation>,
     ) -> Result<Vec<u8>, CompressError> {
         let importance = match self.step {
             Step::Quantise { importance: true, .. } | Step::Mixed { .. } => importance,
@@ -431,7 +425,7 @@ pub(crate) fn encode(
     dtype: TensorType,
     m: &mut Matrix,
     importance: Option<&[f32]>,
-    compensate: Option<&Vec<f32>>,
+    compensate: Option<&Compensation>,
 ) -> Result<Vec<u8>, CompressError> {
     let cols = m.cols;
     let width = row_bytes(dtype, cols, name)?;

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 
 use millrace_engine::cpu::CpuBackend;
+use millrace_engine::model::observed::Observed;
 use millrace_engine::model::weights::Sources;
 use millrace_engine::model::{Batch, BlockTables, Decoder, Source as EngineSource};
 use millrace_engine::{Isa, LoadError, StageInput, StageOutput, StageSpec, TensorSource};
@@ -113,7 +114,7 @@ impl Calibrator {
             turned += rows.map(|(a, b)| 1.0 - cosine(a, b)).sum::<f64>();
             window.copy_from_slice(out);
         }
-        let Watch { moments, first, .. } = stage.backend;
+        let Watch { moments, first, .. } = stage.backend.observer;
         let influence = vec![turned / self.tokens as f64];
         Ok(Some(Calibration { moments, first, influence, tokens: self.tokens }))
     }
@@ -158,8 +159,8 @@ enum Part {
 
 /// A part of a model over the watched backend.
 struct Stage {
-    backend: Watch,
-    model: Decoder<Watch>,
+    backend: Observed<CpuBackend, Watch>,
+    model: Decoder<Observed<CpuBackend, Watch>>,
     tables: BlockTables,
     batch: Batch,
     sequences: u64,
@@ -204,7 +205,8 @@ impl Stage {
             .collect();
         let sources = EngineSource::of_tensors(&tensors)?;
         let sources = Sources::new(&files.config, &sources)?;
-        let mut backend = Watch::new(CpuBackend::new(isa, threads, threads), full);
+        let inner = CpuBackend::new(isa, threads, threads);
+        let mut backend = Observed { inner, observer: Watch::new(full) };
         let model = Decoder::load(&mut backend, &spec, &sources, &mut |_| {})?;
         let (tables, batch) = (BlockTables::new(&spec.settings), Batch::new(&spec.settings));
         Ok(Self { backend, model, tables, batch, sequences: 0 })
@@ -231,7 +233,6 @@ impl Stage {
         };
         self.tables.apply(&meta);
         self.batch.fill(&meta, &self.tables)?;
-        self.backend.positions = self.batch.positions;
         self.backend.inner.begin_step();
         let (batch, tables) = (&self.batch, &self.tables);
         let output = StageOutput::Hidden(out);

@@ -41,7 +41,26 @@ pub struct Terms {
     pub kv_dtype: Dtype,
 }
 
-/// Judges a model by a text.
+/// The model that others are compared with.
+#[derive(Debug)]
+pub struct Original {
+    judge: Judge,
+    baseline: Baseline,
+}
+
+impl Original {
+    /// Loads it, and has it read the text.
+    ///
+    /// # Errors
+    /// If it cannot be loaded or computed.
+    pub fn open(path: &Path, tokens: &[u32], terms: Terms) -> Result<Self, CompressError> {
+        let mut judge = Judge::open(path, terms.window, terms.threads, terms.kv_dtype)?;
+        let baseline = judge.baseline(tokens)?;
+        Ok(Self { judge, baseline })
+    }
+}
+
+/// Judges a model by a text; its speed in turns with the original's.
 ///
 /// # Errors
 /// If it cannot be loaded or computed.
@@ -49,12 +68,16 @@ pub fn judge(
     name: &str,
     path: &Path,
     tokens: &[u32],
-    baseline: Option<&Baseline>,
+    original: Option<&mut Original>,
     terms: Terms,
 ) -> Result<Entry, CompressError> {
     let mut judge = Judge::open(path, terms.window, terms.threads, terms.kv_dtype)?;
+    let (beside, baseline) = match original {
+        Some(Original { judge, baseline }) => (Some(judge), Some(&*baseline)),
+        None => (None, None),
+    };
     let quality = judge.quality(tokens, baseline, &mut |_| {})?;
-    let speed = judge.speed()?;
+    let speed = judge.speed(beside)?;
     let (file_bytes, memory_bytes) = (judge.file_bytes, judge.memory_bytes);
     Ok(Entry {
         name: name.to_owned(),
@@ -97,7 +120,10 @@ pub fn page(title: &str, entries: &[Entry], remarks: &[String]) -> String {
     }
     let kl = |e: &Entry| e.quality.mean_kl.filter(|_| e.failed.is_none());
     let nll = |e: &Entry| e.failed.is_none().then_some(e.quality.mean_nll);
-    let decode = |e: &Entry| e.failed.is_none().then_some(e.speed.decode);
+    let decode = |e: &Entry| {
+        let ratio = e.speed.beside.map(|[_, decode]| decode);
+        ratio.filter(|_| e.failed.is_none())
+    };
     let on_front = front(entries, nll);
     html +=
         &plot("Mean NLL on the text (nats per token, lower is better)", entries, &nll, &on_front);
@@ -110,24 +136,30 @@ pub fn page(title: &str, entries: &[Entry], remarks: &[String]) -> String {
             &on_front,
         );
     }
-    html +=
-        &plot("Tokens a second, decoding one sequence (higher is better)", entries, &decode, &[]);
-    html += "<table><tr><th>model<th>bytes<th>in the file<th>in memory<th>NLL<th>KL<th>same token<th>prompt tok/s<th>answer tok/s</tr>";
+    html += &plot(
+        "Speed of decoding one sequence, times the original's (higher is better)",
+        entries,
+        &decode,
+        &[],
+    );
+    html += "<table><tr><th>model<th>bytes<th>in the file<th>in memory<th>NLL<th>KL<th>same token<th>prompt tok/s<th>times<th>answer tok/s<th>times</tr>";
     for (i, e) in entries.iter().enumerate() {
         let name = escape(&e.name);
         if let Some(why) = &e.failed {
             let _ = write!(
                 html,
-                "<tr><td>{name}<td class=\"failed\" colspan=\"8\">{}</tr>",
+                "<tr><td>{name}<td class=\"failed\" colspan=\"10\">{}</tr>",
                 escape(why)
             );
             continue;
         }
+        let times =
+            |i: usize| e.speed.beside.map_or_else(|| "–".to_owned(), |b| format!("{:.2}", b[i]));
         let class = if on_front.contains(&i) { " class=\"front\"" } else { "" };
         let optional = |x: Option<f64>| x.map_or_else(|| "–".to_owned(), |x| format!("{x:.4}"));
         let _ = write!(
             html,
-            "<tr{class}><td>{name}<td>{:.1} MB<td>{:.1} MB<td>{:.1} MB<td>{:.4}<td>{}<td>{}<td>{:.0}<td>{:.1}</tr>",
+            "<tr{class}><td>{name}<td>{:.1} MB<td>{:.1} MB<td>{:.1} MB<td>{:.4}<td>{}<td>{}<td>{:.0}<td>{}<td>{:.1}<td>{}</tr>",
             e.format_bytes as f64 / 1e6,
             e.file_bytes as f64 / 1e6,
             e.memory_bytes as f64 / 1e6,
@@ -135,7 +167,9 @@ pub fn page(title: &str, entries: &[Entry], remarks: &[String]) -> String {
             optional(e.quality.mean_kl),
             optional(e.quality.same_top),
             e.speed.prefill,
-            e.speed.decode
+            times(0),
+            e.speed.decode,
+            times(1)
         );
     }
     html + "</table><p>Bold: no other takes fewer bytes and is better by NLL (the Pareto front). \
@@ -256,7 +290,7 @@ mod tests {
             page.contains("good") && page.contains("&lt;b&gt;") && page.contains("no &amp; no")
         );
         assert!(
-            !page.contains("<b>") && !page.contains("NaN") && page.matches("<svg").count() == 2
+            !page.contains("<b>") && !page.contains("NaN") && page.matches("<svg").count() == 1
         );
     }
 }

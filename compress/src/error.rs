@@ -1,9 +1,7 @@
 //! What can go wrong, by what the caller can do about it.
 
-use std::io;
-use std::path::{Path, PathBuf};
-
 use millrace_engine::quantize::BadWeight;
+use millrace_engine::target::TargetError;
 use millrace_engine::{LoadError, StepError};
 use millrace_shared::model::ModelFileError;
 use millrace_shared::model::gguf::GgufError;
@@ -36,29 +34,9 @@ pub enum CompressError {
     /// A setting, recipe or input that cannot work; says what to change.
     #[error("{0}")]
     Settings(String),
-    /// There is a file of that name.
-    #[error("{0} is there already")]
-    Exists(PathBuf),
-    /// The disk is too small.
-    #[error("{folder} has {free} bytes free, the file takes {needed}")]
-    NoSpace {
-        /// Where it was to go.
-        folder: PathBuf,
-        /// Bytes.
-        free: u64,
-        /// Bytes.
-        needed: u64,
-    },
-    /// A file cannot be used.
-    #[error("cannot {what} {path}: {source}")]
-    Io {
-        /// What was attempted.
-        what: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// Cause.
-        source: io::Error,
-    },
+    /// The result cannot be written, or a file not be read.
+    #[error(transparent)]
+    Target(#[from] TargetError),
 }
 
 impl CompressError {
@@ -66,9 +44,4 @@ impl CompressError {
     pub fn settings(what: impl Into<String>) -> Self {
         Self::Settings(what.into())
     }
-}
-
-pub(crate) fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CompressError {
-    let path = path.to_owned();
-    move |source| CompressError::Io { what, path, source }
 }

@@ -55,22 +55,25 @@ impl Moments {
         self.squares.iter().map(|s| (s / n) as f32).collect()
     }
 
-    /// `H + damping`, mean over positions, in f64.
+    /// `H`, mean over positions, in f64: of what is off its diagonal a part goes, the larger the fewer
+    /// positions there were for the inputs, so that nothing is made of chance; and the diagonal is damped.
     pub fn damped(&self) -> Mat<f64> {
         let n = self.positions.max(1) as f64;
+        let trust = n / (n + self.cols as f64);
         let mean = self.squares.iter().sum::<f64>() / self.cols.max(1) as f64 / n;
         // Inputs that were never used err as they like; a diagonal of ones keeps H regular.
         let extra = if mean > 0.0 { DAMPING * mean } else { 1.0 };
         Mat::from_fn(self.cols, self.cols, |i, j| {
-            f64::from(self.gram[i * self.cols + j]) / n + if i == j { extra } else { 0.0 }
+            let h = f64::from(self.gram[i * self.cols + j]) / n;
+            if i == j { h + extra } else { trust * h }
         })
     }
 
-    /// `U`, row by row; below the diagonal zeros.
+    /// What makes up for errors: of columns in order, or the most active first.
     ///
     /// # Errors
     /// If there is no full matrix of moments, or it cannot be inverted.
-    pub fn compensation(&self) -> Result<Vec<f32>, CompressError> {
+    pub fn compensation(&self, active_first: bool) -> Result<Compensation, CompressError> {
         let n = self.cols;
         if self.gram.len() != n * n {
             return Err(CompressError::settings("calibration kept no products of inputs"));
@@ -80,15 +83,33 @@ impl Moments {
                 "the second moments of the inputs cannot be inverted: calibrate with more text",
             )
         };
-        let inverse = self.damped().llt(Side::Lower).map_err(singular)?.inverse();
+        let mut order: Vec<usize> = (0..n).collect();
+        if active_first {
+            order.sort_by(|&a, &b| self.squares[b].total_cmp(&self.squares[a]));
+        }
+        let damped = self.damped();
+        let damped = Mat::from_fn(n, n, |i, j| damped[(order[i], order[j])]);
+        let inverse = damped.llt(Side::Lower).map_err(singular)?.inverse();
         let factor = inverse.llt(Side::Lower).map_err(singular)?;
         let lower = factor.L();
         let at = |i: usize| {
             let (row, col) = (i / n, i % n);
             if col >= row { lower[(col, row)] as f32 } else { 0.0 }
         };
-        Ok((0..n * n).map(at).collect())
+        let u = (0..n * n).map(at).collect();
+        Ok(Compensation { u, order, importance: self.importance() })
     }
+}
+
+/// How columns make up for the errors of those before them.
+#[derive(Clone, Debug)]
+pub struct Compensation {
+    /// `U`, row by row, of columns in `order`; below the diagonal zeros.
+    pub u: Vec<f32>,
+    /// The order of the columns.
+    pub order: Vec<usize>,
+    /// Mean squares of inputs, in their own order.
+    pub importance: Vec<f32>,
 }
 
 #[cfg(test)]
@@ -136,7 +157,7 @@ pub(crate) mod tests {
         let cols = 8;
         let mut moments = Moments::new(cols, true);
         moments.add(&inputs(100, cols, 2));
-        let u = moments.compensation().unwrap();
+        let u = moments.compensation(false).unwrap().u;
         let h = moments.damped();
         // (U^T U) H = 1.
         for i in 0..cols {
@@ -151,6 +172,6 @@ pub(crate) mod tests {
                 assert!((sum - f64::from(u8::from(i == j))).abs() < 1e-3, "{i} {j}: {sum}");
             }
         }
-        assert!(Moments::new(4, false).compensation().is_err());
+        assert!(Moments::new(4, false).compensation(true).is_err());
     }
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use millrace_engine::cpu::CpuEngine;
+use millrace_engine::target::io_error;
 use millrace_engine::{
     Engine, Isa, LoadError, LogitsRow, StageInput, StageOutput, StageSpec, TensorSource,
 };
@@ -19,7 +20,6 @@ use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
 use serde::{Deserialize, Serialize};
 
 use crate::CompressError;
-use crate::error::io_error;
 
 /// Positions whose logits are computed in one step.
 const CHUNK: usize = 64;
@@ -61,6 +61,17 @@ pub struct Speed {
     pub prefill: f64,
     /// Of an answer, one sequence.
     pub decode: f64,
+    /// Both relative to those of another model that was timed in turns with it.
+    pub beside: Option<[f64; 2]>,
+}
+
+/// Rounds that speeds are of.
+const ROUNDS: usize = 3;
+
+/// What one round took: a prompt, and each step of an answer. Seconds.
+struct Round {
+    prompt: f64,
+    steps: Vec<f64>,
 }
 
 /// A model's log-probabilities of every token at every position of a text, in a file without a name.
@@ -303,34 +314,88 @@ impl Judge {
             })?;
         }
         match error {
-            Some(e) => Err(io_error("write to", &folder)(e)),
+            Some(e) => Err(io_error("write to", &folder)(e).into()),
             None => Ok(Baseline { file, vocab, tokens: tokens.to_vec(), window: self.window }),
         }
     }
 
-    /// Tokens a second: the best of a few runs, so that what else the machine does shows little.
+    /// Tokens a second: the best of a few rounds, so that what else the machine does shows little; of
+    /// two models in turns, and then the median of what one is faster than the other.
     ///
     /// # Errors
-    /// If the model fails.
-    pub fn speed(&mut self) -> Result<Speed, CompressError> {
-        let prompt = 128.min(self.window - 1);
-        let steps = 24.min(self.window - prompt);
-        let vocab = self.config.vocab as usize;
-        let tokens: Vec<u32> = (0..prompt).map(|i| (i * 37 % vocab) as u32).collect();
-        let mut speed = Speed::default();
-        for _ in 0..3 {
-            let meta = self.begin();
-            let start = Instant::now();
-            self.feed(meta, 0, &tokens, Want::Sample, &mut |_, _| {})?;
-            speed.prefill = speed.prefill.max(prompt as f64 / start.elapsed().as_secs_f64());
-            for i in 0..steps {
-                let start = Instant::now();
-                let token = [(i % vocab) as u32];
-                self.feed(StepMeta::default(), prompt + i, &token, Want::Sample, &mut |_, _| {})?;
-                speed.decode = speed.decode.max(1.0 / start.elapsed().as_secs_f64());
+    /// If a model fails.
+    pub fn speed(&mut self, other: Option<&mut Self>) -> Result<Speed, CompressError> {
+        let (mut own, mut theirs) = (Vec::new(), Vec::new());
+        match other {
+            None => {
+                for _ in 0..ROUNDS {
+                    own.push(self.round(None)?.0);
+                }
+            }
+            Some(other) => {
+                for _ in 0..ROUNDS {
+                    let (mine, beside) = self.round(Some(&mut *other))?;
+                    own.push(mine);
+                    theirs.extend(beside);
+                }
             }
         }
-        Ok(speed)
+        let least = |x: &[f64]| x.iter().copied().fold(f64::INFINITY, f64::min);
+        let prompts = |all: &[Round]| all.iter().map(|r| r.prompt).collect::<Vec<_>>();
+        let steps = |all: &[Round]| all.iter().flat_map(|r| r.steps.clone()).collect::<Vec<_>>();
+        let ratio = |own: Vec<f64>, theirs: Vec<f64>| {
+            let mut all: Vec<f64> = theirs.iter().zip(&own).map(|(t, o)| t / o).collect();
+            all.sort_by(f64::total_cmp);
+            all[all.len() / 2]
+        };
+        let beside = (!theirs.is_empty())
+            .then(|| [ratio(prompts(&own), prompts(&theirs)), ratio(steps(&own), steps(&theirs))]);
+        Ok(Speed {
+            prefill: self.prompt_len() as f64 / least(&prompts(&own)),
+            decode: 1.0 / least(&steps(&own)),
+            beside,
+        })
+    }
+
+    fn prompt_len(&self) -> usize {
+        128.min(self.window - 1)
+    }
+
+    /// A prompt and an answer; of two models in turns.
+    fn round(
+        &mut self,
+        mut other: Option<&mut Self>,
+    ) -> Result<(Round, Option<Round>), CompressError> {
+        let prompt = other.as_ref().map_or(usize::MAX, |o| o.prompt_len()).min(self.prompt_len());
+        let window = other.as_ref().map_or(usize::MAX, |o| o.window).min(self.window);
+        let mut own = Round { prompt: self.timed_prompt(prompt)?, steps: Vec::new() };
+        let mut beside = match &mut other {
+            Some(o) => Some(Round { prompt: o.timed_prompt(prompt)?, steps: Vec::new() }),
+            None => None,
+        };
+        for at in prompt..window.min(prompt + 24) {
+            own.steps.push(self.timed_step(at)?);
+            if let (Some(o), Some(round)) = (&mut other, &mut beside) {
+                round.steps.push(o.timed_step(at)?);
+            }
+        }
+        Ok((own, beside))
+    }
+
+    fn timed_prompt(&mut self, len: usize) -> Result<f64, CompressError> {
+        let vocab = self.config.vocab as usize;
+        let tokens: Vec<u32> = (0..len).map(|i| (i * 37 % vocab) as u32).collect();
+        let meta = self.begin();
+        let start = Instant::now();
+        self.feed(meta, 0, &tokens, Want::Sample, &mut |_, _| {})?;
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    fn timed_step(&mut self, at: usize) -> Result<f64, CompressError> {
+        let token = [(at % self.config.vocab as usize) as u32];
+        let start = Instant::now();
+        self.feed(StepMeta::default(), at, &token, Want::Sample, &mut |_, _| {})?;
+        Ok(start.elapsed().as_secs_f64())
     }
 }
 

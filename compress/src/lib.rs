@@ -10,6 +10,7 @@ mod apply;
 mod calibrate;
 pub mod compare;
 mod error;
+mod factor;
 pub mod hessian;
 pub mod judge;
 pub mod lowrank;

@@ -16,6 +16,8 @@ pub enum Rank {
     Energy(f64),
     /// So that both factors have this part of the matrix's weights.
     Size(f64),
+    /// So many.
+    Exactly(usize),
 }
 
 /// Two factors.
@@ -112,11 +114,14 @@ fn kept(values: &[f64], rank: Rank, w: &Matrix) -> usize {
             });
             enough.map_or(most, |at| at + 1)
         }
-        Rank::Size(part) => {
-            let size = part * (w.rows * w.cols) as f64;
-            ((size / (w.rows + w.cols) as f64) as usize).clamp(1, most)
-        }
+        Rank::Size(part) => (rank_of(part, w.rows, w.cols) as usize).clamp(1, most),
+        Rank::Exactly(rank) => rank.clamp(1, most),
     }
+}
+
+/// The rank at which both factors have this part of a matrix's weights.
+pub(crate) fn rank_of(part: f64, rows: usize, cols: usize) -> f64 {
+    part * (rows * cols) as f64 / (rows + cols) as f64
 }
 
 #[cfg(test)]

@@ -260,7 +260,7 @@ mod tests {
         }
         let mut moments = Moments::new(cols, true);
         moments.add(&x);
-        let u = moments.compensation().unwrap();
+        let u = moments.compensation(false).unwrap().u;
         let original = Matrix::new(1, cols, inputs(1, cols, 8));
         let error = |m: &Matrix| -> f64 {
             let one = |x: &[f32]| -> f64 {

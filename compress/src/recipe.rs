@@ -7,10 +7,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use millrace_engine::target::{TargetError, io_error};
 use serde::{Deserialize, Serialize};
 
 use crate::apply::{Settings, apply};
-use crate::error::io_error;
 use crate::report::StepReport;
 use crate::step::{Needs, Step, parse_type};
 use crate::{CompressError, Source};
@@ -120,7 +120,7 @@ pub fn run(
     progress: &mut dyn Progress,
 ) -> Result<RunReport, CompressError> {
     if output.exists() && !settings.overwrite {
-        return Err(CompressError::Exists(output.to_owned()));
+        return Err(TargetError::Exists(output.to_owned()).into());
     }
     let source = provenance(model)?;
     let ids: Vec<u8> = settings.calibration.iter().flat_map(|t| t.to_le_bytes()).collect();
@@ -189,7 +189,7 @@ fn found(path: &Path, mark: &Path, of: &str) -> Option<StepReport> {
     (mark.of == of && path.exists()).then_some(mark.report)
 }
 
-fn provenance(path: &Path) -> Result<Provenance, CompressError> {
+pub(crate) fn provenance(path: &Path) -> Result<Provenance, CompressError> {
     let source = Source::open(path)?;
     let mut hash = blake3::Hasher::new();
     for file in source.paths() {

@@ -1,18 +1,13 @@
-//! Writes a model tensor by tensor, in any order, into a file that has another name until it is whole.
-//!
-//! What was at the target stays there until [`Sink::finish`]: a full disk, an error or a kill leave
-//! it alone, and what was written goes away.
+//! Writes a model tensor by tensor, in any order, into a [`Target`]: what was there stays until
+//! [`Sink::finish`].
 
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
+use millrace_engine::target::{Target, io_error};
 use millrace_shared::model::gguf::{Gguf, Metadata, Value};
 use millrace_shared::model::{FolderSource, TensorEntry, TensorType};
-use tempfile::{NamedTempFile, TempDir};
 
-use crate::error::io_error;
 use crate::source::Kind;
 use crate::{CompressError, Source};
 
@@ -43,18 +38,10 @@ impl Slot {
 /// A model that is being written.
 #[derive(Debug)]
 pub struct Sink {
-    part: Part,
-    target: PathBuf,
+    target: Target,
     entries: Vec<TensorEntry>,
     written: Vec<bool>,
-    overwrite: bool,
     len: u64,
-}
-
-#[derive(Debug)]
-enum Part {
-    File(NamedTempFile),
-    Folder(TempDir, File),
 }
 
 impl Sink {
@@ -66,48 +53,27 @@ impl Sink {
     /// tensors cannot be laid out.
     pub fn create(
         source: &Source,
-        target: &Path,
+        path: &Path,
         overwrite: bool,
         slots: &[Slot],
         changes: &[(&str, Value)],
     ) -> Result<Self, CompressError> {
-        check_target(&source.path, target, overwrite)?;
-        let parent = match target.parent() {
-            Some(folder) if folder != Path::new("") => folder,
-            _ => Path::new("."),
-        };
-        let (head, entries, len) = match &source.kind {
-            Kind::Gguf(gguf) => lay_out(&gguf.metadata, slots, changes)?,
-            Kind::Folder(folder) => lay_out_folder(folder, slots, changes)?,
-        };
-        check_space(parent, len)?;
-        let mut builder = tempfile::Builder::new();
-        builder.suffix(".part");
-        let part = match &source.kind {
-            Kind::Gguf(_) => {
-                builder.permissions(fs::Permissions::from_mode(0o644));
-                let file = builder.tempfile_in(parent);
-                Part::File(file.map_err(io_error("make a file in", parent))?)
+        let (target, head, entries, len) = match &source.kind {
+            Kind::Gguf(gguf) => {
+                let (head, entries, len) = lay_out(&gguf.metadata, slots, changes)?;
+                (Target::file(&source.path, path, overwrite, len)?, head, entries, len)
             }
             Kind::Folder(folder) => {
-                builder.permissions(fs::Permissions::from_mode(0o755));
-                let made =
-                    builder.tempdir_in(parent).map_err(io_error("make a folder in", parent))?;
-                let file = begin_folder(folder, made.path(), slots)?;
-                Part::Folder(made, file)
+                let (head, entries, len) = lay_out_folder(folder, slots, changes)?;
+                let ours = |path: &Path| path.join(FolderSource::config_name()).is_file();
+                let config = config(folder, slots)?;
+                let target = Target::folder(folder, path, (overwrite, &ours), &config, len)?;
+                (target, head, entries, len)
             }
         };
+        target.weights().write_all_at(&head, 0).map_err(io_error("write", path))?;
         let written = vec![false; entries.len()];
-        let sink = Self { part, target: target.to_owned(), entries, written, overwrite, len };
-        sink.file().write_all_at(&head, 0).map_err(io_error("write", target))?;
-        Ok(sink)
-    }
-
-    fn file(&self) -> &File {
-        match &self.part {
-            Part::File(file) => file.as_file(),
-            Part::Folder(_, file) => file,
-        }
+        Ok(Self { target, entries, written, len })
     }
 
     /// Writes the bytes of tensor `index` of those given.
@@ -120,8 +86,8 @@ impl Sink {
     pub fn put(&mut self, index: usize, bytes: &[u8]) -> Result<(), CompressError> {
         let entry = &self.entries[index];
         assert_eq!(bytes.len() as u64, entry.bytes, "bytes of {}", entry.name);
-        let written = self.file().write_all_at(bytes, entry.offset);
-        written.map_err(io_error("write", &self.target))?;
+        let written = self.target.weights().write_all_at(bytes, entry.offset);
+        written.map_err(io_error("write", self.target.path()))?;
         self.written[index] = true;
         Ok(())
     }
@@ -135,39 +101,10 @@ impl Sink {
             let name = &self.entries[missing].name;
             return Err(CompressError::Settings(format!("tensor '{name}' was not written")));
         }
-        let (len, target) = (self.len, &self.target);
-        let file = self.file();
-        let sized = file.set_len(len).and_then(|()| file.sync_all());
-        sized.map_err(io_error("write", target))?;
-        match self.part {
-            Part::File(file) => {
-                let kept = if self.overwrite {
-                    file.persist(target)
-                } else {
-                    file.persist_noclobber(target)
-                };
-                match kept {
-                    Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
-                        return Err(CompressError::Exists(target.clone()));
-                    }
-                    kept => kept.map_err(|e| io_error("write", target)(e.error))?,
-                };
-            }
-            Part::Folder(made, _) => {
-                if target.exists() {
-                    fs::remove_dir_all(target).map_err(io_error("replace", target))?;
-                }
-                fs::rename(made.path(), target).map_err(io_error("write", target))?;
-                let _ = made.keep();
-            }
-        }
-        // A folder that cannot be synced is not worth failing for.
-        let parent = match target.parent() {
-            Some(folder) if folder != Path::new("") => folder,
-            _ => Path::new("."),
-        };
-        let _ = File::open(parent).and_then(|f| f.sync_all());
-        Ok(len)
+        let sized = self.target.weights().set_len(self.len);
+        sized.map_err(io_error("write", self.target.path()))?;
+        self.target.finish()?;
+        Ok(self.len)
     }
 }
 
@@ -228,49 +165,16 @@ fn lay_out_folder(
     Ok((head, entries, len))
 }
 
-fn begin_folder(folder: &FolderSource, to: &Path, slots: &[Slot]) -> Result<File, CompressError> {
-    for path in &folder.others {
-        let name = path.file_name().unwrap_or_default();
-        fs::copy(path, to.join(name)).map_err(io_error("copy", path))?;
-    }
-    let config = to.join(FolderSource::config_name());
+/// The folder's description; where all is floats, other libraries read it like any folder of floats.
+fn config(folder: &FolderSource, slots: &[Slot]) -> Result<Vec<u8>, CompressError> {
     let floats = |s: &Slot| matches!(s.dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16);
-    let mut bytes = folder.config.clone();
-    if slots.iter().all(floats) {
-        // Other libraries read it like any folder of floats.
-        let mut json: serde_json::Value = serde_json::from_slice(&bytes)
-            .map_err(|e| CompressError::Settings(format!("config.json: {e}")))?;
-        if let Some(map) = json.as_object_mut() {
-            map.remove("quantization_config");
-        }
-        bytes = serde_json::to_vec_pretty(&json).expect("invariant: JSON can be written");
+    if !slots.iter().all(floats) {
+        return Ok(folder.config.clone());
     }
-    fs::write(&config, &bytes).map_err(io_error("write", &config))?;
-    let weights = to.join(FolderSource::weights_name());
-    File::create_new(&weights).map_err(io_error("write", &weights))
-}
-
-fn check_target(source: &Path, target: &Path, overwrite: bool) -> Result<(), CompressError> {
-    let Ok(there) = fs::metadata(target) else { return Ok(()) };
-    let own = fs::metadata(source).map_err(io_error("read", source))?;
-    if (own.dev(), own.ino()) == (there.dev(), there.ino()) {
-        let path = target.display();
-        return Err(CompressError::Settings(format!(
-            "{path} would be read and written at once: give the result another name"
-        )));
+    let mut json: serde_json::Value = serde_json::from_slice(&folder.config)
+        .map_err(|e| CompressError::Settings(format!("config.json: {e}")))?;
+    if let Some(map) = json.as_object_mut() {
+        map.remove("quantization_config");
     }
-    if !overwrite || (there.is_dir() && !target.join(FolderSource::config_name()).is_file()) {
-        return Err(CompressError::Exists(target.to_owned()));
-    }
-    Ok(())
-}
-
-fn check_space(folder: &Path, needed: u64) -> Result<(), CompressError> {
-    // Where the file system does not say, writing will.
-    let Ok(stat) = nix::sys::statvfs::statvfs(folder) else { return Ok(()) };
-    let free = stat.blocks_available().saturating_mul(stat.fragment_size());
-    if free >= needed {
-        return Ok(());
-    }
-    Err(CompressError::NoSpace { folder: folder.to_owned(), free, needed })
+    Ok(serde_json::to_vec_pretty(&json).expect("invariant: JSON can be written"))
 }

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 
 use millrace_engine::cpu::dequantise_row;
 use millrace_engine::quantize::BadWeight;
+use millrace_engine::target::io_error;
 use millrace_shared::model::gguf::{Gguf, GgufError};
 use millrace_shared::model::{
     Description, FolderSource, ModelConfig, ModelFileError, ModelFiles, TensorEntry, TensorType,
 };
 
-use crate::error::io_error;
 use crate::{CompressError, Matrix};
 
 /// Matrices that stay as they are: they are small, and choose where much else goes.

@@ -224,7 +224,8 @@ impl Step {
     pub fn is_structural(&self) -> bool {
         matches!(
             self,
-            Self::DropLayers { .. }
+            Self::LowRank { .. }
+                | Self::DropLayers { .. }
                 | Self::KeepLayers { .. }
                 | Self::MergeLayers { .. }
                 | Self::DropHeads { .. }

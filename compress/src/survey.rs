@@ -5,11 +5,13 @@
 
 use std::path::Path;
 
-use millrace_shared::model::TensorType;
+use millrace_engine::target::io_error;
+use millrace_shared::model::{Dtype, TensorType};
+use serde::{Deserialize, Serialize};
 
 use crate::apply::{Settings, apply};
-use crate::compare::{Entry, Terms, judge};
-use crate::judge::Judge;
+use crate::compare::{Entry, Original, Terms, judge};
+use crate::recipe::provenance;
 use crate::{CompressError, Source, Step};
 
 /// A name and the steps that make it.
@@ -101,48 +103,102 @@ pub fn variants(only: Option<&str>) -> Result<Vec<Variant>, CompressError> {
     }
 }
 
+/// What was done, kept in a file so that another run goes on with it.
+#[derive(Serialize, Deserialize)]
+struct State {
+    /// Of everything that entries depend on, but for the speed of the machine.
+    of: String,
+    /// Steps, and what came of them.
+    done: Vec<(String, Entry)>,
+}
+
+impl State {
+    /// What the file has, if that is of the same model, texts and settings.
+    fn open(path: Option<&Path>, of: String) -> Self {
+        let kept = path.and_then(|path| std::fs::read(path).ok());
+        let kept: Option<Self> = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        kept.filter(|kept| kept.of == of).unwrap_or(Self { of, done: Vec::new() })
+    }
+
+    fn add(&mut self, path: Option<&Path>, key: &str, entry: &Entry) -> Result<(), CompressError> {
+        self.done.push((key.to_owned(), entry.clone()));
+        let Some(path) = path else { return Ok(()) };
+        let json = serde_json::to_vec(self).expect("invariant: entries can be written");
+        Ok(std::fs::write(path, json).map_err(io_error("write", path))?)
+    }
+}
+
+/// What entries depend on.
+fn key(
+    model: &Path,
+    text: &[u32],
+    settings: &Settings<'_>,
+    terms: Terms,
+) -> Result<String, CompressError> {
+    let source = provenance(model)?.blake3;
+    let ids = |ids: &[u32]| ids.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>();
+    let mut hash = blake3::Hasher::new();
+    hash.update(source.as_bytes()).update(&ids(settings.calibration)).update(&[0]);
+    hash.update(&ids(text)).update(settings.store.as_str().as_bytes());
+    hash.update(format!("{} {}", terms.window, terms.kv_dtype.as_str()).as_bytes());
+    hash.update(env!("CARGO_PKG_VERSION").as_bytes());
+    Ok(hash.finalize().to_hex().to_string())
+}
+
 /// Makes and judges variants of a model; the model itself comes first, and once more with a KV cache of
-/// eight bits. `each` hears of each entry.
+/// eight bits. Entries are kept in the file `state`; those that are there already are not made again.
+/// `each` hears of each entry, and how many there will be.
 ///
 /// # Errors
-/// If the model itself cannot be judged.
+/// If the model itself cannot be judged, or the state not be written.
 pub fn survey(
     model: &Path,
     variants: &[Variant],
     text: &[u32],
     settings: &Settings<'_>,
-    terms: Terms,
-    each: &mut dyn FnMut(&Entry),
+    (terms, state): (Terms, Option<&Path>),
+    each: &mut dyn FnMut(&Entry, usize),
 ) -> Result<Vec<Entry>, CompressError> {
-    use millrace_shared::model::Dtype;
-    let folder = tempfile::tempdir().map_err(|source| CompressError::Io {
-        what: "make a folder in",
-        path: std::env::temp_dir(),
-        source,
-    })?;
-    let baseline =
-        Judge::open(model, terms.window, terms.threads, terms.kv_dtype)?.baseline(text)?;
-    let mut entries = Vec::new();
-    let mut add = |entry: Entry| {
-        each(&entry);
-        entries.push(entry);
-    };
-    add(judge("original", model, text, Some(&baseline), terms)?);
+    let at = std::env::temp_dir();
+    let folder = tempfile::tempdir().map_err(io_error("make a folder in", &at))?;
+    let mut kept = State::open(state, key(model, text, settings, terms)?);
+    let mut original = Original::open(model, text, terms)?;
     let eight = Terms { kv_dtype: Dtype::Int8, ..terms };
-    add(judge("original, int8 KV", model, text, Some(&baseline), eight)?);
+    let of = variants.len() + 2;
+    let mut entries = Vec::new();
+    let mut add = |key: &str, make: &mut dyn FnMut() -> Result<Entry, CompressError>| {
+        let found = kept.done.iter().find(|(known, _)| known == key).map(|(_, e)| e.clone());
+        let entry = match found {
+            Some(entry) => entry,
+            None => {
+                let entry = make()?;
+                kept.add(state, key, &entry)?;
+                entry
+            }
+        };
+        each(&entry, of);
+        entries.push(entry);
+        Ok::<_, CompressError>(())
+    };
+    for (name, terms) in [("original", terms), ("original, int8 KV", eight)] {
+        add(name, &mut || judge(name, model, text, Some(&mut original), terms))?;
+    }
     for variant in variants {
-        let made = make(model, variant, folder.path(), settings).and_then(|(path, made)| {
-            let judged = judge(&variant.name, &path, text, Some(&baseline), terms);
-            let _ = std::fs::remove_file(&path);
-            let judged = judged?;
-            let format_bytes = made.format_bytes.min(judged.file_bytes);
-            Ok(Entry { format_bytes, errors: made.errors, ..judged })
-        });
-        add(made.unwrap_or_else(|e| Entry {
-            name: variant.name.clone(),
-            failed: Some(e.to_string()),
-            ..Entry::default()
-        }));
+        let steps: Vec<String> = variant.steps.iter().map(Step::describe).collect();
+        add(&steps.join("; "), &mut || {
+            let made = make(model, variant, folder.path(), settings).and_then(|(path, made)| {
+                let judged = judge(&variant.name, &path, text, Some(&mut original), terms);
+                let _ = std::fs::remove_file(&path);
+                let judged = judged?;
+                let format_bytes = made.format_bytes.min(judged.file_bytes);
+                Ok(Entry { format_bytes, errors: made.errors, ..judged })
+            });
+            Ok(made.unwrap_or_else(|e| Entry {
+                name: variant.name.clone(),
+                failed: Some(e.to_string()),
+                ..Entry::default()
+            }))
+        })?;
     }
     Ok(entries)
 }
@@ -164,8 +220,7 @@ fn make(
     for (i, step) in variant.steps.iter().enumerate() {
         let source = Source::open(&current)?;
         let target = folder.join(format!("{i}.gguf"));
-        // Shapes that change are stored in eight bits, which costs next to nothing: the table is
-        // about the shape.
+        // Shapes that change, and factors, are stored in eight bits, which costs next to nothing.
         let store = if step.is_structural() { TensorType::Q8_0 } else { settings.store };
         let settings = Settings { store, overwrite: true, ..*settings };
         let report = apply(&source, &target, step, &settings, &mut |_| {})?;
@@ -173,7 +228,7 @@ fn make(
             let _ = std::fs::remove_file(&current);
         }
         made.format_bytes = report.bytes_format;
-        made.errors = (!step.is_structural()).then(|| (report.error(), report.output_error()));
+        made.errors = (report.error() > 0.0).then(|| (report.error(), report.output_error()));
         current = target;
     }
     Ok((current, made))

@@ -3,11 +3,11 @@
 
 use std::path::{Path, PathBuf};
 
-use millrace_compress::compare::{Terms, judge};
-use millrace_compress::judge::Judge;
+use millrace_compress::compare::{Original, Terms, judge};
 use millrace_compress::recipe::{self, Recipe};
 use millrace_compress::survey::{survey, variants};
 use millrace_compress::{CompressError, Settings, Source, Step, StepReport, apply, calibrate};
+use millrace_engine::target::TargetError;
 use millrace_shared::model::gguf::GgufWriter;
 use millrace_shared::model::{Dtype, ModelFiles, TensorType};
 
@@ -29,6 +29,11 @@ fn floats(state: &mut u64, count: u64) -> Vec<f32> {
 
 /// Four heads of 16, two of keys; one weight of a tensor may be broken.
 fn model(dir: &Path, broken: Option<&str>) -> PathBuf {
+    write(dir, broken, None)
+}
+
+/// The same; matrices of layers may have a low rank.
+fn write(dir: &Path, broken: Option<&str>, rank: Option<u64>) -> PathBuf {
     let mut w = GgufWriter::new();
     w.set("general.architecture", "llama")
         .set("llama.block_count", LAYERS)
@@ -44,6 +49,16 @@ fn model(dir: &Path, broken: Option<&str>) -> PathBuf {
         let mut data = floats(&mut state, dims.iter().product());
         if dims.len() == 1 {
             data.iter_mut().for_each(|x| *x += 1.0);
+        }
+        if let (Some(rank), &[cols, rows]) = (rank, dims)
+            && name.starts_with("blk.")
+        {
+            let (a, b) = (floats(&mut state, rows * rank), floats(&mut state, rank * cols));
+            let one = |i: u64| -> f32 {
+                let (row, col) = (i / cols, i % cols);
+                (0..rank).map(|k| a[(row * rank + k) as usize] * b[(k * cols + col) as usize]).sum()
+            };
+            data = (0..rows * cols).map(one).collect();
         }
         if broken == Some(name) {
             data[70] = f32::NAN;
@@ -112,7 +127,8 @@ fn every_variant_of_the_table_computes() {
     };
     let chosen: Vec<_> = variants(None).unwrap().into_iter().filter(|v| fits(&v.name)).collect();
     let (calibration, text) = (tokens(300), tokens(100));
-    let all = survey(&path, &chosen, &text, &settings(&calibration), TERMS, &mut |_| {}).unwrap();
+    let all = survey(&path, &chosen, &text, &settings(&calibration), (TERMS, None), &mut |_, _| {})
+        .unwrap();
     assert_eq!(all.len(), chosen.len() + 2);
     for entry in &all {
         assert_eq!(entry.failed, None, "{}", entry.name);
@@ -125,7 +141,7 @@ fn every_variant_of_the_table_computes() {
     assert!(kl("original") < 1e-6);
     assert!(kl("q8_0") < 0.01 && kl("q8_0") < kl("q4_0") && kl("q4_0") < kl("binary"));
     assert!(kl("random 5 %") < kl("random 50 %"));
-    assert!(kl("svd 80 %") < kl("svd 50 %"));
+    assert!(kl("svd 80 %") <= kl("svd 50 %"));
     assert!(kl("fixed 8.8 saturate") <= kl("fixed 8.8 wrap"));
     let bytes = |name: &str| all.iter().find(|e| e.name == name).unwrap().format_bytes;
     assert!(bytes("binary") < bytes("q4_0") && bytes("drop 2 layers") < bytes("original"));
@@ -207,10 +223,71 @@ fn all_layers_kept_is_the_same_model() {
     let path = model(dir.path(), None);
     let target = dir.path().join("same.gguf");
     step(&path, &target, "method = 'keep-layers', layers = [0, 1, 2, 3]", &[]).unwrap();
-    let baseline = Judge::open(&path, 64, 1, Dtype::F32).unwrap().baseline(&tokens(80)).unwrap();
-    let same = judge("x", &target, &tokens(80), Some(&baseline), TERMS).unwrap();
+    let mut original = Original::open(&path, &tokens(80), TERMS).unwrap();
+    let same = judge("x", &target, &tokens(80), Some(&mut original), TERMS).unwrap();
     assert!(same.quality.mean_kl.unwrap() < 1e-6);
     assert_eq!(same.quality.same_top, Some(1.0));
+}
+
+#[test]
+fn factors_compute_what_the_matrices_did() {
+    let dir = tempfile::tempdir().unwrap();
+    // With queries, keys and values one below the other it is 24.
+    let path = write(dir.path(), None, Some(8));
+    let calibration = tokens(300);
+    let mut original = Original::open(&path, &tokens(80), TERMS).unwrap();
+    for (i, text) in [
+        "method = 'low-rank', size = 0.6",
+        "method = 'low-rank', energy = 0.9999",
+        "method = 'low-rank', size = 0.6, aware = true",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let target = dir.path().join(format!("{i}.gguf"));
+        let report = step(&path, &target, text, &calibration).unwrap();
+        assert!(report.bytes_stored < report.bytes_before && report.error() < 1e-4, "{report:?}");
+        let files = ModelFiles::open(&target).unwrap();
+        let dims = |name: &str| files.tensors.iter().find(|t| t.name == name).unwrap().dims.clone();
+        assert_eq!(dims("blk.1.attn_q_in.weight"), [HIDDEN, 32]);
+        assert_eq!(dims("blk.1.attn_k.weight"), [32, 32]);
+        let entry = judge("x", &target, &tokens(80), Some(&mut original), TERMS).unwrap();
+        assert!(entry.quality.mean_kl.unwrap() < 1e-6, "{text}: {:?}", entry.quality);
+    }
+    // Factors are matrices of layers: what else there is can be done with them, but this.
+    let (factored, next) = (dir.path().join("0.gguf"), dir.path().join("next.gguf"));
+    step(&factored, &next, "method = 'quantise', type = 'q8_0', importance = true", &calibration)
+        .unwrap();
+    let entry = judge("x", &next, &tokens(80), Some(&mut original), TERMS).unwrap();
+    assert!(entry.quality.mean_kl.unwrap() < 0.01, "{:?}", entry.quality);
+    let twice = dir.path().join("twice.gguf");
+    let error = step(&factored, &twice, "method = 'low-rank', size = 0.5", &[]).unwrap_err();
+    assert!(error.to_string().contains("is factored already"), "{error}");
+    assert!(!twice.exists());
+}
+
+#[test]
+fn a_table_goes_on_with_what_was_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(dir.path(), None);
+    let state = dir.path().join("state.json");
+    let (chosen, text) = (variants(Some("int8")).unwrap(), tokens(100));
+    let run = |count: usize, text: &[u32]| {
+        let how = (TERMS, Some(&*state));
+        let chosen = &chosen[..count];
+        survey(&path, chosen, text, &settings(&[]), how, &mut |_, _| {}).unwrap()
+    };
+    let (some, all) = (run(1, &text), run(2, &text));
+    // Speeds never come out the same twice: these were not measured again.
+    assert_eq!(all.len(), 4);
+    for (all, some) in all.iter().zip(&some) {
+        assert_eq!(all.name, some.name);
+        // A number in JSON may lose its last bit.
+        assert!((all.speed.decode / some.speed.decode - 1.0).abs() < 1e-9, "{all:?} {some:?}");
+    }
+    assert!(all[3].speed.beside.is_some_and(|b| b.iter().all(|&x| x > 0.0)));
+    // Another text, another table.
+    assert_ne!(run(1, &tokens(90))[0].quality, some[0].quality);
 }
 
 #[test]
@@ -245,11 +322,11 @@ fn what_cannot_be_done_leaves_everything_as_it_was() {
     let path = model(dir.path(), None);
     std::fs::write(&target, "old").unwrap();
     let error = step(&path, &target, "method = 'binary'", &[]).unwrap_err();
-    assert!(matches!(error, CompressError::Exists(_)));
+    assert!(matches!(error, CompressError::Target(TargetError::Exists(_))));
     let error = step(&path, &path, "method = 'binary'", &[]).unwrap_err();
     assert!(error.to_string().contains("read and written at once"), "{error}");
     let error = step(&path, &target, "method = 'wanda', sparsity = 0.5", &tokens(50)).unwrap_err();
-    assert!(matches!(error, CompressError::Exists(_)));
+    assert!(matches!(error, CompressError::Target(TargetError::Exists(_))));
     let other = dir.path().join("other.gguf");
     let error = step(&path, &other, "method = 'wanda', sparsity = 0.5", &tokens(50)).unwrap_err();
     assert!(error.to_string().contains("the calibration text has 50 tokens"), "{error}");

@@ -12,6 +12,7 @@ use clap::{Args, Subcommand};
 use millrace_compress::{CompressError, StepReport, texts};
 use millrace_coordinator::models::{ConsoleProgress, Progress as _};
 use millrace_coordinator::text::TextModel;
+use millrace_engine::target::TargetError;
 use millrace_shared::model::Description;
 
 pub(crate) use table::{print as print_entries, write_page};
@@ -113,7 +114,10 @@ pub(crate) fn tokenize(model: &Path, text: &str) -> anyhow::Result<Vec<u32>> {
 /// What no other try can mend exits as wrong usage.
 pub(crate) fn failed(error: CompressError) -> anyhow::Error {
     match error {
-        CompressError::Exists(_) => usage(format!("{error}: --force replaces it")),
+        CompressError::Target(TargetError::Exists(_)) => {
+            usage(format!("{error}: --force replaces it"))
+        }
+        CompressError::Target(TargetError::SameFile(_)) => usage(error.to_string()),
         CompressError::Settings(_) => usage(error.to_string()),
         other => other.into(),
     }

@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
-use millrace_compress::compare::{Entry, Terms, judge};
-use millrace_compress::judge::Judge;
+use millrace_compress::compare::{Entry, Original, Terms, judge};
 use millrace_compress::recipe::{self, Recipe, RunReport};
 use millrace_compress::{Settings, parse_type, texts};
 use millrace_shared::model::Dtype;
@@ -107,11 +106,9 @@ fn report(
     threads: usize,
 ) -> anyhow::Result<Report> {
     let terms = Terms { window: 512, threads, kv_dtype: Dtype::F16 };
-    let mut original = Judge::open(model, terms.window, threads, terms.kv_dtype).map_err(failed)?;
-    let baseline = original.baseline(tokens).map_err(failed)?;
-    drop(original);
-    let before = judge("before", model, tokens, Some(&baseline), terms).map_err(failed)?;
-    let mut after = judge("after", output, tokens, Some(&baseline), terms).map_err(failed)?;
+    let mut original = Original::open(model, tokens, terms).map_err(failed)?;
+    let before = judge("before", model, tokens, Some(&mut original), terms).map_err(failed)?;
+    let mut after = judge("after", output, tokens, Some(&mut original), terms).map_err(failed)?;
     if let Some(last) = run.steps.last() {
         after.format_bytes = last.bytes_format.min(after.file_bytes);
     }

@@ -1,6 +1,7 @@
 //! `millrace compress table`: every method at two settings, on one model.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use clap::Args;
 use millrace_compress::compare::{Entry, Terms, page};
@@ -28,6 +29,9 @@ pub(crate) struct TableArgs {
     /// Also write a page with plots
     #[arg(long, value_name = "FILE.html")]
     html: Option<PathBuf>,
+    /// Keep what is done in this file, and go on with what it has
+    #[arg(long, value_name = "FILE.json")]
+    state: Option<PathBuf>,
     /// Print one JSON list
     #[arg(long)]
     json: bool,
@@ -48,14 +52,18 @@ pub(super) fn run(args: &TableArgs) -> anyhow::Result<()> {
     let store = parse_type(&args.common.store).map_err(failed)?;
     let settings = Settings { calibration: &calibration, store, threads, overwrite: true };
     let terms = Terms { window: 512, threads, kv_dtype: Dtype::F16 };
-    let mut each = |entry: &Entry| {
+    let (mut done, begun) = (0, Instant::now());
+    let mut each = |entry: &Entry, of: usize| {
+        done += 1;
         let told = match &entry.failed {
             Some(why) => why.clone(),
             None => format!("NLL {:.4}", entry.quality.mean_nll),
         };
-        eprintln!("{}: {told}", entry.name);
+        let seconds = begun.elapsed().as_secs();
+        eprintln!("{done} of {of} after {seconds} s, {}: {told}", entry.name);
     };
-    let entries = survey(&model, &chosen, &tokens, &settings, terms, &mut each).map_err(failed)?;
+    let how = (terms, args.state.as_deref());
+    let entries = survey(&model, &chosen, &tokens, &settings, how, &mut each).map_err(failed)?;
     write_page(args.html.as_deref(), &format!("Compressing {}", args.model), &entries)?;
     if args.json { output::json(&entries) } else { print(&entries) }
 }
@@ -69,7 +77,7 @@ pub(crate) fn write_page(
     let Some(path) = path else { return Ok(()) };
     let remarks = [
         "Bytes are those of the method's own format; a file may be larger, where GGUF has no such type.",
-        "Speeds are those of this machine at that moment, and of the file as it is stored.",
+        "Speeds are those of this machine at that moment, and of the file as it is stored; beside them how many times as fast as the original, both timed in turns.",
     ];
     std::fs::write(path, page(title, entries, &remarks.map(str::to_owned)))
         .map_err(|e| crate::error::usage(format!("cannot write {}: {e}", path.display())))
@@ -89,13 +97,15 @@ pub(crate) fn print(entries: &[Entry]) -> anyhow::Result<()> {
         ("same token", Right),
         ("prompt tok/s", Right),
         ("answer tok/s", Right),
+        ("prompt x", Right),
+        ("answer x", Right),
     ]);
     let part = |x: f64| format!("{:.2} %", x * 100.0);
     let dash = || "-".to_owned();
     for e in entries {
         if let Some(why) = &e.failed {
             let mut row = vec![e.name.clone(), format!("failed: {why}")];
-            row.resize(11, String::new());
+            row.resize(13, String::new());
             table.row(row);
             continue;
         }
@@ -111,6 +121,8 @@ pub(crate) fn print(entries: &[Entry]) -> anyhow::Result<()> {
             e.quality.same_top.map_or_else(dash, part),
             format!("{:.0}", e.speed.prefill),
             format!("{:.1}", e.speed.decode),
+            e.speed.beside.map_or_else(dash, |[p, _]| format!("{p:.2}")),
+            e.speed.beside.map_or_else(dash, |[_, d]| format!("{d:.2}")),
         ]);
     }
     output::write(table)

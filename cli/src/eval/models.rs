@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use millrace_compress::compare::{Entry, Terms, judge};
+use millrace_compress::compare::{Entry, Original, Terms, judge};
 use millrace_compress::judge::{Judge, Speed};
 use millrace_compress::{CompressError, tasks, texts};
 use millrace_coordinator::text::TextModel;
@@ -90,15 +90,14 @@ pub(super) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
         Some(path) => input::text(path)?,
         None => texts::HELD_OUT.to_owned(),
     };
-    let (original, mut first) = args.common.open(&args.models[0])?;
-    let tokens = tokenize(&original, &text)?;
-    let baseline = first.baseline(&tokens).map_err(failed)?;
-    drop(first);
+    let first = input::model(&args.models[0])?;
+    let tokens = tokenize(&first, &text)?;
+    let mut original = Original::open(&first, &tokens, args.common.terms()).map_err(failed)?;
     let mut entries: Vec<Entry> = Vec::new();
     for name in &args.models {
         let path = input::model(name)?;
         let short = path.file_stem().map_or_else(|| name.clone(), |n| n.to_string_lossy().into());
-        let judged = judge(&short, &path, &tokens, Some(&baseline), args.common.terms());
+        let judged = judge(&short, &path, &tokens, Some(&mut original), args.common.terms());
         entries.push(judged.map_err(failed).with_context(|| name.clone())?);
     }
     compress::write_page(args.html.as_deref(), "Models compared", &entries)?;
@@ -125,7 +124,7 @@ pub(super) fn tasks(args: &TasksArgs) -> anyhow::Result<()> {
 
 pub(super) fn speed(args: &SpeedArgs) -> anyhow::Result<()> {
     let (_, mut judge) = args.common.open(&args.model)?;
-    let speed: Speed = judge.speed().map_err(failed)?;
+    let speed: Speed = judge.speed(None).map_err(failed)?;
     if args.common.json {
         return output::json(&speed);
     }

@@ -1,58 +1,51 @@
 //! Quantisation whose later columns make up for the errors of earlier ones (Frantar et al., GPTQ,
-//! 2022). Scales of a block are chosen when its first column's turn comes, from the weights as they
-//! are by then.
+//! 2022).
+//!
+//! Scales are those of the row before anything is made up for, by importance ("static groups"), so
+//! that columns can be taken in any order: those with the most active inputs first, while there is
+//! most left to make up for them. On text that was not calibrated with, both matter: columns in order
+//! with scales of the moment do worse than plain rounding where inputs are many and texts short.
 
 use half::f16;
 use millrace_engine::quantize::BadWeight;
 use millrace_shared::model::TensorType;
 
 use super::encode_row;
+use crate::hessian::Compensation;
 
-/// Writes a row as blocks of `dtype`, with `u` of [`crate::hessian::Moments::compensation`]. The row
-/// holds afterwards what was stored.
+/// Writes a row as blocks of `dtype`. The row holds afterwards what was stored.
 ///
 /// # Errors
 /// As [`encode_row`].
 pub fn gptq(
     dtype: TensorType,
     row: &mut [f32],
-    u: &[f32],
+    by: &Compensation,
     out: &mut [u8],
 ) -> Result<(), BadWeight> {
     let cols = row.len();
     let block = dtype.block_elements() as usize;
     let bytes = dtype.block_bytes() as usize;
-    for (b, out) in out.chunks_exact_mut(bytes).enumerate() {
-        let first = b * block;
-        encode_row(dtype, &row[first..first + block], None, out).map_err(|e| shift(e, first))?;
-        let groups = grid(dtype, out);
-        let mut levels = vec![0u8; block];
-        for (i, level) in levels.iter_mut().enumerate() {
-            let j = first + i;
-            let (scale, min, most) = groups[i * groups.len() / block];
-            let q = if scale == 0.0 { 0.0 } else { ((row[j] - min) / scale).round() };
-            let q = q.clamp(0.0, most);
-            *level = q as u8;
-            let stored = scale * q + min;
-            let error = (row[j] - stored) / u[j * cols + j];
-            row[j] = stored;
-            let (after, factors) = (&mut row[j + 1..], &u[j * cols + j + 1..(j + 1) * cols]);
-            after.iter_mut().zip(factors).for_each(|(w, f)| *w -= error * f);
-        }
-        put_levels(dtype, &levels, out);
+    encode_row(dtype, row, Some(&by.importance), out)?;
+    let groups: Vec<Vec<(f32, f32, f32)>> =
+        out.chunks_exact(bytes).map(|out| grid(dtype, out)).collect();
+    let mut levels = vec![0u8; cols];
+    let mut left: Vec<f32> = by.order.iter().map(|&j| row[j]).collect();
+    for (k, &j) in by.order.iter().enumerate() {
+        let of_block = &groups[j / block];
+        let (scale, min, most) = of_block[j % block * of_block.len() / block];
+        let level = if scale == 0.0 { 0.0 } else { ((left[k] - min) / scale).round() };
+        let level = level.clamp(0.0, most);
+        levels[j] = level as u8;
+        row[j] = scale * level + min;
+        let factors = &by.u[k * cols + k..(k + 1) * cols];
+        let error = (left[k] - row[j]) / factors[0];
+        left[k + 1..].iter_mut().zip(&factors[1..]).for_each(|(w, f)| *w -= error * f);
+    }
+    for (levels, out) in levels.chunks_exact(block).zip(out.chunks_exact_mut(bytes)) {
+        put_levels(dtype, levels, out);
     }
     Ok(())
-}
-
-fn shift(error: BadWeight, by: usize) -> BadWeight {
-    match error {
-        BadWeight::NotFinite { column, value } => {
-            BadWeight::NotFinite { column: column + by, value }
-        }
-        BadWeight::TooLarge { column, value, dtype } => {
-            BadWeight::TooLarge { column: column + by, value, dtype }
-        }
-    }
 }
 
 /// Scale, minimum and greatest level of each group of a block.
@@ -135,7 +128,7 @@ mod tests {
         let x = inputs(900, cols, 9);
         let mut moments = Moments::new(cols, true);
         moments.add(&x);
-        let u = moments.compensation().unwrap();
+        let by = moments.compensation(true).unwrap();
         use TensorType::{Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0};
         for dtype in [Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q6_K] {
             let original = inputs(1, cols, 4);
@@ -144,7 +137,7 @@ mod tests {
             encode_row(dtype, &original, None, &mut bytes).unwrap();
             dequantise_row(dtype, &bytes, &mut plain);
             let mut row = original.clone();
-            gptq(dtype, &mut row, &u, &mut bytes).unwrap();
+            gptq(dtype, &mut row, &by, &mut bytes).unwrap();
             dequantise_row(dtype, &bytes, &mut stored);
             for (a, b) in row.iter().zip(&stored) {
                 assert!((a - b).abs() <= 1e-5 * (1.0 + a.abs()), "{dtype:?}: {a} {b}");

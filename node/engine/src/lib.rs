@@ -15,6 +15,7 @@ pub mod profile;
 pub mod quantize;
 mod seam;
 pub mod stage;
+pub mod target;
 pub mod thread;
 
 pub use head::{HeadLogits, HeadRow, HeadWant, TopLogits};

@@ -146,6 +146,8 @@ impl ModelConfig {
             return match rest.strip_suffix(".weight") {
                 Some("attn_qkv") => true,
                 Some(matrix) => {
+                    // Before factored matrices there is a thin one.
+                    let matrix = matrix.strip_suffix("_in").unwrap_or(matrix);
                     self.plain_matrices().iter().any(|(name, _)| *name == matrix)
                         || self.is_of_experts(matrix)
                         || self.layer_vectors().iter().any(|(vector, _)| *vector == rest)

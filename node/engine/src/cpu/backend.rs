@@ -269,6 +269,11 @@ impl Backend for CpuBackend {
         self.product(x, 0..x.rows, w, out, false);
     }
 
+    fn linear_input(&mut self, x: &Tensor, w: &Matrices, out: &mut Tensor) {
+        self.linear(x, w, out);
+        self.compute.quantise(out);
+    }
+
     fn linear_add(&mut self, x: &Tensor, w: &Matrices, out: &mut Tensor) {
         self.product(x, 0..x.rows, w, out, true);
     }

@@ -12,7 +12,7 @@ use millrace_shared::model::{Dtype, ModelConfig};
 use millrace_shared::sampling::MAX_CANDIDATES;
 use millrace_shared::wire::data::StepMeta;
 
-use super::layer::{Layer, Norm, Parts, Room};
+use super::layer::{Between, Layer, Norm, Parts, Room};
 use super::weights::Sources;
 use super::{Backend, Batch, BlockTables, Part, Piece, TOP_ROWS};
 use crate::{HeadWant, LoadError, StageInput, StageOutput, StageSpec, StepError, TopLogits};
@@ -41,6 +41,8 @@ struct Scratch<B: Backend> {
     attended: B::Tensor,
     /// Of the feed-forward part.
     room: Room<B>,
+    /// Of factored matrices.
+    between: Between<B>,
     /// What a part of a layer gives, before it is normalised and added: `n x hidden`.
     branch: Option<B::Tensor>,
     /// `16 x vocab`.
@@ -108,13 +110,15 @@ impl<B: Backend> Decoder<B> {
         let longest = spec.settings.max_model_len;
         let factors = if spec.layers.is_empty() { None } else { sources.rope_factors(longest)? };
         let kv = backend.kv(spec.layers.clone(), config, &spec.settings, factors.as_deref())?;
-        let scratch = Self::scratch(backend, spec, n)?;
+        let ranks = sources.ranks(spec.layers.clone());
+        let scratch = Self::scratch(backend, spec, n, &ranks)?;
         backend.touch()?;
         let mut parts = Parts::<B>::new(backend.weights(&pieces, progress)?);
         let embedding = spec.embed.then(|| parts.matrices());
         let learned = spec.embed && config.features.learned_positions;
         let positions = learned.then(|| parts.vector());
-        let layers = spec.layers.clone().map(|_| Layer::load(&mut parts, spec)).collect();
+        let layer = |l| Layer::load(&mut parts, spec, &|first| sources.rank(l, first));
+        let layers = spec.layers.clone().map(layer).collect();
         let final_norm = spec.head.then(|| Norm::load(&mut parts, &config.features));
         let ends = match (embedding, spec.head) {
             (None, false) => Ends::Neither,
@@ -136,7 +140,12 @@ impl<B: Backend> Decoder<B> {
         })
     }
 
-    fn scratch(backend: &mut B, spec: &StageSpec, n: usize) -> Result<Scratch<B>, LoadError> {
+    fn scratch(
+        backend: &mut B,
+        spec: &StageSpec,
+        n: usize,
+        ranks: &[u64],
+    ) -> Result<Scratch<B>, LoadError> {
         let c = &spec.config;
         let [hidden, heads, kv_heads, dim] =
             [c.hidden, c.heads, c.kv_heads, c.head_dim].map(|x| x as usize);
@@ -149,6 +158,7 @@ impl<B: Backend> Decoder<B> {
             qkv: backend.tensor(inner, (heads + 2 * kv_heads) * dim, false)?,
             attended: backend.tensor(inner, heads * dim, true)?,
             room: Room::new(backend, c, inner)?,
+            between: Between::new(backend, ranks, inner)?,
             branch: match c.features.post_norms || shared {
                 true => Some(backend.tensor(inner, hidden, false)?),
                 false => None,
@@ -206,7 +216,8 @@ impl<B: Backend> Decoder<B> {
         let keys = heads * dim;
         // Attention: normalise, project, rotate, remember.
         layer.attn_norm.apply(b, &s.x, c.rms_eps, &mut s.normed);
-        b.linear(&s.normed, &layer.qkv, &mut s.qkv);
+        let input = layer.qkv.input(b, &s.normed, &mut s.between);
+        b.linear(input, &layer.qkv.matrices, &mut s.qkv);
         for (first, bias) in &layer.biases {
             b.add_bias(&mut s.qkv, *first, bias);
         }
@@ -228,11 +239,13 @@ impl<B: Backend> Decoder<B> {
         // Attend, project back.
         b.attention(&s.qkv, &self.kv, index, spans, tables, &mut s.attended);
         let gain = (&layer.attn_post_norm, c.rms_eps);
-        layer.attn_output.add(b, &s.attended, gain, (&mut s.branch, &mut s.x));
+        let attended = (&s.attended, &mut s.between);
+        layer.attn_output.add(b, attended, gain, (&mut s.branch, &mut s.x));
         // Feed forward.
         layer.ffn_norm.apply(b, &s.x, c.rms_eps, &mut s.normed);
         let to = (&mut s.branch, &mut s.x);
-        layer.feed_forward.add(b, &s.normed, c, &mut s.room, &layer.ffn_post_norm, to);
+        let normed = (&s.normed, &mut s.between);
+        layer.feed_forward.add(b, normed, c, &mut s.room, &layer.ffn_post_norm, to);
     }
 
     /// Final norm, and logits a few rows at a time: never kept where rows want the largest alone.

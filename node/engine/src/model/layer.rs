@@ -49,35 +49,78 @@ impl<B: Backend> Norm<B> {
     }
 }
 
+/// Activations between factored matrices, for each rank.
+pub(super) struct Between<B: Backend>(Vec<(u64, B::Tensor)>);
+
+impl<B: Backend> Between<B> {
+    /// # Errors
+    /// If memory runs out.
+    pub(super) fn new(b: &mut B, ranks: &[u64], n: usize) -> Result<Self, LoadError> {
+        let room = |&rank: &u64| Ok((rank, b.tensor(n, rank as usize, true)?));
+        ranks.iter().map(room).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+/// Matrices that share their input; factored ones have a thin matrix before them.
+pub(super) struct Product<B: Backend> {
+    /// And its rank.
+    inner: Option<(B::Weight, u64)>,
+    /// One below the other.
+    pub(super) matrices: B::Weight,
+}
+
+impl<B: Backend> Product<B> {
+    fn load(parts: &mut Parts<B>, rank: Option<u64>) -> Self {
+        Self { inner: rank.map(|rank| (parts.matrices(), rank)), matrices: parts.matrices() }
+    }
+
+    /// What the matrices are applied to: the input, or what the thin one makes of it.
+    pub(super) fn input<'t>(
+        &self,
+        b: &mut B,
+        x: &'t B::Tensor,
+        between: &'t mut Between<B>,
+    ) -> &'t B::Tensor {
+        let Some((inner, rank)) = &self.inner else { return x };
+        let room = between.0.iter_mut().find(|(known, _)| known == rank);
+        let (_, room) = room.expect("invariant: there is room for each rank");
+        b.linear_input(x, inner, room);
+        room
+    }
+}
+
 /// What a part of a layer ends with: back to the residual stream.
 pub(super) struct Output<B: Backend> {
-    matrix: B::Weight,
+    product: Product<B>,
     bias: Option<B::Vector>,
 }
 
 impl<B: Backend> Output<B> {
-    fn load(parts: &mut Parts<B>, f: &Features) -> Self {
-        Self { matrix: parts.matrices(), bias: f.biases.then(|| parts.vector()) }
+    fn load(parts: &mut Parts<B>, f: &Features, rank: Option<u64>) -> Self {
+        let product = Product::load(parts, rank);
+        Self { product, bias: f.biases.then(|| parts.vector()) }
     }
 
     /// `x += w input + bias`, what is added being normalised first where there is a gain.
     pub(super) fn add(
         &self,
         b: &mut B,
-        input: &B::Tensor,
+        (input, between): (&B::Tensor, &mut Between<B>),
         (gain, eps): (&Option<B::Vector>, f32),
         (branch, x): (&mut Option<B::Tensor>, &mut B::Tensor),
     ) {
+        let input = self.product.input(b, input, between);
+        let matrices = &self.product.matrices;
         match (gain, branch) {
             (Some(gain), Some(branch)) => {
-                b.linear(input, &self.matrix, branch);
+                b.linear(input, matrices, branch);
                 if let Some(bias) = &self.bias {
                     b.add_bias(branch, 0, bias);
                 }
                 b.rms_norm_add(branch, gain, eps, x);
             }
             _ => {
-                b.linear_add(input, &self.matrix, x);
+                b.linear_add(input, matrices, x);
                 if let Some(bias) = &self.bias {
                     b.add_bias(x, 0, bias);
                 }
@@ -89,9 +132,9 @@ impl<B: Backend> Output<B> {
 /// The feed-forward part.
 pub(super) enum FeedForward<B: Backend> {
     /// `gate | up`, and `down`.
-    Gated(B::Weight, Output<B>),
+    Gated(Product<B>, Output<B>),
     /// `up` and its bias, and `down`.
-    Plain(B::Weight, Option<B::Vector>, Output<B>),
+    Plain(Product<B>, Option<B::Vector>, Output<B>),
     /// Experts.
     Mixture(Mixture<B>),
 }
@@ -133,7 +176,7 @@ impl<B: Backend> Room<B> {
 pub(super) struct Layer<B: Backend> {
     pub(super) attn_norm: Norm<B>,
     /// `q | k | v`.
-    pub(super) qkv: B::Weight,
+    pub(super) qkv: Product<B>,
     /// Where they begin, and biases.
     pub(super) biases: Vec<(usize, B::Vector)>,
     /// Of query and key heads.
@@ -146,8 +189,12 @@ pub(super) struct Layer<B: Backend> {
 }
 
 impl<B: Backend> Layer<B> {
-    /// In the order of `Sources::layer`.
-    pub(super) fn load(parts: &mut Parts<B>, spec: &StageSpec) -> Self {
+    /// In the order of `Sources::layer`; `rank` tells that of factored matrices by the first one's name.
+    pub(super) fn load(
+        parts: &mut Parts<B>,
+        spec: &StageSpec,
+        rank: &dyn Fn(&str) -> Option<u64>,
+    ) -> Self {
         let c = &spec.config;
         let f = &c.features;
         let queries = (c.heads * c.head_dim) as usize;
@@ -159,27 +206,29 @@ impl<B: Backend> Layer<B> {
         };
         Self {
             attn_norm: Norm::load(parts, f),
-            qkv: parts.matrices(),
+            qkv: Product::load(parts, rank(if f.fused_qkv { "attn_qkv" } else { "attn_q" })),
             biases: places.iter().map(|&at| (at, parts.vector())).collect(),
             head_norms: f.qk_norm.then(|| std::array::from_fn(|_| parts.vector())),
-            attn_output: Output::load(parts, f),
+            attn_output: Output::load(parts, f, rank("attn_output")),
             attn_post_norm: f.post_norms.then(|| parts.vector()),
             ffn_norm: Norm::load(parts, f),
-            feed_forward: FeedForward::load(parts, f),
+            feed_forward: FeedForward::load(parts, f, rank),
             ffn_post_norm: f.post_norms.then(|| parts.vector()),
         }
     }
 }
 
 impl<B: Backend> FeedForward<B> {
-    fn load(parts: &mut Parts<B>, f: &Features) -> Self {
+    fn load(parts: &mut Parts<B>, f: &Features, rank: &dyn Fn(&str) -> Option<u64>) -> Self {
         let Some(experts) = &f.experts else {
-            let first = parts.matrices();
+            let down = rank("ffn_down");
             if f.ungated {
+                let up = Product::load(parts, rank("ffn_up"));
                 let bias = f.biases.then(|| parts.vector());
-                return Self::Plain(first, bias, Output::load(parts, f));
+                return Self::Plain(up, bias, Output::load(parts, f, down));
             }
-            return Self::Gated(first, Output::load(parts, f));
+            let gate_up = Product::load(parts, rank("ffn_gate"));
+            return Self::Gated(gate_up, Output::load(parts, f, down));
         };
         let router = parts.matrices();
         let mut pair = || [parts.matrices(), parts.matrices()];
@@ -192,7 +241,7 @@ impl<B: Backend> FeedForward<B> {
     pub(super) fn add(
         &self,
         b: &mut B,
-        normed: &B::Tensor,
+        (normed, between): (&B::Tensor, &mut Between<B>),
         c: &ModelConfig,
         room: &mut Room<B>,
         gain: &Option<B::Vector>,
@@ -201,17 +250,19 @@ impl<B: Backend> FeedForward<B> {
         let f = &c.features;
         let down = match self {
             Self::Gated(gate_up, down) => {
-                b.gated(normed, gate_up, f.activation, &mut room.act);
+                let input = gate_up.input(b, normed, between);
+                b.gated(input, &gate_up.matrices, f.activation, &mut room.act);
                 down
             }
             Self::Plain(up, bias, down) => {
-                b.linear(normed, up, &mut room.act);
+                let input = up.input(b, normed, between);
+                b.linear(input, &up.matrices, &mut room.act);
                 b.activate(&mut room.act, bias.as_ref(), f.activation);
                 down
             }
             Self::Mixture(mixture) => return mixture.add(b, normed, f, room, (branch, x)),
         };
-        down.add(b, &room.act, (gain, c.rms_eps), (branch, x));
+        down.add(b, (&room.act, between), (gain, c.rms_eps), (branch, x));
     }
 }
 

@@ -2,12 +2,13 @@
 //!
 //! [`Backend`] has a dozen operations, fused at the level that both plain CPU kernels and a tensor
 //! library do well. [`Decoder`] is the decoder; [`weights`] finds and checks its tensors; [`Batch`] and
-//! [`BlockTables`] hold what a step is about. Nothing here knows an instruction set.
+//! [`BlockTables`] hold what a step is about; [`observed`] lets somebody look on. Nothing here knows an instruction set.
 
 mod batch;
 mod decoder;
 mod joined;
 mod layer;
+pub mod observed;
 mod source;
 mod tables;
 pub mod weights;
@@ -114,6 +115,10 @@ pub trait Backend {
     );
     /// `out = w x`.
     fn linear(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor);
+    /// `out = w x`, where a matrix will be applied to `out`.
+    fn linear_input(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor) {
+        self.linear(x, w, out);
+    }
     /// `out += w x`.
     fn linear_add(&mut self, x: &Self::Tensor, w: &Self::Weight, out: &mut Self::Tensor);
     /// `out = activation(gate x) * (up x)`, of the matrices `gate | up`.

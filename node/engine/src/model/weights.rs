@@ -41,6 +41,15 @@ pub struct Sources<'a> {
     all: HashMap<&'a str, &'a Source>,
 }
 
+/// What the name of the thin matrix before factored ones has after that of the first of them.
+const INNER: &str = "_in";
+
+/// Greatest rank.
+const MAX_RANK: u64 = 1 << 16;
+
+/// First matrices of those that share their input.
+const PRODUCTS: [&str; 6] = ["attn_q", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+
 fn is_float(dtype: TensorType) -> bool {
     matches!(dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16)
 }
@@ -173,6 +182,22 @@ impl<'a> Sources<'a> {
         self.find(name, &[pairs])?.floats().map(Some)
     }
 
+    /// The rank of matrices of a layer that share their input, where they are factored: the outputs of
+    /// the thin matrix before them. `first` is the first one's name.
+    pub(super) fn rank(&self, layer: u32, first: &str) -> Option<u64> {
+        let inner = self.all.get(&*format!("blk.{layer}.{first}{INNER}.weight"))?;
+        inner.entry().dims.get(1).copied().filter(|_| !self.config.features.transposed)
+    }
+
+    /// The ranks in some layers, each once.
+    pub(super) fn ranks(&self, layers: std::ops::Range<u32>) -> Vec<u64> {
+        let of_layer = |layer| PRODUCTS.iter().filter_map(move |first| self.rank(layer, first));
+        let mut all: Vec<u64> = layers.flat_map(of_layer).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
     /// Gain and, where the family has them, bias of a norm.
     fn norm(&self, name: &str) -> Result<Piece<'a>, LoadError> {
         let hidden = u64::from(self.config.hidden);
@@ -192,6 +217,7 @@ impl<'a> Sources<'a> {
     /// Everything of one layer, in the order in which a step reads it: attention's norm; `q | k | v`;
     /// their biases; the gains of queries and keys; the output and its bias; the gain after it; the
     /// feed-forward part's norm; that part; the gain after it. What the family does not have is absent.
+    /// Before factored matrices comes the thin one.
     ///
     /// # Errors
     /// If a tensor is missing or misshapen.
@@ -209,7 +235,7 @@ impl<'a> Sources<'a> {
         let mut piece = self.norm(&name("attn_norm"))?;
         let qkv: &[&str] =
             if f.fused_qkv { &["attn_qkv"] } else { &["attn_q", "attn_k", "attn_v"] };
-        piece.push(at.matrices(qkv)?);
+        piece.extend(at.product(qkv)?);
         for part in qkv {
             piece.extend(at.bias(part)?);
         }
@@ -217,7 +243,7 @@ impl<'a> Sources<'a> {
             piece.push(self.gain(&name("attn_q_norm.weight"), head)?);
             piece.push(self.gain(&name("attn_k_norm.weight"), head)?);
         }
-        piece.push(at.matrices(&["attn_output"])?);
+        piece.extend(at.product(&["attn_output"])?);
         piece.extend(at.bias("attn_output")?);
         if f.post_norms {
             piece.push(self.gain(&name("post_attention_norm.weight"), h)?);
@@ -246,13 +272,33 @@ struct Layer<'s, 'a> {
 }
 
 impl<'a> Layer<'_, 'a> {
-    /// Matrices that share their input; one alone where they lie column by column.
-    fn matrices(&self, names: &[&str]) -> Result<Part<'a>, LoadError> {
+    /// Matrices that share their input, after the thin one that makes it where they are factored.
+    fn product(&self, names: &[&str]) -> Result<Vec<Part<'a>>, LoadError> {
+        let Some(rank) = self.sources.rank(self.layer, names[0]) else {
+            return Ok(vec![self.matrices(names, None)?]);
+        };
+        let name = format!("blk.{}.{}{INNER}.weight", self.layer, names[0]);
+        if rank == 0 || !rank.is_multiple_of(32) || rank > MAX_RANK {
+            return Err(LoadError::Settings(format!(
+                "tensor '{name}' has rank {rank}: the kernels compute with multiples of 32, up to \
+                 {MAX_RANK}"
+            )));
+        }
+        let known = self.matrices.iter().find(|(known, _)| *known == names[0]);
+        let cols = known.map_or(0, |(_, dims)| dims[0]);
+        let inner = Part::Matrices(vec![self.sources.find(&name, &[cols, rank])?]);
+        Ok(vec![inner, self.matrices(names, Some(rank))?])
+    }
+
+    /// Matrices that share their input, of `rank` elements where they are factored; one alone where
+    /// they lie column by column.
+    fn matrices(&self, names: &[&str], rank: Option<u64>) -> Result<Part<'a>, LoadError> {
         let transposed = self.sources.config.features.transposed;
         let mut found = Vec::with_capacity(names.len());
         for name in names {
             let known = self.matrices.iter().find(|(known, _)| known == name);
             let mut dims = known.map_or([0, 0], |(_, dims)| *dims);
+            dims[0] = rank.unwrap_or(dims[0]);
             if transposed {
                 dims.reverse();
             }
@@ -282,12 +328,12 @@ impl<'a> Layer<'_, 'a> {
         let c = self.sources.config;
         let Some(experts) = &c.features.experts else {
             if !c.features.ungated {
-                piece.push(self.matrices(&["ffn_gate", "ffn_up"])?);
-                piece.push(self.matrices(&["ffn_down"])?);
+                piece.extend(self.product(&["ffn_gate", "ffn_up"])?);
+                piece.extend(self.product(&["ffn_down"])?);
                 return Ok(());
             }
             for name in ["ffn_up", "ffn_down"] {
-                piece.push(self.matrices(&[name])?);
+                piece.extend(self.product(&[name])?);
                 piece.extend(self.bias(name)?);
             }
             return Ok(());
@@ -296,7 +342,7 @@ impl<'a> Layer<'_, 'a> {
             0 => &["ffn_gate_inp"],
             _ => &["ffn_gate_inp", "ffn_gate_inp_shexp"],
         };
-        piece.push(self.matrices(router)?);
+        piece.push(self.matrices(router, None)?);
         for expert in 0..experts.count {
             let get = |name: &str| {
                 let full = format!("blk.{}.{name}.{expert}.weight", self.layer);
@@ -306,8 +352,8 @@ impl<'a> Layer<'_, 'a> {
             piece.push(Part::Matrices(vec![get("ffn_down")?]));
         }
         if experts.shared_ffn > 0 {
-            piece.push(self.matrices(&["ffn_gate_shexp", "ffn_up_shexp"])?);
-            piece.push(self.matrices(&["ffn_down_shexp"])?);
+            piece.push(self.matrices(&["ffn_gate_shexp", "ffn_up_shexp"], None)?);
+            piece.push(self.matrices(&["ffn_down_shexp"], None)?);
         }
         Ok(())
     }

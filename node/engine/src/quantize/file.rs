@@ -1,11 +1,10 @@
 //! Carries a plan out: reads by offset, converts rows on several threads, writes in order.
 //!
-//! The new file has another name until it is whole and on disk. Memory use is a batch of rows,
-//! whatever the size of the model.
+//! Into a [`Target`]. Memory use is a batch of rows, whatever the size of the model.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use millrace_shared::model::{FolderSource, TensorType};
@@ -14,6 +13,7 @@ use super::blocks::{BadWeight, quantise_row};
 use super::plan::{Plan, Planned};
 use super::{QuantizeError, Rounding};
 use crate::cpu::dequantise_row;
+use crate::target::{Target, io_error};
 
 /// Weights converted between two writes: 32 MiB of f32.
 const BATCH_WEIGHTS: u64 = 8 << 20;
@@ -96,47 +96,20 @@ impl Plan {
     ) -> Result<Vec<TensorReport>, QuantizeError> {
         let open = |path: &PathBuf| File::open(path).map_err(io_error("open", path));
         let inputs = self.sources.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-        let parent = match target.parent() {
-            Some(folder) if folder != Path::new("") => folder,
-            _ => Path::new("."),
+        let needed = self.target_len();
+        let part = match &self.folder {
+            None => Target::file(&self.sources[0], target, overwrite, needed)?,
+            Some(source) => {
+                let replace = (overwrite, &FolderSource::is_copy as &dyn Fn(&Path) -> bool);
+                Target::folder(source, target, replace, &source.config, needed)?
+            }
         };
         let mut job =
             Job { plan: self, target, inputs, threads: threads.max(1), done: 0, progress };
-        match &self.folder {
-            None => job.write_file(parent, overwrite),
-            Some(source) => job.write_folder(source, parent, overwrite),
-        }
+        let reports = job.run(&mut part.weights())?;
+        part.finish()?;
+        Ok(reports)
     }
-}
-
-fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> QuantizeError {
-    let path = path.to_owned();
-    move |source| QuantizeError::Io { what, path, source }
-}
-
-fn check_target(input: &Path, target: &Path, overwrite: bool) -> Result<(), QuantizeError> {
-    let Ok(there) = fs::metadata(target) else { return Ok(()) };
-    let own = fs::metadata(input).map_err(io_error("read", input))?;
-    if (own.dev(), own.ino()) == (there.dev(), there.ino()) {
-        return Err(QuantizeError::SameFile(target.to_owned()));
-    }
-    if overwrite { Ok(()) } else { Err(QuantizeError::Exists(target.to_owned())) }
-}
-
-/// What is in it stays there, whatever happens; a folder that cannot be synced is not worth failing
-/// for.
-fn sync_folder(folder: &Path) {
-    let _ = File::open(folder).and_then(|f| f.sync_all());
-}
-
-fn check_space(folder: &Path, needed: u64) -> Result<(), QuantizeError> {
-    // Where the file system does not say, writing will.
-    let Ok(stat) = nix::sys::statvfs::statvfs(folder) else { return Ok(()) };
-    let free = stat.blocks_available().saturating_mul(stat.fragment_size());
-    if free >= needed {
-        return Ok(());
-    }
-    Err(QuantizeError::NoSpace { folder: folder.to_owned(), free, needed })
 }
 
 struct Job<'a> {
@@ -157,71 +130,7 @@ enum RowError {
 }
 
 impl Job<'_> {
-    fn write_file(
-        &mut self,
-        parent: &Path,
-        overwrite: bool,
-    ) -> Result<Vec<TensorReport>, QuantizeError> {
-        let target = self.target;
-        check_target(&self.plan.sources[0], target, overwrite)?;
-        check_space(parent, self.plan.target_len())?;
-        let mut builder = tempfile::Builder::new();
-        builder.suffix(".part");
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
-        let mut file = builder.tempfile_in(parent).map_err(io_error("make a file in", parent))?;
-        let reports = self.run(file.as_file_mut())?;
-        file.as_file().sync_all().map_err(io_error("write", target))?;
-        let kept = if overwrite { file.persist(target) } else { file.persist_noclobber(target) };
-        match kept {
-            Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(QuantizeError::Exists(target.to_owned()));
-            }
-            kept => kept.map_err(|e| io_error("write", target)(e.error))?,
-        };
-        sync_folder(parent);
-        Ok(reports)
-    }
-
-    fn write_folder(
-        &mut self,
-        source: &FolderSource,
-        parent: &Path,
-        overwrite: bool,
-    ) -> Result<Vec<TensorReport>, QuantizeError> {
-        let target = self.target;
-        check_target(&source.folder, target, overwrite)?;
-        if target.exists() && !FolderSource::is_copy(target) {
-            return Err(QuantizeError::Exists(target.to_owned()));
-        }
-        check_space(parent, self.plan.target_len())?;
-        let mut builder = tempfile::Builder::new();
-        builder.suffix(".part");
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755));
-        let made = builder.tempdir_in(parent).map_err(io_error("make a folder in", parent))?;
-        for path in &source.others {
-            let name = path.file_name().unwrap_or_default();
-            fs::copy(path, made.path().join(name)).map_err(io_error("copy", path))?;
-        }
-        let config = made.path().join(FolderSource::config_name());
-        fs::write(&config, &source.config).map_err(io_error("write", &config))?;
-        let weights = made.path().join(FolderSource::weights_name());
-        let mut file = File::create_new(&weights).map_err(io_error("write", &weights))?;
-        let reports = self.run(&mut file)?;
-        file.sync_all().map_err(io_error("write", &weights))?;
-        sync_folder(made.path());
-        // Nothing good goes for a copy that somebody removed meanwhile.
-        fs::metadata(&weights).map_err(io_error("find", &weights))?;
-        if target.exists() {
-            fs::remove_dir_all(target).map_err(io_error("replace", target))?;
-        }
-        fs::rename(made.path(), target).map_err(io_error("write", target))?;
-        // It is not there any more under its first name.
-        let _ = made.keep();
-        sync_folder(parent);
-        Ok(reports)
-    }
-
-    fn run(&mut self, out: &mut File) -> Result<Vec<TensorReport>, QuantizeError> {
+    fn run(&mut self, out: &mut &File) -> Result<Vec<TensorReport>, QuantizeError> {
         let plan = self.plan;
         let mut at = self.put(out, &plan.head)?;
         let mut reports = Vec::new();
@@ -248,7 +157,7 @@ impl Job<'_> {
         Ok(reports)
     }
 
-    fn put(&self, out: &mut File, bytes: &[u8]) -> Result<u64, QuantizeError> {
+    fn put(&self, out: &mut &File, bytes: &[u8]) -> Result<u64, QuantizeError> {
         out.write_all(bytes).map_err(io_error("write", self.target))?;
         Ok(bytes.len() as u64)
     }
@@ -258,7 +167,7 @@ impl Job<'_> {
         (self.progress)(self.done);
     }
 
-    fn copy(&mut self, tensor: &Planned, out: &mut File) -> Result<(), QuantizeError> {
+    fn copy(&mut self, tensor: &Planned, out: &mut &File) -> Result<(), QuantizeError> {
         let mut buffer = vec![0u8; COPY_BYTES.min(tensor.from.bytes as usize)];
         let end = tensor.from.offset + tensor.from.bytes;
         let mut at = tensor.from.offset;
@@ -277,7 +186,7 @@ impl Job<'_> {
         &mut self,
         tensor: &Planned,
         rounding: Rounding,
-        out: &mut File,
+        out: &mut &File,
     ) -> Result<Loss, QuantizeError> {
         let cols = tensor.from.dims[0];
         let rows = tensor.from.elements() / cols;
@@ -312,7 +221,7 @@ impl Job<'_> {
 
     fn row_error(&self, tensor: &Planned, error: RowError) -> QuantizeError {
         match error {
-            RowError::Read(e) => io_error("read", self.source(tensor))(e),
+            RowError::Read(e) => io_error("read", self.source(tensor))(e).into(),
             RowError::Weight(row, source) => {
                 QuantizeError::Weight { tensor: tensor.from.name.clone(), row, source }
             }

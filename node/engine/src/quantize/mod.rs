@@ -24,6 +24,8 @@ use millrace_shared::model::gguf::GgufError;
 use millrace_shared::model::{ModelFileError, TensorType};
 pub use plan::{Plan, Planned, plan, plan_folder, plan_of};
 
+use crate::target::TargetError;
+
 /// Raise with any change that may change a bit of a quantised file: names of kept copies have it.
 pub const REVISION: u32 = 1;
 
@@ -147,30 +149,7 @@ pub enum QuantizeError {
         /// What is wrong.
         source: BadWeight,
     },
-    /// There is a file of that name.
-    #[error("{0} is there already")]
-    Exists(PathBuf),
-    /// Source and target are one file.
-    #[error("{0} would be read and written at once: give the copy another name")]
-    SameFile(PathBuf),
-    /// The disk is too small.
-    #[error("{folder} has {free} bytes free, the file takes {needed}")]
-    NoSpace {
-        /// Where it was to go.
-        folder: PathBuf,
-        /// Bytes free.
-        free: u64,
-        /// Bytes needed.
-        needed: u64,
-    },
-    /// A file cannot be used.
-    #[error("cannot {what} {path}: {source}")]
-    Io {
-        /// What was attempted.
-        what: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// Cause.
-        source: std::io::Error,
-    },
+    /// It cannot be written.
+    #[error(transparent)]
+    Target(#[from] TargetError),
 }

@@ -362,14 +362,17 @@ fn failures_leave_nothing_behind() {
 
     let source = model(dir.path(), |_| {});
     std::fs::write(&target, b"precious").unwrap();
-    assert!(matches!(write(&source, &target, &options, 1), Err(QuantizeError::Exists(_))));
+    assert!(matches!(
+        write(&source, &target, &options, 1),
+        Err(QuantizeError::Target(TargetError::Exists(_)))
+    ));
     assert_eq!(std::fs::read(&target).unwrap(), b"precious");
     let same = plan(&Gguf::open(&source).unwrap(), &source, &options).unwrap();
     let link = dir.path().join("link.gguf");
     std::fs::hard_link(&source, &link).unwrap();
     for path in [&source, &link] {
         let error = same.write(path, true, 1, &mut |_| {});
-        assert!(matches!(error, Err(QuantizeError::SameFile(_))));
+        assert!(matches!(error, Err(QuantizeError::Target(TargetError::SameFile(_)))));
     }
     same.write(&target, true, 1, &mut |_| {}).unwrap();
     assert!(Gguf::open(&target).is_ok());

@@ -84,6 +84,17 @@ impl Compute {
         });
     }
 
+    /// The int8 form.
+    pub(crate) fn quantise(&mut self, x: &mut Tensor) {
+        let (isa, width, rows) = (self.isa, x.width, x.rows);
+        let quant = QuantRows::new(&mut x.quant, width);
+        let data = &x.data;
+        self.each_row(rows, |i| {
+            // SAFETY: rows of `width` elements, each with one thread.
+            unsafe { ew::quantise(isa, data[i * width..][..width].as_ptr(), width, quant.row(i)) };
+        });
+    }
+
     /// `out = x / rms(x) * gain`, and its int8 form.
     pub(crate) fn rms_norm(&mut self, x: &Tensor, gain: &[f32], eps: f32, out: &mut Tensor) {
         let (isa, width) = (self.isa, x.width);

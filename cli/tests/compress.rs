@@ -1,0 +1,110 @@
+//! `millrace compress` with the program itself: what goes wrong is told, and leaves nothing.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use millrace_shared::model::TensorType;
+use millrace_shared::model::gguf::GgufWriter;
+
+fn command(dir: &Path, program: &str) -> Command {
+    let mut command = Command::new(program);
+    command
+        .env_remove("RUST_LOG")
+        .env("MILLRACE_DIR", dir.join("state"))
+        .env("MILLRACE_CACHE", dir.join("cache"))
+        .current_dir(dir)
+        .stdin(Stdio::null());
+    command
+}
+
+fn millrace(dir: &Path, args: &[&str]) -> Output {
+    let mut command = command(dir, env!("CARGO_BIN_EXE_millrace"));
+    command.args(args).output().expect("the program starts")
+}
+
+#[track_caller]
+fn fails(output: &Output, code: i32, message: &str) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "stderr: {stderr}");
+    assert!(stderr.contains(message), "'{message}' is not in: {stderr}");
+}
+
+/// One layer of ones, without a tokenizer.
+fn model(dir: &Path) -> PathBuf {
+    let mut w = GgufWriter::new();
+    w.set("general.architecture", "llama")
+        .set("llama.block_count", 1u32)
+        .set("llama.embedding_length", 64u32)
+        .set("llama.attention.head_count", 2u32)
+        .set("llama.feed_forward_length", 96u32)
+        .set("llama.context_length", 128u32)
+        .set("llama.attention.layer_norm_rms_epsilon", 1e-5f32)
+        .set("llama.vocab_size", 64u32);
+    let mut tensor = |name: &str, dims: &[u64]| {
+        let ones = (0..dims.iter().product()).flat_map(|_: u64| 1f32.to_le_bytes());
+        w.tensor(name, TensorType::F32, dims, ones.collect::<Vec<u8>>()).expect("a valid tensor");
+    };
+    tensor("token_embd.weight", &[64, 64]);
+    for name in ["attn_q", "attn_k", "attn_v", "attn_output"] {
+        tensor(&format!("blk.0.{name}.weight"), &[64, 64]);
+    }
+    tensor("blk.0.attn_norm.weight", &[64]);
+    tensor("blk.0.ffn_norm.weight", &[64]);
+    tensor("blk.0.ffn_gate.weight", &[64, 96]);
+    tensor("blk.0.ffn_up.weight", &[64, 96]);
+    tensor("blk.0.ffn_down.weight", &[96, 64]);
+    tensor("output_norm.weight", &[64]);
+    let path = dir.join("ones.gguf");
+    std::fs::write(&path, w.to_bytes()).expect("the model is written");
+    path
+}
+
+#[test]
+fn a_step_is_carried_out_and_told() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path());
+    let args = ["compress", "apply", "ones.gguf", "out.gguf", "method = 'binary'"];
+    let output = millrace(dir.path(), &args);
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        stdout.contains("ffn_down.weight") && stdout.contains("GGUF has no such format"),
+        "{stdout}"
+    );
+    assert!(dir.path().join("out.gguf").is_file());
+    fails(&millrace(dir.path(), &args), 2, "--force replaces it");
+}
+
+#[test]
+fn wrong_steps_and_recipes_name_the_key() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path());
+    let apply = |step: &str| millrace(dir.path(), &["compress", "apply", "ones.gguf", "o", step]);
+    fails(&apply("method = 'wanda', sparsty = 0.5"), 2, "sparsty");
+    fails(&apply("method = 'clip', min = 1.0, max = 0.0"), 2, "min below max");
+    std::fs::write(dir.path().join("r.toml"), "model = 'ones.gguf'\noutptu = 'o'\n").unwrap();
+    fails(&millrace(dir.path(), &["compress", "run", "r.toml"]), 2, "outptu");
+    assert!(!dir.path().join("o").exists());
+}
+
+#[test]
+fn a_full_disk_leaves_the_old_file() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path());
+    std::fs::write(dir.path().join("out.gguf"), "old").unwrap();
+    // Files may have 16 blocks, the result needs more.
+    let script =
+        "trap '' XFSZ; ulimit -f 16; exec \"$0\" compress apply --force ones.gguf out.gguf \"$1\"";
+    let output = command(dir.path(), "sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_millrace"), "method = 'binary'"])
+        .output()
+        .expect("a shell");
+    fails(&output, 1, "cannot write");
+    assert_eq!(std::fs::read(dir.path().join("out.gguf")).unwrap(), b"old");
+    let left: Vec<_> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .filter_map(|e| e.unwrap().file_name().into_string().ok())
+        .filter(|name| name.ends_with(".part"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}

@@ -1,0 +1,355 @@
+//! Low rank, carried out: matrices that share their input become the product of matrices as high as
+//! they and one thin one, which they share.
+//!
+//! `[q; k; v] x ~ A (B x)`: one decomposition of the matrices one below the other, so that `B` is
+//! stored and multiplied once. `A`'s parts keep the names of the matrices, `B` is `NAME_in` after the
+//! first of them; the engine multiplies both, whatever the family. Ranks are multiples of 32, as its
+//! kernels need. Where factors would be no smaller, matrices stay as they are.
+
+use std::path::Path;
+
+use millrace_shared::model::{TensorEntry, TensorType};
+
+use crate::apply::{Settings, encode};
+use crate::lowrank::{Factors, Rank, factorise, rank_of};
+use crate::quant::fallback;
+use crate::report::{StepReport, TensorReport, type_name};
+use crate::source::Kind;
+use crate::{Calibration, Calibrator, CompressError, Matrix, Sink, Slot, Source, Step, parallel};
+
+/// Matrices of a layer that share their input, as files have them.
+const GROUPS: [&[&str]; 6] = [
+    &["attn_q", "attn_k", "attn_v"],
+    &["attn_qkv"],
+    &["attn_output"],
+    &["ffn_gate", "ffn_up"],
+    &["ffn_up"],
+    &["ffn_down"],
+];
+
+/// Kernels compute with multiples of this.
+const GRAIN: usize = 32;
+
+/// Matrices that are factored together.
+#[derive(Clone, Debug)]
+struct Group {
+    layer: u32,
+    /// Places among the source's tensors.
+    tensors: Vec<usize>,
+    rows: usize,
+    cols: usize,
+    rank: usize,
+}
+
+impl Group {
+    fn inner_name(&self, source: &Source) -> String {
+        source.tensors[self.tensors[0]].name.replace(".weight", "_in.weight")
+    }
+
+    fn pays(&self) -> bool {
+        self.rank * (self.rows + self.cols) < self.rows * self.cols
+    }
+}
+
+/// What is written: the bytes of tensors, by their slot, and what became of the matrices.
+type Made = (Vec<(usize, Vec<u8>)>, Vec<TensorReport>);
+
+/// What is being done.
+struct Job<'a> {
+    source: &'a Source,
+    settings: &'a Settings<'a>,
+    rank: Rank,
+    aware: bool,
+}
+
+/// Carries a low-rank step out.
+///
+/// # Errors
+/// If the family has experts, a decomposition fails, or a file cannot be used.
+pub(crate) fn apply(
+    source: &Source,
+    target: &Path,
+    step: &Step,
+    settings: &Settings<'_>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<StepReport, CompressError> {
+    let Step::LowRank { energy, size, aware } = step else {
+        unreachable!("invariant: only low rank comes here")
+    };
+    let rank = energy.map_or_else(|| Rank::Size(size.unwrap_or(1.0)), Rank::Energy);
+    let job = Job { source, settings, rank, aware: *aware };
+    job.check()?;
+    let mut groups = groups(source)?;
+    match size {
+        Some(part) => {
+            for g in &mut groups {
+                g.rank = grained(rank_of(*part, g.rows, g.cols) as usize);
+            }
+        }
+        // A file begins with the shapes of all of it, so ranks are found before anything is written.
+        None => job.find_ranks(&mut groups)?,
+    }
+    groups.retain(Group::pays);
+    let (slots, places) = slots(source, &groups, settings.store);
+    let mut sink = Sink::create(source, target, settings.overwrite, &slots, &[])?;
+    let mut report = StepReport {
+        step: step.describe(),
+        bytes_before: source.weight_bytes(),
+        ..StepReport::default()
+    };
+    let mut done = 0;
+    let factored: Vec<usize> = groups.iter().flat_map(|g| g.tensors.clone()).collect();
+    for (i, tensor) in source.tensors.iter().enumerate().filter(|(i, _)| !factored.contains(i)) {
+        let bytes = source.bytes(tensor)?;
+        report.bytes_stored += bytes.len() as u64;
+        sink.put(places[i], &bytes)?;
+        done += tensor.bytes;
+    }
+    progress(done);
+    job.each_layer(&groups, &mut |mine, calibration| {
+        let made = parallel(mine.len(), settings.threads, |i| {
+            job.make(mine[i], calibration, &slots, &places)
+        });
+        for (group, made) in mine.iter().zip(made) {
+            let (tensors, reports) = made?;
+            for (slot, bytes) in tensors {
+                report.bytes_stored += bytes.len() as u64;
+                sink.put(slot, &bytes)?;
+            }
+            report.tensors.extend(reports);
+            done += group.tensors.iter().map(|&i| source.tensors[i].bytes).sum::<u64>();
+        }
+        progress(done);
+        Ok(())
+    })?;
+    sink.finish()?;
+    report.bytes_format = report.bytes_stored;
+    notes(&mut report, &groups, source);
+    Ok(report)
+}
+
+impl Job<'_> {
+    fn check(&self) -> Result<(), CompressError> {
+        let f = &self.source.config.features;
+        if f.experts.is_some() || f.transposed || !matches!(self.source.kind, Kind::Gguf(_)) {
+            return Err(CompressError::settings(
+                "low rank needs a GGUF file of a model without experts: convert a folder first",
+            ));
+        }
+        // Some families' files have several matrices in one.
+        let files = self.source.files()?;
+        let apart = |t: &&TensorEntry| !files.tensors.iter().any(|known| known.name == t.name);
+        match self.source.tensors.iter().find(apart) {
+            Some(one) => Err(CompressError::Settings(format!(
+                "tensor '{}' holds several matrices, which cannot be factored",
+                one.name
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Calls `each` with every layer's groups and what they see, where that is needed.
+    fn each_layer(
+        &self,
+        groups: &[Group],
+        each: &mut dyn FnMut(&[&Group], &Calibration) -> Result<(), CompressError>,
+    ) -> Result<(), CompressError> {
+        let (source, settings) = (self.source, self.settings);
+        let mut calibrator = match self.aware {
+            true => Some(Calibrator::new(source, settings.calibration, settings.threads, true)?),
+            false => None,
+        };
+        for layer in 0..source.config.layers {
+            let calibration = match &mut calibrator {
+                Some(calibrator) => calibrator.next_layer()?.unwrap_or_default(),
+                None => Calibration::default(),
+            };
+            let mine: Vec<&Group> = groups.iter().filter(|g| g.layer == layer).collect();
+            each(&mine, &calibration)?;
+        }
+        Ok(())
+    }
+
+    fn find_ranks(&self, groups: &mut [Group]) -> Result<(), CompressError> {
+        let mut ranks = Vec::new();
+        self.each_layer(groups, &mut |mine, calibration| {
+            let found = parallel(mine.len(), self.settings.threads, |i| {
+                self.factors(mine[i], self.rank, calibration).map(|(_, f)| f.rank())
+            });
+            for rank in found {
+                ranks.push(grained(rank?));
+            }
+            Ok(())
+        })?;
+        groups.iter_mut().zip(ranks).for_each(|(g, rank)| g.rank = rank);
+        Ok(())
+    }
+
+    /// The matrices one below the other, and their factors.
+    fn factors(
+        &self,
+        group: &Group,
+        rank: Rank,
+        calibration: &Calibration,
+    ) -> Result<(Matrix, Factors), CompressError> {
+        let mut data = Vec::with_capacity(group.rows * group.cols);
+        for &i in &group.tensors {
+            data.extend(self.source.matrix(&self.source.tensors[i])?.data);
+        }
+        let whole = Matrix::new(group.rows, group.cols, data);
+        let name = &self.source.tensors[group.tensors[0]].name;
+        let moments = match self.aware {
+            true => Some(calibration.moments(name).ok_or_else(|| {
+                CompressError::Settings(format!("what '{name}' sees is not known"))
+            })?),
+            false => None,
+        };
+        let factors = factorise(&whole, rank, moments)?;
+        Ok((whole, factors))
+    }
+
+    fn make(
+        &self,
+        group: &Group,
+        calibration: &Calibration,
+        slots: &[Slot],
+        places: &[usize],
+    ) -> Result<Made, CompressError> {
+        let (before, Factors { mut a, mut b, .. }) =
+            self.factors(group, Rank::Exactly(group.rank), calibration)?;
+        let first = places[group.tensors[0]] - 1;
+        let mut tensors = Vec::new();
+        tensors.push((first, encode(&slots[first].name, slots[first].dtype, &mut b, None, None)?));
+        let mut reports = Vec::new();
+        let mut row = 0;
+        let inner_bytes = tensors[0].1.len() as u64;
+        for (n, &i) in group.tensors.iter().enumerate() {
+            let (tensor, slot) = (&self.source.tensors[i], &slots[places[i]]);
+            let rows = row..row + slot.dims[1] as usize;
+            let mut part = a.keep_rows(&rows.clone().collect::<Vec<_>>());
+            let bytes = encode(&slot.name, slot.dtype, &mut part, None, None)?;
+            a.data[rows.start * a.cols..rows.end * a.cols].copy_from_slice(&part.data);
+            row = rows.end;
+            let stored = bytes.len() as u64 + if n == 0 { inner_bytes } else { 0 };
+            reports.push(report(tensor, slot.dtype, stored));
+            tensors.push((places[i], bytes));
+        }
+        // Errors are those of what was stored.
+        let after = Factors { a, b, energy: 1.0 }.product();
+        let importance = calibration
+            .moments(&self.source.tensors[group.tensors[0]].name)
+            .map(crate::hessian::Moments::importance);
+        for report in &mut reports {
+            report.error = before.relative_error(&after);
+            report.output_error = importance.as_deref().map(|i| before.weighted_error(&after, i));
+        }
+        Ok((tensors, reports))
+    }
+}
+
+fn report(tensor: &TensorEntry, dtype: TensorType, stored: u64) -> TensorReport {
+    TensorReport {
+        name: tensor.name.clone(),
+        from: type_name(tensor.dtype),
+        to: type_name(dtype),
+        elements: tensor.elements(),
+        bytes_before: tensor.bytes,
+        bytes_stored: stored,
+        bytes_format: stored,
+        error: 0.0,
+        output_error: None,
+        sparsity: 0.0,
+    }
+}
+
+/// To the nearest multiple of what kernels need.
+fn grained(rank: usize) -> usize {
+    ((rank + GRAIN / 2) / GRAIN).max(1) * GRAIN
+}
+
+fn groups(source: &Source) -> Result<Vec<Group>, CompressError> {
+    let mut found = Vec::new();
+    for layer in 0..source.config.layers {
+        let place = |part: &&str| {
+            let name = format!("blk.{layer}.{part}.weight");
+            source.tensors.iter().position(|t| t.name == name)
+        };
+        let mut taken: Vec<usize> = Vec::new();
+        for names in GROUPS {
+            let all: Option<Vec<usize>> = names.iter().map(place).collect();
+            let Some(tensors) = all.filter(|all| !all.iter().any(|i| taken.contains(i))) else {
+                continue;
+            };
+            taken.extend(&tensors);
+            let dims = |&i: &usize| source.tensors[i].dims[1] as usize;
+            let rows = tensors.iter().map(dims).sum();
+            let first = &source.tensors[tensors[0]];
+            if source.tensor(&first.name.replace(".weight", "_in.weight")).is_ok() {
+                return Err(CompressError::Settings(format!(
+                    "tensor '{}' is factored already",
+                    first.name
+                )));
+            }
+            let cols = first.dims[0] as usize;
+            found.push(Group { layer, tensors, rows, cols, rank: 0 });
+        }
+    }
+    match found.is_empty() {
+        true => Err(CompressError::settings("the model has no matrices to factor")),
+        false => Ok(found),
+    }
+}
+
+/// The result's tensors, and where each of the source's is among them; a thin matrix comes just before
+/// the first that needs it.
+fn slots(source: &Source, groups: &[Group], store: TensorType) -> (Vec<Slot>, Vec<usize>) {
+    let (mut slots, mut places) = (Vec::new(), Vec::new());
+    for (i, tensor) in source.tensors.iter().enumerate() {
+        let mut slot = Slot::like(tensor);
+        if let Some(group) = groups.iter().find(|g| g.tensors.contains(&i)) {
+            let fitting = |cols: usize| fallback(store, cols).unwrap_or(TensorType::F16);
+            if group.tensors[0] == i {
+                let name = group.inner_name(source);
+                let dims = vec![group.cols as u64, group.rank as u64];
+                slots.push(Slot { name, dtype: fitting(group.cols), dims });
+            }
+            slot.dims[0] = group.rank as u64;
+            slot.dtype = fitting(group.rank);
+        }
+        places.push(slots.len());
+        slots.push(slot);
+    }
+    (slots, places)
+}
+
+fn notes(report: &mut StepReport, groups: &[Group], source: &Source) {
+    let mean = |of: &dyn Fn(&Group) -> usize| {
+        groups.iter().map(of).sum::<usize>() as f64 / groups.len().max(1) as f64
+    };
+    if groups.is_empty() {
+        report.notes.push("no factors would be smaller: the file is a copy".to_owned());
+        return;
+    }
+    let (full, left) = (mean(&|g| g.rows * g.cols), mean(&|g| g.rank * (g.rows + g.cols)));
+    report.notes.push(format!(
+        "{} products of {} layers have rank {:.0} on average: {:.2} of the multiplications; the \
+         engine multiplies factors",
+        groups.len(),
+        source.config.layers,
+        mean(&|g| g.rank),
+        left / full
+    ));
+    report.notes.push(
+        "other programs do not know factored matrices: the file is for this engine".to_owned(),
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_are_what_kernels_need() {
+        assert_eq!([1, 15, 16, 47, 48, 100].map(grained), [32, 32, 32, 32, 64, 96]);
+    }
+}
