@@ -23,7 +23,8 @@ fn main() {
     let (calibration, text) = (ids(calibration), ids(text));
     let chosen = variants(rest.first().map(String::as_str)).unwrap();
     let store = TensorType::F16;
-    let settings = Settings { calibration: &calibration, store, threads: 2, overwrite: true };
+    let settings =
+        Settings { calibration: &calibration, known: None, store, threads: 2, overwrite: true };
     let terms = Terms { window: 512, threads: 2, kv_dtype: Dtype::F16 };
     let mut start = Instant::now();
     let mut each = |e: &Entry, _: usize| {

@@ -28,6 +28,8 @@ use crate::{
 pub struct Settings<'a> {
     /// Token ids of the calibration text; may be empty where no step needs it.
     pub calibration: &'a [u32],
+    /// What is known of this model and that text already: it is not computed again.
+    pub known: Option<&'a Calibration>,
     /// Type of values that have no format of their own: F16, F32 or Q8_0.
     pub store: TensorType,
     /// Threads; they change nothing but the time.
@@ -163,28 +165,20 @@ impl Job<'_> {
             ..StepReport::default()
         };
         let (mut done, mut beyond, mut sample) = (0, 0, None);
-        let full = self.step.needs() == Needs::Products;
-        let mut calibrator = match self.step.needs() {
-            Needs::Nothing => None,
-            _ => Some(Calibrator::new(
-                source,
-                self.settings.calibration,
-                self.settings.threads,
-                full,
-            )?),
-        };
+        let mut calibrator = Calibrator::of(source, self.settings, self.step.needs())?;
         for layer in std::iter::once(None).chain((0..source.config.layers).map(Some)) {
-            let calibration = match (&mut calibrator, layer) {
+            let seen = match (&mut calibrator, layer) {
                 (Some(calibrator), Some(_)) => calibrator.next_layer()?.unwrap_or_default(),
                 _ => Calibration::default(),
             };
+            let calibration = self.settings.known.unwrap_or(&seen);
             let of_layer = |t: &&TensorEntry| Source::layer_of(&t.name) == layer;
             let indices: Vec<usize> =
                 (0..source.tensors.len()).filter(|&i| of_layer(&&source.tensors[i])).collect();
-            let factors = self.factors(&indices, &calibration)?;
+            let factors = self.factors(&indices, calibration)?;
             let threads = self.settings.threads;
             let changed = parallel(indices.len(), threads, |i| {
-                self.tensor(indices[i], &calibration, &factors)
+                self.tensor(indices[i], calibration, &factors)
             });
             for (&index, changed) in indices.iter().zip(changed) {
                 let (bytes, tensor) = match changed? {

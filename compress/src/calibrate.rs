@@ -18,7 +18,7 @@ use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
 
 use crate::hessian::Moments;
 use crate::watch::Watch;
-use crate::{CompressError, Source};
+use crate::{CompressError, Needs, Settings, Source};
 
 /// Positions of a text that are computed together; its parts are sequences of their own.
 const WINDOW: usize = 256;
@@ -92,6 +92,22 @@ impl Calibrator {
             stage.step(StageInput::Tokens(tokens), tokens.len(), out)?;
         }
         Ok(Self { files, hidden, tokens: tokens.len(), next: 0, threads, full })
+    }
+
+    /// As a step needs it; `None` where it needs nothing, or all is known.
+    ///
+    /// # Errors
+    /// As [`Calibrator::new`].
+    pub fn of(
+        source: &Source,
+        settings: &Settings<'_>,
+        needs: Needs,
+    ) -> Result<Option<Self>, CompressError> {
+        if needs == Needs::Nothing || settings.known.is_some() {
+            return Ok(None);
+        }
+        let full = needs == Needs::Products;
+        Self::new(source, settings.calibration, settings.threads, full).map(Some)
     }
 
     /// Takes the hidden states through the next layer; what its matrices saw. `None` after the last.
@@ -206,7 +222,7 @@ impl Stage {
         let sources = EngineSource::of_tensors(&tensors)?;
         let sources = Sources::new(&files.config, &sources)?;
         let inner = CpuBackend::new(isa, threads, threads);
-        let mut backend = Observed { inner, observer: Watch::new(full) };
+        let mut backend = Observed { inner, observer: Watch::new(full, threads) };
         let model = Decoder::load(&mut backend, &spec, &sources, &mut |_| {})?;
         let (tables, batch) = (BlockTables::new(&spec.settings), Batch::new(&spec.settings));
         Ok(Self { backend, model, tables, batch, sequences: 0 })

@@ -15,7 +15,9 @@ use crate::lowrank::{Factors, Rank, factorise, rank_of};
 use crate::quant::fallback;
 use crate::report::{StepReport, TensorReport, type_name};
 use crate::source::Kind;
-use crate::{Calibration, Calibrator, CompressError, Matrix, Sink, Slot, Source, Step, parallel};
+use crate::{
+    Calibration, Calibrator, CompressError, Matrix, Needs, Sink, Slot, Source, Step, parallel,
+};
 
 /// Matrices of a layer that share their input, as files have them.
 const GROUPS: [&[&str]; 6] = [
@@ -53,6 +55,9 @@ impl Group {
 
 /// What is written: the bytes of tensors, by their slot, and what became of the matrices.
 type Made = (Vec<(usize, Vec<u8>)>, Vec<TensorReport>);
+
+/// Called with a layer's groups and what they see.
+type Each<'a> = dyn FnMut(&[&Group], &Calibration) -> Result<(), CompressError> + 'a;
 
 /// What is being done.
 struct Job<'a> {
@@ -149,23 +154,17 @@ impl Job<'_> {
     }
 
     /// Calls `each` with every layer's groups and what they see, where that is needed.
-    fn each_layer(
-        &self,
-        groups: &[Group],
-        each: &mut dyn FnMut(&[&Group], &Calibration) -> Result<(), CompressError>,
-    ) -> Result<(), CompressError> {
+    fn each_layer(&self, groups: &[Group], each: &mut Each<'_>) -> Result<(), CompressError> {
         let (source, settings) = (self.source, self.settings);
-        let mut calibrator = match self.aware {
-            true => Some(Calibrator::new(source, settings.calibration, settings.threads, true)?),
-            false => None,
-        };
+        let needs = if self.aware { Needs::Products } else { Needs::Nothing };
+        let mut calibrator = Calibrator::of(source, settings, needs)?;
         for layer in 0..source.config.layers {
-            let calibration = match &mut calibrator {
+            let seen = match &mut calibrator {
                 Some(calibrator) => calibrator.next_layer()?.unwrap_or_default(),
                 None => Calibration::default(),
             };
             let mine: Vec<&Group> = groups.iter().filter(|g| g.layer == layer).collect();
-            each(&mine, &calibration)?;
+            each(&mine, settings.known.unwrap_or(&seen))?;
         }
         Ok(())
     }

@@ -4,11 +4,15 @@
 //! of a row errs by `e`, the columns after it make up for most of it: `w_k -= e / U_jj * U_jk`, `U`
 //! being the upper Cholesky factor of `H^-1` (Frantar et al., GPTQ, 2022, algorithm 1).
 
+use std::sync::PoisonError;
+
 use faer::linalg::solvers::DenseSolveCore;
 use faer::{Mat, Side};
 
-use crate::CompressError;
+use crate::{CompressError, parallel};
 
+/// Rows of `H` that a thread takes at once.
+const STRIPE: usize = 128;
 /// Damping of `H`: this part of the mean of its diagonal is added to it, as GPTQ does.
 const DAMPING: f64 = 0.01;
 
@@ -32,8 +36,8 @@ impl Moments {
         Self { cols, positions: 0, squares: vec![0.0; cols], gram }
     }
 
-    /// Adds inputs, `n x cols`.
-    pub fn add(&mut self, x: &[f32]) {
+    /// Adds inputs, `n x cols`; threads change nothing but the time.
+    pub fn add(&mut self, x: &[f32], threads: usize) {
         for row in x.chunks_exact(self.cols) {
             self.squares.iter_mut().zip(row).for_each(|(s, &x)| *s += f64::from(x) * f64::from(x));
         }
@@ -43,10 +47,19 @@ impl Moments {
             return;
         }
         let x = faer::MatRef::from_row_major_slice(x, n, self.cols);
-        // Symmetric, so the order of its indices does not matter.
-        let gram = faer::MatMut::from_row_major_slice_mut(&mut self.gram, self.cols, self.cols);
-        let (accum, par) = (faer::Accum::Add, faer::Par::Seq);
-        faer::linalg::matmul::matmul(gram, accum, x.transpose(), x, 1.0f32, par);
+        let (cols, accum) = (self.cols, faer::Accum::Add);
+        let share = cols.div_ceil(STRIPE);
+        let next = std::sync::Mutex::new(self.gram.chunks_mut(STRIPE * cols).enumerate());
+        parallel(threads.min(share), threads, |_| {
+            loop {
+                let taken = next.lock().unwrap_or_else(PoisonError::into_inner).next();
+                let Some((i, stripe)) = taken else { return };
+                let rows = stripe.len() / cols;
+                let gram = faer::MatMut::from_row_major_slice_mut(stripe, rows, cols);
+                let left = x.subcols(i * STRIPE, rows).transpose();
+                faer::linalg::matmul::matmul(gram, accum, left, x, 1.0f32, faer::Par::Seq);
+            }
+        });
     }
 
     /// Mean squares of the inputs: the importance of columns.
@@ -138,8 +151,8 @@ pub(crate) mod tests {
         let x = inputs(n, cols, 1);
         let mut moments = Moments::new(cols, true);
         // In two parts.
-        moments.add(&x[..20 * cols]);
-        moments.add(&x[20 * cols..]);
+        moments.add(&x[..20 * cols], 1);
+        moments.add(&x[20 * cols..], 2);
         assert_eq!(moments.positions, 50);
         for i in 0..cols {
             for j in 0..cols {
@@ -156,7 +169,7 @@ pub(crate) mod tests {
     fn the_factor_gives_the_inverse() {
         let cols = 8;
         let mut moments = Moments::new(cols, true);
-        moments.add(&inputs(100, cols, 2));
+        moments.add(&inputs(100, cols, 2), 1);
         let u = moments.compensation(false).unwrap().u;
         let h = moments.damped();
         // (U^T U) H = 1.

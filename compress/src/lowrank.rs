@@ -153,7 +153,7 @@ mod tests {
         let cols = 24;
         let x = inputs(300, cols, 6);
         let mut moments = Moments::new(cols, true);
-        moments.add(&x);
+        moments.add(&x, 1);
         let w = Matrix::new(16, cols, inputs(16, cols, 7));
         let [plain, aware] =
             [None, Some(&moments)].map(|m| factorise(&w, Rank::Size(0.5), m).unwrap().product());

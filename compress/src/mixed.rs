@@ -10,7 +10,7 @@ use crate::apply::{Settings, encode};
 use crate::hessian::Moments;
 use crate::quant::fallback;
 use crate::source::{is_head, is_layer_matrix};
-use crate::{Calibration, Calibrator, CompressError, Source, parallel};
+use crate::{Calibration, Calibrator, CompressError, Needs, Source, parallel};
 
 /// Types to choose from, cheapest first.
 const CHOICES: [TensorType; 6] = [
@@ -55,12 +55,13 @@ pub(crate) fn choose(
         )));
     }
     let mut prices = vec![Vec::new(); source.tensors.len()];
-    let mut calibrator = Calibrator::new(source, settings.calibration, settings.threads, false)?;
+    let mut calibrator = Calibrator::of(source, settings, Needs::Squares)?;
     for layer in std::iter::once(None).chain((0..source.config.layers).map(Some)) {
-        let calibration = match layer {
-            None => Calibration::default(),
-            Some(_) => calibrator.next_layer()?.unwrap_or_default(),
+        let seen = match (&mut calibrator, layer) {
+            (Some(calibrator), Some(_)) => calibrator.next_layer()?.unwrap_or_default(),
+            _ => Calibration::default(),
         };
+        let calibration = settings.known.unwrap_or(&seen);
         let of_layer = |&i: &usize| Source::layer_of(&source.tensors[i].name) == layer;
         let indices: Vec<usize> = (0..source.tensors.len()).filter(of_layer).collect();
         let found = parallel(indices.len(), settings.threads, |i| {

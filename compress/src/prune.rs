@@ -259,7 +259,7 @@ mod tests {
             row.iter_mut().for_each(|x| *x += 4.0 * common);
         }
         let mut moments = Moments::new(cols, true);
-        moments.add(&x);
+        moments.add(&x, 1);
         let u = moments.compensation(false).unwrap().u;
         let original = Matrix::new(1, cols, inputs(1, cols, 8));
         let error = |m: &Matrix| -> f64 {

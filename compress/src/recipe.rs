@@ -146,7 +146,7 @@ pub fn run(
                 let _ = fs::remove_file(&mark_path);
                 let source = Source::open(&current)?;
                 progress.begin(i + 1, recipe.steps.len(), &step.describe(), source.weight_bytes());
-                let settings = Settings { overwrite: true, ..*settings };
+                let settings = Settings { known: None, overwrite: true, ..*settings };
                 let report = apply(&source, &path, step, &settings, &mut |b| progress.advance(b))?;
                 let mark = Mark { of: of.clone(), report };
                 let json = serde_json::to_vec(&mark).expect("invariant: reports can be written");

@@ -53,12 +53,11 @@ pub(crate) fn apply(
             "steps that change the shape of a model need a GGUF file: convert the folder first",
         ));
     };
-    let calibration = if matches!(step, Step::KeepLayers { .. }) {
-        Calibration::default()
-    } else {
-        calibrate(source, settings.calibration, settings.threads, false, &mut |_| {})?
+    let seen = match (settings.known, step) {
+        (Some(_), _) | (_, Step::KeepLayers { .. }) => Calibration::default(),
+        _ => calibrate(source, settings.calibration, settings.threads, false, &mut |_| {})?,
     };
-    let (news, changes, note) = plan(source, step, &calibration)?;
+    let (news, changes, note) = plan(source, step, settings.known.unwrap_or(&seen))?;
     let Some(Value::Str(arch)) = gguf.metadata.get("general.architecture") else {
         return Err(CompressError::settings("the file does not name its architecture"));
     };

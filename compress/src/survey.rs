@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::apply::{Settings, apply};
 use crate::compare::{Entry, Original, Terms, judge};
 use crate::recipe::provenance;
-use crate::{CompressError, Source, Step};
+use crate::{Calibration, CompressError, Needs, Source, Step, calibrate};
 
 /// A name and the steps that make it.
 #[derive(Clone, Debug)]
@@ -21,6 +21,17 @@ pub struct Variant {
     pub name: String,
     /// One or more.
     pub steps: Vec<Step>,
+}
+
+/// Most memory for products of inputs that many methods share.
+const KNOWN_BYTES: u64 = 2 << 30;
+
+impl Variant {
+    /// What it is known by where it is kept.
+    fn key(&self) -> String {
+        let steps: Vec<String> = self.steps.iter().map(Step::describe).collect();
+        format!("{}: {}", self.name, steps.join("; "))
+    }
 }
 
 /// Name and steps, as TOML.
@@ -120,6 +131,10 @@ impl State {
         kept.filter(|kept| kept.of == of).unwrap_or(Self { of, done: Vec::new() })
     }
 
+    fn has(&self, key: &str) -> bool {
+        self.done.iter().any(|(known, _)| known == key)
+    }
+
     fn add(&mut self, path: Option<&Path>, key: &str, entry: &Entry) -> Result<(), CompressError> {
         self.done.push((key.to_owned(), entry.clone()));
         let Some(path) = path else { return Ok(()) };
@@ -162,6 +177,9 @@ pub fn survey(
     let at = std::env::temp_dir();
     let folder = tempfile::tempdir().map_err(io_error("make a folder in", &at))?;
     let mut kept = State::open(state, key(model, text, settings, terms)?);
+    let left = variants.iter().filter(|v| !kept.has(&v.key()));
+    let seen = known(model, left, settings)?;
+    let settings = &Settings { known: seen.as_ref(), ..*settings };
     let mut original = Original::open(model, text, terms)?;
     let eight = Terms { kv_dtype: Dtype::Int8, ..terms };
     let of = variants.len() + 2;
@@ -184,8 +202,7 @@ pub fn survey(
         add(name, &mut || judge(name, model, text, Some(&mut original), terms))?;
     }
     for variant in variants {
-        let steps: Vec<String> = variant.steps.iter().map(Step::describe).collect();
-        add(&steps.join("; "), &mut || {
+        add(&variant.key(), &mut || {
             let made = make(model, variant, folder.path(), settings).and_then(|(path, made)| {
                 let judged = judge(&variant.name, &path, text, Some(&mut original), terms);
                 let _ = std::fs::remove_file(&path);
@@ -201,6 +218,27 @@ pub fn survey(
         })?;
     }
     Ok(entries)
+}
+
+/// What many methods ask, found once: where one asks, and memory is not too dear.
+fn known<'a>(
+    model: &Path,
+    left: impl Iterator<Item = &'a Variant>,
+    settings: &Settings<'_>,
+) -> Result<Option<Calibration>, CompressError> {
+    let source = Source::open(model)?;
+    let needs = left.filter_map(|v| v.steps.first()).map(Step::needs).max();
+    let (hidden, ffn) = (u64::from(source.config.hidden), u64::from(source.config.ffn));
+    let bytes = 4 * u64::from(source.config.layers) * (3 * hidden * hidden + ffn * ffn);
+    match needs {
+        None | Some(Needs::Nothing) => Ok(None),
+        Some(Needs::Products) if bytes > KNOWN_BYTES => Ok(None),
+        Some(needs) => {
+            let full = needs == Needs::Products;
+            let (tokens, threads) = (settings.calibration, settings.threads);
+            calibrate(&source, tokens, threads, full, &mut |_| {}).map(Some)
+        }
+    }
 }
 
 /// What making a variant told.
@@ -222,7 +260,9 @@ fn make(
         let target = folder.join(format!("{i}.gguf"));
         // Shapes that change, and factors, are stored in eight bits, which costs next to nothing.
         let store = if step.is_structural() { TensorType::Q8_0 } else { settings.store };
-        let settings = Settings { store, overwrite: true, ..*settings };
+        // Of the model itself alone.
+        let known = settings.known.filter(|_| i == 0);
+        let settings = Settings { store, known, overwrite: true, ..*settings };
         let report = apply(&source, &target, step, &settings, &mut |_| {})?;
         if i > 0 {
             let _ = std::fs::remove_file(&current);

@@ -18,13 +18,14 @@ pub(crate) struct Watch {
     /// The first name of those that share inputs, by each name.
     pub(crate) first: HashMap<String, String>,
     full: bool,
+    threads: usize,
     room: Vec<f32>,
 }
 
 impl Watch {
     /// With `full`, products of inputs are kept, not only squares.
-    pub(crate) fn new(full: bool) -> Self {
-        Self { moments: HashMap::new(), first: HashMap::new(), full, room: Vec::new() }
+    pub(crate) fn new(full: bool, threads: usize) -> Self {
+        Self { moments: HashMap::new(), first: HashMap::new(), full, threads, room: Vec::new() }
     }
 }
 
@@ -41,7 +42,7 @@ impl Observer<CpuBackend> for Watch {
             self.room.resize(rows * about.cols, 0.0);
             backend.download(x, &mut self.room);
             let new = || Moments::new(about.cols, self.full);
-            self.moments.entry(first.clone()).or_insert_with(new).add(&self.room);
+            self.moments.entry(first.clone()).or_insert_with(new).add(&self.room, self.threads);
             for name in &about.names {
                 self.first.insert(name.clone(), first.clone());
             }

@@ -93,7 +93,7 @@ fn tokens(n: u32) -> Vec<u32> {
 }
 
 fn settings(calibration: &[u32]) -> Settings<'_> {
-    Settings { calibration, store: TensorType::F32, threads: 2, overwrite: false }
+    Settings { calibration, known: None, store: TensorType::F32, threads: 2, overwrite: false }
 }
 
 const TERMS: Terms = Terms { window: 64, threads: 1, kv_dtype: Dtype::F32 };

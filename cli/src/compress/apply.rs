@@ -41,6 +41,7 @@ pub(super) fn run(args: &ApplyArgs) -> anyhow::Result<()> {
     let source = Source::open(&model).map_err(failed)?;
     let settings = Settings {
         calibration: &calibration,
+        known: None,
         store,
         threads: args.common.threads(),
         overwrite: args.force,

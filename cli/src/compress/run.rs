@@ -71,7 +71,8 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
     };
     let tokens = tokenize(&model, &read(&recipe.evaluation, texts::HELD_OUT)?)?;
     let output = folder.join(&recipe.output);
-    let settings = Settings { calibration: &calibration, store, threads, overwrite: args.force };
+    let settings =
+        Settings { calibration: &calibration, known: None, store, threads, overwrite: args.force };
     let mut bar = Bar::default();
     let done = recipe::run(&recipe, &model, &output, &settings, &mut bar);
     bar.end();

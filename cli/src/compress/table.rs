@@ -50,7 +50,8 @@ pub(super) fn run(args: &TableArgs) -> anyhow::Result<()> {
     let calibration = args.common.calibration(&model)?;
     let threads = args.common.threads();
     let store = parse_type(&args.common.store).map_err(failed)?;
-    let settings = Settings { calibration: &calibration, store, threads, overwrite: true };
+    let settings =
+        Settings { calibration: &calibration, known: None, store, threads, overwrite: true };
     let terms = Terms { window: 512, threads, kv_dtype: Dtype::F16 };
     let (mut done, begun) = (0, Instant::now());
     let mut each = |entry: &Entry, of: usize| {

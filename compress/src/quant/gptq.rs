@@ -127,7 +127,7 @@ mod tests {
         let cols = 512;
         let x = inputs(900, cols, 9);
         let mut moments = Moments::new(cols, true);
-        moments.add(&x);
+        moments.add(&x, 1);
         let by = moments.compensation(true).unwrap();
         use TensorType::{Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0};
         for dtype in [Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q6_K] {

@@ -175,7 +175,7 @@ fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
 }
 
 fn parent(path: &Path) -> &Path {
-    path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
+    path.parent().filter(|folder| *folder != Path::new("")).unwrap_or_else(|| Path::new("."))
 }
 
 /// What is in it stays there, whatever happens; a folder that cannot be synced is not worth failing
