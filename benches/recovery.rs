@@ -1,11 +1,13 @@
-//! How long streams stand still when a stage is killed and a stand-by has its weights cached:
-//! `cargo bench --bench recovery -- --rounds 6`.
+//! How long streams stand still when a stage is killed, or drains, and a stand-by has its weights
+//! cached: `cargo bench --bench recovery -- --rounds 6 --drains 4`.
 //!
 //! Two stages and one node more, real processes on this machine with one cache folder between them,
 //! the real model, sixteen streams. Each round kills the node of one stage (`kill -9`), then starts
 //! it again as the stand-by. What is printed: from the kill to its detection, from there to the
 //! pipeline's being ready, and to the streams' next tokens, beside the bound of 0.5 s and 1.2 times
 //! what computing the streams' tokens anew takes at the rate at which prompts were computed before.
+//! A drain (SIGTERM) is judged by the longest silence of the streams while it goes on: what hands
+//! layers over beside the work stands still only for the switch, which computes the streams anew.
 //! It says more about recovery the less else runs on the machine; the load is printed too.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
@@ -148,21 +150,79 @@ fn round(
         let (next_p50, next_p99) = (next[next.len() / 2], next[next.len() - 1]);
         Round { detected: lost - killed, ready: ready - lost, next_p50, next_p99, replayed }
     });
-    nodes.retain(|(n, _)| *n != name);
-    nodes.push((name.clone(), node(coordinator, &name)));
-    wait_for("the node that was killed", || {
-        let status = block_on(async { ask::connect(config).await.status().await.unwrap() });
+    start_again(coordinator, nodes, &name);
+    (name, round)
+}
+
+/// Starts a node that has ended as the stand-by.
+fn start_again(coordinator: &Coordinator, nodes: &mut Vec<(String, Process)>, name: &str) {
+    nodes.retain(|(n, _)| n != name);
+    nodes.push((name.to_owned(), node(coordinator, name)));
+    wait_for("the node that has ended", || {
+        let client = &coordinator.client;
+        let status = block_on(async { ask::connect(client).await.status().await.unwrap() });
         (status.nodes == STAGES + 1).then_some(())
     });
     // It measures the model's layers before it is of use.
     std::thread::sleep(Duration::from_secs(3));
-    (name, round)
+}
+
+/// What a drain has shown; seconds.
+struct Drained {
+    /// From the signal to the process's end.
+    left: f64,
+    /// The longest silence of a stream that touches it: the median stream's, and the most of all.
+    silence_p50: f64,
+    silence_max: f64,
+    replayed: usize,
+}
+
+/// Asks the node of a stage to leave, under the streams.
+fn drain(
+    coordinator: &Coordinator,
+    nodes: &mut Vec<(String, Process)>,
+    stage: usize,
+    dice: &mut Dice,
+) -> Drained {
+    let config = &coordinator.client;
+    let status = block_on(async { ask::connect(config).await.status().await.unwrap() });
+    let name = status.stages[stage].node_name.clone();
+    let (times, prompts) = (fresh(), prompts(dice));
+    let drained = std::thread::scope(|scope| {
+        let reading = scope.spawn(|| read_all(config, prompts, TOKENS, &times));
+        wait_for("tokens of all streams", || {
+            times.lock().unwrap().iter().all(|t| t.len() >= BEFORE).then_some(())
+        });
+        let asked = now();
+        let victim = nodes.iter_mut().find(|(n, _)| *n == name).unwrap();
+        assert_eq!(victim.1.terminate().code(), Some(0), "{}", victim.1.log());
+        let ended = now();
+        reading.join().unwrap();
+        let times = times.lock().unwrap();
+        assert!(times.iter().all(|t| t.len() == TOKENS as usize), "a stream lost tokens");
+        let touches = |pair: &&[f64]| pair[0] < ended && pair[1] > asked;
+        let longest = |t: &Vec<f64>| {
+            let gaps = t.windows(2).filter(touches).map(|pair| pair[1] - pair[0]);
+            gaps.fold(0.0, f64::max)
+        };
+        let mut silences: Vec<f64> = times.iter().map(longest).collect();
+        silences.sort_by(f64::total_cmp);
+        let before = times.iter().map(|t| t.iter().filter(|&&at| at < ended).count());
+        let replayed = before.map(|tokens| PROMPT_TOKENS + tokens).sum();
+        let (silence_p50, silence_max) = (silences[STREAMS / 2], silences[STREAMS - 1]);
+        Drained { left: ended - asked, silence_p50, silence_max, replayed }
+    });
+    start_again(coordinator, nodes, &name);
+    drained
 }
 
 fn main() {
     let words: Vec<String> = std::env::args().collect();
-    let at = words.iter().position(|w| w == "--rounds");
-    let rounds: usize = at.and_then(|at| words.get(at + 1)).map_or(6, |w| w.parse().unwrap());
+    let number = |name: &str, default: usize| {
+        let at = words.iter().position(|w| w == name);
+        at.and_then(|at| words.get(at + 1)).map_or(default, |w| w.parse().unwrap())
+    };
+    let (rounds, drains) = (number("--rounds", 6), number("--drains", 4));
     let root = tempfile::tempdir().unwrap();
     let mut coordinator = Coordinator::start(root.path(), STAGES, &OPTIONS);
     let mut nodes = Vec::new();
@@ -196,4 +256,14 @@ fn main() {
         );
     }
     println!("{kept} of {rounds} within the bound");
+    println!("drain  left  silence p50    max  replayed  bound  (s)");
+    for number in 0..drains {
+        let stage = number % STAGES as usize;
+        let d = drain(&coordinator, &mut nodes, stage, &mut dice);
+        let bound = 0.5 + 1.2 * d.replayed as f64 / rate;
+        println!(
+            "{stage:>5}  {:>4.1}  {:>11.2}  {:>5.2}  {:>8}  {bound:>5.2}",
+            d.left, d.silence_p50, d.silence_max, d.replayed
+        );
+    }
 }

@@ -152,7 +152,7 @@ fn what_nodes_hang_of_runs_alone_and_then_fails() {
     let cluster = Mocked::start(&shape);
     let status = block_on(beside_poison(&cluster, poison, &prompts));
     assert_eq!(status.code, ErrorCode::Internal, "{status}");
-    assert!(status.message.contains("three nodes died or hung"), "{status}");
+    assert!(status.message.contains("four times nodes died or hung"), "{status}");
 }
 
 #[test]

@@ -219,8 +219,8 @@ impl Batcher {
                     }
                 }
                 Fate::Fails => {
-                    let message = "three nodes died or hung while this request was computed, the \
-                                   last one while nothing else was: it is not tried again";
+                    let message = "four times nodes died or hung while this request was computed, \
+                                   the last two while nothing else was: it is not tried again";
                     if let Some(request) = self.forget(id) {
                         self.fail(request, Status::internal(message));
                     }
