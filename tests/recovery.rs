@@ -13,7 +13,7 @@ use harness::{alone, block_on, http};
 use millrace_net::client::ClientConfig;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::rpc::{Choices, Prompt, TokenizeRequest};
+use millrace_shared::wire::rpc::{Choices, GenerateRequest, Prompt, TokenizeRequest};
 use serde_json::{Value, json};
 
 /// Enough that every answer is still under way when the first tokens of all have come.

@@ -9,7 +9,7 @@ use anyhow::{Context as _, anyhow};
 use millrace_net::certs::LiveIdentity;
 use millrace_net::client::ClientConfig;
 use millrace_net::join::JoinDesk;
-use millrace_net::{Alpn, Endpoint, timing, tls};
+use millrace_net::{Alpn, Endpoint, timing, tls, ulimits};
 use millrace_shared::model::ModelFiles;
 use millrace_shared::wire::rpc::ModelCard;
 use tokio::sync::watch;
@@ -102,6 +102,7 @@ impl Running {
 /// If the model cannot be served, the folder cannot be used, or a port is taken.
 pub async fn start(config: Config) -> anyhow::Result<Running> {
     config.security.check(config.http)?;
+    ulimits::prepare();
     let files = ModelFiles::open(&config.model)
         .with_context(|| format!("cannot serve {}", config.model.display()))?;
     let model_config = files.config.clone();

@@ -3,7 +3,7 @@
 
 mod api_common;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
@@ -468,6 +468,35 @@ fn hanging_up_cancels() {
         drop(connection);
         s.dropped.recv_timeout(DEADLINE).expect("the stream is dropped");
     }
+}
+
+/// Who reads nothing loses the connection, and with it the request, once what the system keeps for
+/// it is full; others are served meanwhile.
+#[test]
+fn who_reads_nothing_is_cut_off() {
+    let text = "x".repeat(64 << 10);
+    // Far more than the buffers of both ends.
+    let flood = (0..400).map(|index| token(index, 7, &text, None));
+    let endless = Script { hang: true, ..play([started()].into_iter().chain(flood).collect()) };
+    let s = server_with(endless, |c| c.unread_timeout = Duration::from_secs(1));
+    let mut slow = connect(s.addr);
+    let body = chat_body(json!({"stream": true})).to_string();
+    slow.write_all(post_text(CHAT, &body, "").as_bytes()).unwrap();
+    while s.fake.seen.lock().unwrap().is_empty() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    s.fake.set(hello());
+    let begun = std::time::Instant::now();
+    loop {
+        assert_eq!(post(s.addr, CHAT, &chat_body(json!({}))).status, 200, "others are served");
+        match s.dropped.try_recv() {
+            Ok(_) => break,
+            Err(e) => assert!(begun.elapsed() < DEADLINE, "{e}: it is kept for ever"),
+        }
+    }
+    let mut answer = Vec::new();
+    let _ = slow.read_to_end(&mut answer);
+    assert!(answer.len() < 400 << 16, "the answer was cut off, not ended");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use api_common::*;
-use millrace_coordinator::api::quic::{serve_connection, serve_connection_with};
+use millrace_coordinator::api::quic::{Patience, serve_connection_with};
 use millrace_net::client::{Client, ClientConfig};
 use millrace_net::{ClusterCa, Endpoint, tls};
 use millrace_shared::error::{ErrorCode, Status};
@@ -27,10 +27,10 @@ struct Server {
 }
 
 fn server(script: Script) -> Server {
-    server_with(script, None)
+    server_with(script, Patience::default())
 }
 
-fn server_with(script: Script, first_call: Option<Duration>) -> Server {
+fn server_with(script: Script, patience: Patience) -> Server {
     let ca = ClusterCa::create().unwrap();
     let tls = tls::public_server(&ca.issue_coordinator().unwrap()).unwrap();
     let endpoint = Endpoint::bind(SocketAddr::from(([127, 0, 0, 1], 0)), Some(tls)).unwrap();
@@ -47,12 +47,7 @@ fn server_with(script: Script, first_call: Option<Duration>) -> Server {
         while let Some(incoming) = endpoint.accept().await {
             let connection = incoming.handshake(DEADLINE).await.unwrap();
             let service = service.clone();
-            tokio::spawn(async move {
-                match first_call {
-                    None => serve_connection(connection, service).await,
-                    Some(limit) => serve_connection_with(connection, service, limit).await,
-                }
-            });
+            tokio::spawn(serve_connection_with(connection, service, patience));
         }
     });
     Server { fake, dropped, config, ca_der: ca.ca_der().to_vec() }
@@ -219,7 +214,8 @@ async fn calls_beyond_the_bound_wait() {
 /// A connection without a valid key does not keep its place; one with a key does.
 #[tokio::test]
 async fn who_shows_no_key_is_turned_out() {
-    let s = server_with(hello(), Some(Duration::from_millis(1500)));
+    let first_call = Duration::from_millis(1500);
+    let s = server_with(hello(), Patience { first_call, ..Patience::default() });
     let addr: SocketAddr = s.config.quic.parse().unwrap();
     let endpoint = Endpoint::client(addr).unwrap();
     let tls = tls::api_client(&s.ca_der).unwrap();
@@ -237,4 +233,41 @@ async fn who_shows_no_key_is_turned_out() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     soon(stream.next()).await.unwrap().unwrap();
     assert!(s.dropped.try_recv().is_err(), "the good client's request runs on");
+}
+
+/// A client that reads nothing of its answer loses it once what is kept for it is full, and holds up
+/// nobody, not even another call of its own connection.
+#[tokio::test]
+async fn who_reads_nothing_loses_the_answer() {
+    let reply = Duration::from_millis(500);
+    let s = server_with(hello(), Patience { reply, ..Patience::default() });
+    // Far more than the windows of both sides together.
+    let text = "x".repeat(64 << 10);
+    let flood = (0..200).map(|index| token(index, 7, &text, None));
+    let endless = Script { hang: true, ..play([started()].into_iter().chain(flood).collect()) };
+    s.fake.set(endless);
+    let slow = soon(Client::connect(&s.config)).await.unwrap();
+    let unread = soon(slow.generate(request())).await.unwrap();
+    while s.fake.seen.lock().unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let begun = std::time::Instant::now();
+    s.fake.set(hello());
+    let other = soon(Client::connect(&s.config)).await.unwrap();
+    let mut whole = 0;
+    let told = loop {
+        for client in [&other, &slow] {
+            let mut stream = soon(client.generate(request())).await.unwrap();
+            while let Some(event) = soon(stream.next()).await {
+                event.unwrap();
+            }
+            whole += 1;
+        }
+        match s.dropped.try_recv() {
+            Ok(id) => break id,
+            Err(e) => assert!(begun.elapsed() < DEADLINE, "{e}: it is kept for ever"),
+        }
+    };
+    assert_eq!(told, unread.request_id());
+    assert!(whole >= 2);
 }

@@ -25,7 +25,7 @@ use millrace_engine::Isa;
 use millrace_engine::mock::MockConfig;
 use millrace_engine::thread::EngineHandle;
 use millrace_net::certs::LiveIdentity;
-use millrace_net::{Endpoint, PeerName, timing, tls};
+use millrace_net::{Endpoint, PeerName, timing, tls, ulimits};
 use millrace_shared::wire::WIRE_VERSION;
 use millrace_shared::wire::control::Hello;
 use tokio::sync::oneshot;
@@ -116,6 +116,7 @@ pub async fn start_with(
     membership: Membership,
     mock: MockConfig,
 ) -> anyhow::Result<Running> {
+    ulimits::prepare();
     let isa = Isa::detect().map_err(anyhow::Error::msg)?;
     let engine = engines::of(&config, &mock)?;
     let hardware = engine.hardware(Hardware::probe(), isa);

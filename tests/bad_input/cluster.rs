@@ -41,8 +41,9 @@ async fn normal(client: &Client) -> Result<Answer, Status> {
 
 impl Cluster {
     async fn start(root: &Path) -> Self {
-        let coordinator =
-            Coordinator::start(root, 2, &["--kv-cache-tokens", "8192", "--engine", "mock"]);
+        let flags = ["--kv-cache-tokens", "8192", "--engine", "mock"];
+        // With everything in its log: some refusals are told nowhere else.
+        let coordinator = Coordinator::start_logging(root, 2, &flags);
         let mock: &[&str] = &["--engine", "mock"];
         let nodes = vec![coordinator.node("node-a", mock), coordinator.node("node-b", mock)];
         coordinator.wait_ready();

@@ -3,9 +3,12 @@
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
 mod cluster;
+mod crowds;
 mod files;
+mod kept;
 mod machine;
 mod members;
 mod peers;
 mod requests;
+mod signals;
 mod trust;

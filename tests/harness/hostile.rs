@@ -8,7 +8,8 @@ use millrace_net::{
 };
 use millrace_shared::id::NodeId;
 use millrace_shared::wire::control::{CoordinatorMessage, Hello, NodeMessage};
-use millrace_shared::wire::{ALPN_CLUSTER, COORDINATOR_NAME, MAX_CONTROL_BYTES, Plane};
+use millrace_shared::wire::rpc::CallHeader;
+use millrace_shared::wire::{ALPN_CLUSTER, COORDINATOR_NAME, MAX_CONTROL_BYTES, Plane, codec};
 
 use crate::DEADLINE;
 
@@ -67,6 +68,26 @@ pub async fn introduce(
     endpoint.close("done");
     endpoint.drain().await;
     answer
+}
+
+/// Begins a call with these bytes, whatever they are, on a stream of its own.
+///
+/// # Errors
+/// If the connection is gone.
+pub async fn begin_call(
+    connection: &Connection,
+    bytes: &[u8],
+) -> Result<(MessageSender, MessageReceiver), NetError> {
+    let (send, recv) = connection.open_bare().await?;
+    let mut out = MessageSender::new(send);
+    out.send_bytes(bytes.to_vec().into()).await?;
+    Ok((out, MessageReceiver::new(recv)))
+}
+
+/// The header of a call with this key, as it is sent.
+pub fn call_header(key: &str) -> Vec<u8> {
+    let metadata = vec![("authorization".to_owned(), format!("Bearer {key}"))];
+    codec::encode_frame(&CallHeader { metadata, deadline_ms: None })
 }
 
 /// Speaks the members' protocol but shows no certificate; how that ended.

@@ -9,6 +9,7 @@ use millrace_net::client::ClientConfig;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest, NodeStatus};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rlimit::Resource;
 
 use crate::{DEADLINE, ask, block_on, http, model_arg, program, wait_for};
 
@@ -101,6 +102,12 @@ impl Process {
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).expect("it runs");
+    }
+
+    /// Lowers or lifts what the system gives it, which it could itself.
+    pub fn limit(&self, resource: Resource, soft: u64) {
+        let pid = self.child.id().cast_signed();
+        rlimit::prlimit(pid, resource, Some((soft, rlimit::INFINITY)), None).expect("it runs");
     }
 
     /// `kill -9`.

@@ -32,10 +32,26 @@ const SCORES_PER_REPLY: usize = 512;
 /// Most ids in one reply: each takes at most five bytes of bincode.
 const MAX_REPLY_IDS: usize = (MAX_REPLY_BYTES - 64) / 5;
 
+/// How long clients may keep the server waiting.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// From the handshake to the first call with a valid key.
+    pub first_call: Duration,
+    /// For a client that reads nothing of its replies.
+    pub reply: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { first_call: timing::FIRST_CALL, reply: timing::REPLY_WRITE }
+    }
+}
+
 /// A connection and what its calls have in common.
 struct Client {
     connection: Connection,
     service: Arc<dyn Service>,
+    patience: Patience,
     /// Whether one of its calls had a valid key.
     proven: AtomicBool,
 }
@@ -43,19 +59,19 @@ struct Client {
 /// Serves one client until its connection ends, or until [`timing::FIRST_CALL`] has passed without
 /// a call with a valid key.
 pub async fn serve_connection(connection: Connection, service: Arc<dyn Service>) {
-    serve_connection_with(connection, service, timing::FIRST_CALL).await;
+    serve_connection_with(connection, service, Patience::default()).await;
 }
 
-/// [`serve_connection`] with another time for the first call.
+/// [`serve_connection`] with another patience.
 pub async fn serve_connection_with(
     connection: Connection,
     service: Arc<dyn Service>,
-    first_call: Duration,
+    patience: Patience,
 ) {
-    let client = Client { connection, service, proven: AtomicBool::new(false) };
+    let client = Client { connection, service, patience, proven: AtomicBool::new(false) };
     let connection = &client.connection;
     let mut calls = FuturesUnordered::new();
-    let mut waited = std::pin::pin!(tokio::time::sleep(first_call));
+    let mut waited = std::pin::pin!(tokio::time::sleep(patience.first_call));
     let mut waiting = true;
     loop {
         tokio::select! {
@@ -108,7 +124,8 @@ impl Client {
             Ok(caller) => caller,
             Err(status) => return call.refuse(status).await,
         };
-        let (method, room, mut replies) = call.method().await?;
+        let (method, room, replies) = call.method().await?;
+        let mut replies = replies.waiting(self.patience.reply);
         let gone = replies.closed();
         let answered = async {
             let connection = &self.connection;

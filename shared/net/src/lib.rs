@@ -46,6 +46,7 @@ pub mod telemetry;
 pub mod timing;
 pub mod tls;
 pub mod transport;
+pub mod ulimits;
 
 pub use edge::{EdgeReceiver, EdgeSender};
 pub use endpoint::{Connection, Endpoint, Incoming};

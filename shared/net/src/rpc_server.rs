@@ -5,6 +5,8 @@
 //! bounded over the whole process. A [`ReplySender`] answers and notices when the client goes away.
 //! What a method does, who may call it and when its deadline passes is the caller's business.
 
+use std::time::Duration;
+
 use millrace_shared::error::Status;
 use millrace_shared::wire::rpc::{CallHeader, GenerateEvent, Method, Reply};
 use millrace_shared::wire::{MAX_CALL_HEADER_BYTES, MAX_RPC_BYTES, codec};
@@ -55,7 +57,7 @@ pub async fn accept_call(stream: IncomingStream) -> Result<IncomingCall, NetErro
 }
 
 fn replies(out: MessageSender, messages: MessageReceiver) -> ReplySender {
-    ReplySender { out, _call: messages.into_stream() }
+    ReplySender { out, patience: timing::REPLY_WRITE, _call: messages.into_stream() }
 }
 
 impl IncomingCall {
@@ -125,15 +127,24 @@ async fn read_method(
 #[derive(Debug)]
 pub struct ReplySender {
     out: MessageSender,
+    /// How long the client may read nothing.
+    patience: Duration,
     /// Kept so that the client's half is not refused while the call runs.
     _call: RecvStream,
 }
 
 impl ReplySender {
+    /// With another time, instead of [`timing::REPLY_WRITE`], for which the client may read nothing.
+    #[must_use]
+    pub fn waiting(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
     /// Sends part of a continuation.
     ///
     /// # Errors
-    /// If the client is gone, or reads nothing for [`timing::REPLY_WRITE`].
+    /// If the client is gone, or reads nothing for too long.
     pub async fn event(&mut self, event: GenerateEvent) -> Result<(), NetError> {
         self.reply(&Reply::Event(event)).await
     }
@@ -143,7 +154,7 @@ impl ReplySender {
     /// # Errors
     /// As [`ReplySender::event`].
     pub async fn reply(&mut self, reply: &Reply) -> Result<(), NetError> {
-        within(timing::REPLY_WRITE, "a client that reads its replies", self.out.send(reply)).await
+        within(self.patience, "a client that reads its replies", self.out.send(reply)).await
     }
 
     /// Ends the call well.

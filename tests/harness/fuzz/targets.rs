@@ -7,7 +7,9 @@ use millrace_shared::model::ModelFiles;
 use millrace_shared::model::gguf::Gguf;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::control::{BlobRequest, CoordinatorMessage, NodeMessage};
-use millrace_shared::wire::data::{FrameHeader, HEADER_BYTES, OpenMeta, ResultMeta, StepMeta};
+use millrace_shared::wire::data::{
+    FrameHeader, HEADER_BYTES, MaskMeta, OpenMeta, ResultMeta, StepMeta,
+};
 use millrace_shared::wire::frame::{Frame, FrameBuffer, FrameMeta};
 use millrace_shared::wire::join::{JoinRequest, JoinResponse};
 use millrace_shared::wire::rpc::{CallHeader, Method, Reply};
@@ -56,6 +58,18 @@ fn step_meta(bytes: &[u8]) -> bool {
 
 fn result_meta(bytes: &[u8]) -> bool {
     ResultMeta::from_bytes(&aligned(bytes)).is_ok_and(|meta| meta.validate(1 << 16).is_ok())
+}
+
+/// Masks as a last stage asks them, whatever the vocabulary that they were made for.
+fn mask_meta(bytes: &[u8]) -> bool {
+    let Ok(meta) = MaskMeta::from_bytes(&aligned(bytes)) else { return false };
+    for allowed in meta.masks.iter().map(|mask| &mask.allowed) {
+        for vocab in [1, 300, usize::MAX] {
+            assert!(allowed.first(vocab).is_none_or(|id| allowed.allows(id)));
+        }
+        assert!(!allowed.allows(u32::MAX) || allowed.bytes() >= 1 << 29);
+    }
+    true
 }
 
 fn gguf(bytes: &[u8]) -> bool {
@@ -118,6 +132,7 @@ fn frame(bytes: &[u8]) -> bool {
     let _ = frame.payload_u32().map(<[u32]>::len);
     let _ = frame.meta::<ResultMeta>();
     let _ = frame.meta::<OpenMeta>();
+    let _ = frame.meta::<MaskMeta>();
     frame.meta::<StepMeta>().is_ok_and(|meta| meta.validate(4096).is_ok())
 }
 
@@ -190,6 +205,7 @@ fn messages() -> Vec<Target> {
         target("step meta", corpus::step_metas(), step_meta),
         target("result meta", corpus::result_metas(), result_meta),
         target("open meta", corpus::open_metas(), meta::<OpenMeta>),
+        target("mask meta", corpus::mask_metas(), mask_meta),
         Target {
             mend: Some(|bytes| mend_frame(bytes)),
             ..target("frame", corpus::frames(), frame)

@@ -57,7 +57,7 @@ const MAX_PER_HOST: usize = 512;
 const MAX_HANDSHAKES: usize = 64;
 /// From the first byte of a request's head to its last; slower ones are turned out.
 const HEAD: Duration = Duration::from_secs(10);
-/// How long a client may take nothing of what was sent to it, before its connection is cut.
+/// The usual [`HttpConfig::unread_timeout`].
 const UNREAD: Duration = Duration::from_secs(60);
 /// How long an idle connection stays open: longer than the 60 s at which proxies drop theirs.
 const IDLE: Duration = Duration::from_secs(75);
@@ -77,6 +77,8 @@ pub struct HttpConfig {
     pub shutdown_timeout: Duration,
     /// How long a request's body may take to come.
     pub body_timeout: Duration,
+    /// How long a client may take nothing of what was sent to it, before its connection is cut.
+    pub unread_timeout: Duration,
     /// HTTPS, and what it shows.
     pub tls: Option<WebCerts>,
     /// Let anybody read `/metrics`.
@@ -92,6 +94,7 @@ impl HttpConfig {
             keep_alive: Duration::from_secs(15),
             shutdown_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),
+            unread_timeout: UNREAD,
             tls: None,
             public_metrics: false,
         }
@@ -215,7 +218,7 @@ fn serve(
     listener: TcpListener,
     state: web::Data<AppState>,
 ) -> io::Result<Server> {
-    let public_metrics = config.public_metrics;
+    let (public_metrics, unread) = (config.public_metrics, config.unread_timeout);
     let server = HttpServer::new(move || {
         App::new()
             .app_data(state.clone())
@@ -240,7 +243,7 @@ fn serve(
             let tls = connection.downcast_ref::<TlsStream<TcpStream>>().map(|tls| tls.get_ref().0);
             let Some(tcp) = connection.downcast_ref::<TcpStream>().or(tls) else { return };
             #[cfg(target_os = "linux")]
-            if let Err(e) = SockRef::from(tcp).set_tcp_user_timeout(Some(UNREAD)) {
+            if let Err(e) = SockRef::from(tcp).set_tcp_user_timeout(Some(unread)) {
                 tracing::debug!("a client that reads nothing will not be noticed: {e}");
             }
             if let Ok(local) = tcp.local_addr() {

@@ -4,10 +4,10 @@
 use millrace_shared::id::SequenceId;
 use millrace_shared::model::TensorType;
 use millrace_shared::model::gguf::GgufWriter;
-use millrace_shared::sampling::SamplingParams;
+use millrace_shared::sampling::{SamplingParams, TokenMask};
 use millrace_shared::wire::data::{
-    ChosenToken, Failure, OpenMeta, ResultMeta, Row, RowOutcome, SequenceOpen, StageTime, StepMeta,
-    TableUpdate, Want,
+    ChosenToken, Failure, MaskMeta, OpenMeta, ResultMeta, Row, RowMask, RowOutcome, SequenceOpen,
+    StageTime, StepMeta, TableUpdate, Want,
 };
 use millrace_shared::wire::frame::FrameMeta;
 use millrace_shared::wire::rpc::{ChatMessage, PositionScore, TokenLogprobs};
@@ -165,6 +165,23 @@ pub(super) fn open_metas() -> Vec<Vec<u8>> {
     };
     let one = OpenMeta { opens: vec![open(1, 3)] };
     bytes([one, OpenMeta { opens: vec![open(0, 300), open(4, 9)] }, OpenMeta { opens: vec![] }])
+}
+
+pub(super) fn mask_metas() -> Vec<Vec<u8>> {
+    let mask = |sequence: u64, allowed: TokenMask| RowMask {
+        sequence: SequenceId(sequence),
+        position: 40,
+        allowed,
+    };
+    let wide = mask(6, TokenMask::from_words(vec![u32::MAX; 40]));
+    let one = mask(5, TokenMask::of([3, 70]));
+    // Of a request that ended: nothing is allowed.
+    let none = mask(7, TokenMask::default());
+    bytes([
+        MaskMeta { masks: vec![one.clone()] },
+        MaskMeta { masks: vec![one, wide, none] },
+        MaskMeta::default(),
+    ])
 }
 
 pub(super) fn frames() -> Vec<Vec<u8>> {
