@@ -147,6 +147,48 @@ async fn cluster(args: &PlanArgs) -> anyhow::Result<ClusterFile> {
     }
 }
 
+/// Most machines that [`fewest`] tries.
+const MOST_MACHINES: u32 = 256;
+
+/// The fewest machines of a kind that hold a model with `streams` streams, and the plan for them; `None`
+/// if there are none so few.
+///
+/// # Errors
+/// If there is no such kind, or no sound model at the path.
+pub(crate) fn fewest(
+    model: &std::path::Path,
+    kind: &str,
+    streams: u32,
+) -> anyhow::Result<Option<(u32, PlanReport)>> {
+    let name = model.to_str().context("a plan needs a path of UTF-8")?;
+    let files = input::header(name)?;
+    let parts = ModelParts { config: &files.config, tensors: &files.tensors };
+    for machines in 1..=MOST_MACHINES {
+        let nodes = format!("{machines}x{kind}");
+        let file = kinds::parse(&nodes).map_err(|e| usage(format!("--node-kind: {e}")))?;
+        let described = describe(&file, &parts).map_err(usage)?;
+        let args = PlanArgs {
+            model: name.to_owned(),
+            cluster: None,
+            nodes: Some(nodes),
+            save: None,
+            objective: Objective::Throughput,
+            concurrency: streams,
+            context: None,
+            stages: None,
+            pin: Vec::new(),
+            slo: None,
+            prompt_tokens: 256,
+            kv_cache_dtype: Dtype::F16,
+            output: TableOrJson::Json,
+        };
+        if let Ok(report) = plan(&args, &parts, &described) {
+            return Ok(Some((machines, report)));
+        }
+    }
+    Ok(None)
+}
+
 /// Pins nodes; here, where all nodes are known, each name must be one of theirs.
 fn pin(pins: &[Pin], described: &mut Described) -> Result<(), String> {
     let names: Vec<String> = described.nodes.iter().map(|n| n.name.clone()).collect();

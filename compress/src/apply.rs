@@ -376,7 +376,7 @@ impl Job<'_> {
                 report.bytes_format
             ));
         }
-        if report.sparsity() > 0.05 && !matches!(self.step, Step::FixedPoint { .. }) {
+        if report.sparsity() > 0.05 && self.step.prunes() {
             report.notes.push(
                 "zeros are stored and multiplied like any weight: the engine is no faster for them"
                     .to_owned(),

@@ -102,9 +102,14 @@ pub fn front(entries: &[Entry], loss: impl Fn(&Entry) -> Option<f64>) -> Vec<usi
         .collect()
 }
 
+/// Models nearer than this are the same but for rounding.
+const SAME: f64 = 1e-5;
+/// Nats per token above the best that a plot shows.
+const TALL: f64 = 2.5;
+
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1d232b;background:#fff}\
-table{border-collapse:collapse;width:100%;font-size:13px}td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e3e7ec}\
-td:first-child,th:first-child{text-align:left}tr.front td:first-child{font-weight:600;color:#0b6e4f}figure{margin:1.5rem 0}\
+table{border-collapse:collapse;width:100%;font-size:13px}td,th{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid #e3e7ec}\
+td:first-child,th:first-child{text-align:left}td.failed{text-align:left;white-space:normal}tr.front td:first-child{font-weight:600;color:#0b6e4f}figure{margin:1.5rem 0}\
 svg{width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:#3a4653}.failed{color:#a4262c}";
 
 /// One page: a table, and plots of quality against size and of speed against size. Needs nothing from
@@ -118,30 +123,30 @@ pub fn page(title: &str, entries: &[Entry], remarks: &[String]) -> String {
     for remark in remarks {
         let _ = write!(html, "<p>{}</p>", escape(remark));
     }
-    let kl = |e: &Entry| e.quality.mean_kl.filter(|_| e.failed.is_none());
+    let kl = |e: &Entry| e.quality.mean_kl.filter(|k| e.failed.is_none() && *k > SAME);
     let nll = |e: &Entry| e.failed.is_none().then_some(e.quality.mean_nll);
     let decode = |e: &Entry| {
         let ratio = e.speed.beside.map(|[_, decode]| decode);
         ratio.filter(|_| e.failed.is_none())
     };
     let on_front = front(entries, nll);
-    html +=
-        &plot("Mean NLL on the text (nats per token, lower is better)", entries, &nll, &on_front);
-    if entries.iter().filter_map(kl).any(|k| k > 0.0) {
-        let on_front = front(entries, kl);
-        html += &plot(
-            "KL divergence from the original (logarithmic, lower is better)",
-            entries,
-            &|e| kl(e).map(|k| k.max(1e-6).log10()),
-            &on_front,
-        );
-    }
+    let plain = |v: f64| format!("{v:.2}");
+    // What predicts nothing would press all others into a line.
+    let most = entries.iter().filter_map(nll).fold(f64::INFINITY, f64::min) + TALL;
+    let shown = |e: &Entry| nll(e).filter(|n| *n <= most);
+    let worse = entries.iter().filter_map(nll).filter(|n| *n > most).count();
+    let above = if worse > 0 { format!("; {worse} lie above") } else { String::new() };
+    let what = format!("Mean NLL on the text (nats per token, lower is better{above})");
+    html += &plot(&what, entries, &shown, &on_front, &plain);
     html += &plot(
-        "Speed of decoding one sequence, times the original's (higher is better)",
+        "KL divergence from the original (logarithmic, lower is better)",
         entries,
-        &decode,
-        &[],
+        &|e| kl(e).map(f64::log10),
+        &front(entries, kl),
+        &|v| format!("{:.4}", 10f64.powf(v)),
     );
+    let what = "Speed of decoding one sequence, times the original's (higher is better)";
+    html += &plot(what, entries, &decode, &[], &plain);
     html += "<table><tr><th>model<th>bytes<th>in the file<th>in memory<th>NLL<th>KL<th>same token<th>prompt tok/s<th>times<th>answer tok/s<th>times</tr>";
     for (i, e) in entries.iter().enumerate() {
         let name = escape(&e.name);
@@ -186,6 +191,7 @@ fn plot(
     entries: &[Entry],
     y: &dyn Fn(&Entry) -> Option<f64>,
     front: &[usize],
+    tick: &dyn Fn(f64) -> String,
 ) -> String {
     const W: f64 = 1000.0;
     const H: f64 = 420.0;
@@ -218,13 +224,14 @@ fn plot(
         let _ = write!(
             svg,
             "<line x1=\"{LEFT}\" x2=\"{W}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#e3e7ec\"/>\
-             <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{v:.2}</text>\
+             <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{v}</text>\
              <text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{x:.0} MB</text>",
             LEFT - 6.0,
             sy(v) + 4.0,
             sx(x),
             H - 14.0,
-            y = sy(v)
+            y = sy(v),
+            v = tick(v)
         );
     }
     let mut line: Vec<_> = points.iter().filter(|p| front.contains(&p.0)).collect();

@@ -220,6 +220,18 @@ impl Step {
         }
     }
 
+    /// Whether zeros are what it is for.
+    pub fn prunes(&self) -> bool {
+        matches!(
+            self,
+            Self::Magnitude { .. }
+                | Self::SignedThreshold { .. }
+                | Self::Random { .. }
+                | Self::Wanda { .. }
+                | Self::Sparsegpt { .. }
+        )
+    }
+
     /// Whether it changes shapes.
     pub fn is_structural(&self) -> bool {
         matches!(

@@ -7,9 +7,16 @@ use millrace_compress::compare::{Original, Terms, judge};
 use millrace_compress::recipe::{self, Recipe};
 use millrace_compress::survey::{survey, variants};
 use millrace_compress::{CompressError, Settings, Source, Step, StepReport, apply, calibrate};
+use millrace_engine::cpu::CpuEngine;
 use millrace_engine::target::TargetError;
+use millrace_engine::{Engine, Isa, LogitsRow, StageInput, StageOutput, StageSpec, TensorSource};
+use millrace_shared::id::SequenceId;
 use millrace_shared::model::gguf::GgufWriter;
-use millrace_shared::model::{Dtype, ModelFiles, TensorType};
+use millrace_shared::model::{
+    Dtype, ModelFiles, StageTensors, TensorEntry, TensorType, stage_tensors,
+};
+use millrace_shared::wire::control::EngineSettings;
+use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
 
 const HIDDEN: u64 = 64;
 const VOCAB: u64 = 96;
@@ -264,6 +271,85 @@ fn factors_compute_what_the_matrices_did() {
     let error = step(&factored, &twice, "method = 'low-rank', size = 0.5", &[]).unwrap_err();
     assert!(error.to_string().contains("is factored already"), "{error}");
     assert!(!twice.exists());
+}
+
+/// Logits after every position of a text, as bits, from stages that begin and end with these layers.
+fn through(path: &Path, cuts: &[u32], text: &[u32]) -> Vec<u32> {
+    let files = ModelFiles::open(path).expect("a model");
+    let source = |t: &TensorEntry| TensorSource {
+        entry: t.clone(),
+        path: files.path_of(t).to_owned(),
+        offset: t.offset,
+    };
+    let count = text.len() as u32;
+    let sequence = SequenceId(0);
+    let row =
+        Row { sequence, sequence_epoch: 0, position: 0, count, want: Want::Score { top_k: 0 } };
+    let blocks = (0..count.div_ceil(16)).collect();
+    let meta = StepMeta {
+        rows: vec![row],
+        tables: vec![TableUpdate { sequence, first: 0, blocks }],
+        ..StepMeta::default()
+    };
+    let mut hidden = vec![0f32; text.len() * files.config.hidden as usize];
+    let mut bits = Vec::new();
+    for (i, layers) in cuts.windows(2).map(|cut| cut[0]..cut[1]).enumerate() {
+        let (embed, head) = (i == 0, i + 2 == cuts.len());
+        let needed = StageTensors { layers: layers.clone(), embed, head };
+        let tensors: Vec<TensorSource> =
+            stage_tensors(&files.config, &files.tensors, &needed).into_iter().map(source).collect();
+        let spec = StageSpec {
+            config: files.config.clone(),
+            layers: layers.clone(),
+            embed,
+            head,
+            settings: EngineSettings {
+                kv_blocks: 8,
+                kv_block_size: 16,
+                kv_dtype: Dtype::F16,
+                activation_dtype: Dtype::F16,
+                max_batch_tokens: 64,
+                max_num_seqs: 1,
+                max_model_len: 128,
+            },
+            threads: 1 + i % 2,
+            host_threads: 2,
+            isa: Isa::detect().expect("a known processor"),
+            packed_cache: None,
+        };
+        let mut engine = CpuEngine::new();
+        engine.load(&spec, &tensors, &mut |_| {}).expect("a stage");
+        let from = hidden.clone();
+        let input = if embed { StageInput::Tokens(text) } else { StageInput::Hidden(&from) };
+        let mut sink = |row: LogitsRow<'_>| bits.extend(row.logits.iter().map(|x| x.to_bits()));
+        let output =
+            if head { StageOutput::Logits(&mut sink) } else { StageOutput::Hidden(&mut hidden) };
+        engine.step(&meta, input, output).expect("a step");
+    }
+    bits
+}
+
+#[test]
+fn three_stages_compute_what_one_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(dir.path(), None);
+    let (calibration, text) = (tokens(300), tokens(48));
+    for (i, method) in [
+        "method = 'low-rank', size = 0.6, aware = true",
+        "method = 'quantise', type = 'q4_0', gptq = true",
+        "method = 'mixed', bytes = 150000",
+        "method = 'sparsegpt', sparsity = 0.5",
+        "method = 'drop-channels', fraction = 0.25",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let target = dir.path().join(format!("{i}.gguf"));
+        step(&path, &target, method, &calibration).unwrap();
+        let one = through(&target, &[0, 4], &text);
+        assert_eq!(one.len(), text.len() * VOCAB as usize);
+        assert_eq!(one, through(&target, &[0, 1, 2, 4], &text), "{method}");
+    }
 }
 
 #[test]

@@ -7,10 +7,12 @@ use clap::Args;
 use millrace_compress::compare::{Entry, Original, Terms, judge};
 use millrace_compress::recipe::{self, Recipe, RunReport};
 use millrace_compress::{Settings, parse_type, texts};
+use millrace_coordinator::plan::report::PlanReport;
 use millrace_shared::model::Dtype;
 use serde::Serialize;
 
 use super::{Bar, failed, print, table, threads, tokenize};
+use crate::plan::fewest;
 use crate::{input, output};
 
 /// Flags of `compress run`.
@@ -22,9 +24,13 @@ pub(crate) struct RunArgs {
     /// Replace the recipe's output if it is there
     #[arg(long)]
     force: bool,
-    /// Memory of a node, for the plan: how many of them hold the model
-    #[arg(long, value_name = "GIGABYTES", default_value_t = 16.0)]
-    node_memory: f64,
+    /// Kind of machine for the plan, as `millrace plan --nodes` names them: how many of them hold the
+    /// model, and how fast that will be
+    #[arg(long, value_name = "KIND", default_value = "cpu-4c-16g")]
+    node_kind: String,
+    /// Streams at once, for the plan
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    streams: u32,
     /// Threads [default: the cores this process may use]
     #[arg(long, short = 't', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -42,16 +48,36 @@ struct Report {
     plan: Plan,
 }
 
-/// How many nodes suffice: each holds weights, and as much again for cache and activations is kept free
-/// of a quarter of its memory.
+/// How many machines of a kind suffice, and what the planner predicts for them; estimates from nominal
+/// figures.
 #[derive(Serialize)]
 struct Plan {
-    node_memory_bytes: u64,
-    nodes_before: u64,
-    nodes_after: u64,
-    /// As measured on this machine, one sequence.
-    tokens_per_second_before: f64,
-    tokens_per_second_after: f64,
+    node_kind: String,
+    streams: u32,
+    /// Not there if no number of them holds the model.
+    before: Option<Suffices>,
+    after: Option<Suffices>,
+}
+
+/// The fewest machines, and the plan for them.
+#[derive(Serialize)]
+struct Suffices {
+    nodes: u32,
+    plan: PlanReport,
+}
+
+impl Suffices {
+    fn of(model: &Path, args: &RunArgs) -> anyhow::Result<Option<Self>> {
+        let found = fewest(model, &args.node_kind, args.streams)?;
+        Ok(found.map(|(nodes, plan)| Self { nodes, plan }))
+    }
+
+    fn told(found: Option<&Self>) -> String {
+        found.map_or_else(
+            || "more than can be".to_owned(),
+            |s| format!("{}, {:.1} tokens/s predicted", s.nodes, s.plan.tokens_per_second),
+        )
+    }
 }
 
 pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
@@ -73,6 +99,8 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
     let output = folder.join(&recipe.output);
     let settings =
         Settings { calibration: &calibration, known: None, store, threads, overwrite: args.force };
+    // Before any work: a kind that there is.
+    fewest(&model, &args.node_kind, args.streams)?;
     let mut bar = Bar::default();
     let done = recipe::run(&recipe, &model, &output, &settings, &mut bar);
     bar.end();
@@ -88,13 +116,11 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
     table::print(&[report.before, report.after])?;
     let plan = &report.plan;
     output::write(format_args!(
-        "nodes of {:.0} GB that hold it: {} before, {} now; tokens a second on this machine: {:.1} \
-         before, {:.1} now\nreport: {}\n",
-        args.node_memory,
-        plan.nodes_before,
-        plan.nodes_after,
-        plan.tokens_per_second_before,
-        plan.tokens_per_second_after,
+        "machines of kind {} that hold it with {} streams: before {}; now {}\nreport: {}\n",
+        plan.node_kind,
+        plan.streams,
+        Suffices::told(plan.before.as_ref()),
+        Suffices::told(plan.after.as_ref()),
         beside.display()
     ))
 }
@@ -113,14 +139,11 @@ fn report(
     if let Some(last) = run.steps.last() {
         after.format_bytes = last.bytes_format.min(after.file_bytes);
     }
-    let node = (args.node_memory * 1e9) as u64;
-    let nodes = |bytes: u64| bytes.div_ceil((node / 4 * 3).max(1)).max(1);
     let plan = Plan {
-        node_memory_bytes: node,
-        nodes_before: nodes(before.memory_bytes),
-        nodes_after: nodes(after.memory_bytes),
-        tokens_per_second_before: before.speed.decode,
-        tokens_per_second_after: after.speed.decode,
+        node_kind: args.node_kind.clone(),
+        streams: args.streams,
+        before: Suffices::of(model, args)?,
+        after: Suffices::of(output, args)?,
     };
     Ok(Report { run, before, after, plan })
 }
