@@ -52,7 +52,7 @@ impl Heard {
                 self.seed = seed;
                 self.choices.resize_with(choices as usize, Said::default);
             }
-            GenerateEvent::Token { choice, index, token_id, text, logprobs } => {
+            GenerateEvent::Token { choice, index, token_id, text, logprobs, .. } => {
                 let said = &mut self.choices[choice as usize];
                 assert_eq!(index as usize, at(choice) + said.tokens.len(), "each token once");
                 said.tokens.push((token_id, text, logprobs));

@@ -109,15 +109,14 @@ impl<'a> Conversation<'a> {
     /// Replaces what the model is told before everything else.
     pub(crate) fn system(&mut self, text: Option<&str>) {
         self.messages.retain(|m| m.role != "system");
-        let message =
-            |content: &str| ChatMessage { role: "system".into(), content: content.into() };
+        let message = |content: &str| ChatMessage::new("system", content);
         if let Some(text) = text.filter(|t| !t.is_empty()) {
             self.messages.insert(0, message(text));
         }
     }
 
     fn say(&mut self, role: &str, content: &str) {
-        self.messages.push(ChatMessage { role: role.to_owned(), content: content.to_owned() });
+        self.messages.push(ChatMessage::new(role, content));
     }
 
     fn clear(&mut self) {
@@ -146,7 +145,7 @@ impl<'a> Conversation<'a> {
     async fn stream(&self, answer: &mut String) -> anyhow::Result<Ended> {
         let request = GenerateRequest {
             model: String::new(),
-            prompt: Prompt::Chat(self.messages.clone()),
+            prompt: Prompt::Chat(self.messages.clone().into()),
             params: self.params.clone(),
             choices: Choices::default(),
         };

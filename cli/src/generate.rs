@@ -157,7 +157,7 @@ impl Answer {
                 }
                 text
             }
-            GenerateEvent::Finished { choice, reason, text, usage, timings } => {
+            GenerateEvent::Finished { choice, reason, text, usage, timings, .. } => {
                 if let Some(of) = self.choices.get_mut(choice as usize) {
                     of.finish(reason, &text, Rates::new(usage, timings));
                 }
@@ -240,6 +240,7 @@ mod tests {
                 token_id,
                 text: text.to_owned(),
                 logprobs: Some(TokenLogprobs { logprob: -0.5, top: vec![(token_id, -0.5)] }),
+                calls: Vec::new(),
             };
             assert_eq!(answer.take(token(0, 7, "a")), "a");
             assert_eq!(answer.take(token(1, 8 + choice, "")), "");
@@ -247,6 +248,7 @@ mod tests {
                 choice,
                 reason: FinishReason::Length,
                 text: "b".to_owned(),
+                calls: Vec::new(),
                 usage: Usage { prompt_tokens: 2, completion_tokens: 2, ..Usage::default() },
                 timings: Timings { queue_ms: 1.0, ttft_ms: 5.0, decode_ms: 10.0 },
             });

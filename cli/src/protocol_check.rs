@@ -10,8 +10,8 @@ use millrace_shared::sampling::{Grammar, SamplingParams};
 use millrace_shared::wire::ALPN_CLIENT;
 use millrace_shared::wire::codec::encode;
 use millrace_shared::wire::rpc::{
-    CallHeader, ChatMessage, Choices, FinishReason, GenerateEvent, GenerateRequest, Method, Prompt,
-    Reply, Timings, TokenLogprobs, Usage,
+    CallHeader, CallPiece, ChatMessage, Choices, Conversation, FinishReason, GenerateEvent,
+    GenerateRequest, Method, Prompt, Reply, Timings, TokenLogprobs, ToolCall, ToolChoice, Usage,
 };
 use serde_json::json;
 
@@ -42,21 +42,32 @@ fn asked() -> Vec<(&'static str, Vec<u8>)> {
         logprobs: Some(5),
         ..SamplingParams::default()
     };
-    let turn =
-        |role: &str, content: &str| ChatMessage { role: role.into(), content: content.into() };
-    let chat = vec![turn("system", "Be brief."), turn("user", "Why?")];
+    let chat = vec![ChatMessage::new("system", "Be brief."), ChatMessage::new("user", "Why?")];
+    let call = ToolCall { id: "c1".into(), name: "f".into(), arguments: "{}".into() };
+    let called = ChatMessage { tool_calls: vec![call], ..ChatMessage::new("assistant", "") };
+    let answered = ChatMessage { tool_call_id: Some("c1".into()), ..ChatMessage::new("tool", "4") };
+    let tools = Conversation {
+        messages: vec![ChatMessage::new("user", "Why?"), called, answered],
+        tools: vec![r#"{"name": "f"}"#.into()],
+        tool_choice: ToolChoice::Named("f".into()),
+        single_call: true,
+    };
     let plain = SamplingParams::default();
     let regex =
         SamplingParams { grammar: Some(Grammar::Regex("a+".into())), ..SamplingParams::default() };
     let ids = vec![1, 250, 251, 65_535, 65_536];
     vec![
         ("header", encode(&header)),
-        ("generate text", generate("", Prompt::Text("Once upon".into()), plain, Choices::of(1))),
+        (
+            "generate text",
+            generate("", Prompt::Text("Once upon".into()), plain.clone(), Choices::of(1)),
+        ),
         (
             "generate tokens",
             generate("m", Prompt::Tokens(ids), params.clone(), Choices { n: 2, best_of: 3 }),
         ),
-        ("generate chat", generate("", Prompt::Chat(chat), params, Choices::of(1))),
+        ("generate chat", generate("", Prompt::Chat(chat.into()), params, Choices::of(1))),
+        ("generate tools", generate("", Prompt::Chat(tools), plain.clone(), Choices::of(1))),
         ("generate regex", generate("", Prompt::Text("x".into()), regex, Choices::of(1))),
     ]
 }
@@ -64,8 +75,12 @@ fn asked() -> Vec<(&'static str, Vec<u8>)> {
 fn heard() -> Vec<(&'static str, Vec<u8>)> {
     let event = |event: GenerateEvent| encode(&Reply::Event(event));
     let token = |choice, index, token_id, text: &str, logprobs| {
-        event(GenerateEvent::Token { choice, index, token_id, text: text.to_owned(), logprobs })
+        let (text, calls) = (text.to_owned(), Vec::new());
+        event(GenerateEvent::Token { choice, index, token_id, text, logprobs, calls })
     };
+    let (id, name) = ("c1".to_owned(), "f".to_owned());
+    let opened = CallPiece { call: 1, id, name, arguments: "{".to_owned() };
+    let more = CallPiece { call: 1, arguments: "}".to_owned(), ..CallPiece::default() };
     let logprobs = TokenLogprobs { logprob: -0.5, top: vec![(42, -0.5), (43, -1.25)] };
     let failed = Status {
         code: ErrorCode::ResourceExhausted,
@@ -86,11 +101,34 @@ fn heard() -> Vec<(&'static str, Vec<u8>)> {
         ("token", token(1, 7, 42, " né", Some(logprobs))),
         ("token without", token(0, 8, 0, "", None)),
         (
+            "token with a call",
+            event(GenerateEvent::Token {
+                choice: 0,
+                index: 9,
+                token_id: 1,
+                text: String::new(),
+                logprobs: None,
+                calls: vec![opened],
+            }),
+        ),
+        (
+            "finished with a call",
+            event(GenerateEvent::Finished {
+                choice: 0,
+                reason: FinishReason::ToolCalls,
+                text: String::new(),
+                calls: vec![more],
+                usage: Usage::default(),
+                timings: Timings::default(),
+            }),
+        ),
+        (
             "finished",
             event(GenerateEvent::Finished {
                 choice: 0,
                 reason: FinishReason::Length,
                 text: "end".to_owned(),
+                calls: Vec::new(),
                 usage: Usage {
                     prompt_tokens: 3,
                     completion_tokens: 260,

@@ -19,7 +19,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import AsyncIterator, Optional, Union
 
-ALPN = "millrace-client/7"
+ALPN = "millrace-client/8"
 # Name in the coordinator's certificate, where that is of the cluster's own CA.
 SERVER_NAME = "coordinator.millrace.internal"
 MAX_REPLY_BYTES = 16 << 20
@@ -32,7 +32,8 @@ CODES = [
     ("PERMISSION_DENIED", 7), ("RESOURCE_EXHAUSTED", 8), ("FAILED_PRECONDITION", 9),
     ("UNIMPLEMENTED", 12), ("INTERNAL", 13), ("UNAVAILABLE", 14), ("UNAUTHENTICATED", 16),
 ]
-REASONS = ["stop", "length", "cancelled"]
+REASONS = ["stop", "length", "cancelled", "tool_calls"]
+TOOL_CHOICES = ["auto", "none", "required"]
 
 
 # ---- bincode
@@ -165,6 +166,16 @@ def write_grammar(w: Writer, kind: str, source: str = "") -> None:
 
 
 @dataclass
+class CallPiece:
+    """What became known of a tool call: `id` and `name` come with its first piece, then arguments."""
+
+    call: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass
 class Started:
     request_id: uuid.UUID
     prompt_token_ids: list
@@ -180,6 +191,7 @@ class Token:
     text: str
     logprob: Optional[float]
     top: list  # of (token id, log-probability)
+    calls: list = field(default_factory=list)  # of CallPiece
 
 
 @dataclass
@@ -194,6 +206,7 @@ class Finished:
     queue_ms: float
     ttft_ms: float
     decode_ms: float
+    calls: list = field(default_factory=list)  # of CallPiece
 
 
 class Failed(Exception):
@@ -222,8 +235,21 @@ def call_header(api_key: str, deadline_ms: Optional[int] = None, metadata: tuple
     return bytes(w.out)
 
 
-def generate(prompt, params: Params, model: str = "", n: int = 1, best_of: Optional[int] = None) -> bytes:
-    """Method::Generate. `prompt`: a text, a list of token ids, or a list of {"role", "content"}."""
+def write_message(w: Writer, message: dict) -> None:
+    w.text(message["role"])
+    w.text(message.get("content") or "")
+    calls = [(c["id"], c["function"]) for c in message.get("tool_calls", [])]
+    w.list(calls, lambda c: (w.text(c[0]), w.text(c[1]["name"]), w.text(c[1]["arguments"])))
+    w.option(message.get("tool_call_id"), w.text)
+
+
+def generate(
+    prompt, params: Params, model: str = "", n: int = 1, best_of: Optional[int] = None,
+    tools: tuple = (), tool_choice: str = "auto", single_call: bool = False,
+) -> bytes:
+    """Method::Generate. `prompt`: a text, a list of token ids, or a list of messages as of OpenAI's API.
+    `tools`: functions, each {"name", "description", "parameters"}; `tool_choice`: auto, none, required,
+    or the name of one."""
     w = Writer()
     w.uint(0)
     w.text(model)
@@ -232,7 +258,13 @@ def generate(prompt, params: Params, model: str = "", n: int = 1, best_of: Optio
         w.text(prompt)
     elif prompt and isinstance(prompt[0], dict):
         w.uint(2)
-        w.list(prompt, lambda m: (w.text(m["role"]), w.text(m["content"])))
+        w.list(prompt, lambda message: write_message(w, message))
+        w.list(tools, lambda tool: w.text(json.dumps(tool)))
+        named = tool_choice not in TOOL_CHOICES
+        w.uint(len(TOOL_CHOICES) if named else TOOL_CHOICES.index(tool_choice))
+        if named:
+            w.text(tool_choice)
+        w.byte(single_call)
     else:
         w.uint(1)
         w.list(prompt, w.uint)
@@ -261,6 +293,10 @@ def reply(body: bytes):
     return made
 
 
+def _piece(r: Reader) -> CallPiece:
+    return CallPiece(r.uint(), r.text(), r.text(), r.text())
+
+
 def _event(r: Reader) -> Event:
     kind = r.uint()
     if kind == 0:
@@ -270,10 +306,10 @@ def _event(r: Reader) -> Event:
         choice, index, token_id, text = r.uint(), r.uint(), r.uint(), r.text()
         pair = lambda: (r.uint(), r.f32())
         logprobs = r.option(lambda: (r.f32(), r.list(pair)))
-        return Token(choice, index, token_id, text, *(logprobs or (None, [])))
+        return Token(choice, index, token_id, text, *(logprobs or (None, [])), r.list(lambda: _piece(r)))
     if kind == 2:
-        choice, reason, text = r.uint(), REASONS[r.uint()], r.text()
-        return Finished(choice, reason, text, *(r.uint() for _ in range(4)), *(r.f64() for _ in range(3)))
+        choice, reason, text, calls = r.uint(), REASONS[r.uint()], r.text(), r.list(lambda: _piece(r))
+        return Finished(choice, reason, text, *(r.uint() for _ in range(4)), *(r.f64() for _ in range(3)), calls)
     raise ValueError(f"there is no event of kind {kind}")
 
 
@@ -353,11 +389,17 @@ def self_test(path: str) -> None:
         stop=["\n", "né"], stop_token_ids=[2], ignore_eos=True, logprobs=5,
     )
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    called = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "content": "4", "tool_call_id": "c1"},
+    ]
     made = {
         "header": call_header("key", 2500, (("millrace-priority", "high"),)),
         "generate text": generate("Once upon", Params()),
         "generate tokens": generate([1, 250, 251, 65_535, 65_536], params, "m", 2, 3),
         "generate chat": generate(chat, params),
+        "generate tools": generate(called, Params(), tools=({"name": "f"},), tool_choice="f", single_call=True),
         "generate regex": generate("x", Params(grammar=("regex", "a+"))),
     }
     for name, body in made.items():
@@ -367,6 +409,8 @@ def self_test(path: str) -> None:
         "started": Started(ident, [1, 2, 300], 1 << 33, 2),
         "token": Token(1, 7, 42, " né", -0.5, [(42, -0.5), (43, -1.25)]),
         "token without": Token(0, 8, 0, "", None, []),
+        "token with a call": Token(0, 9, 1, "", None, [], [CallPiece(1, "c1", "f", "{")]),
+        "finished with a call": Finished(0, "tool_calls", "", 0, 0, 0, 0, 0.0, 0.0, 0.0, [CallPiece(1, "", "", "}")]),
         "finished": Finished(0, "length", "end", 3, 260, 1, 0, 0.5, 12.25, 1e3),
         "done": DONE,
     }

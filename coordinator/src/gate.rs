@@ -389,6 +389,18 @@ impl<S: Service> Service for Gate<S> {
         .boxed()
     }
 
+    fn forget(
+        &self,
+        request_id: RequestId,
+        mut caller: Caller,
+    ) -> BoxFuture<'_, Result<(), Status>> {
+        async move {
+            self.known(&mut caller)?;
+            self.inner.forget(request_id, caller).await
+        }
+        .boxed()
+    }
+
     fn status(&self) -> BoxFuture<'_, ClusterStatus> {
         self.inner.status()
     }

@@ -36,10 +36,18 @@ pub struct EventStream {
     events: mpsc::Receiver<Result<GenerateEvent, Status>>,
     meter: Option<Box<dyn Meter>>,
     departure: Arc<Departure>,
-    /// What the API that took the request wanted to be remembered.
-    tag: u32,
+    origin: Origin,
+}
+
+/// Where a request came from.
+#[derive(Clone, Debug, Default)]
+pub struct Origin {
+    /// [`Caller::tag`] of whoever submitted it.
+    pub tag: u32,
+    /// [`Caller::note`] of the same.
+    pub note: Arc<[u8]>,
     /// When it was submitted, milliseconds since 1970; 0 where nobody knows.
-    submitted_ms: u64,
+    pub submitted_ms: u64,
 }
 
 /// Events that are made again from the log, once all of it is durable.
@@ -91,27 +99,21 @@ impl EventStream {
             events,
             meter: None,
             departure: Arc::default(),
-            tag: 0,
-            submitted_ms: 0,
+            origin: Origin::default(),
         };
         (sender, stream)
     }
 
-    /// The same stream, of a request that was submitted with this tag at this time.
+    /// The same stream, of a request that came from there.
     #[must_use]
-    pub fn with_origin(mut self, tag: u32, submitted_ms: u64) -> Self {
-        (self.tag, self.submitted_ms) = (tag, submitted_ms);
+    pub fn with_origin(mut self, origin: Origin) -> Self {
+        self.origin = origin;
         self
     }
 
-    /// [`Caller::tag`] of whoever submitted the request.
-    pub fn tag(&self) -> u32 {
-        self.tag
-    }
-
-    /// When the request was submitted, milliseconds since 1970; 0 where nobody knows.
-    pub fn submitted_ms(&self) -> u64 {
-        self.submitted_ms
+    /// Where the request came from.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
     }
 
     /// Says that when this is dropped the client did not go, but its connection was lost.
@@ -153,6 +155,17 @@ impl EventStream {
             meter.see(event);
         }
         event
+    }
+
+    /// The next event of those that have happened; `None` where there is none yet, or none any more.
+    pub async fn next_there(&mut self) -> Option<Result<GenerateEvent, Status>> {
+        if let Some(play) = &mut self.play {
+            if let Some(event) = play.next().await {
+                return Some(event);
+            }
+            self.play = None;
+        }
+        self.events.try_recv().ok()
     }
 
     async fn event(&mut self) -> Option<Result<GenerateEvent, Status>> {
@@ -211,7 +224,7 @@ impl Departure {
 }
 
 /// Who asks, and how urgently.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Caller {
     /// From now; later the answer is of no use.
     pub deadline: Option<Duration>,
@@ -225,6 +238,8 @@ pub struct Caller {
     pub keep: Option<Duration>,
     /// What the API wants to know when somebody attaches; only kept.
     pub tag: u32,
+    /// The same, where it is long.
+    pub note: Arc<[u8]>,
     /// Whether the key is an administrator's; the gate says so.
     pub admin: bool,
     /// Whether the request must be one that is known by its id: a new one is refused.
@@ -302,6 +317,13 @@ pub trait Service: Send + Sync + 'static {
 
     /// What is served.
     fn models(&self) -> Vec<ModelCard>;
+
+    /// Forgets a request of this caller, and stops it where it runs. Fails with `NotFound` where there
+    /// is none that is.
+    fn forget(&self, request_id: RequestId, caller: Caller) -> BoxFuture<'_, Result<(), Status>> {
+        let _ = caller;
+        async move { Err(unknown_request(request_id)) }.boxed()
+    }
 
     /// Stops a request of this caller. Fails with `NotFound` where there is none that is.
     fn cancel(&self, request_id: RequestId, caller: Caller) -> BoxFuture<'_, Result<(), Status>>;
@@ -429,6 +451,10 @@ impl<S: Service> Service for Counted<S> {
 
     fn cancel(&self, request_id: RequestId, caller: Caller) -> BoxFuture<'_, Result<(), Status>> {
         self.inner.cancel(request_id, caller)
+    }
+
+    fn forget(&self, request_id: RequestId, caller: Caller) -> BoxFuture<'_, Result<(), Status>> {
+        self.inner.forget(request_id, caller)
     }
 
     fn status(&self) -> BoxFuture<'_, ClusterStatus> {

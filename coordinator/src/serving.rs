@@ -12,15 +12,18 @@ use millrace_shared::sampling::{Grammar, SamplingParams};
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::codec;
 use millrace_shared::wire::rpc::{
-    AttachRequest, ClusterStatus, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
+    AttachRequest, ChatMessage, ClusterStatus, Conversation, GenerateRequest, ModelCard,
+    PositionScore, Prompt, ScoreRequest, ToolCall,
 };
 use uuid::Uuid;
 
-use crate::actors::batcher::{Attach, Cancel, GetCounters, Knows, Submit, SubmitScore};
+use crate::actors::batcher::{
+    Attach, Cancel, Forget, GetCounters, Knows, Submit, SubmitScore,
+};
 use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
 use crate::service::{Caller, EventStream, Service};
-use crate::text::{Matcher, TextModel};
+use crate::text::{CallForm, Matcher, TextModel};
 use crate::whereabouts;
 
 /// Bytes of text from which tokenising takes a millisecond and more.
@@ -55,6 +58,16 @@ enum Prepared {
     Ids(Vec<u32>),
     /// The request's field, and the text it became.
     Text(&'static str, String),
+}
+
+/// Bytes of text in a conversation.
+fn bytes_of(conversation: &Conversation) -> usize {
+    let call = |c: &ToolCall| c.name.len() + c.arguments.len();
+    let turn = |m: &ChatMessage| {
+        m.role.len() + m.content.len() + m.tool_calls.iter().map(call).sum::<usize>()
+    };
+    let tools: usize = conversation.tools.iter().map(String::len).sum();
+    conversation.messages.iter().map(turn).sum::<usize>() + tools
 }
 
 pub(crate) fn crossed(e: MailboxError) -> Status {
@@ -96,14 +109,14 @@ impl Prompts {
                 Ok(Prepared::Ids(ids.clone()))
             }
             Prompt::Text(text) => Ok(Prepared::Text("prompt", text.clone())),
-            Prompt::Chat(messages) => {
+            Prompt::Chat(conversation) => {
                 let template = self
                     .text
                     .template
                     .as_ref()
                     .map_err(|e| Status::invalid("messages", e.clone()))?;
                 let text = template
-                    .render(messages, true)
+                    .render(conversation, true)
                     .map_err(|e| Status::invalid("messages", e.to_string()))?;
                 Ok(Prepared::Text("messages", text))
             }
@@ -117,9 +130,7 @@ impl Prompts {
         let (param, bytes, messages) = match prompt {
             Prompt::Tokens(ids) => ("prompt", ids.len(), 0),
             Prompt::Text(text) => ("prompt", text.len(), 0),
-            Prompt::Chat(m) => {
-                ("messages", m.iter().map(|m| m.role.len() + m.content.len()).sum(), m.len())
-            }
+            Prompt::Chat(c) => ("messages", bytes_of(c), c.messages.len()),
         };
         if bytes <= limit && messages <= self.card.max_model_len as usize {
             return Ok(());
@@ -149,6 +160,21 @@ impl Prompts {
         let serving = Arc::clone(self);
         let encoding = tokio::task::spawn_blocking(move || serving.ids(&prompt));
         encoding.await.unwrap_or_else(|e| Err(Status::internal(e.to_string())))
+    }
+
+    /// What the answer is read for where there are tools, and the grammar that it follows.
+    fn plan_calls(
+        &self,
+        prompt: &Prompt,
+        asked: Option<Grammar>,
+    ) -> Result<(Option<CallForm>, Option<Grammar>), Status> {
+        match (prompt, &self.text.template) {
+            (Prompt::Chat(conversation), Ok(template)) => {
+                template.plan_calls(conversation, asked, &self.text.tokenizer)
+            }
+            // Without a template, the conversation is refused anyway.
+            _ => Ok((None, asked)),
+        }
     }
 
     /// Compiles a grammar, elsewhere: the first one takes some tenths of a second.
@@ -190,20 +216,22 @@ impl Service for Serving {
     ) -> BoxFuture<'_, Result<EventStream, Status>> {
         async move {
             self.prompts.check_model(&request.model)?;
-            request
-                .params
-                .validate(self.prompts.card.vocab)
-                .map_err(|e| Status::invalid(e.param, e.to_string()))?;
             request.choices.validate()?;
             let chat = matches!(request.prompt, Prompt::Chat(_));
             let digest = *blake3::hash(&codec::encode(&request)).as_bytes();
+            let mut params = request.params;
+            let (calls, grammar) = self.prompts.plan_calls(&request.prompt, params.grammar)?;
+            params.grammar = grammar;
+            params
+                .validate(self.prompts.card.vocab)
+                .map_err(|e| Status::invalid(e.param, e.to_string()))?;
             let tokens = self.prompts.prompt_ids(request.prompt).await?;
-            let matcher = self.prompts.matcher(request.params.grammar.as_ref()).await?;
+            let matcher = self.prompts.matcher(params.grammar.as_ref()).await?;
             let id = caller.request_id.unwrap_or_else(|| RequestId(Uuid::now_v7()));
-            let seed = request.params.seed.unwrap_or_else(|| self.draw_seed(id));
-            let (params, choices) = (request.params, request.choices);
+            let seed = params.seed.unwrap_or_else(|| self.draw_seed(id));
+            let choices = request.choices;
             let submit =
-                Submit { id, tokens, params, choices, matcher, seed, chat, caller, digest };
+                Submit { id, tokens, params, choices, matcher, calls, seed, chat, caller, digest };
             self.batcher.send(submit).await.map_err(crossed)?
         }
         .boxed()
@@ -270,6 +298,11 @@ impl Service for Serving {
     fn cancel(&self, request_id: RequestId, caller: Caller) -> BoxFuture<'_, Result<(), Status>> {
         async move { self.batcher.send(Cancel { request_id, caller }).await.map_err(crossed)? }
             .boxed()
+    }
+
+    fn forget(&self, request_id: RequestId, caller: Caller) -> BoxFuture<'_, Result<(), Status>> {
+        let forget = Forget(Cancel { request_id, caller });
+        async move { self.batcher.send(forget).await.map_err(crossed)? }.boxed()
     }
 
     fn status(&self) -> BoxFuture<'_, ClusterStatus> {

@@ -16,7 +16,9 @@ use millrace_coordinator::service::{Caller, Counted};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::scheduler::Priority;
-use millrace_shared::wire::rpc::{Choices, FinishReason, Prompt};
+use millrace_shared::wire::rpc::{
+    CallPiece, Choices, FinishReason, GenerateEvent, Prompt, ToolChoice,
+};
 use serde_json::{Value, json};
 
 struct Server {
@@ -78,7 +80,7 @@ fn chat_whole() {
         "prompt_tokens_details": {"cached_tokens": 2}});
     assert_eq!(body["usage"], usage);
     let (request, caller) = s.fake.last();
-    assert!(matches!(&request.prompt, Prompt::Chat(turns) if turns[0].content == "hi"));
+    assert!(matches!(&request.prompt, Prompt::Chat(c) if c.messages[0].content == "hi"));
     assert_eq!((request.params.max_tokens, request.params.temperature), (Some(9), 0.0));
     assert_eq!((caller.deadline, caller.priority), (None, Priority::Normal));
 }
@@ -117,6 +119,81 @@ fn chat_streamed_in_order() {
     let plain = post(s.addr, CHAT, &chat_body(json!({"stream": true}))).chunks();
     assert_eq!(plain.len(), 4);
     assert!(plain.iter().all(|c| !c.as_object().unwrap().contains_key("usage")));
+}
+
+/// "Well", and a call whose name comes before its arguments.
+fn calling() -> Script {
+    let piece = |id: &str, name: &str, arguments: &str| {
+        let (id, name, arguments) = (id.into(), name.into(), arguments.into());
+        vec![CallPiece { call: 0, id, name, arguments }]
+    };
+    let with = |event: Result<GenerateEvent, Status>, pieces| {
+        event.map(|mut event| {
+            if let GenerateEvent::Token { calls, .. } | GenerateEvent::Finished { calls, .. } =
+                &mut event
+            {
+                *calls = pieces;
+            }
+            event
+        })
+    };
+    play(vec![
+        started(),
+        token(0, 7, "Well", None),
+        with(token(1, 8, "", None), piece("call_1", "add", "")),
+        with(token(2, 9, "", None), piece("", "", "{\"a\":")),
+        with(finished(FinishReason::ToolCalls, ""), piece("", "", " 1}")),
+    ])
+}
+
+#[test]
+fn tools_are_called() {
+    let s = server(calling());
+    let tools = json!([{"type": "function", "function": {"name": "add", "parameters": {}}}]);
+    let asked = chat_body(json!({"tools": tools, "tool_choice": "required"}));
+    let answer = post(s.addr, CHAT, &asked);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let choice = answer.json()["choices"][0].clone();
+    let function = json!({"name": "add", "arguments": "{\"a\": 1}"});
+    let call = json!({"id": "call_1", "type": "function", "function": function});
+    assert_eq!(choice["message"]["tool_calls"], json!([call]));
+    assert_eq!(
+        (&choice["finish_reason"], &choice["message"]["content"]),
+        (&json!("tool_calls"), &json!("Well"))
+    );
+    let (request, _) = s.fake.last();
+    let Prompt::Chat(conversation) = request.prompt else { panic!("a conversation") };
+    assert_eq!(conversation.tool_choice, ToolChoice::Required);
+    assert_eq!(conversation.tools, [r#"{"name":"add","parameters":{}}"#]);
+
+    let streamed = chat_body(json!({"tools": tools, "stream": true}));
+    let chunks = post(s.addr, CHAT, &streamed).chunks();
+    let deltas: Vec<_> = chunks.iter().map(|c| c["choices"][0]["delta"].clone()).collect();
+    let more = |text: &str| json!({"tool_calls": [{"index": 0, "function": {"arguments": text}}]});
+    let opened = json!({"index": 0, "id": "call_1", "type": "function",
+        "function": {"name": "add", "arguments": ""}});
+    assert_eq!(
+        deltas,
+        [
+            json!({"role": "assistant", "content": ""}),
+            json!({"content": "Well"}),
+            json!({"tool_calls": [opened]}),
+            more("{\"a\":"),
+            more(" 1}"),
+        ]
+    );
+    assert_eq!(chunks[4]["choices"][0]["finish_reason"], "tool_calls");
+
+    for (more, param) in [
+        (json!({"functions": [{"name": "f"}]}), "functions"),
+        (json!({"function_call": {"name": "f"}}), "function_call"),
+        (json!({"tools": [{"type": "custom"}]}), "tools[0].type"),
+    ] {
+        let answer = post(s.addr, CHAT, &chat_body(more));
+        let said =
+            expect_error(&answer, 400, "invalid_request_error", json!(param), "invalid_argument");
+        assert!(said.contains("use") || said.contains("tools"), "{said}");
+    }
 }
 
 #[test]
@@ -365,7 +442,7 @@ fn the_dashboard_loads_nothing_from_elsewhere() {
 fn unsupported_is_refused_and_unknown_is_named() {
     let s = server(hello());
     for (field, value) in
-        [("tools", json!([{"type": "function"}])), ("modalities", json!(["text", "audio"]))]
+        [("prediction", json!({"type": "content"})), ("modalities", json!(["text", "audio"]))]
     {
         let answer = post(s.addr, CHAT, &chat_body(json!({ field: value })));
         let message =

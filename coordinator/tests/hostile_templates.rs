@@ -13,8 +13,8 @@ fn render(source: &str, content: &str) -> Result<String, TextError> {
 }
 
 fn rendered(template: &ChatTemplate, content: &str) -> Result<String, TextError> {
-    let message = ChatMessage { role: "user".into(), content: content.into() };
-    template.render(&[message], true)
+    let message = ChatMessage::new("user", content);
+    template.render(&vec![message].into(), true)
 }
 
 #[track_caller]

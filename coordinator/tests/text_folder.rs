@@ -39,7 +39,7 @@ fn check(name: &str) -> TextModel {
 }
 
 fn user(content: &str) -> ChatMessage {
-    ChatMessage { role: "user".to_owned(), content: content.to_owned() }
+    ChatMessage::new("user", content)
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn byte_level() {
     assert_eq!(t.encode_prompt("a").unwrap()[0], 0);
     assert_eq!(t.decode(&t.encode("a <tool> b<|im_end|>", true).unwrap(), true), "a <tool> b");
     let template = model.template.unwrap();
-    assert_eq!(template.render(&[user("hi")], true).unwrap(), "<|bos|>hi");
+    assert_eq!(template.render(&vec![user("hi")].into(), true).unwrap(), "<|bos|>hi");
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn llama() {
     let t = &model.tokenizer;
     assert_eq!((t.bos_id(), t.eos_ids(), t.adds_bos()), (Some(1), [2].as_slice(), true));
     assert_eq!(t.token_bytes(3 + 10), b"\n", "<0x0A>");
-    let text = model.template.unwrap().render(&[user("hi")], true).unwrap();
+    let text = model.template.unwrap().render(&vec![user("hi")].into(), true).unwrap();
     assert_eq!(text, "<|bos|>hi<|im_end|>");
     assert_eq!(t.encode_prompt(&text).unwrap(), t.encode(&text, true).unwrap(), "not twice");
 }
@@ -202,7 +202,10 @@ fn settings_are_found_where_they_are() {
     let config = json!({"chat_template": "{{ eos_token }}!", "eos_token": "<|im_end|>"});
     let files = [("tokenizer_config.json", config), ("chat_template.jinja", Value::Null)];
     let model = TextModel::from_folder(changed("llama", &files).path()).unwrap();
-    assert_eq!(model.template.unwrap().render(&[user("")], true).unwrap(), "<|im_end|>!");
+    assert_eq!(
+        model.template.unwrap().render(&vec![user("")].into(), true).unwrap(),
+        "<|im_end|>!"
+    );
     let several = json!({"chat_template": [{"name": "a", "template": ""},
         {"name": "b", "template": ""}]});
     let model =

@@ -100,7 +100,10 @@ fn chat_prompts_equal_the_fixtures() {
     {
         let cases = fixture("smollm2-reference.json");
         let case = cases.iter().find(|c| c["name"] == name).unwrap();
-        let message = ChatMessage { role: "user".to_owned(), content: question.to_owned() };
-        assert_eq!(template.render(&[message], true).unwrap(), case["text"].as_str().unwrap());
+        let message = ChatMessage::new("user", question);
+        assert_eq!(
+            template.render(&vec![message].into(), true).unwrap(),
+            case["text"].as_str().unwrap()
+        );
     }
 }

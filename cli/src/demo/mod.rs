@@ -168,11 +168,11 @@ fn report(seen: &Seen, truth: &[u32], killed: Option<Who>) -> anyhow::Result<()>
 }
 
 async fn ask(client: &Client, args: &DemoArgs) -> anyhow::Result<GenerateStream> {
-    let message = ChatMessage { role: "user".to_owned(), content: args.prompt.clone() };
+    let message = ChatMessage::new("user", &args.prompt);
     Ok(client
         .generate(GenerateRequest {
             model: String::new(),
-            prompt: Prompt::Chat(vec![message]),
+            prompt: Prompt::Chat(vec![message].into()),
             // Sampled, for that is what has to survive too; the seed makes it the same each time.
             params: SamplingParams {
                 max_tokens: Some(args.max_tokens),

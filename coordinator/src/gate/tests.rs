@@ -31,6 +31,7 @@ impl Service for Open {
                 choice: 0,
                 reason: FinishReason::Stop,
                 text: String::new(),
+                calls: Vec::new(),
                 usage,
                 timings: Timings::default(),
             };

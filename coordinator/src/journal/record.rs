@@ -13,6 +13,7 @@ use millrace_shared::wire::rpc::{FinishReason, Timings, TokenLogprobs};
 use serde::{Deserialize, Serialize};
 
 use super::log::Log;
+use crate::text::CallForm;
 
 /// What was asked. Times are milliseconds since 1970.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,6 +50,10 @@ pub struct Head {
     pub tag: u32,
     /// Choices that are sent. Since version 2.
     pub n: u32,
+    /// What the answer is read for, where the request has tools. Since version 4.
+    pub calls: Option<CallForm>,
+    /// What the API that took it keeps with it, up to a few MiB. Since version 4.
+    pub note: Vec<u8>,
 }
 
 /// One token of a choice.
@@ -138,7 +143,7 @@ impl Head {
         let stops: usize = stop.iter().map(|text| 24 + text.len()).sum();
         let grammar = grammar.as_ref().map_or(0, |g| g.source().len());
         let lists = 4 * (self.prompt.len() + stop_token_ids.len()) + 8 * logit_bias.len();
-        512 + (lists + stops + grammar) as u64
+        512 + (lists + stops + grammar + self.note.len()) as u64
     }
 
     /// Bytes that a token of it takes, roughly: key, entry, and what the log-probabilities hold.

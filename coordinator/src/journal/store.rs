@@ -19,9 +19,10 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTran
 use uuid::Uuid;
 
 use super::record::{End, Entry, Head, Record, Token};
+use crate::text::CallForm;
 
 /// The format that this program writes.
-pub const VERSION: u64 = 3;
+pub const VERSION: u64 = 4;
 /// Name of the file in the cluster's folder.
 pub const FILE: &str = "journal.redb";
 
@@ -76,7 +77,7 @@ pub enum JournalError {
 /// Turns a file of one version into one of the next.
 pub(super) type Migration = fn(&WriteTransaction) -> Result<(), redb::Error>;
 /// `MIGRATIONS[i]` leads from version `i + 1` to `i + 2`.
-const MIGRATIONS: &[Migration] = &[count_choices, without_grammar];
+const MIGRATIONS: &[Migration] = &[count_choices, without_grammar, without_calls];
 
 /// To version 2: a request says how many of its choices are sent, which was the one.
 fn count_choices(transaction: &WriteTransaction) -> Result<(), redb::Error> {
@@ -108,6 +109,14 @@ fn without_grammar(transaction: &WriteTransaction) -> Result<(), redb::Error> {
     rewrite_requests(transaction, |value| {
         let at = place_of_grammar(value)?;
         value.splice(at..at, codec::encode(&None::<Grammar>));
+        Ok(())
+    })
+}
+
+/// 3 to 4: requests may have tools, and an API's note; none had.
+fn without_calls(transaction: &WriteTransaction) -> Result<(), redb::Error> {
+    rewrite_requests(transaction, |value| {
+        value.extend(codec::encode(&(None::<CallForm>, Vec::<u8>::new())));
         Ok(())
     })
 }
@@ -402,7 +411,10 @@ pub(super) fn as_version(old: u64, dir: &Path) {
             .map(|(id, value)| (id.value(), value.value().to_vec()))
             .collect();
         for (id, mut value) in all {
-            assert_eq!(value.remove(place_of_grammar(&value).expect("a head")), 0);
+            assert_eq!((value.pop(), value.pop()), (Some(0), Some(0)), "neither tools nor a note");
+            if old < 3 {
+                assert_eq!(value.remove(place_of_grammar(&value).expect("a head")), 0);
+            }
             if old == 1 {
                 value.pop();
             }

@@ -41,6 +41,8 @@ fn head(n: u128) -> Head {
         digest: [9; 32],
         tag: 3,
         n: 1,
+        calls: None,
+        note: Vec::new(),
     }
 }
 
@@ -129,7 +131,7 @@ fn a_newer_version_is_refused_and_an_older_one_migrated() {
     store.write(&[request(1), token(1, 0)]).unwrap();
     drop(store);
     let nothing: store::Migration = |_| Ok(());
-    let (_, entries) = FileStore::open_as(dir.path(), VERSION + 1, &[nothing; 3]).unwrap();
+    let (_, entries) = FileStore::open_as(dir.path(), VERSION + 1, &[nothing; 4]).unwrap();
     assert_eq!(entries[0].records(), [request(1), token(1, 0)]);
     // The old file is kept, as the old program reads it.
     let old = tempfile::tempdir().unwrap();
@@ -138,11 +140,11 @@ fn a_newer_version_is_refused_and_an_older_one_migrated() {
 
     let error = FileStore::open(dir.path()).unwrap_err();
     assert!(matches!(error, JournalError::Newer { found, .. } if found == VERSION + 1));
-    for part in ["version 4", "up to 3", FILE] {
+    for part in ["version 5", "up to 4", FILE] {
         assert!(error.to_string().contains(part), "{error}");
     }
     // Without a way there, nothing is touched.
-    let error = FileStore::open_as(dir.path(), VERSION + 2, &[nothing; 3]).unwrap_err();
+    let error = FileStore::open_as(dir.path(), VERSION + 2, &[nothing; 4]).unwrap_err();
     assert!(matches!(error, JournalError::Unreadable { .. }), "{error}");
 }
 
@@ -183,10 +185,10 @@ fn the_format_is_that_of_its_version() {
         hash(&codec::encode(&(at_ms, end))),
         hash(&codec::encode(&(at_ms, failed))),
     ];
-    assert_eq!(VERSION, 3, "write a migration, then the new hashes");
+    assert_eq!(VERSION, 4, "write a migration, then the new hashes");
     assert_eq!(
         hashes,
-        ["6571a21095f93819", "d51aa3e0f7331e83", "e5feb5eb770923b4", "97e88b65b394723e"]
+        ["35fe14f766eb05d2", "d51aa3e0f7331e83", "e5feb5eb770923b4", "97e88b65b394723e"]
     );
 }
 
@@ -268,10 +270,10 @@ fn what_is_kept_is_bounded() {
 }
 
 /// Files as they were written: requests of version 1 have no number of choices to send, those of
-/// version 2 no grammar.
+/// version 2 no grammar, those of version 3 no tools.
 #[test]
 fn older_versions_are_migrated() {
-    for old in [1, 2] {
+    for old in [1, 2, 3] {
         let dir = tempfile::tempdir().unwrap();
         let (mut store, _) = FileStore::open(dir.path()).unwrap();
         store.write(&[request(1), token(1, 0), request(2)]).unwrap();
@@ -334,7 +336,14 @@ impl Store for Watched {
 }
 
 fn event(index: u32) -> Result<GenerateEvent, Status> {
-    Ok(GenerateEvent::Token { choice: 0, index, token_id: 1, text: String::new(), logprobs: None })
+    Ok(GenerateEvent::Token {
+        choice: 0,
+        index,
+        token_id: 1,
+        text: String::new(),
+        logprobs: None,
+        calls: Vec::new(),
+    })
 }
 
 struct Rig {

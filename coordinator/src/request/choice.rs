@@ -8,6 +8,7 @@ use millrace_shared::wire::rpc::{FinishReason, Timings};
 use super::transcript::Transcript;
 use crate::journal::{End, Head, Log, Token};
 use crate::text::Tokenizer;
+use crate::text::tools::Piece;
 
 /// See the module's documentation. Times count from the request's submission.
 #[derive(Debug)]
@@ -22,12 +23,12 @@ pub(super) struct Choice {
 }
 
 impl Choice {
-    /// Without tokens.
-    pub(super) fn new(head: &Head, tokenizer: &Arc<Tokenizer>) -> Self {
+    /// The one of this number, without tokens.
+    pub(super) fn new(head: &Head, tokenizer: &Arc<Tokenizer>, number: u32) -> Self {
         Self {
             log: Log::default(),
             end: None,
-            transcript: Transcript::new(head, tokenizer),
+            transcript: Transcript::new(head, tokenizer, number),
             cached_tokens: 0,
             queue: None,
             first_token: None,
@@ -40,9 +41,10 @@ impl Choice {
     pub(super) fn restored(
         head: &Head,
         tokenizer: &Arc<Tokenizer>,
+        number: u32,
         (log, end): (Log, Option<(u64, End)>),
     ) -> (Self, Option<FinishReason>) {
-        let mut choice = Self::new(head, tokenizer);
+        let mut choice = Self::new(head, tokenizer, number);
         let at = |token: &Token| Duration::from_millis(token.at_ms.into());
         let mut ended = None;
         for token in log.iter() {
@@ -57,8 +59,8 @@ impl Choice {
         (choice, ended)
     }
 
-    /// Takes a token: the text that became certain, and why the choice ends with it, if it does.
-    pub(super) fn push(&mut self, token: Token, now: Duration) -> (String, Option<FinishReason>) {
+    /// Takes a token: what became certain, and why the choice ends with it, if it does.
+    pub(super) fn push(&mut self, token: Token, now: Duration) -> (Piece, Option<FinishReason>) {
         self.first_token.get_or_insert(now);
         self.last_token = Some(now);
         let id = token.id;
@@ -66,9 +68,9 @@ impl Choice {
         self.transcript.push(id)
     }
 
-    /// Its end: text that was held back, and the reason, for a stop string may become certain only
+    /// Its end: what was held back, and the reason, for a stop string may become certain only
     /// now.
-    pub(super) fn finish(&mut self, reason: FinishReason) -> (String, FinishReason) {
+    pub(super) fn finish(&mut self, reason: FinishReason) -> (Piece, FinishReason) {
         self.transcript.finish(reason)
     }
 

@@ -18,8 +18,9 @@ use super::listeners::{Listeners, MAX_LISTENERS};
 use super::replay::{Replay, told, usage};
 use super::{EventSender, event_capacity};
 use crate::journal::{End, Entry, Head, Journal, Record, Token, unix_ms};
-use crate::service::{EventStream, Play};
+use crate::service::{EventStream, Origin, Play};
 use crate::text::Tokenizer;
+use crate::text::tools::Piece;
 
 /// When to come back, told to one listener too many.
 const RETRY_LISTEN_MS: u32 = 1000;
@@ -53,7 +54,7 @@ impl Generation {
     /// Continuations without tokens; they enter the journal.
     pub fn new(head: Arc<Head>, tokenizer: &Arc<Tokenizer>, journal: &Journal) -> Self {
         journal.write(|| Record::Request(Arc::clone(&head)));
-        let choices = (0..head.choices).map(|_| Choice::new(&head, tokenizer)).collect();
+        let choices = (0..head.choices).map(|n| Choice::new(&head, tokenizer, n)).collect();
         let keep = Duration::from_millis(head.keep_ms);
         Self {
             promised: at_first(&head),
@@ -75,8 +76,8 @@ impl Generation {
     ) -> Self {
         let head = entry.head;
         let (mut choices, mut ended) = (Vec::new(), Vec::new());
-        for kept in entry.tokens.into_iter().zip(entry.ends) {
-            let (choice, reason) = Choice::restored(&head, tokenizer, kept);
+        for (number, kept) in (0..).zip(entry.tokens.into_iter().zip(entry.ends)) {
+            let (choice, reason) = Choice::restored(&head, tokenizer, number, kept);
             choices.push(choice);
             ended.push(reason);
         }
@@ -201,9 +202,10 @@ impl Generation {
         let entry = Token { id: token, at_ms, logprobs };
         let request = self.head.id;
         journal.write(|| Record::Token { request, choice, index, token: entry.clone() });
-        let (text, reason) = of.push(entry, now);
+        let (Piece { text, calls }, reason) = of.push(entry, now);
         self.tokens += 1;
-        let event = GenerateEvent::Token { choice, index, token_id: token, text, logprobs: shown };
+        let logprobs = shown;
+        let event = GenerateEvent::Token { choice, index, token_id: token, text, logprobs, calls };
         self.listeners.token(&event, self.head.ranks(), journal);
         match reason.or_else(|| last.then_some(FinishReason::Length)) {
             None => Verdict::Continue,
@@ -216,12 +218,12 @@ impl Generation {
         let Some(of) = self.choices.get_mut(choice as usize).filter(|c| c.end.is_none()) else {
             return reason;
         };
-        let (text, reason) = of.finish(reason);
+        let (Piece { text, calls }, reason) = of.finish(reason);
         let (timings, cached_tokens) = (of.timings(), of.cached_tokens);
         self.close(choice, End::Finished { reason, cached_tokens, timings }, journal);
         if !self.head.ranks() {
             let usage = usage(&self.entry(), choice, choice as usize);
-            let event = GenerateEvent::Finished { choice, reason, text, usage, timings };
+            let event = GenerateEvent::Finished { choice, reason, text, calls, usage, timings };
             self.listeners.tell(&Ok(event), journal);
         } else if self.is_done() {
             let entry = self.entry();
@@ -302,7 +304,8 @@ fn stream_of(
     let (events, mut stream) = EventStream::new(head.id, event_capacity(head.max_new, head.n));
     // What is told again may have been written a moment ago.
     stream.begin_with(Play::new(Replay::new(entry.clone(), tokenizer, from), journal.settled()));
-    (events, stream.with_origin(head.tag, head.submitted_ms))
+    let note = head.note.as_slice().into();
+    (events, stream.with_origin(Origin { tag: head.tag, note, submitted_ms: head.submitted_ms }))
 }
 
 /// The events of a request that has ended, of each choice from the token in `from` on.

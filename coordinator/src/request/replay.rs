@@ -14,6 +14,7 @@ use millrace_shared::wire::rpc::{GenerateEvent, TokenLogprobs, Usage};
 use super::transcript::Transcript;
 use crate::journal::{End, Entry, Head, Log};
 use crate::text::Tokenizer;
+use crate::text::tools::Piece;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -44,10 +45,12 @@ enum Step {
 impl Replay {
     /// All of it, but for tokens before `from`.
     pub(super) fn new(entry: Entry, tokenizer: &Arc<Tokenizer>, from: Vec<u32>) -> Self {
+        let order = order(&entry);
+        let first = order.first().copied().unwrap_or_default();
         Self {
-            transcript: Transcript::new(&entry.head, tokenizer),
+            transcript: Transcript::new(&entry.head, tokenizer, first as u32),
             tokenizer: Arc::clone(tokenizer),
-            order: order(&entry),
+            order,
             entry,
             from,
             at: 0,
@@ -81,7 +84,7 @@ impl Replay {
             if let Some(token) = self.entry.tokens[choice].get(self.index as usize) {
                 let index = self.index;
                 self.index += 1;
-                let (text, _) = self.transcript.push(token.id);
+                let (Piece { text, calls }, _) = self.transcript.push(token.id);
                 if index >= from {
                     return Some(GenerateEvent::Token {
                         choice: number,
@@ -89,6 +92,7 @@ impl Replay {
                         token_id: token.id,
                         text,
                         logprobs: told(head, token.logprobs.as_ref()),
+                        calls,
                     });
                 }
                 continue;
@@ -96,16 +100,18 @@ impl Replay {
             let end = self.entry.ends[choice].as_ref().map(|(_, end)| end);
             let finished = match end {
                 Some(End::Finished { reason, timings, .. }) => {
-                    let (text, _) = self.transcript.finish(*reason);
+                    let (Piece { text, calls }, _) = self.transcript.finish(*reason);
                     let (reason, timings) = (*reason, *timings);
                     let usage = usage(&self.entry, number, choice);
-                    Some(GenerateEvent::Finished { choice: number, reason, text, usage, timings })
+                    let choice = number;
+                    Some(GenerateEvent::Finished { choice, reason, text, calls, usage, timings })
                 }
                 Some(End::Failed(_)) | None => None,
             };
             self.at += 1;
             self.index = 0;
-            self.transcript = Transcript::new(head, &self.tokenizer);
+            let next = self.order.get(self.at).copied().unwrap_or_default();
+            self.transcript = Transcript::new(head, &self.tokenizer, next as u32);
             if finished.is_some() {
                 return finished;
             }

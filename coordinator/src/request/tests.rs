@@ -50,6 +50,8 @@ fn head(n: u32, best_of: u32) -> Head {
         digest: [0; 32],
         tag: 0,
         n,
+        calls: None,
+        note: Vec::new(),
     }
 }
 

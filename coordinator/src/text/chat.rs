@@ -7,17 +7,26 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use millrace_shared::error::Status;
 use millrace_shared::model::gguf::Gguf;
+use millrace_shared::sampling::Grammar;
+use millrace_shared::wire::rpc::MAX_CHAT_MESSAGES;
+use serde_json::json;
 
 use super::renderers::{self, Renderers, Source};
 use super::settings::Settings;
 use super::template::Template;
-use super::{ChatMessage, TextError};
+use super::tools::{self, CallForm, CallStyle, Dialect, Turns};
+use super::{Conversation, TextError, Tokenizer};
+
+/// The tool that is in what a template writes, if it knows tools.
+const PROBE: &str = "probe_of_tools";
 
 /// A model's chat template.
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
     rendering: Rendering,
+    dialect: Dialect,
 }
 
 #[derive(Clone, Debug)]
@@ -66,7 +75,39 @@ impl ChatTemplate {
                 Rendering::Apart(Arc::new(Renderers::start(program, source)?))
             }
         };
-        Ok(Self { rendering })
+        // A template may mention tools and not take them this way.
+        let tells = || {
+            let function = json!({
+                "name": PROBE, "description": PROBE,
+                "parameters": {"type": "object", "properties": {}}
+            });
+            let turns = Turns {
+                messages: vec![json!({"role": "user", "content": "?"})],
+                tools: vec![json!({"type": "function", "function": function})],
+            };
+            rendering.render(turns, true).is_ok_and(|text| text.contains(PROBE))
+        };
+        let dialect = Dialect::of(source, tells);
+        Ok(Self { rendering, dialect })
+    }
+
+    /// How calls of tools are written.
+    pub fn call_style(&self) -> CallStyle {
+        self.dialect.style
+    }
+
+    /// What the answer to a conversation is read for, and the grammar that it follows: `asked` is
+    /// what the request says of it.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where a tool is wrong, or a form and calls exclude each other.
+    pub fn plan_calls(
+        &self,
+        conversation: &Conversation,
+        asked: Option<Grammar>,
+        tokenizer: &Tokenizer,
+    ) -> Result<(Option<CallForm>, Option<Grammar>), Status> {
+        tools::plan(conversation, asked, self.dialect.style, tokenizer)
     }
 
     /// The prompt of a conversation; with `add_generation_prompt` it ends where the model's answer
@@ -74,16 +115,29 @@ impl ChatTemplate {
     /// does: some seconds at most.
     ///
     /// # Errors
-    /// If there are more than [`millrace_shared::wire::rpc::MAX_CHAT_MESSAGES`], or the template
-    /// refuses the conversation (such as roles out of turn), or takes too much time or memory.
+    /// If there are more than [`MAX_CHAT_MESSAGES`], or a tool is wrong, or the template refuses the conversation (such as roles out of turn), or takes too much time or memory.
     pub fn render(
         &self,
-        messages: &[ChatMessage],
+        conversation: &Conversation,
         add_generation_prompt: bool,
     ) -> Result<String, TextError> {
-        match &self.rendering {
-            Rendering::Here(template) => template.render(messages, add_generation_prompt),
-            Rendering::Apart(renderers) => renderers.render(messages, add_generation_prompt),
+        let found = conversation.messages.len();
+        if found > MAX_CHAT_MESSAGES {
+            return Err(TextError::Messages { found, limit: MAX_CHAT_MESSAGES });
+        }
+        let tools = tools::parse(conversation).map_err(|e| TextError::Tools(e.to_string()))?;
+        let turns = tools::turns(conversation, &tools, self.dialect);
+        self.rendering.render(turns, add_generation_prompt)
+    }
+}
+
+impl Rendering {
+    fn render(&self, turns: Turns, add_generation_prompt: bool) -> Result<String, TextError> {
+        match self {
+            Self::Here(template) => {
+                template.render(&turns.messages, &turns.tools, add_generation_prompt)
+            }
+            Self::Apart(renderers) => renderers.render(turns, add_generation_prompt),
         }
     }
 }

@@ -13,6 +13,8 @@ use super::Tokenizer;
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     show_special: bool,
+    /// Markup that is shown all the same.
+    shown: Vec<u32>,
     /// The beginning of a character.
     held: Vec<u8>,
     /// A space that comes now is the one with which the vocabulary begins every text.
@@ -23,7 +25,7 @@ impl Detokenizer {
     /// For one answer; markup tokens are not shown.
     pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
         let strip = tokenizer.strips_space();
-        Self { tokenizer, show_special: false, held: Vec::new(), strip }
+        Self { tokenizer, show_special: false, shown: Vec::new(), held: Vec::new(), strip }
     }
 
     /// The tokens go on with a text (a completion), so a space at their beginning is part of it.
@@ -40,9 +42,17 @@ impl Detokenizer {
         self
     }
 
+    /// These markup tokens are shown.
+    #[must_use]
+    pub fn showing(mut self, ids: Vec<u32>) -> Self {
+        self.shown = ids;
+        self
+    }
+
     /// The text that a token completes; often empty inside a character of several tokens.
     pub fn push(&mut self, id: u32) -> String {
-        if !self.show_special && self.tokenizer.is_special(id) {
+        let shows = self.show_special || self.shown.contains(&id);
+        if !shows && self.tokenizer.is_special(id) {
             return String::new();
         }
         let mut bytes = self.tokenizer.token_bytes(id);

@@ -150,7 +150,7 @@ impl Grammars {
 }
 
 /// The schema with the form of white space that is written.
-fn tight(mut schema: Value) -> Value {
+pub(super) fn tight(mut schema: Value) -> Value {
     if let Some(object) = schema.as_object_mut() {
         object.entry("x-guidance").or_insert_with(|| {
             json!({ "whitespace_flexible": false, "item_separator": ", ", "key_separator": ": " })

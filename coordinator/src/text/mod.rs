@@ -19,18 +19,21 @@ mod normalize;
 mod patterns;
 mod pieces;
 mod pretokenizer;
+mod python_json;
 pub mod renderers;
 mod settings;
 mod table;
 mod template;
 mod tokenizer;
+pub(crate) mod tools;
 mod unigram;
 
 pub use chat::ChatTemplate;
 pub use detokenizer::Detokenizer;
 pub use grammar::{GrammarError, Grammars, Matcher};
-pub use millrace_shared::wire::rpc::ChatMessage;
+pub use millrace_shared::wire::rpc::{ChatMessage, Conversation};
 pub use tokenizer::Tokenizer;
+pub use tools::{CallForm, CallStyle};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -151,6 +154,9 @@ pub enum TextError {
         /// The limit.
         limit: usize,
     },
+    /// A tool cannot be described.
+    #[error("{0}")]
+    Tools(String),
     /// The chat template refused the conversation, or failed on it.
     #[error("the model's chat template refused the conversation: {0}")]
     Render(String),

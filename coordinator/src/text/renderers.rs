@@ -22,8 +22,9 @@ use std::time::{Duration, Instant};
 use rlimit::Resource;
 use serde::{Deserialize, Serialize};
 
+use super::TextError;
 use super::template::{MAX_OUTPUT, Template};
-use super::{ChatMessage, TextError};
+use super::tools::Turns;
 
 /// The first and only argument of a program that is to render.
 pub const ARGUMENT: &str = "render-chat-templates";
@@ -78,7 +79,8 @@ pub(super) struct Source {
 
 #[derive(Serialize, Deserialize)]
 struct Asked {
-    messages: Vec<ChatMessage>,
+    #[serde(flatten)]
+    turns: Turns,
     add_generation_prompt: bool,
 }
 
@@ -103,7 +105,8 @@ fn serve() -> io::Result<()> {
     answer(&mut socket, Ok(String::new()))?;
     loop {
         let asked: Asked = serde_json::from_slice(&receive(&mut socket, MAX_REQUEST)?)?;
-        let rendered = template.render(&asked.messages, asked.add_generation_prompt);
+        let rendered =
+            template.render(&asked.turns.messages, &asked.turns.tools, asked.add_generation_prompt);
         answer(&mut socket, rendered.map_err(told))?;
     }
 }
@@ -207,10 +210,10 @@ impl Renderers {
     /// As [`super::ChatTemplate::render`].
     pub(super) fn render(
         &self,
-        messages: &[ChatMessage],
+        turns: Turns,
         add_generation_prompt: bool,
     ) -> Result<String, TextError> {
-        let asked = Asked { messages: messages.to_vec(), add_generation_prompt };
+        let asked = Asked { turns, add_generation_prompt };
         let asked = serde_json::to_vec(&asked).map_err(|e| TextError::Render(e.to_string()))?;
         let idle = self.take()?;
         let (result, kept) = self.ask(idle, &asked);

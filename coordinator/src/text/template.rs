@@ -11,10 +11,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use millrace_shared::wire::rpc::MAX_CHAT_MESSAGES;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
+use minijinja::value::{Kwargs, Serde, Value as Any};
 use minijinja::{Environment, Error, ErrorKind, context};
+use serde_json::Value;
 
-use super::{ChatMessage, TextError, clock};
+use super::{TextError, clock, python_json};
 
 /// Instructions that a template may run, besides some per message.
 const FUEL: u64 = 1_000_000;
@@ -48,6 +49,7 @@ impl Template {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_function("strftime_now", |format: String| clock::strftime_now(&format));
+        environment.add_filter("tojson", to_json);
         environment
             .add_template_owned(NAME, source.to_owned())
             .map_err(|e| TextError::Template(describe(&e)))?;
@@ -62,7 +64,8 @@ impl Template {
     /// as roles out of turn), or runs too long.
     pub(super) fn render(
         &self,
-        messages: &[ChatMessage],
+        messages: &[Value],
+        tools: &[Value],
         add_generation_prompt: bool,
     ) -> Result<String, TextError> {
         let found = messages.len();
@@ -76,6 +79,7 @@ impl Template {
         let mut out = Bounded(Vec::new());
         let context = context! {
             messages => Serde(messages),
+            tools => (!tools.is_empty()).then_some(Serde(tools)),
             add_generation_prompt,
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
@@ -88,6 +92,13 @@ impl Template {
         rendered.map_err(broken)?.map_err(|e| failed(&e))?;
         String::from_utf8(out.0).map_err(|e| TextError::Render(e.to_string()))
     }
+}
+
+/// JSON as Hugging Face's templates write it.
+fn to_json(value: Any, options: Kwargs) -> Result<String, Error> {
+    let indent = options.get::<Option<usize>>("indent")?;
+    let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
+    python_json::written(&value, indent).map_err(failed)
 }
 
 /// An error with its causes, without the template's source.
@@ -128,12 +139,14 @@ impl Write for Bounded {
 mod tests {
     use super::*;
 
-    fn user(content: &str) -> ChatMessage {
-        ChatMessage { role: "user".to_owned(), content: content.to_owned() }
+    use serde_json::json;
+
+    fn user(content: &str) -> Value {
+        json!({"role": "user", "content": content})
     }
 
-    fn render(source: &str, messages: &[ChatMessage]) -> Result<String, TextError> {
-        Template::new(source, "<s>".to_owned(), "</s>".to_owned())?.render(messages, true)
+    fn render(source: &str, messages: &[Value]) -> Result<String, TextError> {
+        Template::new(source, "<s>".to_owned(), "</s>".to_owned())?.render(messages, &[], true)
     }
 
     #[test]

@@ -145,6 +145,11 @@ impl Tokenizer {
         self.hidden.contains(&id)
     }
 
+    /// The token of this text that answers do not show.
+    pub fn special_id(&self, text: &str) -> Option<u32> {
+        self.hidden.iter().copied().find(|&id| self.token_bytes(id) == text.as_bytes())
+    }
+
     /// Ids that end an answer, ascending.
     pub fn eos_ids(&self) -> &[u32] {
         &self.eos

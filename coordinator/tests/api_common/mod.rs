@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use millrace_coordinator::service::{Caller, EventStream, Service, unknown_request};
+use millrace_coordinator::service::{Caller, EventStream, Origin, Service, unknown_request};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
@@ -121,14 +121,21 @@ pub fn token(
     text: &str,
     logprobs: Option<TokenLogprobs>,
 ) -> Result<GenerateEvent, Status> {
-    Ok(GenerateEvent::Token { choice: 0, index, token_id, text: text.into(), logprobs })
+    Ok(GenerateEvent::Token {
+        choice: 0,
+        index,
+        token_id,
+        text: text.into(),
+        logprobs,
+        calls: Vec::new(),
+    })
 }
 
 pub fn finished(reason: FinishReason, text: &str) -> Result<GenerateEvent, Status> {
     let usage =
         Usage { prompt_tokens: 5, completion_tokens: 3, cached_tokens: 2, discarded_tokens: 0 };
-    let (text, timings) = (text.into(), Timings::default());
-    Ok(GenerateEvent::Finished { choice: 0, reason, text, usage, timings })
+    let (text, calls, timings) = (text.into(), Vec::new(), Timings::default());
+    Ok(GenerateEvent::Finished { choice: 0, reason, text, calls, usage, timings })
 }
 
 /// The same event of another choice.
@@ -175,7 +182,7 @@ impl Service for Fake {
         let script = self.script.lock().unwrap().clone();
         let dropped = self.dropped.clone();
         let model = request.model.clone();
-        self.seen.lock().unwrap().push((request, caller));
+        self.seen.lock().unwrap().push((request, caller.clone()));
         async move {
             if let Some(status) = script.refusal {
                 return Err(status);
@@ -217,7 +224,8 @@ impl Service for Fake {
             let same = |c: &Caller| c.request_id == Some(id) && c.client == caller.client;
             let (asked, by) =
                 seen.into_iter().find(|(_, c)| same(c)).ok_or_else(|| unknown_request(id))?;
-            Ok(self.generate(asked, by).await?.with_origin(by.tag, 0))
+            let origin = Origin { tag: by.tag, note: by.note.clone(), submitted_ms: 0 };
+            Ok(self.generate(asked, by).await?.with_origin(origin))
         }
         .boxed()
     }
@@ -238,7 +246,7 @@ impl Service for Fake {
         Ok(match prompt {
             Prompt::Text(text) => text.bytes().map(u32::from).collect(),
             Prompt::Tokens(ids) => ids.clone(),
-            Prompt::Chat(turns) => turns.iter().map(|t| t.content.len() as u32).collect(),
+            Prompt::Chat(c) => c.messages.iter().map(|t| t.content.len() as u32).collect(),
         })
     }
 

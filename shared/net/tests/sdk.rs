@@ -85,7 +85,14 @@ fn token(index: u32) -> GenerateEvent {
 }
 
 fn token_of(choice: u32, index: u32) -> GenerateEvent {
-    GenerateEvent::Token { choice, index, token_id: 100 + index, text: "x".into(), logprobs: None }
+    GenerateEvent::Token {
+        choice,
+        index,
+        token_id: 100 + index,
+        text: "x".into(),
+        logprobs: None,
+        calls: Vec::new(),
+    }
 }
 
 fn finished() -> GenerateEvent {
@@ -93,6 +100,7 @@ fn finished() -> GenerateEvent {
         choice: 0,
         reason: FinishReason::Length,
         text: String::new(),
+        calls: Vec::new(),
         usage: Usage::default(),
         timings: Timings::default(),
     }
@@ -374,8 +382,8 @@ async fn bad_calls_harm_nobody() {
         assert_eq!(failure(&mut replies).await.code, ErrorCode::InvalidArgument);
     }
     let long = ((MAX_RPC_BYTES + 1) as u32).to_le_bytes();
-    let turn = ChatMessage { role: String::new(), content: String::new() };
-    let prompt = Prompt::Chat(vec![turn; 100_000]);
+    let turn = ChatMessage::default();
+    let prompt = Prompt::Chat(vec![turn; 100_000].into());
     let inflating = Method::Tokenize(TokenizeRequest { model: String::new(), prompt });
     for bytes in [&long[..], b"\x01\0\0\0\xff", &codec::encode_frame(&inflating)] {
         let (mut replies, stream, mut out) = say(&ours, &theirs, &header(32)).await;

@@ -10,6 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use super::admin::{AdminReply, AdminRequest};
 use super::bounded;
+pub use super::chat::{
+    CallPiece, ChatMessage, Conversation, MAX_CHAT_MESSAGES, MAX_TOOL_CALLS, MAX_TOOLS, ToolCall,
+    ToolChoice,
+};
 use crate::error::Status;
 use crate::id::{NodeId, RequestId};
 use crate::sampling::SamplingParams;
@@ -18,8 +22,6 @@ use crate::sampling::SamplingParams;
 pub const MAX_METADATA: usize = 32;
 /// Most choices of a request.
 pub const MAX_CHOICES: usize = 16;
-/// Most messages of a conversation.
-pub const MAX_CHAT_MESSAGES: usize = 4096;
 
 /// The first message of a client on a stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,17 +83,8 @@ pub enum Prompt {
     Text(String),
     /// Ids as they are.
     Tokens(Vec<u32>),
-    /// A conversation of at most [`MAX_CHAT_MESSAGES`], rendered by the model's chat template.
-    Chat(#[serde(deserialize_with = "bounded::list::<_, _, MAX_CHAT_MESSAGES>")] Vec<ChatMessage>),
-}
-
-/// One turn of a conversation.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ChatMessage {
-    /// `system`, `user`, `assistant` or what else the template knows.
-    pub role: String,
-    /// What was said.
-    pub content: String,
+    /// A conversation, rendered by the model's chat template.
+    Chat(Conversation),
 }
 
 /// How many continuations of one prompt. Each is a choice with a random stream of its own; the first
@@ -222,6 +215,8 @@ pub enum FinishReason {
     Length,
     /// Somebody cancelled it.
     Cancelled,
+    /// It ended with calls of tools.
+    ToolCalls,
 }
 
 impl FinishReason {
@@ -231,6 +226,7 @@ impl FinishReason {
             Self::Stop => "stop",
             Self::Length => "length",
             Self::Cancelled => "cancelled",
+            Self::ToolCalls => "tool_calls",
         }
     }
 }
@@ -285,6 +281,8 @@ pub enum GenerateEvent {
         text: String,
         /// Present where asked for.
         logprobs: Option<TokenLogprobs>,
+        /// What became certain of calls of tools; their text is not in `text`.
+        calls: Vec<CallPiece>,
     },
     /// The end of a choice.
     Finished {
@@ -294,6 +292,8 @@ pub enum GenerateEvent {
         reason: FinishReason,
         /// Text that was held back until now (for example a stop string half matched).
         text: String,
+        /// The same of calls.
+        calls: Vec<CallPiece>,
         /// Token counts.
         usage: Usage,
         /// Where the time went.
@@ -424,14 +424,14 @@ mod tests {
     use crate::wire::codec::{decode, encode};
 
     fn turns(count: usize) -> Vec<ChatMessage> {
-        vec![ChatMessage { role: String::new(), content: String::new() }; count]
+        vec![ChatMessage::default(); count]
     }
 
     #[test]
     fn lists_of_strings_are_bounded() {
-        let most = Prompt::Chat(turns(MAX_CHAT_MESSAGES));
+        let most = Prompt::Chat(turns(MAX_CHAT_MESSAGES).into());
         assert_eq!(decode::<Prompt>(&encode(&most)).unwrap(), most);
-        let more = encode(&Prompt::Chat(turns(MAX_CHAT_MESSAGES + 1)));
+        let more = encode(&Prompt::Chat(turns(MAX_CHAT_MESSAGES + 1).into()));
         let message = decode::<Prompt>(&more).unwrap_err().to_string();
         assert!(message.contains("at most 4096 entries"), "{message}");
 

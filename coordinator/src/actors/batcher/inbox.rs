@@ -13,9 +13,10 @@ use millrace_shared::wire::rpc::{AttachRequest, Choices, PositionScore};
 use tokio::sync::oneshot;
 
 use super::{Active, Batcher};
+use crate::journal::Head;
 use crate::request::{Generation, Request, Scoring, Work};
 use crate::service::{Caller, EventStream, unknown_request};
-use crate::text::Matcher;
+use crate::text::{CallForm, Matcher};
 
 /// A continuation to produce. The prompt is tokenised, the parameters are validated.
 #[derive(Debug, Message)]
@@ -31,6 +32,8 @@ pub struct Submit {
     pub choices: Choices,
     /// The state of the grammar, where there is one.
     pub matcher: Option<Matcher>,
+    /// What the answer is read for, where there are tools.
+    pub calls: Option<CallForm>,
     /// The seed, given or drawn.
     pub seed: u64,
     /// Whether the prompt is a conversation, rather than a text to go on with.
@@ -62,7 +65,7 @@ impl Handler<Submit> for Batcher {
         let counts = (max_new, head.choices);
         let last = (m.tokens.len() as u32).saturating_sub(1);
         let kind = if m.matcher.is_some() { Kind::Constrained } else { Kind::Generate };
-        let sequences = self.submit(m.tokens, kind, counts, m.caller)?;
+        let sequences = self.submit(m.tokens, kind, counts, &m.caller)?;
         self.promise(first);
         if let (Some(matcher), Some(own)) = (m.matcher, &self.own) {
             for &(sequence, _) in &sequences {
@@ -150,7 +153,7 @@ impl Handler<SubmitScore> for Batcher {
 
     fn handle(&mut self, m: SubmitScore, _: &mut Context<Self>) -> Self::Result {
         let kind = Kind::Score { top_k: m.top_k };
-        let sequences = self.submit(m.tokens, kind, (1, 1), m.caller)?;
+        let sequences = self.submit(m.tokens, kind, (1, 1), &m.caller)?;
         let (reply, receiver) = oneshot::channel();
         let now = self.now();
         self.register(Request {
@@ -191,6 +194,26 @@ impl Handler<Cancel> for Batcher {
         request.cancelled(&self.journal);
         self.put_away(request);
         self.pump();
+        Ok(())
+    }
+}
+
+/// Forget a request, and stop it where it runs.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<(), Status>")]
+pub struct Forget(pub Cancel);
+
+impl Handler<Forget> for Batcher {
+    type Result = Result<(), Status>;
+
+    fn handle(&mut self, Forget(m): Forget, context: &mut Context<Self>) -> Self::Result {
+        let id = m.request_id;
+        let ours = |head: &Head| m.caller.admin || head.client == m.caller.client;
+        self.head_of_known(id).filter(|head| ours(head)).ok_or_else(|| unknown_request(id))?;
+        if self.requests.named(id).is_some() {
+            self.handle(m, context)?;
+        }
+        self.erase_ended(id);
         Ok(())
     }
 }

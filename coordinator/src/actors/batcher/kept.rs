@@ -50,6 +50,8 @@ impl Batcher {
             digest: m.digest,
             tag: m.caller.tag,
             n: m.choices.n,
+            calls: m.calls.clone(),
+            note: m.caller.note.to_vec(),
         })
     }
 
@@ -139,6 +141,15 @@ impl Batcher {
         }
         let erased = self.retained.keep(generation.entry());
         self.erase(erased);
+    }
+
+    /// Forgets a request that has ended; whether there was one.
+    pub(super) fn erase_ended(&mut self, id: RequestId) -> bool {
+        let forgotten = self.retained.forget_if(id, |_| true);
+        if forgotten {
+            self.erase(vec![id]);
+        }
+        forgotten
     }
 
     fn erase(&self, requests: Vec<RequestId>) {

@@ -17,7 +17,7 @@ impl Batcher {
         tokens: Vec<u32>,
         kind: Kind,
         (max_new_tokens, choices): (u32, u32),
-        caller: Caller,
+        caller: &Caller,
     ) -> Result<Vec<(SequenceId, u32)>, Status> {
         let now = self.now();
         let serves = self.active.is_some() || self.suspended.is_some();

@@ -2,7 +2,7 @@
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::rpc::{ChatMessage, Prompt};
+use millrace_shared::wire::rpc::{ChatMessage, Conversation, Prompt};
 use serde_json::{Value, json};
 
 use super::AppState;
@@ -11,6 +11,7 @@ use super::fields::Fields;
 use super::generation::{self, Asked, Kind};
 use super::options;
 use super::request::{Body, caller, read_body};
+use super::tools::{self, Nesting};
 
 /// Answers a conversation.
 pub(crate) async fn chat(
@@ -27,17 +28,35 @@ fn read(request: &HttpRequest, body: Body, usual: SamplingParams) -> Result<Aske
     let caller = caller(request)?;
     let mut options = options::take(&mut fields, usual, None)?;
     options.params.logprobs = options::take_chat_logprobs(&mut fields)?;
-    let messages = take_messages(&mut fields)?
+    let conversation = take_conversation(&mut fields)?
         .ok_or_else(|| ApiError::invalid("messages", "is missing: give at least one message"))?;
-    let prompt = Prompt::Chat(messages);
+    let prompt = Prompt::Chat(conversation);
     Ok(Asked { options, prompt, caller, ignored: fields.into_ignored() })
 }
 
-/// Takes the conversation; `None` where there is none.
+/// Takes the conversation with its tools; `None` where there are no messages.
+///
+/// # Errors
+/// Naming the field that is wrong or not supported.
+pub(crate) fn take_conversation(fields: &mut Fields) -> Result<Option<Conversation>, ApiError> {
+    for field in ["functions", "function_call"] {
+        let harmless = [json!([]), json!("none"), json!("auto")];
+        if fields.take_value(field).is_some_and(|value| !harmless.contains(&value)) {
+            let why = "is not supported: it was replaced by tools and tool_choice; use these";
+            return Err(ApiError::invalid(field, why));
+        }
+    }
+    let Some(messages) = take_messages(fields)? else { return Ok(None) };
+    let mut conversation = Conversation::from(messages);
+    tools::take(fields, Nesting::Function, &mut conversation)?;
+    Ok(Some(conversation))
+}
+
+/// Takes the messages; `None` where there is none.
 ///
 /// # Errors
 /// Naming the message and field that is wrong or not supported.
-pub(crate) fn take_messages(fields: &mut Fields) -> Result<Option<Vec<ChatMessage>>, ApiError> {
+fn take_messages(fields: &mut Fields) -> Result<Option<Vec<ChatMessage>>, ApiError> {
     let Some(value) = fields.take_value("messages") else { return Ok(None) };
     let Value::Array(items) = value else {
         return Err(ApiError::invalid("messages", "must be an array of messages"));
@@ -58,30 +77,49 @@ pub(crate) fn take_messages(fields: &mut Fields) -> Result<Option<Vec<ChatMessag
 }
 
 fn take_message(item: &mut Fields) -> Result<ChatMessage, ApiError> {
-    item.refuse_unless("tool_calls", &[json!([])])?;
-    for field in ["tool_call_id", "function_call", "audio"] {
+    for field in ["function_call", "audio"] {
         item.refuse_unless(field, &[])?;
     }
-    let role = item.take("role")?.ok_or_else(|| {
-        ApiError::invalid(&item.name("role"), "is missing: use system, user or assistant")
+    let role: String = item.take("role")?.ok_or_else(|| {
+        ApiError::invalid(&item.name("role"), "is missing: use system, user, assistant or tool")
     })?;
+    let role = match role.as_str() {
+        // What the makers of newer models call it; templates know the one name.
+        "developer" => "system".to_owned(),
+        "function" => {
+            let why = "function is not supported: it was replaced by tool; use that";
+            return Err(ApiError::invalid(&item.name("role"), why));
+        }
+        _ => role,
+    };
+    let tool_calls = tools::take_calls(item)?;
+    if !tool_calls.is_empty() && role != "assistant" {
+        let why = "may only be in messages of the assistant";
+        return Err(ApiError::invalid(&item.name("tool_calls"), why));
+    }
+    let tool_call_id: Option<String> = item.take("tool_call_id")?;
+    if role == "tool" && tool_call_id.is_none() {
+        let why = "is missing: it says which call the tool answers";
+        return Err(ApiError::invalid(&item.name("tool_call_id"), why));
+    }
     let name = item.name("content");
     let content = match item.take_value("content") {
         Some(Value::String(text)) => text,
         Some(Value::Array(parts)) => join_parts(&name, parts)?,
         Some(_) => return Err(ApiError::invalid(&name, "must be a string or an array of parts")),
+        None if !tool_calls.is_empty() => String::new(),
         None => return Err(ApiError::invalid(&name, "is missing")),
     };
-    Ok(ChatMessage { role, content })
+    Ok(ChatMessage { role, content, tool_calls, tool_call_id })
 }
 
 /// Text parts become lines, as other servers have it.
-fn join_parts(name: &str, parts: Vec<Value>) -> Result<String, ApiError> {
+pub(crate) fn join_parts(name: &str, parts: Vec<Value>) -> Result<String, ApiError> {
     let mut texts = Vec::with_capacity(parts.len());
     for (index, part) in parts.into_iter().enumerate() {
         let mut part = Fields::nested(&format!("{name}[{index}]"), part)?;
         let kind: String = part.take("type")?.unwrap_or_default();
-        if kind != "text" {
+        if !["text", "input_text", "output_text"].contains(&kind.as_str()) {
             let message = format!("parts of type '{kind}' are not supported; send text");
             return Err(ApiError::invalid(&part.name("type"), message));
         }
@@ -94,6 +132,7 @@ fn join_parts(name: &str, parts: Vec<Value>) -> Result<String, ApiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use millrace_shared::wire::rpc::ToolCall;
 
     fn messages(value: &Value) -> Result<Option<Vec<ChatMessage>>, ApiError> {
         let mut fields = Fields::parse(value.to_string().as_bytes()).expect("an object");
@@ -107,8 +146,22 @@ mod tests {
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         ]}));
         let got = got.expect("valid").expect("present");
-        assert_eq!(got[0], ChatMessage { role: "system".into(), content: "be brief".into() });
-        assert_eq!(got[1], ChatMessage { role: "user".into(), content: "a\nb".into() });
+        assert_eq!(got[0], ChatMessage::new("system", "be brief"));
+        assert_eq!(got[1], ChatMessage::new("user", "a\nb"));
+    }
+
+    #[test]
+    fn calls_and_their_results() {
+        let function = json!({"name": "f", "arguments": "{}"});
+        let call = json!({"id": "c", "type": "function", "function": function});
+        let got = messages(&json!({"messages": [
+            {"role": "assistant", "content": null, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "4"},
+        ]}));
+        let got = got.expect("valid").expect("present");
+        let call = ToolCall { id: "c".into(), name: "f".into(), arguments: "{}".into() };
+        assert_eq!(got[0].tool_calls, [call]);
+        assert_eq!((got[0].content.as_str(), got[1].tool_call_id.as_deref()), ("", Some("c")));
     }
 
     #[test]
@@ -126,8 +179,10 @@ mod tests {
             ),
             (
                 json!({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}),
-                "messages[0].tool_calls",
+                "messages[0].tool_calls[0].function",
             ),
+            (json!({"messages": [{"role": "tool", "content": "4"}]}), "messages[0].tool_call_id"),
+            (json!({"messages": [{"role": "function", "content": "4"}]}), "messages[0].role"),
         ] {
             let error = messages(&body).expect_err("refused");
             let found = serde_json::to_value(error.body()).expect("serialisable");

@@ -12,7 +12,8 @@ use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderVal
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::wire::rpc::{
-    AttachRequest, FinishReason, GenerateEvent, GenerateRequest, Prompt, TokenLogprobs, Usage,
+    AttachRequest, FinishReason, GenerateEvent, GenerateRequest, Prompt, TokenLogprobs, ToolCall,
+    Usage,
 };
 
 use super::AppState;
@@ -21,8 +22,10 @@ use super::logprobs::LogprobWriter;
 use super::options::Options;
 use super::request::with_ignored;
 use super::sse;
+use super::tools;
 use super::types::{Choice, Delta, Envelope, LogprobsBody, Message, UsageBody};
 use crate::service::{Caller, EventStream, Service};
+use crate::text::tools::Piece;
 
 /// Under which id the request can be attached to.
 const REQUEST: HeaderName = HeaderName::from_static("x-millrace-request-id");
@@ -77,8 +80,9 @@ pub(crate) async fn respond(
     let shown_model = if model.is_empty() { only_model(state) } else { model.clone() };
     let request = GenerateRequest { model, prompt, params, choices };
     caller.tag = tag(kind, include_usage);
+    let kept = caller.keep.is_some() || caller.request_id.is_some();
     let events = state.service.generate(request, caller).await.map_err(ApiError::of_model)?;
-    if caller.keep.is_some() || caller.request_id.is_some() {
+    if kept {
         // A connection that closes says nothing of why.
         events.lost();
     }
@@ -108,7 +112,7 @@ pub(crate) async fn attach(
     let request = AttachRequest { request_id, next: Vec::new() };
     let events = state.service.attach(request, caller).await?;
     events.lost();
-    let (kind, include_usage) = of_tag(events.tag());
+    let (kind, include_usage) = of_tag(events.origin().tag);
     let answer = Answer::new(state, kind, &events, only_model(state), include_usage);
     Ok(with_id(streamed(state, answer, events, from).await?, request_id))
 }
@@ -178,13 +182,15 @@ fn only_model(state: &AppState) -> String {
 #[derive(Debug, Default)]
 struct Whole {
     text: String,
+    calls: Vec<ToolCall>,
     logprobs: Option<LogprobsBody>,
     reason: Option<FinishReason>,
 }
 
 impl Whole {
-    fn push(&mut self, text: &str, entry: Option<LogprobsBody>) {
-        self.text.push_str(text);
+    fn push(&mut self, piece: Piece, entry: Option<LogprobsBody>) {
+        self.text.push_str(&piece.text);
+        tools::gather(&mut self.calls, piece.calls);
         match (&mut self.logprobs, entry) {
             (Some(all), Some(entry)) => all.append(entry),
             (all @ None, entry) => *all = entry,
@@ -210,18 +216,18 @@ async fn collect(mut answer: Answer, mut events: EventStream) -> Result<String, 
                 answer.expect(count);
                 choices.resize_with(count as usize, Whole::default);
             }
-            Some(Ok(GenerateEvent::Token { choice, token_id, text, logprobs, .. })) => {
+            Some(Ok(GenerateEvent::Token { choice, token_id, text, logprobs, calls, .. })) => {
                 let entry = answer.logprobs(choice, token_id, logprobs.as_ref())?;
                 let whole = choices.get_mut(choice as usize);
-                whole.ok_or_else(|| no_such_choice(choice))?.push(&text, entry);
+                whole.ok_or_else(|| no_such_choice(choice))?.push(Piece { text, calls }, entry);
             }
-            Some(Ok(GenerateEvent::Finished { choice, reason, text, usage, .. })) => {
+            Some(Ok(GenerateEvent::Finished { choice, reason, text, calls, usage, .. })) => {
                 if reason == FinishReason::Cancelled {
                     return Err(cancelled().into());
                 }
                 let whole = choices.get_mut(choice as usize);
                 let whole = whole.ok_or_else(|| no_such_choice(choice))?;
-                whole.push(&text, None);
+                whole.push(Piece { text, calls }, None);
                 whole.reason = Some(reason);
                 usages.push(usage);
                 if choices.iter().all(|c| c.reason.is_some()) {
@@ -245,7 +251,7 @@ impl Answer {
             Kind::Completion => "cmpl",
         };
         let now = || SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs());
-        let submitted = Some(events.submitted_ms() / 1000).filter(|s| *s > 0);
+        let submitted = Some(events.origin().submitted_ms / 1000).filter(|s| *s > 0);
         Self {
             kind,
             id: format!("{prefix}-{}", events.request_id()),
@@ -285,8 +291,10 @@ impl Answer {
         let choice = |(index, whole): (u32, Whole)| {
             let (message, text) = match self.kind {
                 Kind::Chat => {
-                    let content = whole.text;
-                    (Some(Message { role: "assistant", content, refusal: None }), None)
+                    let only_calls = whole.text.is_empty() && !whole.calls.is_empty();
+                    let content = (!only_calls).then_some(whole.text);
+                    let tool_calls = tools::whole(whole.calls);
+                    (Some(Message { role: "assistant", content, tool_calls, refusal: None }), None)
                 }
                 Kind::Completion => (None, Some(whole.text)),
             };
@@ -300,23 +308,26 @@ impl Answer {
 
     /// The chunk that opens a choice of a chat; completions have none.
     pub(crate) fn opening(&self, index: u32) -> Option<String> {
-        let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
+        let content = Some(String::new());
+        let delta = Delta { role: Some("assistant"), content, ..Delta::default() };
         let choice = Choice { index, delta: Some(delta), ..Choice::default() };
         (self.kind == Kind::Chat).then(|| self.chunk(vec![choice], None))
     }
 
-    /// A chunk with text of a choice, the last of which says why it ended.
+    /// A chunk with text or calls of a choice, the last of which says why it ended.
     pub(crate) fn piece(
         &self,
         index: u32,
-        text: String,
+        Piece { text, calls }: Piece,
         logprobs: Option<LogprobsBody>,
         reason: Option<FinishReason>,
     ) -> String {
         let (delta, text) = match self.kind {
             Kind::Chat => {
-                let content = (reason.is_none() || !text.is_empty()).then_some(text);
-                (Some(Delta { role: None, content }), None)
+                let silent = reason.is_some() || !calls.is_empty();
+                let content = (!silent || !text.is_empty()).then_some(text);
+                let tool_calls = tools::deltas(calls);
+                (Some(Delta { role: None, content, tool_calls }), None)
             }
             Kind::Completion => (None, Some(text)),
         };

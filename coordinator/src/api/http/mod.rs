@@ -22,6 +22,7 @@ mod request;
 mod requests;
 mod sse;
 mod tokenize;
+mod tools;
 mod types;
 
 use std::io;

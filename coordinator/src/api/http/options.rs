@@ -198,11 +198,6 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
     let table: &[(&str, &[Value])] = &[
         ("echo", &[json!(false)]),
         ("suffix", &[json!("")]),
-        ("tools", &[json!([])]),
-        // Without tools, all of these mean that none is called.
-        ("tool_choice", &[json!("none"), json!("auto")]),
-        ("functions", &[json!([])]),
-        ("function_call", &[json!("none"), json!("auto")]),
         ("modalities", &[json!(["text"])]),
         ("audio", &[]),
         ("prediction", &[]),
@@ -237,7 +232,7 @@ mod tests {
             "top_k": -1, "min_p": 0.125, "repetition_penalty": 1.5, "presence_penalty": 1,
             "frequency_penalty": -1, "logit_bias": {"10": 2, "9": -100}, "seed": -1,
             "stop": "END", "stop_token_ids": [3], "ignore_eos": true, "user": "u",
-            "tools": [], "tool_choice": "auto", "n": 1, "response_format": {"type": "text"},
+            "n": 1, "response_format": {"type": "text"},
         });
         let got = options(&body).expect("valid");
         assert!(got.stream && got.include_usage);
@@ -289,7 +284,6 @@ mod tests {
             (json!({"n": 3, "best_of": 2}), "best_of"),
             (json!({"best_of": 17}), "best_of"),
             (json!({"best_of": 2, "stream": true}), "best_of"),
-            (json!({"tools": [{"type": "function"}]}), "tools"),
             (json!({"response_format": {"type": "xml"}}), "response_format.type"),
             (json!({"echo": true}), "echo"),
             (json!({"temperature": "hot"}), "temperature"),

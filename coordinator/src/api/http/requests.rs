@@ -33,7 +33,7 @@ pub(crate) async fn events(
         })?,
     };
     let (first, second) = meant(caller.client, &name);
-    match (generation::attach(&state, first, &from, caller).await, second) {
+    match (generation::attach(&state, first, &from, caller.clone()).await, second) {
         (Err(e), Some(second)) if e.code() == ErrorCode::NotFound => {
             generation::attach(&state, second, &from, caller).await
         }
@@ -49,7 +49,7 @@ pub(crate) async fn cancel(
 ) -> Result<HttpResponse, ApiError> {
     let caller = caller(&request)?;
     let (first, second) = meant(caller.client, &name);
-    match (state.service.cancel(first, caller).await, second) {
+    match (state.service.cancel(first, caller.clone()).await, second) {
         (Err(status), Some(second)) if status.code == ErrorCode::NotFound => {
             state.service.cancel(second, caller).await?;
         }

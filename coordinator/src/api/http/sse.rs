@@ -19,6 +19,7 @@ use millrace_shared::wire::rpc::{FinishReason, GenerateEvent, Usage};
 use super::error::ApiError;
 use super::generation::{Answer, cancelled, cut_short, no_such_choice};
 use crate::service::EventStream;
+use crate::text::tools::Piece;
 
 const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
 
@@ -99,7 +100,7 @@ impl State {
                 let progress = |from| Progress { opened: from > 0, from, ..Progress::default() };
                 self.choices = (0..choices as usize).map(from).map(progress).collect();
             }
-            GenerateEvent::Token { choice, index, token_id, text, logprobs } => {
+            GenerateEvent::Token { choice, index, token_id, text, logprobs, calls } => {
                 let logprobs = self.answer.logprobs(choice, token_id, logprobs.as_ref())?;
                 let progress = self.progress(choice)?;
                 progress.next = index + 1;
@@ -107,15 +108,15 @@ impl State {
                     return Ok(out);
                 }
                 self.open(choice, &mut out)?;
-                if !text.is_empty() || logprobs.is_some() {
-                    let piece = self.answer.piece(choice, text, logprobs, None);
+                if !text.is_empty() || logprobs.is_some() || !calls.is_empty() {
+                    let piece = self.answer.piece(choice, Piece { text, calls }, logprobs, None);
                     self.push(&mut out, &piece);
                 }
             }
             GenerateEvent::Finished { reason: FinishReason::Cancelled, .. } => {
                 return Err(cancelled());
             }
-            GenerateEvent::Finished { choice, reason, text, usage, .. } => {
+            GenerateEvent::Finished { choice, reason, text, calls, usage, .. } => {
                 self.open(choice, &mut out)?;
                 let progress = self.progress(choice)?;
                 // Past the last token: it may hold text, which nobody wants twice.
@@ -123,7 +124,8 @@ impl State {
                 progress.next += 1;
                 progress.ended = true;
                 if news {
-                    let piece = self.answer.piece(choice, text, None, Some(reason));
+                    let piece =
+                        self.answer.piece(choice, Piece { text, calls }, None, Some(reason));
                     self.push(&mut out, &piece);
                 }
                 self.usages.push(usage);

@@ -5,7 +5,7 @@ use actix_web::{HttpResponse, web};
 use serde_json::{Value, json};
 
 use super::AppState;
-use super::chat::take_messages;
+use super::chat::take_conversation;
 use super::completions::{ids_of, take_prompt};
 use super::error::ApiError;
 use super::fields::Fields;
@@ -23,7 +23,7 @@ pub(crate) async fn tokenize(
         Some(prompt) => Some(prompt),
         None => match take_prompt(&mut fields, "content")? {
             Some(prompt) => Some(prompt),
-            None => take_messages(&mut fields)?.map(Prompt::Chat),
+            None => take_conversation(&mut fields)?.map(Prompt::Chat),
         },
     };
     let prompt =

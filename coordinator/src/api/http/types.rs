@@ -69,7 +69,10 @@ pub(crate) struct Choice {
 #[derive(Debug, Serialize)]
 pub(crate) struct Message {
     pub(crate) role: &'static str,
-    pub(crate) content: String,
+    /// Null where there are only calls.
+    pub(crate) content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<CallBody>,
     /// Always null; strict clients want the key.
     pub(crate) refusal: Option<String>,
 }
@@ -81,6 +84,29 @@ pub(crate) struct Delta {
     pub(crate) role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<CallBody>,
+}
+
+/// A call of a tool, or in chunks a part of one.
+#[derive(Debug, Serialize)]
+pub(crate) struct CallBody {
+    /// Which call; in chunks only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) index: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub(crate) kind: Option<&'static str>,
+    pub(crate) function: CallFunction,
+}
+
+/// What is called, and with what.
+#[derive(Debug, Serialize)]
+pub(crate) struct CallFunction {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+    pub(crate) arguments: String,
 }
 
 /// Log-probabilities in the shape of the endpoint.

@@ -16,7 +16,7 @@ use millrace_shared::wire::control::{
 };
 use millrace_shared::wire::join::{JoinProof, JoinRequest, JoinResponse};
 use millrace_shared::wire::rpc::{
-    AttachRequest, CallHeader, Choices, ClusterStatus, FinishReason, GenerateEvent,
+    AttachRequest, CallHeader, CallPiece, Choices, ClusterStatus, FinishReason, GenerateEvent,
     GenerateRequest, Method, ModelCard, PositionScore, Prompt, Reply, ScoreRequest, Timings,
     TokenLogprobs, TokenizeRequest, Usage,
 };
@@ -99,7 +99,7 @@ pub(in crate::fuzz) fn methods() -> Vec<Vec<u8>> {
     };
     let request_id = RequestId(uuid::Uuid::nil());
     let mut found = encoded([
-        Method::Generate(request(Prompt::Chat(super::chat()))),
+        Method::Generate(request(Prompt::Chat(super::conversation()))),
         Method::Generate(request(Prompt::Tokens(vec![1, 2, 300]))),
         Method::Generate(request(Prompt::Text("once".into()))),
         Method::Score(ScoreRequest { model: "m".into(), tokens: vec![1; 40], top_k: 5 }),
@@ -160,12 +160,14 @@ pub(in crate::fuzz) fn admin_replies() -> Vec<Vec<u8>> {
 
 pub(in crate::fuzz) fn replies() -> Vec<Vec<u8>> {
     let logprobs = Some(TokenLogprobs { logprob: -0.5, top: vec![(1, -0.5)] });
+    let call = CallPiece { call: 1, id: "c".into(), name: "f".into(), arguments: "{".into() };
     let token = |logprobs| GenerateEvent::Token {
         choice: 1,
         index: 3,
         token_id: 9,
         text: "the".into(),
         logprobs,
+        calls: vec![call.clone()],
     };
     let started = GenerateEvent::Started {
         request_id: RequestId(uuid::Uuid::nil()),
@@ -177,6 +179,7 @@ pub(in crate::fuzz) fn replies() -> Vec<Vec<u8>> {
         choice: 1,
         reason: FinishReason::Length,
         text: "x".into(),
+        calls: Vec::new(),
         usage: Usage::default(),
         timings: Timings::default(),
     };

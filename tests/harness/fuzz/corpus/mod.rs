@@ -10,7 +10,9 @@ use millrace_shared::wire::data::{
     StageTime, StepMeta, TableUpdate, Want,
 };
 use millrace_shared::wire::frame::FrameMeta;
-use millrace_shared::wire::rpc::{ChatMessage, PositionScore, TokenLogprobs};
+use millrace_shared::wire::rpc::{
+    ChatMessage, Conversation, PositionScore, TokenLogprobs, ToolCall, ToolChoice,
+};
 
 pub(super) mod messages;
 
@@ -94,9 +96,23 @@ pub(super) fn configs() -> Vec<Vec<u8>> {
     found.into_iter().map(|(_, bytes)| bytes).collect()
 }
 
+/// The same with a tool that was called.
+pub(super) fn conversation() -> Conversation {
+    let call = ToolCall { id: "c".into(), name: "f".into(), arguments: "{}".into() };
+    let mut messages = chat();
+    messages[2].tool_calls = vec![call];
+    messages[3].tool_call_id = Some("c".into());
+    Conversation {
+        messages,
+        tools: vec![r#"{"name": "f"}"#.into()],
+        tool_choice: ToolChoice::Named("f".into()),
+        single_call: true,
+    }
+}
+
 pub(super) fn chat() -> Vec<ChatMessage> {
     [("system", "Be brief."), ("user", "Hello?"), ("assistant", "Yes."), ("user", "Why?")]
-        .map(|(role, content)| ChatMessage { role: role.to_owned(), content: content.to_owned() })
+        .map(|(role, content)| ChatMessage::new(role, content))
         .into()
 }
 
