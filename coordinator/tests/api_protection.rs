@@ -27,6 +27,7 @@ fn ask(addr: SocketAddr, route: &Route, headers: &str) -> Answer {
     assert!(!path.contains('{'), "a parameter that this test does not know: {path}");
     let text = match route.verb {
         Verb::Get => format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n"),
+        Verb::Delete => format!("DELETE {path} HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n"),
         Verb::Post => format!(
             "POST {path} HTTP/1.1\r\nhost: localhost\r\n{headers}content-length: 2\r\n\r\n{{}}"
         ),

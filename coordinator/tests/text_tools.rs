@@ -72,9 +72,9 @@ fn other_templates_are_told_in_words() {
         text.find("<tools>\n{\"type\": \"function\", \"function\": {\"name\": \"get_weather\"");
     assert!(text.starts_with("<system>Be brief.\n\nYou can call") && tools.is_some(), "{text}");
     let call = "<assistant><tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \
-                \"Zürich\", \"days\": 2, \"exact\": true, \"at\": [1.5, null]}}\n</tool_call>\n";
+                \"Zürich\", \"days\": 2, \"exact\": true, \"at\": [1.5, null]}}\n</tool_call>";
     assert!(text.contains(call), "{text}");
-    let result = "<user><tool_response>\n{\"celsius\": 21}\n</tool_response>\n";
+    let result = "<user><tool_response>\n{\"celsius\": 21}\n</tool_response>";
     assert!(text.ends_with(result), "{text}");
     // Two results are one turn.
     let mut two = conversation(case);

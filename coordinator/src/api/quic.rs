@@ -24,7 +24,7 @@ use millrace_shared::wire::rpc::{
 use crate::service::{Caller, EventStream, Service};
 
 /// Longest time that a request goes on by itself.
-pub(super) const MAX_KEEP: Duration = Duration::from_secs(24 * 3600);
+pub(crate) const MAX_KEEP: Duration = Duration::from_secs(24 * 3600);
 /// Calls of one connection that run at once.
 pub const MAX_CALLS: usize = 128;
 /// Positions per `Scores` reply: below 1 MiB with 64 logits each.

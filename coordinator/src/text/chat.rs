@@ -125,7 +125,9 @@ impl ChatTemplate {
         if found > MAX_CHAT_MESSAGES {
             return Err(TextError::Messages { found, limit: MAX_CHAT_MESSAGES });
         }
-        let tools = tools::parse(conversation).map_err(|e| TextError::Tools(e.to_string()))?;
+        let tools = tools::parse(conversation).map_err(|e| {
+            TextError::Tools(format!("{}: {}", e.param.unwrap_or_default(), e.message))
+        })?;
         let turns = tools::turns(conversation, &tools, self.dialect);
         self.rendering.render(turns, add_generation_prompt)
     }

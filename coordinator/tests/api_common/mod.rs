@@ -278,6 +278,11 @@ impl Service for Fake {
         async { Ok(()) }.boxed()
     }
 
+    fn forget(&self, request_id: RequestId, _: Caller) -> BoxFuture<'_, Result<(), Status>> {
+        self.seen.lock().unwrap().retain(|(_, by)| by.request_id != Some(request_id));
+        async { Ok(()) }.boxed()
+    }
+
     fn status(&self) -> BoxFuture<'_, ClusterStatus> {
         let ready = self.ready.load(Ordering::Relaxed);
         let detail = if ready { "" } else { "waiting for 1 more node" };

@@ -108,6 +108,27 @@ impl ApiError {
         error
     }
 
+    /// The same, of a field.
+    pub(crate) fn about(mut self, param: &str) -> Self {
+        self.status.param = Some(param.to_owned());
+        self
+    }
+
+    /// The field that is wrong.
+    pub(crate) fn param(&self) -> Option<&str> {
+        self.status.param.as_deref()
+    }
+
+    /// What went wrong, for people.
+    pub(crate) fn message(&self) -> &str {
+        &self.status.message
+    }
+
+    /// What went wrong, for programs.
+    pub(crate) fn stable_code(&self) -> &'static str {
+        self.code
+    }
+
     /// What kind of failure it is.
     pub(crate) fn code(&self) -> ErrorCode {
         self.status.code

@@ -64,6 +64,16 @@ impl Fields {
         format!("{}{field}", self.path)
     }
 
+    /// A field, left where it is; `None` where it is absent or null.
+    pub(crate) fn peek(&self, field: &str) -> Option<&Value> {
+        self.map.get(field).filter(|v| !v.is_null())
+    }
+
+    /// Says something under another name.
+    pub(crate) fn put(&mut self, field: &str, value: Value) {
+        self.map.insert(field.to_owned(), value);
+    }
+
     /// Takes a field as raw JSON; `None` where it is absent or null.
     pub(crate) fn take_value(&mut self, field: &str) -> Option<Value> {
         self.map.remove(field).filter(|v| !v.is_null())

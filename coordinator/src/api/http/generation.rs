@@ -174,7 +174,7 @@ pub(crate) fn cancelled() -> Status {
     Status::new(ErrorCode::Cancelled, "the request was cancelled")
 }
 
-fn only_model(state: &AppState) -> String {
+pub(crate) fn only_model(state: &AppState) -> String {
     state.service.models().into_iter().next().map(|card| card.id).unwrap_or_default()
 }
 

@@ -20,6 +20,7 @@ mod logprobs;
 mod options;
 mod request;
 mod requests;
+mod responses;
 mod sse;
 mod tokenize;
 mod tools;
@@ -289,6 +290,8 @@ pub enum Verb {
     Get,
     /// POST.
     Post,
+    /// DELETE.
+    Delete,
 }
 
 /// An endpoint of the HTTP API.
@@ -332,6 +335,10 @@ pub const ENDPOINTS: &[Route] = &[
     route_of(Verb::Get, "/v1/models", Protection::Key, |r| r.to(info::models)),
     route_of(Verb::Get, "/v1/cluster", Protection::Key, |r| r.to(dashboard::cluster)),
     route_of(Verb::Get, "/v1/cluster/timeline", Protection::Key, |r| r.to(dashboard::timeline)),
+    route_of(Verb::Post, "/v1/responses", Protection::Key, |r| r.to(responses::create)),
+    route_of(Verb::Get, "/v1/responses/{id}", Protection::Key, |r| r.to(responses::retrieve)),
+    route_of(Verb::Delete, "/v1/responses/{id}", Protection::Key, |r| r.to(responses::delete)),
+    route_of(Verb::Post, "/v1/responses/{id}/cancel", Protection::Key, |r| r.to(responses::cancel)),
     route_of(Verb::Get, "/v1/cluster/events", Protection::Key, |r| r.to(dashboard::events)),
     // Names may hold slashes.
     route_of(Verb::Get, "/v1/models/{id:.+}", Protection::Key, |r| r.to(info::model)),
@@ -340,15 +347,27 @@ pub const ENDPOINTS: &[Route] = &[
 ];
 
 fn routes(config: &mut web::ServiceConfig, public_metrics: bool) {
-    for endpoint in ENDPOINTS {
-        let (route, other) = match endpoint.verb {
-            Verb::Get => {
-                (web::route().guard(route::Any(route::Get()).or(route::Head())), web::to(only_get))
-            }
-            Verb::Post => (web::post(), web::to(only_post)),
+    for (at, endpoint) in ENDPOINTS.iter().enumerate() {
+        // What is at one place is one resource, with the protection of its first line.
+        if ENDPOINTS[..at].iter().any(|before| before.path == endpoint.path) {
+            continue;
+        }
+        let here = || ENDPOINTS.iter().filter(|other| other.path == endpoint.path);
+        let has = |verb| here().any(|other| other.verb == verb);
+        let other = match (has(Verb::Get), has(Verb::Delete)) {
+            (true, true) => web::to(only_get_or_delete),
+            (true, false) => web::to(only_get),
+            (false, _) => web::to(only_post),
         };
-        let resource =
-            web::resource(endpoint.path).route((endpoint.handler)(route)).default_service(other);
+        let mut resource = web::resource(endpoint.path).default_service(other);
+        for endpoint in here() {
+            let route = match endpoint.verb {
+                Verb::Get => web::route().guard(route::Any(route::Get()).or(route::Head())),
+                Verb::Post => web::post(),
+                Verb::Delete => web::delete(),
+            };
+            resource = resource.route((endpoint.handler)(route));
+        }
         match endpoint.protection {
             Protection::Open => config.service(resource),
             Protection::Metrics if public_metrics => config.service(resource),
@@ -366,6 +385,10 @@ async fn no_route(request: HttpRequest) -> actix_web::HttpResponse {
 
 async fn only_get(request: HttpRequest) -> actix_web::HttpResponse {
     ApiError::wrong_method(request.method().as_str(), "GET").error_response()
+}
+
+async fn only_get_or_delete(request: HttpRequest) -> actix_web::HttpResponse {
+    ApiError::wrong_method(request.method().as_str(), "GET, DELETE").error_response()
 }
 
 async fn only_post(request: HttpRequest) -> actix_web::HttpResponse {

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Runs the official openai package against a live two-stage cluster: clients/openai/run.sh [pytest arguments]
+#
+# MILLRACE_BIN         the program [default: target/debug/millrace, built if it is not there]
+# MILLRACE_TEST_MODEL  the model [default: smollm2:135m, from the cache or fetched]
+# The virtual environment lies in the cache, outside the clone, and is made once for each requirements.txt.
+set -euo pipefail
+cd "$(dirname "$0")"
+root=$(cd ../.. && pwd)
+target="${CARGO_TARGET_DIR:-$root/target}"
+if [ -z "${MILLRACE_BIN:-}" ]; then
+    (cd "$root" && cargo build --locked --quiet --bin millrace)
+    MILLRACE_BIN="$target/debug/millrace"
+fi
+export MILLRACE_BIN
+wanted=$(cat requirements.txt <(python3 --version) | cksum | cut -d' ' -f1)
+venv="${XDG_CACHE_HOME:-$HOME/.cache}/millrace-ci/openai-$wanted"
+if [ ! -e "$venv/complete" ]; then
+    rm -rf "$venv"
+    if command -v uv >/dev/null; then
+        uv venv --quiet "$venv"
+        VIRTUAL_ENV="$venv" uv pip install --quiet -r requirements.txt
+    else
+        python3 -m venv "$venv"
+        "$venv/bin/pip" install --quiet --disable-pip-version-check -r requirements.txt
+    fi
+    touch "$venv/complete"
+fi
+exec "$venv/bin/python" -m pytest -q -p no:cacheprovider "$@" .

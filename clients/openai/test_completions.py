@@ -1,0 +1,19 @@
+"""/v1/completions."""
+
+from conftest import NAME
+
+ASK = {"model": NAME, "prompt": "Once upon a time", "temperature": 0, "max_tokens": 8}
+
+
+def test_whole_and_streamed(client):
+    whole = client.call(lambda c: c.completions.create(**ASK))
+    assert whole.choices[0].text and whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 8
+    chunks = client.stream(lambda c: c.completions.create(**ASK, stream=True))
+    assert "".join(c.choices[0].text for c in chunks) == whole.choices[0].text
+    best = client.call(lambda c: c.completions.create(**{**ASK, "temperature": 1.0}, n=1, best_of=3, seed=3))
+    assert len(best.choices) == 1 and best.usage.completion_tokens > 8
+
+
+def test_logprobs(client):
+    found = client.call(lambda c: c.completions.create(**ASK, logprobs=2)).choices[0].logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == 8
