@@ -320,7 +320,7 @@ impl<S: Service> Service for Gate<S> {
             request.choices.validate()?;
             let holder = self.known(&mut caller)?;
             if let Some(id) = caller.request_id
-                && self.inner.knows(id, caller).await
+                && self.inner.knows(id, caller.clone()).await
             {
                 // It was counted when it was first submitted, and still is while it runs.
                 return self.inner.generate(request, Caller { again: true, ..caller }).await;

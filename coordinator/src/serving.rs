@@ -17,9 +17,7 @@ use millrace_shared::wire::rpc::{
 };
 use uuid::Uuid;
 
-use crate::actors::batcher::{
-    Attach, Cancel, Forget, GetCounters, Knows, Submit, SubmitScore,
-};
+use crate::actors::batcher::{Attach, Cancel, Forget, GetCounters, Knows, Submit, SubmitScore};
 use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
 use crate::service::{Caller, EventStream, Service};

@@ -151,7 +151,7 @@ fn config() -> impl Fn(&[u8]) -> bool {
 fn template(bytes: &[u8]) -> bool {
     let Ok(source) = std::str::from_utf8(bytes) else { return false };
     let Ok(template) = ChatTemplate::new(source, "<s>".into(), "</s>".into()) else { return false };
-    template.render(&corpus::chat(), true).is_ok()
+    template.render(&corpus::chat().into(), true).is_ok()
 }
 
 /// What model files hold.

@@ -42,9 +42,7 @@ use crate::request::{Request, Verdict, Work};
 use crate::text::Tokenizer;
 pub use doubt::{NodeDied, StepVerdict};
 pub use epochs::{PipelineDown, PipelineUp};
-pub use inbox::{
-    Attach, Cancel, Forget, GetCounters, Knows, ResultFrame, Submit, SubmitScore,
-};
+pub use inbox::{Attach, Cancel, Forget, GetCounters, Knows, ResultFrame, Submit, SubmitScore};
 use submit::retry_ms;
 pub use whereabouts::{Flight, Look, Seen};
 

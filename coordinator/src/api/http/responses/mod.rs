@@ -38,6 +38,9 @@ pub(super) const TAG: u32 = 1 << 8;
 /// Longest note: a few bodies' worth of conversation.
 const MAX_NOTE_BYTES: usize = 2 * MAX_BODY_BYTES;
 
+/// How long the beginning of a request may take to be told of.
+const BEGINNING: Duration = Duration::from_secs(10);
+
 /// What is kept with a response.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Note {
@@ -232,6 +235,10 @@ async fn earlier(
 /// What has happened of a response.
 async fn so_far(mut events: EventStream, note: Note) -> Growing {
     let mut growing = growing(&events, note, Some(u64::MAX));
+    // That it began is told of every request, as soon as that is on the disk.
+    if let Ok(Some(event)) = tokio::time::timeout(BEGINNING, events.next()).await {
+        growing.take(event);
+    }
     while let Some(event) = events.next_there().await {
         growing.take(event);
     }
