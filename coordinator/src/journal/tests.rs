@@ -225,8 +225,8 @@ fn all_that_a_client_sends_counts() {
     let text = || "x".repeat(1000);
     assert!(with(&|p| p.grammar = Some(Grammar::Regex(text()))) >= 1000);
     assert!(with(&|p| p.stop = vec![text(), text()]) >= 2000);
-    assert!(with(&|p| p.stop_token_ids = vec![1; 100]) >= 400);
-    assert!(with(&|p| p.logit_bias = vec![(1, 1.0); 100]) >= 800);
+    assert!(with(&|p| p.stop_token_ids = vec![1; 101]) >= 400);
+    assert!(with(&|p| p.logit_bias = vec![(1, 1.0); 101]) >= 800);
     let mut failed = plain.clone();
     failed.ends[0] = Some((1, End::Failed(Status::internal(text()))));
     assert!(failed.bytes() >= plain.bytes() + 1000);
