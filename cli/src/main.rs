@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod bundle;
 mod cache;
 mod chat;
 mod completions;

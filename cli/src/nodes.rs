@@ -1,11 +1,14 @@
 //! `millrace nodes` and `millrace doctor`: what operators do to a running cluster.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 use millrace_coordinator::recut::render;
 use millrace_shared::wire::admin::{
     AdminReply, AdminRequest, EdgeStatus, NodeRole, NodeStatus, RecutReport,
 };
 
+use crate::bundle;
 use crate::output::{self, TextOrJson};
 use crate::table::{self, Align, Table};
 use crate::target::RunningArgs;
@@ -72,6 +75,10 @@ pub(crate) struct DoctorArgs {
     /// json prints what the cluster answered
     #[arg(long, short, value_name = "FORMAT", default_value = "text")]
     output: TextOrJson,
+    /// Write what helps to find out what went wrong into a zip file: the last minute's steps of all
+    /// members, plan, settings, versions, metrics; no prompts, tokens or secrets
+    #[arg(long, value_name = "FILE")]
+    bundle: Option<PathBuf>,
 }
 
 pub(crate) async fn run(args: NodesArgs) -> anyhow::Result<()> {
@@ -88,6 +95,9 @@ pub(crate) async fn run(args: NodesArgs) -> anyhow::Result<()> {
 
 /// Fails where a way that the pipeline uses is closed.
 pub(crate) async fn doctor(args: DoctorArgs) -> anyhow::Result<()> {
+    if let Some(path) = &args.bundle {
+        return bundle::write(&args.running, path).await;
+    }
     let reply = args.running.admin(AdminRequest::Doctor).await?;
     let closed = match &reply {
         AdminReply::Edges(edges) => edges.iter().filter(|e| e.outcome.is_err()).count(),
@@ -108,7 +118,10 @@ fn print(reply: AdminReply, format: TextOrJson) -> anyhow::Result<()> {
         AdminReply::Edges(edges) => output::write(edges_text(&edges)),
         AdminReply::Description(text) => output::write(text),
         // The answers of 'millrace keys' and 'requests'.
-        other @ (AdminReply::Keys(_) | AdminReply::NewKey { .. } | AdminReply::Requests(_)) => {
+        other @ (AdminReply::Keys(_)
+        | AdminReply::NewKey { .. }
+        | AdminReply::Requests(_)
+        | AdminReply::Collected(_)) => {
             Err(anyhow::anyhow!("the cluster's answer makes no sense: {other:?}"))
         }
     }

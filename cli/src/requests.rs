@@ -1,7 +1,6 @@
 //! `millrace requests` and `millrace request`: where requests are and what they wait for.
 
 use clap::{Args, Subcommand};
-use millrace_shared::id::RequestId;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest, RequestQuery, RequestReport};
 
 use crate::output::{self, TextOrJson};
@@ -35,15 +34,16 @@ pub(crate) struct RequestArgs {
 
 #[derive(Debug, Subcommand)]
 enum RequestCommand {
-    /// What it waits for, and where its time went; also of one that has ended and is kept
+    /// What it waits for, and where its time went; also of one that has ended and is kept, or was
+    /// turned away
     Show {
-        /// As `x-millrace-request-id` said
-        id: RequestId,
+        /// As `x-request-id` said
+        id: String,
     },
     /// End it
     Cancel {
-        /// As `x-millrace-request-id` said
-        id: RequestId,
+        /// As `x-request-id` said
+        id: String,
     },
 }
 
@@ -89,7 +89,7 @@ fn table(reports: &[RequestReport]) -> Table {
     ]);
     for r in reports {
         table.row([
-            r.id.to_string(),
+            r.id.clone(),
             format!("{:.1} s", r.age_seconds),
             r.prompt_tokens.to_string(),
             r.generated_tokens.to_string(),
@@ -130,7 +130,8 @@ mod tests {
     #[test]
     fn a_request_in_words() {
         let report = RequestReport {
-            id: "0193a5b0-0000-7000-8000-000000000000".parse().unwrap(),
+            id: "0193a5b0-0000-7000-8000-000000000000".to_owned(),
+            request: None,
             state: "computing token 8; micro-batch 812 at stage 2 on gpu-b for 4.1 s".to_owned(),
             node: Some("gpu-b".to_owned()),
             for_seconds: 4.1,

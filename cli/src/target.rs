@@ -171,6 +171,14 @@ impl RunningArgs {
         Ok(reply?)
     }
 
+    /// The API key that is used.
+    ///
+    /// # Errors
+    /// If there is no cluster.
+    pub(crate) fn secret(&self) -> anyhow::Result<String> {
+        Ok(self.config()?.api_key)
+    }
+
     fn config(&self) -> anyhow::Result<ClientConfig> {
         let (path, named) = self.config_path()?;
         let mut config = if path.exists() || named {

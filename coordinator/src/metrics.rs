@@ -26,6 +26,7 @@ use prometheus_client::registry::{Metric, Registry};
 
 use self::timeline::Timeline;
 use crate::chronicle::Chronicle;
+use crate::names::Names;
 
 /// 1 ms to 60 s, fine where people notice: time to first token, queueing.
 const WAIT_BUCKETS: [f64; 17] = [
@@ -102,6 +103,7 @@ pub struct Metrics {
     registry: Registry,
     timeline: Timeline,
     chronicle: Arc<Chronicle>,
+    names: Arc<Names>,
     running: Gauge<i64, AtomicI64>,
     waiting: Gauge<i64, AtomicI64>,
     kv_blocks: Gauge<i64, AtomicI64>,
@@ -159,6 +161,7 @@ impl Metrics {
         Self {
             timeline: Timeline::default(),
             chronicle: Arc::default(),
+            names: Arc::default(),
             running: add(r, metric::REQUESTS_RUNNING, "Requests running", Gauge::default()),
             waiting: add(r, metric::REQUESTS_WAITING, "Requests waiting", Gauge::default()),
             kv_blocks: add(r, metric::KV_BLOCKS, "KV blocks in all", Gauge::default()),
@@ -378,6 +381,11 @@ impl Metrics {
     /// The last micro-batches.
     pub fn timeline(&self) -> &Timeline {
         &self.timeline
+    }
+
+    /// What requests are called.
+    pub fn names(&self) -> &Arc<Names> {
+        &self.names
     }
 
     /// What happened to the cluster.

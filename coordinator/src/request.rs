@@ -55,6 +55,24 @@ pub enum Work {
     Score(Scoring),
 }
 
+/// Chunks of a prompt that were sent to the stages.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunks {
+    choice: u32,
+    sent: u32,
+    /// Where the last one ends.
+    end: u32,
+    /// Positions of the last one.
+    last: u32,
+}
+
+impl Chunks {
+    /// Which chunk was sent last, and about how many there will be for so many tokens.
+    pub fn of(&self, tokens: u32) -> (u32, u32) {
+        (self.sent, self.sent + tokens.saturating_sub(self.end).div_ceil(self.last.max(1)))
+    }
+}
+
 /// A request that the scheduler knows.
 #[derive(Debug)]
 pub struct Request {
@@ -62,6 +80,8 @@ pub struct Request {
     pub id: RequestId,
     /// As the pipeline names what is still computed of it: each choice once.
     pub sequences: Vec<(SequenceId, u32)>,
+    /// How far the prompts of its choices are, of those that were begun.
+    pub chunks: Vec<Chunks>,
     /// What it wants.
     pub work: Work,
     /// When it came, on the scheduler's clock.
@@ -76,6 +96,23 @@ impl Request {
     /// Time since the client asked.
     pub fn age(&self, now: Duration) -> Duration {
         self.before + now.saturating_sub(self.submitted)
+    }
+
+    /// A part of a choice's prompt goes to the stages. One that begins anew begins at the front.
+    pub fn on_chunk(&mut self, choice: u32, position: u32, count: u32) {
+        let new = Chunks { choice, sent: 1, end: position + count, last: count };
+        match self.chunks.iter_mut().find(|c| c.choice == choice) {
+            Some(chunks) if position >= chunks.end => {
+                *chunks = Chunks { sent: chunks.sent + 1, ..new };
+            }
+            Some(chunks) => *chunks = new,
+            None => self.chunks.push(new),
+        }
+    }
+
+    /// How far a choice's prompt is.
+    pub fn chunks(&self, choice: u32) -> Option<Chunks> {
+        self.chunks.iter().find(|c| c.choice == choice).copied()
     }
 
     /// Marks the end of a choice's time in the queue, and how many tokens of the prompt were in the

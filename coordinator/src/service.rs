@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,6 +20,7 @@ use millrace_shared::wire::rpc::{
 };
 use tokio::sync::{mpsc, oneshot};
 
+use crate::journal::unix_ms;
 use crate::metrics::Metrics;
 use crate::request::Replay;
 
@@ -151,6 +152,7 @@ impl EventStream {
     /// The next event; after the last `Finished` or an error comes `None`. Cancel-safe.
     pub async fn next(&mut self) -> Option<Result<GenerateEvent, Status>> {
         let event = self.event().await;
+        self.departure.taken_ms.store(unix_ms(), Ordering::Relaxed);
         if let (Some(meter), Some(Ok(event))) = (&mut self.meter, &event) {
             meter.see(event);
         }
@@ -204,6 +206,8 @@ impl Drop for EventStream {
 #[derive(Debug, Default)]
 pub(crate) struct Departure {
     lost: AtomicBool,
+    /// When the last event was taken, milliseconds since 1970; 0 before the first.
+    taken_ms: AtomicU64,
     meter: Mutex<Option<Box<dyn Meter>>>,
 }
 
@@ -211,6 +215,14 @@ impl Departure {
     /// Whether it was cut off, rather than having had enough.
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
+    }
+
+    /// How long ago the last event was taken; none where none was yet.
+    pub(crate) fn since_taken(&self) -> Duration {
+        match self.taken_ms.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            taken => Duration::from_millis(unix_ms().saturating_sub(taken)),
+        }
     }
 
     /// Who counted its events, and goes on with those of a request that goes on.
@@ -234,6 +246,8 @@ pub struct Caller {
     pub priority: Priority,
     /// The client's own name for the request.
     pub request_id: Option<RequestId>,
+    /// The id that it gets where the client has named none; drawn early, so that a refusal has one.
+    pub fresh: Option<RequestId>,
     /// How long the request goes on after a connection was lost; nothing ends it at once.
     pub keep: Option<Duration>,
     /// What the API wants to know when somebody attaches; only kept.
@@ -396,8 +410,16 @@ impl<S: Service> Service for Counted<S> {
         request: GenerateRequest,
         caller: Caller,
     ) -> BoxFuture<'_, Result<EventStream, Status>> {
-        let count = |result: Result<EventStream, Status>| {
-            result.inspect_err(|status| self.metrics.on_refused(status.code))
+        let id = caller.request_id.or(caller.fresh);
+        let count = move |result: Result<EventStream, Status>| {
+            result.inspect_err(|status| {
+                self.metrics.on_refused(status.code);
+                if let Some(id) = id {
+                    self.metrics.names().refused_id(id, status);
+                    let request_id = self.metrics.names().label(id);
+                    tracing::info!(request_id, code = ?status.code, "refused: {}", status.message);
+                }
+            })
         };
         self.inner.generate(request, caller).map(count).boxed()
     }

@@ -20,6 +20,8 @@ use uuid::Uuid;
 use crate::actors::batcher::{Attach, Cancel, Forget, GetCounters, Knows, Submit, SubmitScore};
 use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
+use crate::collect::{self, About};
+use crate::metrics::Metrics;
 use crate::service::{Caller, EventStream, Service};
 use crate::text::{CallForm, Matcher, TextModel};
 use crate::whereabouts;
@@ -38,6 +40,10 @@ pub struct Serving {
     pub cluster: Addr<Cluster>,
     /// What turns prompts into ids.
     pub prompts: Arc<Prompts>,
+    /// What is measured, and what requests are called.
+    pub metrics: Arc<Metrics>,
+    /// Settings for people.
+    pub about: Arc<About>,
     /// Distinguishes seeds drawn within one clock tick.
     pub draws: AtomicU64,
 }
@@ -225,7 +231,8 @@ impl Service for Serving {
                 .map_err(|e| Status::invalid(e.param, e.to_string()))?;
             let tokens = self.prompts.prompt_ids(request.prompt).await?;
             let matcher = self.prompts.matcher(params.grammar.as_ref()).await?;
-            let id = caller.request_id.unwrap_or_else(|| RequestId(Uuid::now_v7()));
+            let id = caller.request_id.or(caller.fresh);
+            let id = id.unwrap_or_else(|| RequestId(Uuid::now_v7()));
             let seed = params.seed.unwrap_or_else(|| self.draw_seed(id));
             let choices = request.choices;
             let submit =
@@ -333,6 +340,9 @@ impl Service for Serving {
         async move {
             if let AdminRequest::Requests(query) = request {
                 return whereabouts::answer(self, query).await;
+            }
+            if request == (AdminRequest::Collect { node: None }) {
+                return collect::own(self, &self.about, &self.metrics).await;
             }
             let blocks_used = self.batcher.send(GetCounters).await.map_err(crossed)?.blocks_used;
             self.cluster.send(Admin { request, blocks_used }).await.map_err(crossed)?

@@ -20,6 +20,7 @@ use crate::actors::{Batcher, Cluster, member};
 use crate::api;
 use crate::api::http::{HttpConfig, HttpServerHandle};
 use crate::blobs::Blobs;
+use crate::collect::About;
 use crate::config::{Config, host_port};
 use crate::gate::{Gate, keep_uses};
 use crate::journal::{Journal, begin_life};
@@ -143,6 +144,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         (journal, manifest.content_hash, entries),
     )
     .start();
+    let about = Arc::new(About::new(&config));
     let card = ModelCard {
         id: config.served_name.clone(),
         created: unix_now(),
@@ -152,7 +154,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     };
     let deployment = Deployment { stages: config.stages, ..config.deployment };
     let cluster = Cluster::new(manifest, deployment, config.stages, batcher.clone(), readiness);
-    let actor = cluster.in_life(life).telling(metrics.chronicle()).start();
+    let actor = cluster.in_life(life).telling(metrics.chronicle());
+    let actor = actor.saving(&metrics, &dir.path).start();
     // What fails below drops the runtime; an actor that has not run by then would set its timers up
     // while it is dropped, where there are none. An answer proves that it runs.
     batcher.send(GetCounters).await.context("the batcher")?;
@@ -161,6 +164,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         batcher,
         cluster: actor.clone(),
         prompts: Arc::new(Prompts { text, card }),
+        metrics: Arc::clone(&metrics),
+        about,
         draws: AtomicU64::new(0),
     };
     let gate = Gate::new(Arc::new(serving), Arc::clone(&dir.keys), Arc::clone(&dir.revoked));

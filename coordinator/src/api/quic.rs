@@ -170,6 +170,7 @@ fn caller(call: &IncomingCall) -> Result<Caller, Status> {
         client: Caller::client_of(call.bearer()),
         priority,
         request_id: request_id.transpose()?,
+        fresh: Some(RequestId(uuid::Uuid::now_v7())),
         keep: keep.transpose()?,
         ..Caller::default()
     })

@@ -1,7 +1,6 @@
 //! The last micro-batches and where each spent its time, for whoever draws the pipeline.
 //!
-//! A ring: the newest `LENGTH` passages, a few minutes of a slow model or some seconds of a fast
-//! one. Numbered in the order of return, over all epochs, so that a reader asks for what is new.
+//! A ring: the passages of the last 60 s, the newest `LENGTH` at most. Numbered in the order of return, over all epochs, so that a reader asks for what is new.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
@@ -11,7 +10,9 @@ use millrace_shared::wire::data::ResultMeta;
 use serde::Serialize;
 
 /// Passages that are kept.
-const LENGTH: usize = 4096;
+const LENGTH: usize = 16_384;
+/// Seconds that they are kept, as long as others come.
+const SPAN: f64 = 60.0;
 /// Most passages of one answer.
 const MOST: usize = 2048;
 
@@ -64,9 +65,10 @@ impl Timeline {
             let hop = t.hop().unwrap_or_default();
             stay(hop.as_secs_f64(), t.wait().as_secs_f64(), t.step().as_secs_f64())
         });
+        let ended = self.started.elapsed().as_secs_f64();
         let passage = Passage {
             id,
-            ended: self.started.elapsed().as_secs_f64(),
+            ended,
             round_trip,
             rows: meta.rows.len(),
             positions: meta.rows.iter().map(|r| r.count).sum(),
@@ -76,9 +78,17 @@ impl Timeline {
         let (seen, ring) = &mut *passages;
         *seen += 1;
         ring.push_back(passage);
-        if ring.len() > LENGTH {
+        let old = |p: &Passage| p.ended < ended - SPAN;
+        while ring.len() > LENGTH || ring.front().is_some_and(old) {
             ring.pop_front();
         }
+    }
+
+    /// The time now, and all of it.
+    pub fn all(&self) -> (f64, Vec<Passage>) {
+        let now = self.started.elapsed().as_secs_f64();
+        let passages = self.passages.lock().unwrap_or_else(PoisonError::into_inner);
+        (now, passages.1.iter().cloned().collect())
     }
 
     /// The time now; how many passages there were in all; and those after the first `after`, the
@@ -116,9 +126,9 @@ mod tests {
         let ids = |after| timeline.after(after).2.iter().map(|p| p.id).collect::<Vec<_>>();
         assert_eq!((ids(1), ids(3)), (vec![2, 3], vec![]));
         assert_eq!(ids(17), [1, 2, 3], "the reader comes from an earlier life");
-        (4..=5000).for_each(|id| timeline.push(id, &meta, 0.1));
+        (4..=20_000).for_each(|id| timeline.push(id, &meta, 0.1));
         let (_, last, most) = timeline.after(0);
-        assert_eq!((last, most.len(), most[0].id), (5000, MOST, 5000 - MOST as u64 + 1));
+        assert_eq!((last, most.len(), most[0].id), (20_000, MOST, 20_000 - MOST as u64 + 1));
         assert_eq!(timeline.passages.lock().unwrap().1.len(), LENGTH);
     }
 }

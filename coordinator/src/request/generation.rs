@@ -286,6 +286,11 @@ impl Generation {
     pub fn unread(&self) -> u32 {
         self.listeners.unread()
     }
+
+    /// How long ago the client that lags most took one.
+    pub fn unread_since(&self) -> Duration {
+        self.listeners.unread_since()
+    }
 }
 
 /// Tokens for which the journal promises room at the beginning.

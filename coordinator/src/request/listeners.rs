@@ -83,6 +83,13 @@ impl Listeners {
         self.present.iter().map(waiting).max().unwrap_or(0) as u32
     }
 
+    /// How long ago the one who lags most took an event.
+    pub(super) fn unread_since(&self) -> Duration {
+        let waiting = |l: &&Listener| l.events.max_capacity() - l.events.capacity();
+        let slowest = self.present.iter().max_by_key(waiting);
+        slowest.map_or(Duration::ZERO, |l| l.departure.since_taken())
+    }
+
     /// Whether nobody will want the answer any more, as far as can be known: all have left, and who
     /// was lost has not come back in time.
     pub(super) fn are_gone(&mut self, now: Duration) -> bool {

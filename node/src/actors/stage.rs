@@ -25,6 +25,8 @@ use millrace_shared::wire::data::{FrameKind, MaskMeta, OpenMeta, Row, StepMeta, 
 use millrace_shared::wire::frame::Frame;
 use tokio::sync::mpsc;
 
+use crate::ring::Ring;
+
 /// How often waiting frames are looked at.
 const OPEN_SWEEP: Duration = Duration::from_millis(100);
 
@@ -52,6 +54,9 @@ pub struct Stage {
     held: VecDeque<Held>,
     stale: Arc<AtomicU64>,
     open_wait: Duration,
+    /// Frames of steps that came in.
+    received: Arc<AtomicU64>,
+    ring: Arc<Ring>,
 }
 
 impl std::fmt::Debug for Stage {
@@ -79,6 +84,7 @@ impl Stage {
         out: mpsc::Sender<Frame>,
         losses: mpsc::Sender<Loss>,
         stale: Arc<AtomicU64>,
+        (received, ring): (Arc<AtomicU64>, Arc<Ring>),
     ) -> Self {
         Self {
             assignment,
@@ -91,6 +97,8 @@ impl Stage {
             held: VecDeque::new(),
             stale,
             open_wait: open_wait(LEASE),
+            received,
+            ring,
         }
     }
 
@@ -143,6 +151,7 @@ impl Stage {
                     ));
                 }
                 self.last = header.micro_batch;
+                self.received.fetch_add(1, Ordering::Relaxed);
                 if !self.is_last() {
                     return self.submit(frame, ticket);
                 }
@@ -222,11 +231,17 @@ impl Stage {
     }
 
     fn submit(&self, frame: Frame, ticket: Ticket) -> Result<(), String> {
-        let (out, losses) = (self.out.clone(), self.losses.clone());
+        let (out, losses, ring) = (self.out.clone(), self.losses.clone(), Arc::clone(&self.ring));
+        let (epoch, id, rows) = {
+            let header = frame.header();
+            (header.epoch, header.micro_batch, header.rows)
+        };
+        self.ring.begin(epoch, id, rows);
         let job = Job::Step {
             frame,
             // On the engine's thread: hands over and returns.
             done: Box::new(move |result| {
+                ring.end(epoch, id, result.is_err());
                 match result {
                     Ok(frame) => {
                         if out.try_send(frame).is_err() {

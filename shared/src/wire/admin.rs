@@ -48,6 +48,24 @@ pub enum AdminRequest {
     },
     /// What requests wait for: answer `Requests`.
     Requests(RequestQuery),
+    /// What helps to find out what went wrong, without prompts, tokens and secrets: answer
+    /// `Collected`.
+    Collect {
+        /// What this node knows, by its name or id; of the coordinator itself where none is named.
+        node: Option<String>,
+    },
+}
+
+/// Most bytes of what one member hands over.
+pub const MAX_COLLECTED_BYTES: usize = 8 << 20;
+
+/// A file of what a member knows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CollectedFile {
+    /// Its name, without folders.
+    pub name: String,
+    /// What is in it: text.
+    pub bytes: Vec<u8>,
 }
 
 /// What is asked about requests.
@@ -60,21 +78,23 @@ pub enum RequestQuery {
     },
     /// One, also one that has ended and is kept.
     Show {
-        /// Which.
-        id: RequestId,
+        /// Which: as `x-request-id` says, or as `x-millrace-request-id` does.
+        id: String,
     },
     /// End one, and show it.
     Cancel {
-        /// Which.
-        id: RequestId,
+        /// Which, as above.
+        id: String,
     },
 }
 
 /// Where a request is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RequestReport {
-    /// Its name.
-    pub id: RequestId,
+    /// Its name, as `x-request-id` says.
+    pub id: String,
+    /// What it is attached to by; of one that was turned away there is none.
+    pub request: Option<RequestId>,
     /// What it waits for, in words.
     pub state: String,
     /// The node that it waits for, where one is known.
@@ -211,6 +231,8 @@ pub enum AdminReply {
     Description(String),
     /// Requests.
     Requests(Vec<RequestReport>),
+    /// What a member knows, at most [`MAX_COLLECTED_BYTES`].
+    Collected(Vec<CollectedFile>),
     /// All API keys, oldest first.
     Keys(Vec<KeyInfo>),
     /// A key was made; its secret is shown this once.

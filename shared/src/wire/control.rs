@@ -64,6 +64,13 @@ pub enum NodeMessage {
     Leaving,
     /// The node wants to leave: hand its layers over first.
     Draining,
+    /// Answer to [`CoordinatorMessage::Collect`].
+    Collected {
+        /// As asked.
+        ticket: u64,
+        /// At most [`super::admin::MAX_COLLECTED_BYTES`].
+        files: Vec<super::admin::CollectedFile>,
+    },
 }
 
 /// What a trial of a way has shown.
@@ -158,6 +165,8 @@ pub struct Heartbeat {
     pub wall_seconds: f64,
     /// CPU seconds of the node's whole process since it began.
     pub process_seconds: f64,
+    /// Micro-batches that came in; at most as many are computed.
+    pub received: u64,
     /// Micro-batches computed.
     pub steps: u64,
     /// Stale frames dropped.
@@ -248,6 +257,11 @@ pub enum CoordinatorMessage {
     Drained {
         /// Why it takes requests along, where nobody could take its layers over.
         trouble: Option<String>,
+    },
+    /// Hand over what helps to find out what went wrong.
+    Collect {
+        /// Comes back with the answer.
+        ticket: u64,
     },
 }
 

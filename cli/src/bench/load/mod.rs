@@ -22,6 +22,7 @@ use clap::Args;
 use futures::StreamExt;
 use futures::future::join_all;
 use futures::stream::FuturesUnordered;
+use millrace_net::ulimits;
 
 use self::caller::{Ask, Caller, Heard};
 use self::lengths::Chance;
@@ -40,7 +41,7 @@ const DRAIN: Duration = Duration::from_secs(120);
 /// Seconds of an open loop where nothing is said.
 const DURATION: f64 = 60.0;
 /// Between the first requests of two clients: handshakes are paced at the server.
-const STAGGER: Duration = Duration::from_millis(5);
+const STAGGER: Duration = Duration::from_millis(10);
 /// How long a client of a closed loop waits after it was turned away.
 const BACK_OFF: Duration = Duration::from_millis(500);
 /// Between looks at how far the run is.
@@ -118,6 +119,7 @@ pub(super) enum Arrivals {
 }
 
 pub(super) async fn run(args: &ServeArgs) -> anyhow::Result<()> {
+    ulimits::prepare();
     let runs: Vec<Arrivals> = match args.load.rate.as_slice() {
         [] => args.concurrency.iter().map(|n| Arrivals::Closed(*n)).collect(),
         rates => rates.iter().map(|r| Arrivals::Open(*r)).collect(),

@@ -213,7 +213,9 @@ impl Batcher {
             match fate {
                 Fate::Company => {}
                 Fate::Alone => {
-                    tracing::warn!(sequence = id.0, "in flight at two deaths: it runs alone");
+                    let request = self.requests.of(id).map(|(r, _)| r.id);
+                    let request_id = request.map(|id| self.metrics.names().label(id));
+                    tracing::warn!(request_id, "in flight at two deaths: it runs alone");
                     if let Some(scheduler) = &mut self.scheduler {
                         scheduler.handle_alone(id);
                     }

@@ -18,7 +18,7 @@ use millrace_shared::wire::frame::Frame;
 use tokio::sync::mpsc;
 
 use super::{Active, Batcher, RETRY_PIPELINE_MS};
-use crate::actors::cluster::{Cluster, EdgeFailed, Paced, Switched, Uneven};
+use crate::actors::cluster::{Cluster, EdgeFailed, Paced, Stalled, Switched, Uneven};
 
 /// A pipeline is ready; where another epoch serves, it goes on from there.
 #[derive(Debug, Message)]
@@ -133,6 +133,7 @@ impl Batcher {
             balance: Balance::default(),
             paces: Paces::default(),
             broken: false,
+            first: None,
         });
     }
 
@@ -171,8 +172,11 @@ impl Batcher {
             positions: scheduler.positions(id),
         });
         if self.stalls.is_stalled(oldest, &active.links, active.lease, now) {
-            let message = "a stage does not answer although its node lives".to_owned();
-            let _ = active.cluster.try_send(EdgeFailed { epoch: active.epoch, message });
+            let (id, issued) = scheduler.oldest_in_flight().unwrap_or_default();
+            let nth = id.0.saturating_sub(active.first.unwrap_or(id.0)) + 1;
+            let (epoch, micro_batch) = (active.epoch, id.0);
+            let waited = now.saturating_sub(issued);
+            let _ = active.cluster.try_send(Stalled { epoch, nth, micro_batch, waited });
             self.note_death();
         }
     }

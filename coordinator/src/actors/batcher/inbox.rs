@@ -78,6 +78,7 @@ impl Handler<Submit> for Batcher {
         self.register(Request {
             id: m.id,
             sequences,
+            chunks: Vec::new(),
             work: Work::Generate(Box::new(generation)),
             submitted: now,
             before: Duration::ZERO,
@@ -159,6 +160,7 @@ impl Handler<SubmitScore> for Batcher {
         self.register(Request {
             id: m.id,
             sequences,
+            chunks: Vec::new(),
             work: Work::Score(Scoring::new(reply)),
             submitted: now,
             before: Duration::ZERO,

@@ -180,7 +180,7 @@ impl Batcher {
         let now_ms = unix_ms();
         for entry in entries {
             if entry.head.model != self.model {
-                tracing::warn!(request = %entry.head.id, "it was of another model, and is erased");
+                tracing::warn!(request_id = %entry.head.id, "it was of another model, and is erased");
                 self.erase(vec![entry.head.id]);
             } else if entry.ended_ms().is_some() {
                 let erased = self.retained.keep(entry);
@@ -209,6 +209,7 @@ impl Batcher {
         let request = Request {
             id: head.id,
             sequences,
+            chunks: Vec::new(),
             work: Work::Generate(Box::new(generation)),
             submitted: Duration::ZERO,
             before,

@@ -14,6 +14,7 @@ mod epochs;
 mod inbox;
 mod kept;
 mod masks;
+mod pace;
 mod requests;
 mod submit;
 mod whereabouts;
@@ -74,6 +75,8 @@ struct Active {
     paces: Paces,
     /// An edge is lost: nothing more is sent, and `PipelineDown` is on its way.
     broken: bool,
+    /// Number of the epoch's first micro-batch.
+    first: Option<u64>,
 }
 
 /// Why a micro-batch was not sent.
@@ -122,6 +125,8 @@ pub struct Batcher {
     leaving: bool,
     /// What constrained answers may go on with.
     masks: masks::Masks,
+    /// When the log last said how much is done.
+    told: pace::Told,
     /// The batcher's own; there while it runs.
     own: Option<Addr<Batcher>>,
 }
@@ -165,6 +170,7 @@ impl Batcher {
             resumed: Vec::new(),
             leaving: false,
             masks: masks::Masks::default(),
+            told: pace::Told::default(),
             own: None,
         };
         batcher.restore(entries);
@@ -220,6 +226,15 @@ impl Batcher {
             if let Some((request, choice)) = self.requests.of_mut(*id) {
                 request.on_scheduled(choice, now, cached);
             }
+        }
+        // What is no decode, and few rows: chunks of prompts.
+        for row in step.meta.rows.iter().filter(|row| row.count > 1) {
+            if let Some((request, choice)) = self.requests.of_mut(row.sequence) {
+                request.on_chunk(choice, row.position, row.count);
+            }
+        }
+        if let Some(active) = &mut self.active {
+            active.first.get_or_insert(step.id.0);
         }
         let (Some(active), Some(scheduler)) = (&self.active, &self.scheduler) else {
             return Ok(());
@@ -330,6 +345,8 @@ impl Batcher {
             Verdict::Continue => self.advance_mask(sequence, position, token),
             Verdict::Finished(reason) if done => {
                 self.metrics.on_finished(reason, since);
+                let (request_id, reason) = (self.metrics.names().label(id), reason.as_str());
+                tracing::debug!(request_id, reason, seconds = since.as_secs_f64(), "finished");
                 if let Some(request) = self.end(id) {
                     self.put_away(request);
                 }
@@ -347,6 +364,8 @@ impl Batcher {
     /// Ends a request that the scheduler does not know any more with an error.
     fn fail(&mut self, mut request: Request, status: Status) {
         self.metrics.on_failed(status.code);
+        let request_id = self.metrics.names().label(request.id);
+        tracing::info!(request_id, code = ?status.code, "failed: {}", status.message);
         request.fail(status, &self.journal);
         self.put_away(request);
     }
@@ -410,6 +429,8 @@ impl Batcher {
     }
 
     fn register(&mut self, request: Request) {
+        let request_id = self.metrics.names().label(request.id);
+        tracing::debug!(request_id, choices = request.sequences.len(), "submitted");
         self.requests.insert(request);
         self.pump();
     }
@@ -456,5 +477,6 @@ impl Actor for Batcher {
         self.own = Some(ctx.address());
         self.restore_masks();
         ctx.run_interval(SWEEP, |actor, _| actor.sweep());
+        ctx.run_interval(pace::EVERY, |actor, _| actor.tell_pace());
     }
 }

@@ -17,6 +17,8 @@ const STUCK: Duration = Duration::from_secs(1);
 /// Events that a client may leave unread before it counts as one that does not read: more than
 /// buffers on the way hold up at any moment.
 const UNREAD: u32 = 256;
+/// The same where it has taken none for [`STUCK`]: more than one step brings.
+const UNREAD_LONG: u32 = 8;
 
 /// Where requests are: all that run or wait, oldest first, or one, also where it has ended.
 #[derive(Debug, Message)]
@@ -33,13 +35,19 @@ pub struct Seen {
     pub report: RequestReport,
     /// Its oldest micro-batch in flight.
     pub flight: Option<Flight>,
+    /// It waits for a pipeline.
+    pub suspended: bool,
+    /// It waits for KV blocks.
+    pub starved: bool,
 }
 
 /// A micro-batch that has not come back.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Flight {
-    /// Its number in the epoch.
+    /// Its number.
     pub micro_batch: u64,
+    /// Its place among those of the epoch, from 1.
+    pub nth: u64,
     /// Seconds since it was issued.
     pub seconds: f64,
     /// Usual seconds of each stage's step; empty until something was measured.
@@ -54,7 +62,10 @@ impl Handler<Look> for Batcher {
         MessageResult(match m.id {
             Some(id) => match self.requests.named(id) {
                 Some(request) => vec![self.seen(request, now)],
-                None => self.retained.get(id).map(ended).into_iter().collect(),
+                None => {
+                    let names = self.metrics.names();
+                    self.retained.get(id).map(|e| ended(e, names.label(id))).into_iter().collect()
+                }
             },
             None => {
                 let mut requests: Vec<&Request> = self.requests.iter().collect();
@@ -70,6 +81,8 @@ impl Handler<Look> for Batcher {
 struct Slowest {
     /// As the pipeline names it; `None` where all have ended.
     sequence: Option<SequenceId>,
+    /// Which it is.
+    choice: Option<u32>,
     /// Time in the queue, once it is over.
     queue: Option<Duration>,
     /// When its first token came, counted from submission.
@@ -83,11 +96,14 @@ impl Slowest {
         let choice = |sequence, choice| match &request.work {
             Work::Generate(g) => Self {
                 sequence,
+                choice: Some(choice),
                 queue: g.queue_time(choice),
                 first: g.first_token(choice),
                 last: g.last_token(choice),
             },
-            Work::Score(_) => Self { sequence, queue: None, first: None, last: None },
+            Work::Score(_) => {
+                Self { sequence, choice: Some(choice), queue: None, first: None, last: None }
+            }
         };
         let open = request.sequences.iter().map(|&(sequence, n)| choice(Some(sequence), n));
         open.min_by_key(|c| (c.last, c.queue)).unwrap_or_else(|| choice(None, 0))
@@ -118,19 +134,26 @@ impl Batcher {
         let (age, slowest) = (request.age(now), Slowest::of(request));
         let at = slowest.sequence.and_then(|s| self.scheduler.as_ref()?.whereabouts(s));
         let (state, since, flight) = self.state((request, slowest), at.as_ref(), now);
-        let unread = match &request.work {
-            Work::Generate(g) => g.unread(),
-            Work::Score(_) => 0,
+        let (unread, since_taken) = match &request.work {
+            Work::Generate(g) => (g.unread(), g.unread_since()),
+            Work::Score(_) => (0, Duration::ZERO),
         };
         let resting = now.saturating_sub(since).min(age);
-        let reading = unread < UNREAD;
+        let reading = unread < UNREAD && (unread < UNREAD_LONG || since_taken < STUCK);
         let report = RequestReport {
-            id: request.id,
+            id: self.metrics.names().label(request.id),
+            request: Some(request.id),
             state: match reading {
                 true => state,
-                false => format!("client not reading: {unread} events wait for it; {state}"),
+                false => {
+                    let seconds = since_taken.as_secs_f64();
+                    format!(
+                        "client not reading: it took nothing for {seconds:.1} s, {unread} events \
+                         wait for it; {state}"
+                    )
+                }
             },
-            node: None,
+            node: (!reading).then(|| "the client".to_owned()),
             for_seconds: resting.as_secs_f64(),
             age_seconds: age.as_secs_f64(),
             spent: slowest.spent(age),
@@ -140,7 +163,8 @@ impl Batcher {
             restarts: at.map_or(0, |w| w.restarts),
             stuck: resting >= STUCK || !reading,
         };
-        Seen { report, flight }
+        let starved = at.is_some_and(|w| matches!(w.place, Place::NoBlocks { .. }));
+        Seen { report, flight, suspended: self.active.is_none(), starved }
     }
 
     /// What it waits for, since when it has not moved, and what is in flight.
@@ -163,11 +187,18 @@ impl Batcher {
             Place::NoBlocks { needed, free } => {
                 format!("waiting for {needed} KV blocks, {free} are free")
             }
-            Place::Prefill => format!(
-                "computing its prompt: {} of {} tokens are on their way or done",
-                place.issued.min(place.prompt),
-                place.prompt
-            ),
+            Place::Prefill => {
+                let (done, all) = (place.issued.min(place.prompt), place.prompt);
+                match slowest.choice.and_then(|choice| request.chunks(choice)) {
+                    Some(chunks) => {
+                        let (sent, of) = chunks.of(all);
+                        format!(
+                            "prefill chunk {sent} of {of}: {done} of {all} tokens are on their way or done"
+                        )
+                    }
+                    None => format!("prefill: {done} of {all} tokens are on their way or done"),
+                }
+            }
             Place::Decode => format!("computing token {}", place.generated + 1),
         };
         // A chunk that comes back is a step forward.
@@ -175,6 +206,8 @@ impl Batcher {
         let since = place.micro_batch.map_or(moved, |(_, issued)| moved.max(issued));
         let flight = place.micro_batch.map(|(id, issued)| Flight {
             micro_batch: id.0,
+            nth: id.0.saturating_sub(self.active.as_ref().and_then(|a| a.first).unwrap_or(id.0))
+                + 1,
             seconds: now.saturating_sub(issued).as_secs_f64(),
             usual: self.scheduler.as_ref().map(|s| s.stage_seconds()).unwrap_or_default(),
         });
@@ -183,7 +216,7 @@ impl Batcher {
 }
 
 /// A request that is kept.
-fn ended(entry: &Entry) -> Seen {
+fn ended(entry: &Entry, name: String) -> Seen {
     let end = entry.ends.first().and_then(|e| e.as_ref()).map(|(_, end)| end);
     let (state, spent) = match end {
         Some(End::Finished { reason, timings, .. }) => {
@@ -200,7 +233,8 @@ fn ended(entry: &Entry) -> Seen {
     };
     let tokens: usize = entry.tokens.iter().map(|log| log.len()).sum();
     let report = RequestReport {
-        id: entry.head.id,
+        id: name,
+        request: Some(entry.head.id),
         state,
         node: None,
         for_seconds: 0.0,
@@ -212,5 +246,5 @@ fn ended(entry: &Entry) -> Seen {
         restarts: 0,
         stuck: false,
     };
-    Seen { report, flight: None }
+    Seen { report, flight: None, suspended: false, starved: false }
 }

@@ -49,6 +49,10 @@ impl Handler<Admin> for Cluster {
             AdminRequest::Describe => Ok(AdminReply::Description(self.description())),
             AdminRequest::RevokeNode { node } => Ok(self.turn_out(&node)),
             AdminRequest::Requests(_) => Err(refused("requests are the batcher's business".into())),
+            AdminRequest::Collect { node: Some(node) } => return self.collect(&node),
+            AdminRequest::Collect { node: None } => {
+                Err(refused("what the coordinator knows is not the cluster's to tell".into()))
+            }
             AdminRequest::Keys(_) => Err(refused("keys are not the cluster's business".into())),
             AdminRequest::Doctor => {
                 let waiting = self.examine();
@@ -66,7 +70,7 @@ impl Handler<Admin> for Cluster {
 }
 
 impl Cluster {
-    fn find(&self, node: &str) -> Result<NodeId, Status> {
+    pub(super) fn find(&self, node: &str) -> Result<NodeId, Status> {
         let named: Vec<NodeId> = (self.members.iter())
             .filter(|(id, m)| m.hello.name == node || id.to_string() == node)
             .map(|(id, _)| *id)

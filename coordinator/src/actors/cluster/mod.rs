@@ -8,7 +8,9 @@
 //! `Paced`, `RowsVoid`, `GetStatus`, `Admin`. Held by member tasks, the batcher and the service.
 
 mod admin;
+mod collect;
 mod drain;
+mod entry;
 mod inbox;
 mod pace;
 mod planning;
@@ -16,9 +18,11 @@ mod recut;
 mod report;
 mod sick;
 mod starting;
+mod trouble;
 mod ways;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,9 +33,7 @@ use millrace_shared::membership::{
     Action, Event, LostReason, Membership, MembershipConfig, PipelineConfig, PipelineState, Session,
 };
 use millrace_shared::model::ModelManifest;
-use millrace_shared::options::EngineKind;
 use millrace_shared::partition::LayerRange;
-use millrace_shared::wire::WIRE_VERSION;
 use millrace_shared::wire::control::{
     CoordinatorMessage, Heartbeat, Hello, LoadReport, NodeMessage,
 };
@@ -39,6 +41,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::batcher::{Batcher, NodeDied, PipelineDown};
 use crate::chronicle::Chronicle;
+use crate::metrics::Metrics;
 use crate::plan::{Deployment, Plan, profile_spec};
 pub use admin::Admin;
 use admin::Doctor;
@@ -51,6 +54,8 @@ use planning::Draft;
 pub use recut::Uneven;
 pub use sick::{Fared, StepFailed};
 use starting::Starting;
+use trouble::{Certainty, Trouble};
+pub use trouble::{GetPlaces, Places, Spot, StagePlace, Stalled, whereabouts};
 use ways::Ways;
 
 /// How often leases and deadlines are looked at: a small part of the lease.
@@ -105,6 +110,7 @@ pub struct Cluster {
     starting: Option<Starting>,
     ways: Ways,
     doctors: Vec<Doctor>,
+    collecting: collect::Collecting,
     drains: drain::Drains,
     sick: sick::Sick,
     /// How many times as long as measured alone a node takes while it serves.
@@ -116,6 +122,10 @@ pub struct Cluster {
     readiness: watch::Sender<Readiness>,
     last_tick: Duration,
     stopping: bool,
+    /// What is saved where when micro-batches do not come back.
+    rings: Option<(Arc<Metrics>, PathBuf)>,
+    /// What is recovered from.
+    trouble: Option<Trouble>,
     chronicle: Arc<Chronicle>,
 }
 
@@ -153,6 +163,7 @@ impl Cluster {
             starting: None,
             ways: Ways::default(),
             doctors: Vec::new(),
+            collecting: collect::Collecting::default(),
             drains: drain::Drains::default(),
             sick: sick::Sick::default(),
             pace: BTreeMap::new(),
@@ -161,6 +172,8 @@ impl Cluster {
             readiness,
             last_tick: Duration::ZERO,
             stopping: false,
+            rings: None,
+            trouble: None,
             chronicle: Arc::default(),
         }
     }
@@ -257,6 +270,10 @@ impl Cluster {
                 let name = name.unwrap_or_default();
                 tracing::warn!(%node, name, "node lost: {reason}");
                 self.chronicle.note("lost", format!("{name}: {reason}"));
+                if self.plan.as_ref().is_some_and(|p| p.nodes().contains(&node)) {
+                    let what = format!("node {name} was lost ({reason})");
+                    self.note_trouble(Certainty::Node, Some(name.clone()), what);
+                }
                 if let Some(member) = self.members.get(&node).filter(|m| m.session == session) {
                     member.connection.close("lost");
                     self.members.remove(&node);
@@ -378,6 +395,7 @@ impl Cluster {
             true => (true, String::new()),
             false => (false, self.detail()),
         };
+        self.trouble = self.trouble.take().filter(|_| !ready);
         let changed = self.readiness.send_if_modified(|r| {
             let changed = r.ready != ready || r.detail != detail;
             r.ready = ready;
@@ -388,47 +406,6 @@ impl Cluster {
             tracing::info!("not ready: {detail}");
             let _ = self.batcher.try_send(PipelineDown { detail, forever: false });
         }
-    }
-
-    /// Why a node cannot be a member.
-    fn objection(&self, id: NodeId, hello: &Hello) -> Option<String> {
-        if let Err(message) = hello.check() {
-            return Some(message);
-        }
-        let ours = self.deployment.engine.as_str();
-        if hello.engine != ours
-            && [hello.engine.as_str(), ours].contains(&EngineKind::Mock.as_str())
-        {
-            return Some(format!(
-                "the node runs the engine '{}', this cluster '{}': start both with the same --engine",
-                hello.engine, ours
-            ));
-        }
-        if hello.wire_version != WIRE_VERSION {
-            return Some(format!(
-                "the node speaks wire version {}, this coordinator {WIRE_VERSION}: run the same \
-                 version on every machine (coordinator {}, node {})",
-                hello.wire_version,
-                env!("CARGO_PKG_VERSION"),
-                hello.version
-            ));
-        }
-        // What torch computes is approximate anyway: each stage's id says what it is computed with.
-        if hello.engine == EngineKind::Torch.as_str() {
-            return None;
-        }
-        // Not the node's own former self: it may come back as another build.
-        let mut others = self
-            .members
-            .iter()
-            .filter(|(other, m)| **other != id && m.hello.engine == hello.engine);
-        let (_, other) =
-            others.find(|(_, m)| m.hello.numerics_revision != hello.numerics_revision)?;
-        Some(format!(
-            "the node's engine computes as '{}', this cluster as '{}': results would depend on \
-             where a layer runs; run the same version and engine on every machine",
-            hello.numerics_revision, other.hello.numerics_revision
-        ))
     }
 
     fn on_node(&mut self, id: NodeId, session: Session, message: NodeMessage) {
@@ -442,6 +419,7 @@ impl Cluster {
             match message {
                 NodeMessage::Heartbeat(beat) => member.heartbeat = beat,
                 NodeMessage::Draining => self.begin_drain(id, now),
+                NodeMessage::Collected { ticket, files } => self.collected(id, ticket, files),
                 _ => {}
             }
             return;
@@ -471,21 +449,26 @@ impl Cluster {
             }
             NodeMessage::LoadFailed { epoch, message, .. } => {
                 tracing::error!(node = %id, "cannot load its stage: {message}");
+                let name = member.hello.name.clone();
+                let trouble = format!("node {name} could not load its stage ({message})");
                 let beside = pipeline.next_epoch() == Some(epoch);
                 pipeline.handle_load_failed(id, epoch, &message, now);
                 if !beside {
+                    self.note_trouble(Certainty::Node, Some(name), trouble);
                     self.failed(format!("a node could not load its stage: {message}"));
                 }
             }
             NodeMessage::EdgeLost { epoch, message, .. } => {
                 // Nobody but the epoch's own stages can end it.
                 if self.plan_of(epoch).is_some_and(|p| p.nodes().contains(&id)) {
+                    self.note_lost_edge(id, &message);
                     self.edge_failed(epoch, &message);
                 }
             }
             NodeMessage::EdgeTried { to, outcome } => self.on_way_tried((id, to), outcome, now),
             NodeMessage::Leaving => self.membership.handle_leaving(id, session),
             NodeMessage::Draining => self.begin_drain(id, now),
+            NodeMessage::Collected { ticket, files } => self.collected(id, ticket, files),
         }
     }
 }

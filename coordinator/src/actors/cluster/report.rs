@@ -1,5 +1,6 @@
 //! The cluster as people and clients see it.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use millrace_shared::id::{Epoch, NodeId};
@@ -9,6 +10,8 @@ use millrace_shared::wire::rpc::StageStatus;
 
 use super::Cluster;
 use crate::chronicle::Chronicle;
+use crate::collect;
+use crate::metrics::Metrics;
 use crate::plan::cluster::{LiveNode, live, to_text};
 use crate::plan::profile_spec;
 
@@ -64,6 +67,18 @@ impl Cluster {
     pub(crate) fn telling(mut self, chronicle: &Arc<Chronicle>) -> Self {
         self.chronicle = Arc::clone(chronicle);
         self
+    }
+
+    /// Saves the last micro-batches in this folder when one does not come back.
+    pub(crate) fn saving(mut self, metrics: &Arc<Metrics>, dir: &Path) -> Self {
+        self.rings = Some((Arc::clone(metrics), dir.to_owned()));
+        self
+    }
+
+    /// Saves them.
+    pub(super) fn save_rings(&self) {
+        let Some((metrics, dir)) = self.rings.clone() else { return };
+        drop(tokio::task::spawn_blocking(move || collect::save(metrics.timeline(), &dir)));
     }
 
     /// Another plan serves.

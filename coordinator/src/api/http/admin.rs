@@ -2,7 +2,6 @@
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use millrace_shared::error::{ErrorCode, Status};
-use millrace_shared::id::RequestId;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest, RequestQuery, RequestReport};
 use serde::Deserialize;
 
@@ -35,15 +34,9 @@ pub(crate) async fn request(
     request: HttpRequest,
     id: web::Path<String>,
 ) -> Result<HttpResponse, ApiError> {
-    // Whose key is not enough learns nothing of ids.
-    let id = match id.parse::<RequestId>() {
-        Ok(id) => id,
-        Err(_) => {
-            ask(&state, &request, RequestQuery::List { stuck: true }).await?;
-            return Err(ApiError::invalid("id", "must be the UUID of x-millrace-request-id"));
-        }
-    };
-    let mut reports = ask(&state, &request, RequestQuery::Show { id }).await?;
+    let id = id.into_inner();
+    let shown = RequestQuery::Show { id: id.clone() };
+    let mut reports = ask(&state, &request, shown).await?;
     match reports.pop() {
         Some(report) => Ok(HttpResponse::Ok().json(report)),
         None => Err(Status::new(ErrorCode::NotFound, format!("no request {id}")).into()),

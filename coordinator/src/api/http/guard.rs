@@ -13,14 +13,16 @@ use std::time::Duration;
 use actix_web::body::{EitherBody, MessageBody};
 use actix_web::dev::{Payload, ServiceRequest, ServiceResponse};
 use actix_web::error::PayloadError;
-use actix_web::http::ConnectionType;
 use actix_web::http::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
+use actix_web::http::{ConnectionType, Method};
 use actix_web::middleware::Next;
 use actix_web::web::Bytes;
 use actix_web::{Error, HttpMessage as _, ResponseError, web};
 use futures::{Stream, StreamExt as _, stream};
 use millrace_net::seats::Seat;
 use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::id::RequestId;
+use tracing::Instrument as _;
 use uuid::Uuid;
 
 use super::AppState;
@@ -107,12 +109,15 @@ pub(crate) async fn check_host<B: MessageBody + 'static>(
     mut request: ServiceRequest,
     next: Next<B>,
 ) -> Result<ServiceResponse<EitherBody<B>>, Error> {
-    let id = request_id(request.headers());
-    tracing::debug!(request_id = ?id, method = %request.method(), path = request.path(), "http");
+    let called = CalledSo::new(request.headers());
+    let (name, id) = (called.name.clone(), called.header());
+    let span = tracing::info_span!("http", request_id = %name);
+    let (method, path) = (request.method().clone(), request.path().to_owned());
+    request.extensions_mut().insert(called);
     let mut response = match state.hosts.check(&request) {
         Ok(()) => {
             hurry(&mut request, state.body_timeout);
-            next.call(request).await?.map_into_left_body()
+            next.call(request).instrument(span.clone()).await?.map_into_left_body()
         }
         Err(error) => {
             let mut refused = request.into_response(error.error_response()).map_into_right_body();
@@ -121,6 +126,12 @@ pub(crate) async fn check_host<B: MessageBody + 'static>(
         }
     };
     response.headers_mut().insert(REQUEST_ID, id);
+    let status = response.status();
+    span.in_scope(|| tracing::debug!(%method, path, status = status.as_u16(), "answered"));
+    if method == Method::POST && (status.is_client_error() || status.is_server_error()) {
+        let why = response.response().error().map(ToString::to_string);
+        state.metrics.names().refused(&name, why.unwrap_or_else(|| status.to_string()));
+    }
     Ok(response)
 }
 
@@ -166,14 +177,26 @@ pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
 }
 
-/// The client's id where it is fit to be echoed, else a new one.
-fn request_id(headers: &HeaderMap) -> HeaderValue {
-    let fit =
-        |v: &&HeaderValue| (1..=MAX_REQUEST_ID_BYTES).contains(&v.len()) && v.to_str().is_ok();
-    headers.get(&REQUEST_ID).filter(fit).cloned().unwrap_or_else(|| {
-        HeaderValue::from_str(&Uuid::now_v7().to_string())
-            .expect("invariant: a uuid is a header value")
-    })
+/// What a request is called, on its response and in logs.
+#[derive(Clone, Debug)]
+pub(crate) struct CalledSo {
+    /// The client's `x-request-id` where it is fit to be echoed, else the id.
+    pub(crate) name: String,
+    /// A new id.
+    pub(crate) fresh: RequestId,
+}
+
+impl CalledSo {
+    fn new(headers: &HeaderMap) -> Self {
+        let fit = |v: &&str| (1..=MAX_REQUEST_ID_BYTES).contains(&v.len());
+        let given = headers.get(&REQUEST_ID).and_then(|v| v.to_str().ok()).filter(fit);
+        let fresh = RequestId(Uuid::now_v7());
+        Self { name: given.map_or_else(|| fresh.to_string(), str::to_owned), fresh }
+    }
+
+    fn header(&self) -> HeaderValue {
+        HeaderValue::from_str(&self.name).expect("invariant: it was one, or is a uuid")
+    }
 }
 
 #[cfg(test)]

@@ -51,10 +51,12 @@ use self::request::MAX_BODY_BYTES;
 use crate::metrics::Metrics;
 use crate::service::Service;
 
-/// Connections at once; each holds at most one body of 4 MiB.
+/// Connections at once. Only who has shown a key has a body read, of at most 4 MiB.
 const MAX_CONNECTIONS: usize = 1024;
 /// Those of one host, but for this one; a proxy needs many.
 const MAX_PER_HOST: usize = 512;
+/// What the system buffers for a client that does not read: little, so that it shows soon.
+const SEND_BUFFER: usize = 64 << 10;
 /// TLS handshakes at once.
 const MAX_HANDSHAKES: usize = 64;
 /// From the first byte of a request's head to its last; slower ones are turned out.
@@ -247,6 +249,9 @@ fn serve(
             #[cfg(target_os = "linux")]
             if let Err(e) = SockRef::from(tcp).set_tcp_user_timeout(Some(unread)) {
                 tracing::debug!("a client that reads nothing will not be noticed: {e}");
+            }
+            if let Err(e) = SockRef::from(tcp).set_send_buffer_size(SEND_BUFFER) {
+                tracing::debug!("a client that reads nothing will be noticed late: {e}");
             }
             if let Ok(local) = tcp.local_addr() {
                 data.insert(LocalAddr(local));

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use actix_web::error::PayloadError;
 use actix_web::http::header::{HeaderName, HeaderValue};
-use actix_web::{HttpRequest, HttpResponse, web};
+use actix_web::{HttpMessage as _, HttpRequest, HttpResponse, web};
 use millrace_shared::id::RequestId;
 use millrace_shared::scheduler::Priority;
 
+use super::AppState;
 use super::error::ApiError;
-use super::guard::bearer;
+use super::guard::{CalledSo, bearer};
 use crate::api::quic::MAX_KEEP;
 use crate::service::Caller;
 
@@ -72,7 +73,16 @@ pub(crate) fn caller(request: &HttpRequest) -> Result<Caller, ApiError> {
     };
     let keep = keep(request)?;
     let deadline = deadline(request)?;
-    Ok(Caller { deadline, client, priority, request_id, keep, ..Caller::default() })
+    let fresh = request.extensions().get::<CalledSo>().map(|called| {
+        let id = request_id.unwrap_or(called.fresh);
+        if let Some(state) = request.app_data::<web::Data<AppState>>()
+            && called.name != id.to_string()
+        {
+            state.metrics.names().note(&called.name, id);
+        }
+        called.fresh
+    });
+    Ok(Caller { deadline, client, priority, request_id, fresh, keep, ..Caller::default() })
 }
 
 /// The id that stands for a client's own name of a request: others may give the same name to theirs.

@@ -80,6 +80,7 @@ impl Handler<Loaded> for Node {
 
     fn handle(&mut self, m: Loaded, _: &mut Context<Self>) {
         let (stale, lease) = (Arc::clone(&self.stale), self.lease);
+        let ring = Arc::clone(&self.ring);
         let (pipeline, epoch) = (m.assignment.pipeline, m.assignment.epoch);
         let assignment = Arc::clone(&m.assignment);
         let Some(active) = self.slot(|a| Arc::ptr_eq(&a.assignment, &m.assignment)) else {
@@ -95,6 +96,7 @@ impl Handler<Loaded> for Node {
                     out,
                     active.losses.clone(),
                     stale,
+                    (Arc::clone(&active.received), ring),
                 )
                 .waiting(open_wait(lease));
                 active.stage = Some(stage.start());

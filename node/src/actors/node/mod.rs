@@ -32,6 +32,7 @@ use tokio::task::JoinHandle;
 use super::stage::{Loss, Stage, Stop};
 use crate::config::Config;
 use crate::profiles::KnownProfile;
+use crate::ring::Ring;
 pub use inbox::{Control, Drain, EdgeOffered, EpochLost, Leave, LinkDown, LinkUp, Loaded};
 use work::{edge_out, load, reach};
 
@@ -102,6 +103,8 @@ struct Active {
     /// Loading, then connecting: stopped with the assignment, so that neither outlives it.
     work: Option<JoinHandle<()>>,
     since: Instant,
+    /// Micro-batches that came in.
+    received: Arc<AtomicU64>,
 }
 
 impl Active {
@@ -135,6 +138,8 @@ pub struct Node {
     /// Where the last measurement is kept.
     known: Option<KnownProfile>,
     echo: u64,
+    /// The last steps.
+    ring: Arc<Ring>,
     /// Silence after which the coordinator takes this node for lost.
     lease: Duration,
     heartbeat: Option<SpawnHandle>,
@@ -154,7 +159,9 @@ impl std::fmt::Debug for Node {
 impl Node {
     /// A node without a link.
     pub fn new(parts: Rc<Parts>) -> Self {
+        let ring = Arc::new(Ring::new(&parts.config.dir));
         Self {
+            ring,
             parts,
             pool: FramePool::new(16),
             link: None,
@@ -252,6 +259,10 @@ impl Node {
                     let _ = drained.send(trouble);
                 }
             }
+            CoordinatorMessage::Collect { ticket } => {
+                let files = self.ring.collected(self.parts.about(self.lease));
+                self.say(NodeMessage::Collected { ticket, files });
+            }
             CoordinatorMessage::Shutdown => {
                 tracing::info!("the coordinator is shutting down");
                 self.drop_stages();
@@ -269,10 +280,14 @@ impl Node {
         if let Some(active) = &self.active {
             beat.busy_seconds = active.engine.busy().as_secs_f64();
             beat.wall_seconds = active.since.elapsed().as_secs_f64();
+            beat.received = active.received.load(Ordering::Relaxed);
             beat.steps = active.engine.steps();
             beat.rows_left_out = active.engine.rows_left_out();
         }
         self.say(NodeMessage::Heartbeat(beat));
+        if self.ring.is_late(self.lease) {
+            self.ring.save();
+        }
     }
 
     fn profile(&mut self, mut spec: ProfileSpec) {
@@ -399,6 +414,7 @@ impl Node {
             losses,
             work: Some(work),
             since: Instant::now(),
+            received: Arc::default(),
         };
         let slot = if self.active.is_some() { &mut self.next } else { &mut self.active };
         *slot = Some(active);

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use indicatif::HumanBytes;
 use millrace_engine::stage::StagePlace;
@@ -142,5 +142,24 @@ pub(super) async fn edge_out(
             let plane = (pipeline, epoch, Edge::Activations);
             EdgeSender::open(&connection, plane, assignment.credits, Some(pool)).await
         }
+    }
+}
+
+impl Parts {
+    /// What helps to find out what went wrong; nothing secret.
+    pub(super) fn about(&self, lease: Duration) -> String {
+        let Self { config, numerics, cores, machine, .. } = self;
+        format!(
+            "version {}\nname {}\nengine {}\nnumerics {numerics}\ncores {cores}\nthreads {:?}\n\
+             memory {:?}\nlisten {}\nadvertise {:?}\nweights {:?}\nlease {lease:?}\n{machine}\n",
+            env!("CARGO_PKG_VERSION"),
+            config.name,
+            config.engine.as_str(),
+            config.threads,
+            config.memory_bytes,
+            config.listen,
+            config.advertise,
+            config.weights,
+        )
     }
 }

@@ -6,8 +6,8 @@ use millrace_shared::membership::CordonReason;
 use millrace_shared::options::{TorchDtype, TorchKept};
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::admin::{
-    AdminReply, AdminRequest, KeyInfo, KeyLimits, KeyRequest, NewKey, NodeRole, NodeStatus,
-    RequestQuery, Scope,
+    AdminReply, AdminRequest, CollectedFile, KeyInfo, KeyLimits, KeyRequest, NewKey, NodeRole,
+    NodeStatus, RequestQuery, Scope,
 };
 use millrace_shared::wire::codec::encode;
 use millrace_shared::wire::control::{
@@ -67,6 +67,10 @@ pub(in crate::fuzz) fn of_nodes() -> Vec<Vec<u8>> {
         NodeMessage::EdgeTried { to: node_id(), outcome: Err(message) },
         NodeMessage::Leaving,
         NodeMessage::Draining,
+        NodeMessage::Collected {
+            ticket: 7,
+            files: vec![CollectedFile { name: "ring.csv".into(), bytes: b"1,2\n".to_vec() }],
+        },
     ])
 }
 
@@ -86,6 +90,7 @@ pub(in crate::fuzz) fn of_coordinators() -> Vec<Vec<u8>> {
         CoordinatorMessage::Ping(9),
         CoordinatorMessage::Shutdown,
         CoordinatorMessage::Drain,
+        CoordinatorMessage::Collect { ticket: 7 },
         CoordinatorMessage::Drained { trouble: Some("alone".into()) },
     ])
 }
@@ -128,7 +133,8 @@ fn admin_requests() -> Vec<AdminRequest> {
         AdminRequest::Keys(KeyRequest::Revoke { id: "k".into() }),
         AdminRequest::Drain { node: node() },
         AdminRequest::Requests(RequestQuery::List { stuck: true }),
-        AdminRequest::Requests(RequestQuery::Show { id: RequestId(uuid::Uuid::nil()) }),
+        AdminRequest::Requests(RequestQuery::Show { id: "r".into() }),
+        AdminRequest::Collect { node: Some(node()) },
     ]
 }
 
