@@ -36,6 +36,8 @@ mod quantize;
 mod requests;
 mod run;
 mod sampling;
+#[cfg(test)]
+mod secrets_check;
 mod serving;
 mod table;
 mod target;

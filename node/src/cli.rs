@@ -61,7 +61,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "HOST:PORT", help_heading = "Cluster")]
     coordinator: Option<String>,
     /// Join token, needed the first time
-    #[arg(long, value_name = "TOKEN", env = env::TOKEN, hide_env_values = true, help_heading = "Cluster")]
+    #[arg(long, value_name = "TOKEN", env = env::TOKEN, hide_env_values = true, hide_default_value = true, help_heading = "Cluster")]
     token: Option<String>,
     /// File that holds the join token; not looked at once the node has enrolled
     #[arg(long, value_name = "FILE", conflicts_with = "token", help_heading = "Cluster")]

@@ -14,7 +14,7 @@ pub mod loader;
 pub mod probe;
 mod profiles;
 mod progress;
-mod ring;
+pub mod ring;
 pub mod several;
 
 use std::net::SocketAddr;

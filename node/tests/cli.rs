@@ -6,6 +6,10 @@ use std::process::{Command, Output, Stdio};
 
 /// The program with an environment of its own.
 fn node(home: &Path, args: &[&str]) -> Output {
+    command(home, args).output().expect("the program starts")
+}
+
+fn command(home: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_millrace-node"));
     for variable in ["MILLRACE_TOKEN", "MILLRACE_DIR", "MILLRACE_THREADS", "RUST_LOG"] {
         command.env_remove(variable);
@@ -17,7 +21,7 @@ fn node(home: &Path, args: &[&str]) -> Output {
         .env("NO_COLOR", "1")
         .current_dir(home)
         .stdin(Stdio::null());
-    command.output().expect("the program starts")
+    command
 }
 
 fn home() -> tempfile::TempDir {
@@ -72,6 +76,40 @@ fn probe_shows_the_machine() {
     for part in ["host", "processor", "threads", "memory", "numerics"] {
         assert!(text.contains(part), "'{part}' is not in: {text}");
     }
+}
+
+#[test]
+fn secrets_are_not_shown() {
+    let home = home();
+    let secret = "mlrj1.Zanzibar-7731";
+    std::fs::write(home.path().join("a.toml"), format!("[run]\ntoken = \"{secret}\"\n"))
+        .expect("a file");
+    let shown = |args: &[&str], environment: bool| {
+        let mut command = command(home.path(), args);
+        if environment {
+            command.env("MILLRACE_TOKEN", secret);
+        }
+        let output = command.output().expect("the program starts");
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        assert!(!text.contains("Zanzibar"), "{text}");
+        text
+    };
+    for (args, environment, source) in [
+        (&["run", "--print-config", "--token", secret][..], false, "flag"),
+        (&["run", "--print-config"], true, "environment, MILLRACE_TOKEN"),
+        (&["run", "--print-config", "--config", "a.toml"], false, "file"),
+    ] {
+        let text = shown(args, environment);
+        let line = text.lines().find(|line| line.contains("token = "));
+        let line = line.unwrap_or_else(|| panic!("no token: {text}"));
+        assert!(line.contains("(hidden)") && line.ends_with(source), "{line}");
+    }
+    assert!(shown(&["run", "--help"], true).contains("--token"));
+    assert!(shown(&["run", "--help", "--config", "a.toml"], false).contains("--token"));
+    // Beside other mistakes.
+    shown(&["run", "--memory", "lots"], true);
+    shown(&["run", "--token", secret, "--token-file", "t"], false);
 }
 
 #[test]
