@@ -17,3 +17,15 @@ def test_whole_and_streamed(client):
 def test_logprobs(client):
     found = client.call(lambda c: c.completions.create(**ASK, logprobs=2)).choices[0].logprobs
     assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == 8
+
+
+def test_several_prompts_and_echo(client):
+    one = [client.call(lambda c: c.completions.create(**{**ASK, "prompt": p})) for p in ("Once upon a time", "The sea")]
+    both = client.call(lambda c: c.completions.create(**{**ASK, "prompt": ["Once upon a time", "The sea"]}))
+    assert [c.index for c in both.choices] == [0, 1]
+    assert [c.text for c in both.choices] == [o.choices[0].text for o in one]
+    assert both.usage.prompt_tokens == sum(o.usage.prompt_tokens for o in one)
+    said = client.call(lambda c: c.completions.create(**ASK, echo=True))
+    assert said.choices[0].text == ASK["prompt"] + one[0].choices[0].text
+    chunks = client.stream(lambda c: c.completions.create(**{**ASK, "prompt": [[1, 2, 3], [4, 5]]}, stream=True))
+    assert {c.choices[0].index for c in chunks} == {0, 1}

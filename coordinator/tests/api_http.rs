@@ -218,6 +218,43 @@ fn completions_whole_and_streamed() {
 }
 
 #[test]
+fn several_prompts_and_their_echo() {
+    let s = server(hello());
+    let body = json!({"prompt": ["a", "b"], "echo": true});
+    let answer = post(s.addr, COMPLETIONS, &body);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert!(!answer.headers.contains_key("x-millrace-request-id"), "none stands for both");
+    let whole = answer.json();
+    let found =
+        |index: usize| (&whole["choices"][index]["index"], &whole["choices"][index]["text"]);
+    assert_eq!(found(0), (&json!(0), &json!("aHello world")));
+    assert_eq!(found(1), (&json!(1), &json!("bHello world")));
+    let counts = |key: &str| whole["usage"][key].as_u64().unwrap();
+    assert_eq!((counts("prompt_tokens"), counts("completion_tokens")), (10, 6));
+    assert_eq!(whole["usage"]["prompt_tokens_details"]["cached_tokens"], 4);
+    let seen = s.fake.seen.lock().unwrap().len();
+    assert_eq!(seen, 2);
+
+    s.fake.set(two_choices());
+    let options = json!({"include_usage": true});
+    let body = json!({"prompt": [[1], [2, 3]], "n": 2, "stream": true, "stream_options": options});
+    let answer = post(s.addr, COMPLETIONS, &body);
+    let chunks = answer.chunks();
+    for (index, text) in ["Hello world", "Good bye", "Hello world", "Good bye"].iter().enumerate() {
+        let of = |c: &&Value| c["choices"][0]["index"] == json!(index);
+        let pieces = chunks.iter().filter(of).filter_map(|c| c["choices"][0]["text"].as_str());
+        assert_eq!(pieces.collect::<String>(), *text, "{answer:?}");
+    }
+    assert_eq!(chunks.last().unwrap()["usage"]["prompt_tokens"], 10);
+    assert_eq!(*answer.data().last().unwrap(), "[DONE]");
+    let echoed = json!({"prompt": "a", "echo": true, "stream": true});
+    s.fake.set(hello());
+    let chunks = post(s.addr, COMPLETIONS, &echoed).chunks();
+    let texts: Vec<_> = chunks.iter().map(|c| c["choices"][0]["text"].clone()).collect();
+    assert_eq!(texts, ["a", "Hello", " wor", "ld"]);
+}
+
+#[test]
 fn several_choices() {
     let s = server(two_choices());
     let answer = post(s.addr, CHAT, &chat_body(json!({"n": 2, "best_of": 3})));
@@ -459,14 +496,14 @@ fn unsupported_is_refused_and_unknown_is_named() {
     let answer = post(s.addr, CHAT, &chat_body(json!({ "response_format": schema })));
     let field = json!("response_format.type");
     expect_error(&answer, 400, "invalid_request_error", field, "invalid_argument");
-    let body = json!({"prompt": "x", "echo": true});
-    expect_error(
-        &post(s.addr, COMPLETIONS, &body),
-        400,
-        "invalid_request_error",
-        json!("echo"),
-        "invalid_argument",
-    );
+    for (field, body) in [
+        ("echo", json!({"prompt": "x", "echo": true, "logprobs": 1})),
+        ("suffix", json!({"prompt": "x", "suffix": "y"})),
+        ("prompt", json!({"prompt": vec!["x"; 129]})),
+    ] {
+        let answer = post(s.addr, COMPLETIONS, &body);
+        expect_error(&answer, 400, "invalid_request_error", json!(field), "invalid_argument");
+    }
     assert!(s.fake.seen.lock().unwrap().is_empty(), "nothing reached the service");
     let more = json!({"n": 1, "tools": null, "mystery": 1, "store": true, "user": "me", "stop": null,
         "stream_options": {"include_obfuscation": false}});

@@ -37,7 +37,7 @@ pub enum Fault {
 }
 
 /// How long a step hangs: longer than tests wait for it, and not for ever, for its thread is joined.
-pub const HANG: Duration = Duration::from_secs(8);
+pub const HANG: Duration = Duration::from_secs(20);
 
 /// How the mock behaves.
 #[derive(Clone, Debug, PartialEq)]

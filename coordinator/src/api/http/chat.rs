@@ -30,8 +30,9 @@ fn read(request: &HttpRequest, body: Body, usual: SamplingParams) -> Result<Aske
     options.params.logprobs = options::take_chat_logprobs(&mut fields)?;
     let conversation = take_conversation(&mut fields)?
         .ok_or_else(|| ApiError::invalid("messages", "is missing: give at least one message"))?;
-    let prompt = Prompt::Chat(conversation);
-    Ok(Asked { options, prompt, caller, ignored: fields.into_ignored() })
+    fields.refuse_unless("echo", &[json!(false)])?;
+    let prompts = vec![Prompt::Chat(conversation)];
+    Ok(Asked { options, prompts, echo: false, caller, ignored: fields.into_ignored() })
 }
 
 /// Takes the conversation with its tools; `None` where there are no messages.

@@ -14,6 +14,8 @@ use super::request::{Body, caller, read_body};
 
 /// OpenAI's own default for this endpoint.
 const DEFAULT_MAX_TOKENS: u32 = 16;
+/// Most answers that one call asks for.
+const MAX_PROMPTS: usize = 128;
 
 /// Continues a text.
 pub(crate) async fn completions(
@@ -30,9 +32,18 @@ fn read(request: &HttpRequest, body: Body, usual: SamplingParams) -> Result<Aske
     let caller = caller(request)?;
     let mut options = options::take(&mut fields, usual, Some(DEFAULT_MAX_TOKENS))?;
     options.params.logprobs = options::take_completion_logprobs(&mut fields)?;
-    let prompt = take_prompt(&mut fields, "prompt")?
+    let echo = fields.take("echo")?.unwrap_or(false);
+    if echo && options.params.logprobs.is_some() {
+        let why = "cannot be combined with logprobs: those of a prompt are not told here";
+        return Err(ApiError::invalid("echo", why));
+    }
+    let prompts = take_prompts(&mut fields, "prompt")?
         .ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;
-    Ok(Asked { options, prompt, caller, ignored: fields.into_ignored() })
+    if prompts.len() * options.choices.best_of as usize > MAX_PROMPTS {
+        let why = format!("asks for more than {MAX_PROMPTS} answers at once; send less at once");
+        return Err(ApiError::invalid("prompt", why));
+    }
+    Ok(Asked { options, prompts, echo, caller, ignored: fields.into_ignored() })
 }
 
 /// Takes a prompt: a text, ids, or a list of exactly one of them.
@@ -40,25 +51,31 @@ fn read(request: &HttpRequest, body: Body, usual: SamplingParams) -> Result<Aske
 /// # Errors
 /// If it is anything else.
 pub(crate) fn take_prompt(fields: &mut Fields, name: &str) -> Result<Option<Prompt>, ApiError> {
+    let Some(mut prompts) = take_prompts(fields, name)? else { return Ok(None) };
+    match (prompts.pop(), prompts.is_empty()) {
+        (prompt, true) => Ok(prompt),
+        (_, false) => Err(ApiError::invalid(name, "has several prompts; give one")),
+    }
+}
+
+/// Takes one or more prompts: a text, ids, or a list of these.
+fn take_prompts(fields: &mut Fields, name: &str) -> Result<Option<Vec<Prompt>>, ApiError> {
     let Some(value) = fields.take_value(name) else { return Ok(None) };
-    let wrong = || ApiError::invalid(name, "must be a string or an array of token ids");
-    let several = || ApiError::invalid(name, "several prompts at once are not supported yet");
-    let prompt = match value {
-        Value::String(text) => Prompt::Text(text),
-        Value::Array(mut items)
-            if matches!(items.first(), Some(Value::String(_) | Value::Array(_))) =>
-        {
-            match items.pop() {
-                _ if !items.is_empty() => return Err(several()),
-                Some(Value::String(text)) => Prompt::Text(text),
-                Some(Value::Array(ids)) => Prompt::Tokens(ids_of(name, &ids)?),
-                _ => return Err(wrong()),
-            }
-        }
-        Value::Array(items) => Prompt::Tokens(ids_of(name, &items)?),
-        _ => return Err(wrong()),
+    let wrong = || {
+        ApiError::invalid(name, "must be a string or an array of token ids, or an array of these")
     };
-    Ok(Some(prompt))
+    let one = |value: Value| match value {
+        Value::String(text) => Ok(Prompt::Text(text)),
+        Value::Array(ids) => Ok(Prompt::Tokens(ids_of(name, &ids)?)),
+        _ => Err(wrong()),
+    };
+    let lists = |items: &[Value]| matches!(items.first(), Some(Value::String(_) | Value::Array(_)));
+    match value {
+        Value::Array(items) if lists(&items) => {
+            items.into_iter().map(one).collect::<Result<_, _>>().map(Some)
+        }
+        value => Ok(Some(vec![one(value)?])),
+    }
 }
 
 /// Token ids from JSON.
@@ -93,6 +110,7 @@ mod tests {
         assert_eq!(take(json!([])), Ok(Some(Prompt::Tokens(vec![]))));
         assert_eq!(take(json!(null)), Ok(None));
         assert!(take(json!(["a", "b"])).expect_err("refused").contains("several"));
+        assert!(take(json!(["a", 1])).expect_err("refused").contains("array of these"));
         assert!(take(json!([1, "b"])).expect_err("refused").contains("entry 1"));
         assert!(take(json!([-1])).expect_err("refused").contains("entry 0"));
         assert!(take(json!({})).expect_err("refused").contains("string or an array"));

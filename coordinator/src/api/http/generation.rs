@@ -21,6 +21,7 @@ use super::error::ApiError;
 use super::logprobs::LogprobWriter;
 use super::options::Options;
 use super::request::with_ignored;
+use super::several::{Events, further};
 use super::sse;
 use super::tools;
 use super::types::{Choice, Delta, Envelope, LogprobsBody, Message, UsageBody};
@@ -45,8 +46,10 @@ pub(crate) enum Kind {
 pub(crate) struct Asked {
     /// Everything but the prompt.
     pub(crate) options: Options,
-    /// What to continue.
-    pub(crate) prompt: Prompt,
+    /// What to continue, each for itself.
+    pub(crate) prompts: Vec<Prompt>,
+    /// Answers begin with their prompts.
+    pub(crate) echo: bool,
     /// Who asks.
     pub(crate) caller: Caller,
     /// Names of the fields that were ignored.
@@ -60,6 +63,10 @@ pub(crate) struct Answer {
     created: u64,
     model: String,
     include_usage: bool,
+    prompts: u32,
+    echo: bool,
+    /// The prompts, as far as they are known.
+    said: Vec<String>,
     /// By choice.
     logprobs: Vec<LogprobWriter>,
     service: Arc<dyn Service>,
@@ -75,19 +82,34 @@ pub(crate) async fn respond(
     asked: Asked,
 ) -> Result<HttpResponse, ApiError> {
     state.counted(state.refuse_while_draining().map_err(ApiError::from))?;
-    let Asked { options, prompt, mut caller, ignored } = asked;
+    let Asked { options, prompts, echo, mut caller, ignored } = asked;
     let Options { model, params, choices, stream, include_usage } = options;
     let shown_model = if model.is_empty() { only_model(state) } else { model.clone() };
-    let request = GenerateRequest { model, prompt, params, choices };
-    caller.tag = tag(kind, include_usage);
+    caller.tag = tag(kind, include_usage, echo);
     let kept = caller.keep.is_some() || caller.request_id.is_some();
-    let events = state.service.generate(request, caller).await.map_err(ApiError::of_model)?;
+    let said = if echo { said(state, &prompts)? } else { Vec::new() };
+    let mut all: Vec<EventStream> = Vec::with_capacity(prompts.len());
+    for (number, prompt) in prompts.into_iter().enumerate() {
+        let (model, params) = (model.clone(), params.clone());
+        let request = GenerateRequest { model, prompt, params, choices };
+        let request_id =
+            caller.request_id.map(|id| if number == 0 { id } else { further(id, number) });
+        let fresh = caller.fresh.filter(|_| number == 0);
+        let caller = Caller { request_id, fresh, ..caller.clone() };
+        all.push(state.service.generate(request, caller).await.map_err(ApiError::of_model)?);
+    }
     if kept {
         // A connection that closes says nothing of why.
-        events.lost();
+        all.iter().for_each(EventStream::lost);
     }
-    let id = events.request_id();
-    let answer = Answer::new(state, kind, &events, shown_model, include_usage);
+    let Some(first) = all.first() else {
+        return Err(ApiError::invalid("prompt", "is empty: give at least one"));
+    };
+    let id = first.request_id();
+    let mut answer = Answer::new(state, kind, first, shown_model, include_usage);
+    (answer.prompts, answer.echo, answer.said) = (all.len() as u32, echo, said);
+    let events = Events::several(all, choices.n);
+    let single = events.prompts() == 1;
     let response = match stream {
         true => streamed(state, answer, events, &[]).await?,
         false => {
@@ -95,7 +117,9 @@ pub(crate) async fn respond(
             HttpResponse::Ok().content_type("application/json").body(body)
         }
     };
-    Ok(with_ignored(with_id(response, id), &ignored))
+    // Of several requests none can stand for all.
+    let response = if single { with_id(response, id) } else { response };
+    Ok(with_ignored(response, &ignored))
 }
 
 /// The events of a request that was submitted before, of each choice from the token in `from` on.
@@ -112,15 +136,17 @@ pub(crate) async fn attach(
     let request = AttachRequest { request_id, next: Vec::new() };
     let events = state.service.attach(request, caller).await?;
     events.lost();
-    let (kind, include_usage) = of_tag(events.origin().tag);
-    let answer = Answer::new(state, kind, &events, only_model(state), include_usage);
-    Ok(with_id(streamed(state, answer, events, from).await?, request_id))
+    let (kind, include_usage, echo) = of_tag(events.origin().tag);
+    let mut answer = Answer::new(state, kind, &events, only_model(state), include_usage);
+    answer.echo = echo;
+    let response = streamed(state, answer, Events::one(events), from).await?;
+    Ok(with_id(response, request_id))
 }
 
 async fn streamed(
     state: &AppState,
     answer: Answer,
-    mut events: EventStream,
+    mut events: Events,
     from: &[u32],
 ) -> Result<HttpResponse, ApiError> {
     // A request that fails at once still gets a proper HTTP status.
@@ -146,17 +172,29 @@ fn with_id(mut response: HttpResponse, id: RequestId) -> HttpResponse {
     response
 }
 
-/// How an answer looked, to be remembered with the request: [`Kind`], and whether usage is wanted.
-fn tag(kind: Kind, include_usage: bool) -> u32 {
+/// How an answer looked, to be remembered with the request: [`Kind`], whether usage is wanted, and
+/// whether it begins with the prompt.
+fn tag(kind: Kind, include_usage: bool, echo: bool) -> u32 {
     let kind = match kind {
         Kind::Completion => 0,
         Kind::Chat => 1,
     };
-    kind | (u32::from(include_usage) << 1)
+    kind | (u32::from(include_usage) << 1) | (u32::from(echo) << 2)
 }
 
-fn of_tag(tag: u32) -> (Kind, bool) {
-    (if tag & 1 == 1 { Kind::Chat } else { Kind::Completion }, tag & 2 == 2)
+fn of_tag(tag: u32) -> (Kind, bool, bool) {
+    let kind = if tag & 1 == 1 { Kind::Chat } else { Kind::Completion };
+    (kind, tag & 2 == 2, tag & 4 == 4)
+}
+
+/// Prompts as text.
+fn said(state: &AppState, prompts: &[Prompt]) -> Result<Vec<String>, ApiError> {
+    let text = |prompt: &Prompt| match prompt {
+        Prompt::Text(text) => Ok(text.clone()),
+        Prompt::Tokens(ids) => Ok(state.service.detokenize(ids)?),
+        Prompt::Chat(_) => Ok(String::new()),
+    };
+    prompts.iter().map(text).collect()
 }
 
 /// What a stream that ends without `Finished` means: the coordinator goes down, and goes on with the
@@ -205,15 +243,15 @@ pub(crate) fn no_such_choice(choice: u32) -> Status {
 }
 
 /// Reads the whole answer; gives the JSON body.
-async fn collect(mut answer: Answer, mut events: EventStream) -> Result<String, ApiError> {
+async fn collect(mut answer: Answer, mut events: Events) -> Result<String, ApiError> {
     let mut choices: Vec<Whole> = Vec::new();
     let mut usages = Vec::new();
     loop {
         match events.next().await {
             None => return Err(cut_short().into()),
             Some(Err(status)) => return Err(ApiError::of_model(status)),
-            Some(Ok(GenerateEvent::Started { choices: count, .. })) => {
-                answer.expect(count);
+            Some(Ok(GenerateEvent::Started { choices: count, prompt_token_ids, .. })) => {
+                answer.expect(count, &prompt_token_ids)?;
                 choices.resize_with(count as usize, Whole::default);
             }
             Some(Ok(GenerateEvent::Token { choice, token_id, text, logprobs, calls, .. })) => {
@@ -229,7 +267,7 @@ async fn collect(mut answer: Answer, mut events: EventStream) -> Result<String, 
                 let whole = whole.ok_or_else(|| no_such_choice(choice))?;
                 whole.push(Piece { text, calls }, None);
                 whole.reason = Some(reason);
-                usages.push(usage);
+                usages.push((choice, usage));
                 if choices.iter().all(|c| c.reason.is_some()) {
                     return Ok(answer.whole(choices, &usages));
                 }
@@ -258,15 +296,32 @@ impl Answer {
             created: submitted.or_else(|| now().ok()).unwrap_or_default(),
             model,
             include_usage,
+            prompts: 1,
+            echo: false,
+            said: Vec::new(),
             logprobs: Vec::new(),
             service: state.service.clone(),
         }
     }
 
-    /// So many choices come.
-    pub(crate) fn expect(&mut self, choices: u32) {
+    /// So many choices come, the first of a prompt of these ids.
+    pub(crate) fn expect(&mut self, choices: u32, prompt: &[u32]) -> Result<(), Status> {
         let kind = self.kind;
         self.logprobs.resize_with(choices as usize, || LogprobWriter::new(kind));
+        if self.echo && self.said.is_empty() {
+            self.said.push(self.service.detokenize(prompt)?);
+        }
+        Ok(())
+    }
+
+    /// Choices of each prompt.
+    fn each(&self) -> u32 {
+        (self.logprobs.len() as u32 / self.prompts).max(1)
+    }
+
+    /// The prompt with which a choice begins; nothing where it is not wanted.
+    fn said_before(&self, choice: u32) -> &str {
+        self.said.get((choice / self.each()) as usize).map_or("", String::as_str)
     }
 
     /// The log-probabilities of a choice's next token, where the request asked for them.
@@ -283,7 +338,7 @@ impl Answer {
         writer.next(service, token_id, found).map(Some)
     }
 
-    fn whole(&self, choices: Vec<Whole>, usages: &[Usage]) -> String {
+    fn whole(&self, choices: Vec<Whole>, usages: &[(u32, Usage)]) -> String {
         let object = match self.kind {
             Kind::Chat => "chat.completion",
             Kind::Completion => "text_completion",
@@ -296,18 +351,25 @@ impl Answer {
                     let tool_calls = tools::whole(whole.calls);
                     (Some(Message { role: "assistant", content, tool_calls, refusal: None }), None)
                 }
-                Kind::Completion => (None, Some(whole.text)),
+                Kind::Completion => {
+                    (None, Some(format!("{}{}", self.said_before(index), whole.text)))
+                }
             };
             let finish_reason = whole.reason.map(FinishReason::as_str);
             let logprobs = whole.logprobs;
             Choice { index, message, text, logprobs, finish_reason, ..Choice::default() }
         };
         let choices = (0..).zip(choices).map(choice).collect();
-        self.render(object, choices, Some(Some(UsageBody::of(usages))))
+        self.render(object, choices, Some(Some(UsageBody::of(usages, self.each()))))
     }
 
-    /// The chunk that opens a choice of a chat; completions have none.
+    /// The chunk that opens a choice of a chat; of a completion the one with its prompt, where that
+    /// is wanted.
     pub(crate) fn opening(&self, index: u32) -> Option<String> {
+        let said = self.said_before(index);
+        if self.kind == Kind::Completion && !said.is_empty() {
+            return Some(self.piece(index, Piece::of_text(said.to_owned()), None, None));
+        }
         let content = Some(String::new());
         let delta = Delta { role: Some("assistant"), content, ..Delta::default() };
         let choice = Choice { index, delta: Some(delta), ..Choice::default() };
@@ -337,8 +399,9 @@ impl Answer {
     }
 
     /// The chunk with the token counts, where the request asked for it.
-    pub(crate) fn usage(&self, choices: &[Usage]) -> Option<String> {
-        self.include_usage.then(|| self.chunk(Vec::new(), Some(UsageBody::of(choices))))
+    pub(crate) fn usage(&self, choices: &[(u32, Usage)]) -> Option<String> {
+        let usage = || UsageBody::of(choices, self.each());
+        self.include_usage.then(|| self.chunk(Vec::new(), Some(usage())))
     }
 
     fn chunk(&self, choices: Vec<Choice>, usage: Option<UsageBody>) -> String {

@@ -21,6 +21,7 @@ mod options;
 mod request;
 mod requests;
 mod responses;
+mod several;
 mod sse;
 mod tokenize;
 mod tools;

@@ -196,7 +196,6 @@ fn stream_options(fields: &mut Fields) -> Result<bool, ApiError> {
 /// Fields of OpenAI and of other servers that would change the answer.
 fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
     let table: &[(&str, &[Value])] = &[
-        ("echo", &[json!(false)]),
         ("suffix", &[json!("")]),
         ("modalities", &[json!(["text"])]),
         ("audio", &[]),
@@ -285,7 +284,6 @@ mod tests {
             (json!({"best_of": 17}), "best_of"),
             (json!({"best_of": 2, "stream": true}), "best_of"),
             (json!({"response_format": {"type": "xml"}}), "response_format.type"),
-            (json!({"echo": true}), "echo"),
             (json!({"temperature": "hot"}), "temperature"),
             (json!({"temperature": 1e300}), "temperature"),
             (json!({"max_tokens": 0}), "max_tokens"),

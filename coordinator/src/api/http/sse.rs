@@ -18,7 +18,7 @@ use millrace_shared::wire::rpc::{FinishReason, GenerateEvent, Usage};
 
 use super::error::ApiError;
 use super::generation::{Answer, cancelled, cut_short, no_such_choice};
-use crate::service::EventStream;
+use super::several::Events;
 use crate::text::tools::Piece;
 
 const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
@@ -36,21 +36,21 @@ struct Progress {
 
 struct State {
     answer: Answer,
-    events: EventStream,
+    events: Events,
     first: Option<GenerateEvent>,
     keep_alive: Duration,
     ended: bool,
     /// Where the client is, by choice.
     from: Vec<u32>,
     choices: Vec<Progress>,
-    usages: Vec<Usage>,
+    usages: Vec<(u32, Usage)>,
 }
 
 /// The body of a streamed answer. `first` is an event already taken from `events`, which begin with
 /// the first token; what belongs to tokens before those in `from` is not sent.
 pub(crate) fn stream(
     answer: Answer,
-    events: EventStream,
+    events: Events,
     first: GenerateEvent,
     keep_alive: Duration,
     from: &[u32],
@@ -94,8 +94,8 @@ impl State {
     fn render(&mut self, event: GenerateEvent) -> Result<String, Status> {
         let mut out = String::new();
         match event {
-            GenerateEvent::Started { choices, .. } => {
-                self.answer.expect(choices);
+            GenerateEvent::Started { choices, prompt_token_ids, .. } => {
+                self.answer.expect(choices, &prompt_token_ids)?;
                 let from = |choice| self.from.get(choice).copied().unwrap_or_default();
                 let progress = |from| Progress { opened: from > 0, from, ..Progress::default() };
                 self.choices = (0..choices as usize).map(from).map(progress).collect();
@@ -128,7 +128,7 @@ impl State {
                         self.answer.piece(choice, Piece { text, calls }, None, Some(reason));
                     self.push(&mut out, &piece);
                 }
-                self.usages.push(usage);
+                self.usages.push((choice, usage));
                 if self.choices.iter().all(|c| c.ended) {
                     self.end(&mut out);
                 }

@@ -21,13 +21,20 @@ struct PromptDetails {
 }
 
 impl UsageBody {
-    /// The counts of a request by those of its choices, which share the prompt.
-    pub(crate) fn of(choices: &[Usage]) -> Self {
-        let prompt_tokens = choices.iter().map(|u| u.prompt_tokens).max().unwrap_or_default();
+    /// The counts of what was asked for at once by those of its choices, of which `each` share a
+    /// prompt.
+    pub(crate) fn of(choices: &[(u32, Usage)], each: u32) -> Self {
         let made = |u: &Usage| u.completion_tokens + u.discarded_tokens;
-        let completion_tokens: u32 = choices.iter().map(made).sum();
-        // What the first one computes, the others find.
-        let cached_tokens = choices.iter().map(|u| u.cached_tokens).min().unwrap_or_default();
+        let completion_tokens: u32 = choices.iter().map(|(_, u)| made(u)).sum();
+        // By prompt: what the first choice computes, the others find.
+        let mut prompts: BTreeMap<u32, (u32, u32)> = BTreeMap::new();
+        for (choice, usage) in choices {
+            let found = (usage.prompt_tokens, usage.cached_tokens);
+            let prompt = prompts.entry(choice / each.max(1)).or_insert(found);
+            *prompt = (prompt.0.max(found.0), prompt.1.min(found.1));
+        }
+        let prompt_tokens: u32 = prompts.values().map(|(tokens, _)| tokens).sum();
+        let cached_tokens: u32 = prompts.values().map(|(_, cached)| cached).sum();
         Self {
             prompt_tokens,
             completion_tokens,
