@@ -182,8 +182,10 @@ fn nodes_that_drain_leave_nothing_behind() {
         assert_eq!(running[1].wait().code(), Some(0), "{}", running[1].log());
         assert!(!running[1].log().contains("leaving with the layers"), "{}", running[1].log());
     });
-    let names: Vec<String> = nodes(config).into_iter().map(|n| n.name).collect();
-    assert_eq!(names, ["three", "four"]);
+    // In the order of their ids, which is that of their arrival.
+    let mut names: Vec<String> = nodes(config).into_iter().map(|n| n.name).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["four", "three"]);
     // It comes back as a node like any other, and where nobody else can, its leaving is a loss.
     running[0] = coordinator.node("one", &[]);
     measured(3);
