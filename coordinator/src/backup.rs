@@ -138,12 +138,11 @@ fn move_into(part: &Path, dir: &Path) -> Result<(), NetError> {
     let entries = fs::read_dir(part).map_err(|e| failed(part, &e))?;
     let mut names: Vec<_> = entries.filter_map(|e| Some(e.ok()?.file_name())).collect();
     names.sort_by_key(|name| name == FILES[0]);
-    let mut moved = Vec::new();
+    let mut moved: Vec<PathBuf> = Vec::new();
     for name in names {
         let to = dir.join(&name);
         if let Err(e) = fs::rename(part.join(&name), &to) {
             for path in &moved {
-                let path: &PathBuf = path;
                 let _ =
                     if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
             }

@@ -11,4 +11,5 @@ mod members;
 mod peers;
 mod requests;
 mod signals;
+mod templates;
 mod trust;
