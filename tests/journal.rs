@@ -5,6 +5,7 @@
 use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
+use std::time::Duration;
 
 use harness::local::{Local, Shape};
 use harness::processes::{Coordinator, Process, command, run};
@@ -13,6 +14,7 @@ use millrace_net::client::{Client, ClientConfig, GenerateStream};
 use millrace_shared::error::ErrorCode;
 use millrace_shared::id::RequestId;
 use millrace_shared::sampling::SamplingParams;
+use millrace_shared::wire::admin::{AdminReply, AdminRequest, RequestQuery};
 use millrace_shared::wire::rpc::{
     Choices, FinishReason, GenerateEvent, GenerateRequest, Prompt, TokenLogprobs,
 };
@@ -388,4 +390,66 @@ fn a_coordinator_that_is_told_to_stop_goes_on_where_it_was() {
     });
     let truth: Vec<Heard> = requests.into_iter().map(|r| whole(&config, r)).collect();
     assert_eq!(heard, truth);
+}
+
+/// What the cluster says of a request, once it says something.
+async fn shown(client: &Client, id: RequestId) -> Option<String> {
+    let query = RequestQuery::Show { id: id.to_string() };
+    match client.admin(AdminRequest::Requests(query)).await {
+        Ok(AdminReply::Requests(reports)) => Some(reports.first()?.state.clone()),
+        _ => None,
+    }
+}
+
+/// Whoever comes as the next life begins waits for its nodes, over both APIs: no answer is lost for
+/// it. A request that waits is to be seen, and can be stopped; the wait has an end.
+#[test]
+fn requests_that_come_before_the_nodes_wait_for_them() {
+    let _turn = alone();
+    let root = tempfile::tempdir().unwrap();
+    let (mut coordinator, mut nodes) = start(root.path());
+    let config = coordinator.client.clone();
+    let request = || asked("Story of a lighthouse:", ask::greedy(24));
+    let truth = whole(&config, request());
+    let body = json!({"prompt": "Story of a lighthouse:", "max_tokens": 24, "temperature": 0,
+        "ignore_eos": true});
+    coordinator.process.kill();
+    coordinator.start_again(STAGES, &OPTIONS);
+    let over_http = http::begin_post(
+        coordinator.http(),
+        "/v1/completions",
+        &config.api_key,
+        body.to_string().as_bytes(),
+    );
+    assert_eq!(whole(&config, request()).choices, truth.choices);
+    let answer = over_http.whole().json();
+    assert_eq!(answer["choices"][0]["text"], truth.choices[0].text(), "{answer}");
+
+    coordinator.process.kill();
+    nodes.iter_mut().for_each(Process::kill);
+    coordinator.start_again(STAGES, &["--recovery-timeout", "20"]);
+    block_on(async {
+        let client = ask::connect(&config).await;
+        let (stopped, id) = (RequestId(Uuid::now_v7()), RequestId(Uuid::now_v7()));
+        let hear = async |id: RequestId| match client.generate_as(id, request()).await {
+            Ok(stream) => ask::finish(stream).await,
+            Err(status) => Err(status),
+        };
+        let stop = async {
+            let seen = loop {
+                match shown(&client, stopped).await {
+                    Some(state) => break state,
+                    None => tokio::time::sleep(Duration::from_millis(20)).await,
+                }
+            };
+            assert!(seen.contains("waiting for a node: waiting for nodes: 0 of 2"), "{seen}");
+            client.cancel(stopped).await.unwrap();
+        };
+        let (heard, late, ()) = tokio::join!(hear(stopped), hear(id), stop);
+        assert_eq!(heard.unwrap_err().code, ErrorCode::Cancelled);
+        let late = late.unwrap_err();
+        assert_eq!(late.code, ErrorCode::Unavailable, "{late}");
+        assert!(late.message.contains("waiting for nodes: 0 of 2 are there"), "{late}");
+        client.close().await;
+    });
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use actix::{Addr, MailboxError};
 use futures::FutureExt;
@@ -17,7 +18,9 @@ use millrace_shared::wire::rpc::{
 };
 use uuid::Uuid;
 
-use crate::actors::batcher::{Attach, Cancel, Forget, GetCounters, Knows, Submit, SubmitScore};
+use crate::actors::batcher::{
+    Attach, Cancel, Enter, Forget, GetCounters, Knows, Submit, SubmitScore,
+};
 use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
 use crate::collect::{self, About};
@@ -204,6 +207,23 @@ impl Prompts {
 }
 
 impl Serving {
+    /// Waits where requests cannot be submitted yet but will be soon; what is left of the caller's
+    /// time.
+    async fn enter(&self, id: RequestId, mut caller: Caller) -> Result<Caller, Status> {
+        let begun = Instant::now();
+        let entering = self.batcher.send(Enter { id, client: caller.client });
+        let entered = match caller.deadline {
+            Some(deadline) => tokio::time::timeout(deadline, entering).await.map_err(|_| {
+                let message = "the deadline passed while the request waited for a pipeline";
+                Status::new(ErrorCode::DeadlineExceeded, message)
+            })?,
+            None => entering.await,
+        };
+        entered.map_err(crossed)??;
+        caller.deadline = caller.deadline.map(|d| d.saturating_sub(begun.elapsed()));
+        Ok(caller)
+    }
+
     /// A seed for a request that gave none: from the random bits of its version 7 id.
     fn draw_seed(&self, id: RequestId) -> u64 {
         let bits = id.0.as_u128();
@@ -233,6 +253,7 @@ impl Service for Serving {
             let matcher = self.prompts.matcher(params.grammar.as_ref()).await?;
             let id = caller.request_id.or(caller.fresh);
             let id = id.unwrap_or_else(|| RequestId(Uuid::now_v7()));
+            let caller = self.enter(id, caller).await?;
             let seed = params.seed.unwrap_or_else(|| self.draw_seed(id));
             let choices = request.choices;
             let submit =
@@ -269,6 +290,7 @@ impl Service for Serving {
                 ));
             }
             let id = RequestId(Uuid::now_v7());
+            let caller = self.enter(id, caller).await?;
             let submit = SubmitScore { id, tokens: request.tokens, top_k: request.top_k, caller };
             let reply = self.batcher.send(submit).await.map_err(crossed)??;
             reply.await.unwrap_or_else(|_| {

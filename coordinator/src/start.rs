@@ -142,8 +142,9 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         Arc::clone(&metrics),
         config.deployment.recovery_timeout,
         (journal, manifest.content_hash, entries),
-    )
-    .start();
+    );
+    let batcher = if life > 1 { batcher.after_a_life() } else { batcher };
+    let batcher = batcher.start();
     let about = Arc::new(About::new(&config));
     let card = ModelCard {
         id: config.served_name.clone(),

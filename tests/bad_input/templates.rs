@@ -62,7 +62,8 @@ fn templates_that_spin_hold_up_nobody() {
         }
         for refused in spinning.await {
             let status = refused.unwrap_err();
-            let late = status.code == ErrorCode::InvalidArgument && status.message.contains("too long");
+            let late =
+                status.code == ErrorCode::InvalidArgument && status.message.contains("too long");
             let turned_away = status.message.contains("take too long to render");
             assert!(late || turned_away, "{status}");
         }

@@ -76,6 +76,8 @@ impl<'a> Run<'a> {
     /// # Panics
     /// If an input of the corpus is refused, for then it is none, or breaks the target.
     pub fn start(target: &'a Target, seed: u64) -> Self {
+        // The backtrace of a panic that is caught would count as the target's memory.
+        std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
         let mut run =
             Self { target, dice: Dice::new(seed), kept: Vec::new(), counts: Counts::default() };
         for (i, bytes) in target.corpus.iter().enumerate() {

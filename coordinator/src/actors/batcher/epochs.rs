@@ -120,6 +120,7 @@ impl Batcher {
         }
         let _ = next.cluster.try_send(Switched { epoch: next.epoch });
         self.masks.on_epoch();
+        self.let_early_in();
         self.active = Some(Active {
             pipeline: next.pipeline,
             epoch: next.epoch,
@@ -192,6 +193,7 @@ impl Batcher {
     fn give_up(&mut self) {
         self.suspended = None;
         self.resumed.clear();
+        self.refuse_early();
         let all: Vec<RequestId> = self.requests.iter().map(|r| r.id).collect();
         for id in all {
             let Some(request) = self.end(id) else { continue };

@@ -184,6 +184,9 @@ impl Handler<Cancel> for Batcher {
     type Result = Result<(), Status>;
 
     fn handle(&mut self, m: Cancel, _: &mut Context<Self>) -> Self::Result {
+        if self.cancel_early(&m) {
+            return Ok(());
+        }
         let id = m.request_id;
         let ours = |client: u64| m.caller.admin || client == m.caller.client;
         self.head_of_known(id)

@@ -269,6 +269,7 @@ impl Batcher {
     pub(super) fn leave_to_the_next_life(&mut self) {
         self.suspended = None;
         self.leaving = true;
+        self.early.clear();
         let all: Vec<RequestId> = self.requests.iter().map(|r| r.id).collect();
         for id in all {
             let Some(mut request) = self.end(id) else { continue };

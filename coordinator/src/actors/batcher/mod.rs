@@ -10,6 +10,7 @@
 //! [`super::Cluster`].
 
 mod doubt;
+mod early;
 mod epochs;
 mod inbox;
 mod kept;
@@ -42,6 +43,7 @@ use crate::metrics::{Metrics, Shed};
 use crate::request::{Request, Verdict, Work};
 use crate::text::Tokenizer;
 pub use doubt::{NodeDied, StepVerdict};
+pub use early::Enter;
 pub use epochs::{PipelineDown, PipelineUp};
 pub use inbox::{Attach, Cancel, Forget, GetCounters, Knows, ResultFrame, Submit, SubmitScore};
 use submit::retry_ms;
@@ -121,6 +123,8 @@ pub struct Batcher {
     retained: Retained,
     /// Of an earlier life, until there is a scheduler.
     resumed: Vec<SequenceId>,
+    /// Before there is a scheduler.
+    early: Vec<early::Early>,
     /// Requests were left to the next life.
     leaving: bool,
     /// What constrained answers may go on with.
@@ -168,6 +172,7 @@ impl Batcher {
             model,
             retained,
             resumed: Vec::new(),
+            early: Vec::new(),
             leaving: false,
             masks: masks::Masks::default(),
             told: pace::Told::default(),

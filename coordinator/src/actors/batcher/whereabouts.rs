@@ -13,7 +13,7 @@ use crate::request::{Request, Work};
 
 /// A request that has not moved for this long is stuck: the longest usual pause, a prompt's chunk on
 /// slow machines, is shorter.
-const STUCK: Duration = Duration::from_secs(1);
+pub(super) const STUCK: Duration = Duration::from_secs(1);
 /// Events that a client may leave unread before it counts as one that does not read: more than
 /// buffers on the way hold up at any moment.
 const UNREAD: u32 = 256;
@@ -62,6 +62,7 @@ impl Handler<Look> for Batcher {
         MessageResult(match m.id {
             Some(id) => match self.requests.named(id) {
                 Some(request) => vec![self.seen(request, now)],
+                None if self.is_early(id) => self.seen_early(Some(id), now),
                 None => {
                     let names = self.metrics.names();
                     self.retained.get(id).map(|e| ended(e, names.label(id))).into_iter().collect()
@@ -70,7 +71,8 @@ impl Handler<Look> for Batcher {
             None => {
                 let mut requests: Vec<&Request> = self.requests.iter().collect();
                 requests.sort_by_key(|r| r.id);
-                requests.into_iter().map(|r| self.seen(r, now)).collect()
+                let seen = requests.into_iter().map(|r| self.seen(r, now));
+                seen.chain(self.seen_early(None, now)).collect()
             }
         })
     }
