@@ -13,6 +13,7 @@ use anyhow::{Context as _, anyhow};
 use millrace_coordinator::cli::{LimitArgs, deployment};
 use millrace_coordinator::journal::JournalConfig;
 use millrace_coordinator::security::Security;
+use millrace_coordinator::text::rules::TextRules;
 use millrace_coordinator::{Config as CoordinatorConfig, Running as Coordinator, start};
 use millrace_net::awake;
 use millrace_net::client::ClientConfig;
@@ -54,6 +55,8 @@ pub struct EmbeddedOptions {
     pub kv_cache_tokens: Option<u32>,
     /// What is kept of requests.
     pub journal: JournalConfig,
+    /// What is done to prompts and answers.
+    pub rules: TextRules,
 }
 
 /// A running cluster.
@@ -181,6 +184,7 @@ fn coordinator_config(options: &EmbeddedOptions, dir: PathBuf, stages: u32) -> C
         cluster: loopback,
         advertise: None,
         journal: options.journal,
+        rules: options.rules.clone(),
         show_progress: false,
     }
 }

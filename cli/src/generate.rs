@@ -232,6 +232,7 @@ mod tests {
             prompt_token_ids: vec![1, 2],
             seed: 0,
             choices,
+            left_out: 0,
         });
         for choice in 0..choices {
             let token = |index, token_id, text: &str| GenerateEvent::Token {

@@ -96,6 +96,7 @@ fn heard() -> Vec<(&'static str, Vec<u8>)> {
                 prompt_token_ids: vec![1, 2, 300],
                 seed: 1 << 33,
                 choices: 2,
+                left_out: 5,
             }),
         ),
         ("token", token(1, 7, 42, " né", Some(logprobs))),

@@ -9,6 +9,7 @@ use millrace_coordinator::journal::JournalConfig;
 use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::plan::DEFAULT_KV_TOKENS;
 use millrace_coordinator::security::Security;
+use millrace_coordinator::text::rules::TextRules;
 use millrace_shared::model::ModelFiles;
 use millrace_shared::options::EngineOptions;
 use millrace_shared::wire::rpc::{ClusterStatus, StageStatus};
@@ -67,6 +68,7 @@ pub(crate) fn private_cluster(
         max_num_seqs: DEFAULT_MAX_NUM_SEQS,
         kv_cache_tokens: None,
         journal: JournalConfig::default(),
+        rules: TextRules::default(),
     })
 }
 

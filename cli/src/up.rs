@@ -14,6 +14,7 @@ use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::paste::paste_lines;
 use millrace_coordinator::security::Security;
 use millrace_coordinator::state::CLIENT_FILE;
+use millrace_coordinator::text::rules::RulesArgs;
 use millrace_engine::cache::set_limit;
 use millrace_shared::options::{CacheOptions, EngineOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -49,6 +50,8 @@ pub(crate) struct UpArgs {
     network: NetworkArgs,
     #[command(flatten)]
     journal: JournalArgs,
+    #[command(flatten)]
+    rules: RulesArgs,
     #[command(flatten)]
     security: Security,
     #[command(flatten)]
@@ -116,6 +119,7 @@ fn options(args: &UpArgs, dir: PathBuf) -> anyhow::Result<EmbeddedOptions> {
         max_num_seqs: args.max_num_seqs,
         kv_cache_tokens: args.kv_cache_tokens,
         journal: args.journal.config(),
+        rules: args.rules.rules()?,
         ..plain
     })
 }

@@ -19,7 +19,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import AsyncIterator, Optional, Union
 
-ALPN = "millrace-client/8"
+ALPN = "millrace-client/9"
 # Name in the coordinator's certificate, where that is of the cluster's own CA.
 SERVER_NAME = "coordinator.millrace.internal"
 MAX_REPLY_BYTES = 16 << 20
@@ -32,7 +32,7 @@ CODES = [
     ("PERMISSION_DENIED", 7), ("RESOURCE_EXHAUSTED", 8), ("FAILED_PRECONDITION", 9),
     ("UNIMPLEMENTED", 12), ("INTERNAL", 13), ("UNAVAILABLE", 14), ("UNAUTHENTICATED", 16),
 ]
-REASONS = ["stop", "length", "cancelled", "tool_calls"]
+REASONS = ["stop", "length", "cancelled", "tool_calls", "content_filter"]
 TOOL_CHOICES = ["auto", "none", "required"]
 
 
@@ -181,6 +181,7 @@ class Started:
     prompt_token_ids: list
     seed: int
     choices: int
+    left_out: int  # tokens of a prompt that was too long
 
 
 @dataclass
@@ -301,7 +302,7 @@ def _event(r: Reader) -> Event:
     kind = r.uint()
     if kind == 0:
         # A UUID is its sixteen bytes behind their number.
-        return Started(uuid.UUID(bytes=r.take(r.uint())), r.list(r.uint), r.uint(), r.uint())
+        return Started(uuid.UUID(bytes=r.take(r.uint())), r.list(r.uint), r.uint(), r.uint(), r.uint())
     if kind == 1:
         choice, index, token_id, text = r.uint(), r.uint(), r.uint(), r.text()
         pair = lambda: (r.uint(), r.f32())
@@ -406,7 +407,7 @@ def self_test(path: str) -> None:
         assert body == asked[name], f"{name}: {body.hex()} is not {asked[name].hex()}"
     ident = uuid.UUID("0193a5b0-0000-7000-8000-000000000001")
     heard = {
-        "started": Started(ident, [1, 2, 300], 1 << 33, 2),
+        "started": Started(ident, [1, 2, 300], 1 << 33, 2, 5),
         "token": Token(1, 7, 42, " né", -0.5, [(42, -0.5), (43, -1.25)]),
         "token without": Token(0, 8, 0, "", None, []),
         "token with a call": Token(0, 9, 1, "", None, [], [CallPiece(1, "c1", "f", "{")]),

@@ -25,6 +25,7 @@ use crate::models::{ConsoleProgress, HubName, ModelOptions, resolve_as};
 use crate::plan::Deployment;
 use crate::security::Security;
 use crate::state::{ClusterDir, unix_now};
+use crate::text::rules::RulesArgs;
 
 /// Coordinates a Millrace cluster: admits nodes, cuts the model, schedules, serves clients.
 #[derive(Debug, Parser)]
@@ -176,6 +177,8 @@ pub struct ServeArgs {
     #[command(flatten)]
     journal: JournalArgs,
     #[command(flatten)]
+    rules: RulesArgs,
+    #[command(flatten)]
     cache: CacheOptions,
     #[command(flatten)]
     engine: EngineOptions,
@@ -281,6 +284,7 @@ impl ServeArgs {
                 self.limits.heartbeat
             ));
         }
+        let rules = self.rules.rules()?;
         let dir = self.dir.resolve()?;
         let http = SocketAddr::new(self.host, self.port);
         self.security.check(Some(http))?;
@@ -303,6 +307,7 @@ impl ServeArgs {
             cluster: self.cluster,
             advertise: self.advertise.clone(),
             journal: self.journal.config(),
+            rules,
             show_progress: true,
         })
     }

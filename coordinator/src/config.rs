@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::journal::JournalConfig;
 use crate::plan::Deployment;
 use crate::security::Security;
+use crate::text::rules::TextRules;
 
 /// HTTP, TCP.
 pub const DEFAULT_HTTP_PORT: u16 = 8000;
@@ -48,6 +49,8 @@ pub struct Config {
     pub advertise: Option<String>,
     /// What is kept of requests, and where.
     pub journal: JournalConfig,
+    /// What is done to prompts and answers.
+    pub rules: TextRules,
     /// Bars on stderr while the model is read.
     pub show_progress: bool,
 }

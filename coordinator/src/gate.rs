@@ -357,6 +357,10 @@ impl<S: Service> Service for Gate<S> {
         .boxed()
     }
 
+    fn ruled(&self, prompt: Prompt) -> BoxFuture<'_, Result<Prompt, Status>> {
+        self.inner.ruled(prompt)
+    }
+
     fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {
         self.inner.tokenize(model, prompt)
     }

@@ -27,6 +27,7 @@ use prometheus_client::registry::{Metric, Registry};
 use self::timeline::Timeline;
 use crate::chronicle::Chronicle;
 use crate::names::Names;
+use crate::request::RulesDid;
 
 /// 1 ms to 60 s, fine where people notice: time to first token, queueing.
 const WAIT_BUCKETS: [f64; 17] = [
@@ -63,6 +64,14 @@ struct FailedLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ShedLabels {
     reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RulesLabels {
+    /// `prompt` or `answer`.
+    of: &'static str,
+    /// What they did.
+    did: &'static str,
 }
 
 /// Why a request was turned away that another moment would have taken.
@@ -128,6 +137,7 @@ pub struct Metrics {
     success: Family<FinishedLabels, Counter>,
     failure: Family<FailedLabels, Counter>,
     shed: Family<ShedLabels, Counter>,
+    rules: Family<RulesLabels, Counter>,
     stage_busy: Family<StageLabels, SecondsCounter>,
     stage_busy_ratio: Family<StageLabels, RatioGauge>,
     stage_step: Family<PlaceLabels, SecondsCounter>,
@@ -234,6 +244,12 @@ impl Metrics {
                 r,
                 metric::STAGE_BUSY,
                 "CPU seconds of a stage's engine threads inside steps",
+                Family::default(),
+            ),
+            rules: add(
+                r,
+                metric::TEXT_RULES,
+                "Requests whose prompt or answer the operator's rules changed or ended",
                 Family::default(),
             ),
             shed: add(r, metric::REQUESTS_SHED, "Requests turned away", Family::default()),
@@ -360,6 +376,22 @@ impl Metrics {
     /// A request was turned away for want of room or time; it also counts as refused or failed.
     pub fn on_shed(&self, why: Shed) {
         self.shed.get_or_create(&ShedLabels { reason: why.name() }).inc();
+    }
+
+    /// The rules for prompts did this to one: `redacted`, `blocked` or `shortened`.
+    pub fn on_rules_of_prompt(&self, did: &'static str) {
+        self.rules.get_or_create(&RulesLabels { of: "prompt", did }).inc();
+    }
+
+    /// The rules for answers did this to those of a request that has ended.
+    pub fn on_rules_of_answer(&self, found: RulesDid) {
+        let RulesDid { redacted, blocked, extracted } = found;
+        for (done, did) in [(redacted, "redacted"), (blocked, "blocked"), (extracted, "extracted")]
+        {
+            if done {
+                self.rules.get_or_create(&RulesLabels { of: "answer", did }).inc();
+            }
+        }
     }
 
     /// A group of records with so many tokens is durable.

@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::journal::Journal;
 pub use generation::{Generation, Verdict, play_again};
 pub(crate) use replay::Replay;
+pub use transcript::RulesDid;
 
 /// Where a request's events go.
 pub type EventSender = mpsc::Sender<Result<GenerateEvent, Status>>;

@@ -49,6 +49,10 @@ pub struct Origin {
     pub note: Arc<[u8]>,
     /// When it was submitted, milliseconds since 1970; 0 where nobody knows.
     pub submitted_ms: u64,
+    /// Tokens of the prompt that were left out because it was too long.
+    pub left_out: u32,
+    /// What the model reads, where that is not what was sent.
+    pub read: Option<Vec<u32>>,
 }
 
 /// Events that are made again from the log, once all of it is durable.
@@ -308,6 +312,12 @@ pub trait Service: Send + Sync + 'static {
         caller: Caller,
     ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>>;
 
+    /// A prompt as the operator's rules have it. What `generate` takes goes through them anyway; this
+    /// is for what is kept of it. Fails where they refuse it.
+    fn ruled(&self, prompt: Prompt) -> BoxFuture<'_, Result<Prompt, Status>> {
+        async { Ok(prompt) }.boxed()
+    }
+
     /// Text or conversation to ids. An empty model name means the only one served.
     ///
     /// # Errors
@@ -449,6 +459,10 @@ impl<S: Service> Service for Counted<S> {
             })
         };
         self.inner.score(request, caller).map(count).boxed()
+    }
+
+    fn ruled(&self, prompt: Prompt) -> BoxFuture<'_, Result<Prompt, Status>> {
+        self.inner.ruled(prompt)
     }
 
     fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {

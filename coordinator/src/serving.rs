@@ -26,6 +26,9 @@ use crate::actors::{Batcher, Cluster};
 use crate::collect::{self, About};
 use crate::metrics::Metrics;
 use crate::service::{Caller, EventStream, Service};
+use crate::text::rules::{
+    AnswerRules, Fitted, Overflow, Overlong, PromptRules, TextRules, Touched,
+};
 use crate::text::{CallForm, Matcher, TextModel};
 use crate::whereabouts;
 
@@ -58,6 +61,15 @@ pub struct Prompts {
     pub text: TextModel,
     /// What `/v1/models` says.
     pub card: ModelCard,
+    /// What is done to prompts and answers.
+    pub rules: TextRules,
+}
+
+/// A prompt as the model reads it.
+struct Read {
+    ids: Vec<u32>,
+    /// Tokens that were left out because it was too long.
+    left_out: u32,
 }
 
 /// A prompt on its way to ids.
@@ -152,21 +164,79 @@ impl Prompts {
         ))
     }
 
-    /// Renders and tokenises; conversations (a template is a program, and may take its time) and what
-    /// is long elsewhere, so that nobody else's answer waits for it.
-    async fn prompt_ids(self: &Arc<Self>, prompt: Prompt) -> Result<Vec<u32>, Status> {
+    /// Does something with a prompt: with conversations (a template is a program, and may take its
+    /// time) and what is long elsewhere, so that nobody else's answer waits for it.
+    async fn with<T: Send + 'static>(
+        self: &Arc<Self>,
+        prompt: Prompt,
+        work: impl FnOnce(&Self, Prompt) -> Result<T, Status> + Send + 'static,
+    ) -> Result<T, Status> {
         self.check_size(&prompt)?;
         let long = match &prompt {
-            Prompt::Tokens(_) => false,
+            Prompt::Tokens(ids) => ids.len() > LONG_TEXT,
             Prompt::Text(text) => text.len() > LONG_TEXT,
             Prompt::Chat(_) => true,
         };
         if !long {
-            return self.ids(&prompt);
+            return work(self, prompt);
         }
         let serving = Arc::clone(self);
-        let encoding = tokio::task::spawn_blocking(move || serving.ids(&prompt));
-        encoding.await.unwrap_or_else(|e| Err(Status::internal(e.to_string())))
+        let working = tokio::task::spawn_blocking(move || work(&serving, prompt));
+        working.await.unwrap_or_else(|e| Err(Status::internal(e.to_string())))
+    }
+
+    /// Applies the operator's rules to a prompt, but for its length.
+    /// The inner error is theirs.
+    async fn ruled(
+        self: &Arc<Self>,
+        prompt: Prompt,
+    ) -> Result<Result<(Prompt, Touched), Status>, Status> {
+        if self.rules.prompt.are_none() {
+            return Ok(Ok((prompt, Touched::default())));
+        }
+        let apply = |all: &Self, mut prompt: Prompt| {
+            let text_of = |ids: &[u32]| all.text.tokenizer.decode(ids, false);
+            if let Prompt::Tokens(ids) = &prompt {
+                all.check_ids("prompt", ids)?;
+            }
+            let applied = all.rules.prompt.apply(&mut prompt, text_of);
+            Ok(applied.map(|touched| (prompt, touched)))
+        };
+        self.with(prompt, apply).await
+    }
+
+    /// Renders, tokenises, and shortens where that is wanted; `answer` is the room that is asked for.
+    async fn read(self: &Arc<Self>, prompt: Prompt, answer: Option<u32>) -> Result<Read, Status> {
+        self.with(prompt, move |all, prompt| {
+            let ids = all.ids(&prompt)?;
+            let Some(limit) = all.limit(answer) else { return Ok(Read { ids, left_out: 0 }) };
+            let (how, prompt_is) = (all.rules.prompt.overflow, Overlong { ids, limit });
+            let Fitted { ids, left_out } = match &prompt {
+                Prompt::Chat(conversation) => {
+                    let ids_of = |shorter: &Conversation| all.ids(&Prompt::Chat(shorter.clone()));
+                    prompt_is.chat(how, conversation, ids_of)?
+                }
+                Prompt::Text(_) | Prompt::Tokens(_) => {
+                    prompt_is.plain(how, all.text.tokenizer.bos_id())?
+                }
+            };
+            Ok(Read { ids, left_out })
+        })
+        .await
+    }
+
+    /// Most tokens of a prompt, where there is such a rule: the operator's, and if prompts are
+    /// shortened, what the context holds beside the answer. That is as long as it asks, or a
+    /// quarter of the context, and never counts as more than half of it.
+    fn limit(&self, answer: Option<u32>) -> Option<usize> {
+        let PromptRules { limit, overflow, .. } = *self.rules.prompt;
+        let context = self.card.max_model_len;
+        let room = context - answer.unwrap_or(context / 4).clamp(1, (context / 2).max(1));
+        let limit = match overflow {
+            Overflow::Refuse => limit,
+            _ => Some(limit.map_or(room, |limit| limit.min(room))),
+        };
+        limit.map(|limit| limit.max(1) as usize)
     }
 
     /// What the answer is read for where there are tools, and the grammar that it follows.
@@ -244,20 +314,42 @@ impl Service for Serving {
             let chat = matches!(request.prompt, Prompt::Chat(_));
             let digest = *blake3::hash(&codec::encode(&request)).as_bytes();
             let mut params = request.params;
-            let (calls, grammar) = self.prompts.plan_calls(&request.prompt, params.grammar)?;
+            let ruled = self.prompts.ruled(request.prompt).await?;
+            let (prompt, touched) =
+                ruled.inspect_err(|_| self.metrics.on_rules_of_prompt("blocked"))?;
+            let (calls, grammar) = self.prompts.plan_calls(&prompt, params.grammar)?;
             params.grammar = grammar;
             params
                 .validate(self.prompts.card.vocab)
                 .map_err(|e| Status::invalid(e.param, e.to_string()))?;
-            let tokens = self.prompts.prompt_ids(request.prompt).await?;
+            let Read { ids: tokens, left_out } =
+                self.prompts.read(prompt, params.max_tokens).await?;
+            for (did, what) in [(touched.redacted, "redacted"), (left_out > 0, "shortened")] {
+                if did {
+                    self.metrics.on_rules_of_prompt(what);
+                }
+            }
             let matcher = self.prompts.matcher(params.grammar.as_ref()).await?;
             let id = caller.request_id.or(caller.fresh);
             let id = id.unwrap_or_else(|| RequestId(Uuid::now_v7()));
             let caller = self.enter(id, caller).await?;
             let seed = params.seed.unwrap_or_else(|| self.draw_seed(id));
             let choices = request.choices;
-            let submit =
-                Submit { id, tokens, params, choices, matcher, calls, seed, chat, caller, digest };
+            let submit = Submit {
+                id,
+                tokens,
+                params,
+                choices,
+                matcher,
+                calls,
+                seed,
+                chat,
+                caller,
+                digest,
+                rules: self.prompts.rules.answer.clone(),
+                left_out,
+                altered: touched.changed || left_out > 0,
+            };
             self.batcher.send(submit).await.map_err(crossed)?
         }
         .boxed()
@@ -289,6 +381,12 @@ impl Service for Serving {
                     format!("{} logits per position, at most {MAX_TOP_LOGITS}", request.top_k),
                 ));
             }
+            let hides = self.prompts.rules.answer.as_ref().is_some_and(AnswerRules::hides);
+            if hides && request.top_k > 0 {
+                let why = "must be 0 here: the operator's rules hide text of answers, which the \
+                           largest logits would tell";
+                return Err(Status::invalid("top_k", why));
+            }
             let id = RequestId(Uuid::now_v7());
             let caller = self.enter(id, caller).await?;
             let submit = SubmitScore { id, tokens: request.tokens, top_k: request.top_k, caller };
@@ -298,6 +396,10 @@ impl Service for Serving {
             })
         }
         .boxed()
+    }
+
+    fn ruled(&self, prompt: Prompt) -> BoxFuture<'_, Result<Prompt, Status>> {
+        async move { Ok(self.prompts.ruled(prompt).await??.0) }.boxed()
     }
 
     fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {

@@ -164,7 +164,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let serving = Serving {
         batcher,
         cluster: actor.clone(),
-        prompts: Arc::new(Prompts { text, card }),
+        prompts: Arc::new(Prompts { text, card, rules: config.rules }),
         metrics: Arc::clone(&metrics),
         about,
         draws: AtomicU64::new(0),

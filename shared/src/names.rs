@@ -65,6 +65,7 @@ pub mod metric {
     pub const REQUEST_FAILURE: &str = "millrace_request_failure";
     pub const PREEMPTIONS: &str = "millrace_preemptions";
     pub const REQUESTS_SHED: &str = "millrace_requests_shed";
+    pub const TEXT_RULES: &str = "millrace_text_rules";
     pub const STAGE_BUSY: &str = "millrace_stage_busy_seconds";
     pub const STAGE_BUSY_RATIO: &str = "millrace_stage_busy_ratio";
     pub const STAGE_STEP: &str = "millrace_stage_step_seconds";

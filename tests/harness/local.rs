@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use millrace_cli::embedded::{EmbeddedCluster, EmbeddedOptions};
 use millrace_coordinator::journal::JournalConfig;
 use millrace_coordinator::security::Security;
+use millrace_coordinator::text::rules::TextRules;
 use millrace_net::client::ClientConfig;
 use millrace_shared::model::Dtype;
 use millrace_shared::options::{EngineKind, EngineOptions, MicroBatches};
@@ -131,5 +132,6 @@ fn options(model: &Path, shape: Shape) -> EmbeddedOptions {
         max_num_seqs: 16,
         kv_cache_tokens: Some(shape.kv_cache_tokens),
         journal: JournalConfig::default(),
+        rules: TextRules::default(),
     }
 }

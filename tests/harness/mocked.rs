@@ -16,6 +16,7 @@ use millrace_coordinator::actors::cluster::Readiness;
 use millrace_coordinator::cli::{LimitArgs, deployment};
 use millrace_coordinator::journal::JournalConfig;
 use millrace_coordinator::security::Security;
+use millrace_coordinator::text::rules::TextRules;
 use millrace_coordinator::{Config as CoordinatorConfig, start};
 use millrace_engine::mock::{MockConfig, expected_tokens};
 use millrace_net::ClusterCa;
@@ -56,6 +57,8 @@ pub struct Shape {
     pub kv_cache_tokens: Option<u32>,
     /// What is kept of requests.
     pub journal: JournalConfig,
+    /// What is done to prompts and answers.
+    pub rules: TextRules,
 }
 
 impl Shape {
@@ -80,6 +83,7 @@ impl Shape {
             replan: Replan::Off,
             kv_cache_tokens: None,
             journal: JournalConfig::default(),
+            rules: TextRules::default(),
         }
     }
 }
@@ -340,6 +344,7 @@ fn coordinator_config(shape: &Shape, dir: &Path, model: PathBuf) -> CoordinatorC
         cluster: loopback(),
         advertise: None,
         journal: shape.journal,
+        rules: shape.rules.clone(),
         show_progress: false,
     }
 }

@@ -24,8 +24,13 @@ impl Service for Open {
             let id = RequestId(Uuid::now_v7());
             let (sender, stream) = EventStream::new(id, 8);
             let prompt_token_ids = vec![1, 2, 3];
-            let started =
-                GenerateEvent::Started { request_id: id, prompt_token_ids, seed: 1, choices: 1 };
+            let started = GenerateEvent::Started {
+                request_id: id,
+                prompt_token_ids,
+                seed: 1,
+                choices: 1,
+                left_out: 0,
+            };
             let usage = Usage { prompt_tokens: 3, ..Usage::default() };
             let finished = GenerateEvent::Finished {
                 choice: 0,

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::log::Log;
 use crate::text::CallForm;
+use crate::text::rules::AnswerRules;
 
 /// What was asked. Times are milliseconds since 1970.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -54,6 +55,12 @@ pub struct Head {
     pub calls: Option<CallForm>,
     /// What the API that took it keeps with it, up to a few MiB. Since version 4.
     pub note: Vec<u8>,
+    /// What is done to the answers. Since version 5.
+    pub rules: Option<AnswerRules>,
+    /// Tokens of the prompt that were left out because it was too long. Since version 5.
+    pub left_out: u32,
+    /// Whether the prompt is not what was sent. Since version 5.
+    pub altered: bool,
 }
 
 /// One token of a choice.
@@ -143,7 +150,8 @@ impl Head {
         let stops: usize = stop.iter().map(|text| 24 + text.len()).sum();
         let grammar = grammar.as_ref().map_or(0, |g| g.source().len());
         let lists = 4 * (self.prompt.len() + stop_token_ids.len()) + 8 * logit_bias.len();
-        512 + (lists + stops + grammar + self.note.len()) as u64
+        let rules = self.rules.as_ref().map_or(0, AnswerRules::bytes);
+        512 + (lists + stops + grammar + rules + self.note.len()) as u64
     }
 
     /// Bytes that a token of it takes, roughly: key, entry, and what the log-probabilities hold.

@@ -20,9 +20,10 @@ use uuid::Uuid;
 
 use super::record::{End, Entry, Head, Record, Token};
 use crate::text::CallForm;
+use crate::text::rules::AnswerRules;
 
 /// The format that this program writes.
-pub const VERSION: u64 = 4;
+pub const VERSION: u64 = 5;
 /// Name of the file in the cluster's folder.
 pub const FILE: &str = "journal.redb";
 
@@ -77,7 +78,7 @@ pub enum JournalError {
 /// Turns a file of one version into one of the next.
 pub(super) type Migration = fn(&WriteTransaction) -> Result<(), redb::Error>;
 /// `MIGRATIONS[i]` leads from version `i + 1` to `i + 2`.
-const MIGRATIONS: &[Migration] = &[count_choices, without_grammar, without_calls];
+const MIGRATIONS: &[Migration] = &[count_choices, without_grammar, without_calls, without_rules];
 
 /// To version 2: a request says how many of its choices are sent, which was the one.
 fn count_choices(transaction: &WriteTransaction) -> Result<(), redb::Error> {
@@ -117,6 +118,14 @@ fn without_grammar(transaction: &WriteTransaction) -> Result<(), redb::Error> {
 fn without_calls(transaction: &WriteTransaction) -> Result<(), redb::Error> {
     rewrite_requests(transaction, |value| {
         value.extend(codec::encode(&(None::<CallForm>, Vec::<u8>::new())));
+        Ok(())
+    })
+}
+
+/// 4 to 5: answers may have rules, and prompts may have been changed; none had or were.
+fn without_rules(transaction: &WriteTransaction) -> Result<(), redb::Error> {
+    rewrite_requests(transaction, |value| {
+        value.extend(codec::encode(&(None::<AnswerRules>, 0u32, false)));
         Ok(())
     })
 }
@@ -411,7 +420,10 @@ pub(super) fn as_version(old: u64, dir: &Path) {
             .map(|(id, value)| (id.value(), value.value().to_vec()))
             .collect();
         for (id, mut value) in all {
-            assert_eq!((value.pop(), value.pop()), (Some(0), Some(0)), "neither tools nor a note");
+            assert_eq!(value.split_off(value.len() - 3), [0, 0, 0], "no rules, nothing changed");
+            if old < 4 {
+                assert_eq!(value.split_off(value.len() - 2), [0, 0], "neither tools nor a note");
+            }
             if old < 3 {
                 assert_eq!(value.remove(place_of_grammar(&value).expect("a head")), 0);
             }

@@ -43,6 +43,9 @@ fn head(n: u128) -> Head {
         n: 1,
         calls: None,
         note: Vec::new(),
+        rules: None,
+        left_out: 0,
+        altered: false,
     }
 }
 
@@ -131,7 +134,7 @@ fn a_newer_version_is_refused_and_an_older_one_migrated() {
     store.write(&[request(1), token(1, 0)]).unwrap();
     drop(store);
     let nothing: store::Migration = |_| Ok(());
-    let (_, entries) = FileStore::open_as(dir.path(), VERSION + 1, &[nothing; 4]).unwrap();
+    let (_, entries) = FileStore::open_as(dir.path(), VERSION + 1, &[nothing; 5]).unwrap();
     assert_eq!(entries[0].records(), [request(1), token(1, 0)]);
     // The old file is kept, as the old program reads it.
     let old = tempfile::tempdir().unwrap();
@@ -140,11 +143,11 @@ fn a_newer_version_is_refused_and_an_older_one_migrated() {
 
     let error = FileStore::open(dir.path()).unwrap_err();
     assert!(matches!(error, JournalError::Newer { found, .. } if found == VERSION + 1));
-    for part in ["version 5", "up to 4", FILE] {
+    for part in ["version 6", "up to 5", FILE] {
         assert!(error.to_string().contains(part), "{error}");
     }
     // Without a way there, nothing is touched.
-    let error = FileStore::open_as(dir.path(), VERSION + 2, &[nothing; 4]).unwrap_err();
+    let error = FileStore::open_as(dir.path(), VERSION + 2, &[nothing; 5]).unwrap_err();
     assert!(matches!(error, JournalError::Unreadable { .. }), "{error}");
 }
 
@@ -185,10 +188,10 @@ fn the_format_is_that_of_its_version() {
         hash(&codec::encode(&(at_ms, end))),
         hash(&codec::encode(&(at_ms, failed))),
     ];
-    assert_eq!(VERSION, 4, "write a migration, then the new hashes");
+    assert_eq!(VERSION, 5, "write a migration, then the new hashes");
     assert_eq!(
         hashes,
-        ["35fe14f766eb05d2", "d51aa3e0f7331e83", "e5feb5eb770923b4", "97e88b65b394723e"]
+        ["412289814847a473", "d51aa3e0f7331e83", "e5feb5eb770923b4", "97e88b65b394723e"]
     );
 }
 

@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use millrace_shared::wire::rpc::{FinishReason, Timings};
 
-use super::transcript::Transcript;
+use super::transcript::{Ending, RulesDid, Told, Transcript};
 use crate::journal::{End, Head, Log, Token};
 use crate::text::Tokenizer;
-use crate::text::tools::Piece;
 
 /// See the module's documentation. Times count from the request's submission.
 #[derive(Debug)]
@@ -59,8 +58,12 @@ impl Choice {
         (choice, ended)
     }
 
-    /// Takes a token: what became certain, and why the choice ends with it, if it does.
-    pub(super) fn push(&mut self, token: Token, now: Duration) -> (Piece, Option<FinishReason>) {
+    /// Takes a token: those that are told of now, and why the choice ends with it, if it does.
+    pub(super) fn push(
+        &mut self,
+        token: Token,
+        now: Duration,
+    ) -> (Vec<Told>, Option<FinishReason>) {
         self.first_token.get_or_insert(now);
         self.last_token = Some(now);
         let id = token.id;
@@ -70,8 +73,13 @@ impl Choice {
 
     /// Its end: what was held back, and the reason, for a stop string may become certain only
     /// now.
-    pub(super) fn finish(&mut self, reason: FinishReason) -> (Piece, FinishReason) {
+    pub(super) fn finish(&mut self, reason: FinishReason) -> Ending {
         self.transcript.finish(reason)
+    }
+
+    /// What the operator's rules did to it so far.
+    pub(super) fn rules_did(&self) -> RulesDid {
+        self.transcript.rules_did()
     }
 
     /// Marks the end of the time in the queue.

@@ -15,7 +15,8 @@ use millrace_shared::wire::rpc::{FinishReason, GenerateEvent, TokenLogprobs};
 
 use super::choice::Choice;
 use super::listeners::{Listeners, MAX_LISTENERS};
-use super::replay::{Replay, told, usage};
+use super::replay::{Replay, event_of, usage};
+use super::transcript::{Ending, RulesDid, Told};
 use super::{EventSender, event_capacity};
 use crate::journal::{End, Entry, Head, Journal, Record, Token, unix_ms};
 use crate::service::{EventStream, Origin, Play};
@@ -198,19 +199,34 @@ impl Generation {
         let Some(of) = self.choices.get_mut(choice as usize) else { return Verdict::Continue };
         debug_assert_eq!(index as usize, of.log.len(), "indices follow each other");
         let at_ms = u32::try_from(now.as_millis()).unwrap_or(u32::MAX);
-        let shown = told(&self.head, logprobs.as_ref());
         let entry = Token { id: token, at_ms, logprobs };
         let request = self.head.id;
         journal.write(|| Record::Token { request, choice, index, token: entry.clone() });
-        let (Piece { text, calls }, reason) = of.push(entry, now);
+        let (told, reason) = of.push(entry, now);
         self.tokens += 1;
-        let logprobs = shown;
-        let event = GenerateEvent::Token { choice, index, token_id: token, text, logprobs, calls };
-        self.listeners.token(&event, self.head.ranks(), journal);
+        self.tell(choice, told, journal);
         match reason.or_else(|| last.then_some(FinishReason::Length)) {
             None => Verdict::Continue,
             Some(reason) => Verdict::Finished(self.finish(choice, reason, journal)),
         }
+    }
+
+    /// Hands tokens of a choice on.
+    fn tell(&mut self, choice: u32, told: Vec<Told>, journal: &Journal) {
+        let Some(of) = self.choices.get(choice as usize) else { return };
+        for event in told.into_iter().filter_map(|t| event_of(&self.head, &of.log, choice, t)) {
+            self.listeners.token(&event, self.head.ranks(), journal);
+        }
+    }
+
+    /// What the operator's rules did to the answers so far.
+    pub fn rules_did(&self) -> RulesDid {
+        let all = self.choices.iter().map(Choice::rules_did);
+        all.fold(RulesDid::default(), |a, b| RulesDid {
+            redacted: a.redacted | b.redacted,
+            blocked: a.blocked | b.blocked,
+            extracted: a.extracted | b.extracted,
+        })
     }
 
     /// Ends a choice that goes on; returns the reason, for a stop string may become certain only now.
@@ -218,8 +234,9 @@ impl Generation {
         let Some(of) = self.choices.get_mut(choice as usize).filter(|c| c.end.is_none()) else {
             return reason;
         };
-        let (Piece { text, calls }, reason) = of.finish(reason);
+        let Ending { told, piece: Piece { text, calls }, reason } = of.finish(reason);
         let (timings, cached_tokens) = (of.timings(), of.cached_tokens);
+        self.tell(choice, told, journal);
         self.close(choice, End::Finished { reason, cached_tokens, timings }, journal);
         if !self.head.ranks() {
             let usage = usage(&self.entry(), choice, choice as usize);
@@ -309,8 +326,14 @@ fn stream_of(
     let (events, mut stream) = EventStream::new(head.id, event_capacity(head.max_new, head.n));
     // What is told again may have been written a moment ago.
     stream.begin_with(Play::new(Replay::new(entry.clone(), tokenizer, from), journal.settled()));
-    let note = head.note.as_slice().into();
-    (events, stream.with_origin(Origin { tag: head.tag, note, submitted_ms: head.submitted_ms }))
+    let origin = Origin {
+        tag: head.tag,
+        note: head.note.as_slice().into(),
+        submitted_ms: head.submitted_ms,
+        left_out: head.left_out,
+        read: head.altered.then(|| head.prompt.clone()),
+    };
+    (events, stream.with_origin(origin))
 }
 
 /// The events of a request that has ended, of each choice from the token in `from` on.

@@ -6,12 +6,13 @@
 //! nothing is told of them before all have ended; then the best come, under numbers from 0 on, the
 //! same at every reading.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use millrace_shared::error::Status;
-use millrace_shared::wire::rpc::{GenerateEvent, TokenLogprobs, Usage};
+use millrace_shared::wire::rpc::{GenerateEvent, HIDDEN_TOKEN, TokenLogprobs, Usage};
 
-use super::transcript::Transcript;
+use super::transcript::{Ending, Told, Transcript};
 use crate::journal::{End, Entry, Head, Log};
 use crate::text::Tokenizer;
 use crate::text::tools::Piece;
@@ -30,6 +31,8 @@ pub(crate) struct Replay {
     /// Within that choice.
     index: u32,
     transcript: Transcript,
+    /// Events that come before all else.
+    ready: VecDeque<GenerateEvent>,
     step: Step,
 }
 
@@ -55,6 +58,7 @@ impl Replay {
             from,
             at: 0,
             index: 0,
+            ready: VecDeque::new(),
             step: Step::Start,
         }
     }
@@ -72,51 +76,47 @@ impl Replay {
             prompt_token_ids: head.prompt.clone(),
             seed: head.seed,
             choices: head.n,
+            left_out: head.left_out,
         }
+    }
+
+    /// Tokens of the present choice that are told of.
+    fn tell(&mut self, told: Vec<Told>) {
+        let Some(&choice) = self.order.get(self.at) else { return };
+        let from = self.from.get(self.at).copied().unwrap_or_default();
+        let (head, log, number) = (&self.entry.head, &self.entry.tokens[choice], self.at as u32);
+        let told = told.into_iter().filter(|told| told.index >= from);
+        self.ready.extend(told.filter_map(|told| event_of(head, log, number, told)));
     }
 
     /// The next event of the choices; `None` when they are through.
     fn of_choices(&mut self) -> Option<GenerateEvent> {
-        while let Some(&choice) = self.order.get(self.at) {
-            let number = self.at as u32;
-            let from = self.from.get(self.at).copied().unwrap_or_default();
-            let head = &self.entry.head;
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some(event);
+            }
+            let &choice = self.order.get(self.at)?;
             if let Some(token) = self.entry.tokens[choice].get(self.index as usize) {
-                let index = self.index;
                 self.index += 1;
-                let (Piece { text, calls }, _) = self.transcript.push(token.id);
-                if index >= from {
-                    return Some(GenerateEvent::Token {
-                        choice: number,
-                        index,
-                        token_id: token.id,
-                        text,
-                        logprobs: told(head, token.logprobs.as_ref()),
-                        calls,
-                    });
-                }
+                let (told, _) = self.transcript.push(token.id);
+                self.tell(told);
                 continue;
             }
-            let end = self.entry.ends[choice].as_ref().map(|(_, end)| end);
-            let finished = match end {
-                Some(End::Finished { reason, timings, .. }) => {
-                    let (Piece { text, calls }, _) = self.transcript.finish(*reason);
-                    let (reason, timings) = (*reason, *timings);
-                    let usage = usage(&self.entry, number, choice);
-                    let choice = number;
-                    Some(GenerateEvent::Finished { choice, reason, text, calls, usage, timings })
-                }
-                Some(End::Failed(_)) | None => None,
-            };
+            if let Some((_, End::Finished { reason, timings, .. })) = self.entry.ends[choice] {
+                let Ending { told, piece: Piece { text, calls }, .. } =
+                    self.transcript.finish(reason);
+                self.tell(told);
+                let number = self.at as u32;
+                let usage = usage(&self.entry, number, choice);
+                let choice = number;
+                let event = GenerateEvent::Finished { choice, reason, text, calls, usage, timings };
+                self.ready.push_back(event);
+            }
             self.at += 1;
             self.index = 0;
             let next = self.order.get(self.at).copied().unwrap_or_default();
-            self.transcript = Transcript::new(head, &self.tokenizer, next as u32);
-            if finished.is_some() {
-                return finished;
-            }
+            self.transcript = Transcript::new(&self.entry.head, &self.tokenizer, next as u32);
         }
-        None
     }
 }
 
@@ -141,9 +141,19 @@ impl Iterator for Replay {
     }
 }
 
-/// What is told of a token's log-probabilities.
-pub(super) fn told(head: &Head, found: Option<&TokenLogprobs>) -> Option<TokenLogprobs> {
-    found.filter(|_| head.params.logprobs.is_some()).cloned()
+/// The event of a token that is told of, of the choice that is sent as `choice`.
+pub(super) fn event_of(head: &Head, log: &Log, choice: u32, told: Told) -> Option<GenerateEvent> {
+    let Told { index, piece: Piece { text, calls }, hidden } = told;
+    let token = log.get(index as usize)?;
+    let shown: Option<&TokenLogprobs> = token.logprobs.as_ref().filter(|_| !hidden);
+    Some(GenerateEvent::Token {
+        choice,
+        index,
+        token_id: if hidden { HIDDEN_TOKEN } else { token.id },
+        text,
+        logprobs: shown.filter(|_| head.params.logprobs.is_some()).cloned(),
+        calls,
+    })
 }
 
 fn failure(entry: &Entry) -> Option<&Status> {

@@ -8,13 +8,15 @@ use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::sampling::{SamplingParams, choice_seed};
 use millrace_shared::scheduler::Priority;
-use millrace_shared::wire::rpc::{FinishReason, GenerateEvent, TokenLogprobs};
+use millrace_shared::wire::codec;
+use millrace_shared::wire::rpc::{FinishReason, GenerateEvent, HIDDEN_TOKEN, TokenLogprobs};
 use uuid::Uuid;
 
 use super::*;
 use crate::journal::{Head, JournalConfig};
 use crate::service::EventStream;
 use crate::text::Tokenizer;
+use crate::text::rules::{AnswerRules, RulesArgs};
 
 /// A vocabulary of the letters: `a` is token 0.
 fn letters() -> Arc<Tokenizer> {
@@ -52,6 +54,9 @@ fn head(n: u32, best_of: u32) -> Head {
         n,
         calls: None,
         note: Vec::new(),
+        rules: None,
+        left_out: 0,
+        altered: false,
     }
 }
 
@@ -293,4 +298,104 @@ fn promises_grow() {
     }
     assert_eq!(rig.generation.promised_bytes(), promised);
     assert!(promised < 2 * rig.generation.entry().bytes());
+}
+
+/// Rules as a configuration has them.
+fn rules(change: impl FnOnce(&mut RulesArgs)) -> Option<AnswerRules> {
+    let mut args = RulesArgs { redact_with: "#".into(), ..RulesArgs::default() };
+    change(&mut args);
+    args.rules().unwrap().answer
+}
+
+fn with_rules(n: u32, change: impl FnOnce(&mut RulesArgs)) -> Head {
+    let params = SamplingParams { logprobs: Some(0), ..SamplingParams::default() };
+    Head { rules: rules(change), params, max_new: 20, ..head(n, n) }
+}
+
+/// What is in the stream now, as one text for each event of a choice.
+async fn told(stream: &mut EventStream) -> Vec<String> {
+    let mut all = Vec::new();
+    while let Ok(Some(event)) = tokio::time::timeout(Duration::from_millis(50), stream.next()).await
+    {
+        match event.unwrap() {
+            GenerateEvent::Started { .. } => {}
+            GenerateEvent::Token { index, token_id, text, logprobs, .. } => {
+                let hidden = token_id == HIDDEN_TOKEN;
+                assert_eq!(hidden, logprobs.is_none(), "nor its probability");
+                all.push(format!("{index}{}{text}", if hidden { "!" } else { ":" }));
+            }
+            GenerateEvent::Finished { reason, text, usage, .. } => {
+                all.push(format!("{}={text}/{}", reason.as_str(), usage.completion_tokens));
+            }
+        }
+    }
+    all
+}
+
+/// What is redacted is told of late and by nobody: not by ids, nor by log-probabilities; the same to
+/// whoever comes in the middle, comes late, or comes in the coordinator's next life.
+#[tokio::test]
+async fn hidden_tokens_are_hidden_from_everybody() {
+    let mut rig = rig(with_rules(1, |a| a.answer_redact = vec!["se{1,3}t".into()]));
+    let mut stream = rig.listen(&[], false);
+    assert_eq!(rig.say(0, "ase", -0.5), Verdict::Continue);
+    assert_eq!(told(&mut stream).await, ["0:a"], "what may be a match waits");
+    // Attached where the client is, and by a client that has heard nothing.
+    let (mut late, mut anew) = (rig.listen(&[1], true), rig.listen(&[], true));
+    assert_eq!(told(&mut late).await, Vec::<String>::new());
+    let mut next_life = rig.restored();
+    let mut after = next_life.listen(vec![1], true, &rig.journal).unwrap();
+    rig.say(0, "etsxse", -0.5);
+    let rest = ["1!#", "2!", "3!", "4!"];
+    assert_eq!(told(&mut stream).await, [&rest[..], &["5:s", "6:x"]].concat());
+    assert_eq!(rig.generation.finish(0, FinishReason::Stop, &rig.journal), FinishReason::Stop);
+    let end = ["7:s", "8:e", "stop=/9"];
+    assert_eq!(told(&mut stream).await, end);
+    let tail = [&rest[..], &["5:s", "6:x"], &end].concat();
+    assert_eq!(told(&mut late).await, tail);
+    assert_eq!(told(&mut anew).await, [&["0:a"], tail.as_slice()].concat());
+    let mut replayed = play_again(&rig.generation.entry(), vec![3], &rig.tokenizer, &rig.journal);
+    assert_eq!(told(&mut replayed).await, tail[2..]);
+    // The next life computes the same tokens, and tells the same of them.
+    for (index, letter) in (3..).zip("etsxse".bytes()) {
+        let logprobs = Some(TokenLogprobs { logprob: -0.5, top: Vec::new() });
+        let token = (index, u32::from(letter - b'a'), false);
+        next_life.on_token(0, token, logprobs, Duration::from_millis(10), &rig.journal);
+    }
+    next_life.finish(0, FinishReason::Stop, &rig.journal);
+    assert_eq!(told(&mut after).await, tail);
+    let did = RulesDid { redacted: true, ..RulesDid::default() };
+    assert_eq!((rig.generation.rules_did(), next_life.rules_did()), (did, did));
+}
+
+#[tokio::test]
+async fn a_blocked_answer_ends() {
+    let mut rig = rig(with_rules(2, |a| a.answer_block = vec!["bad".into(), "s?x".into()]));
+    let mut stream = rig.listen(&[], false);
+    let filtered = Verdict::Finished(FinishReason::ContentFilter);
+    assert_eq!(rig.say(0, "okba", 0.0), Verdict::Continue);
+    assert_eq!(rig.say(0, "d", 0.0), Verdict::Continue, "nothing longer begins before it");
+    assert_eq!(rig.say(0, "y", 0.0), filtered);
+    let ended = ["0:o", "1:k", "2!", "3!", "4!", "5!", "content_filter=/6"];
+    assert_eq!(told(&mut stream).await, ended);
+    // One that becomes certain only with the end.
+    rig.say(1, "sx", 0.0);
+    let reason = rig.generation.finish(1, FinishReason::Length, &rig.journal);
+    assert_eq!(reason, FinishReason::ContentFilter);
+    assert_eq!(told(&mut stream).await, ["0!", "1!", "content_filter=/2"]);
+    assert!(rig.generation.rules_did().blocked);
+}
+
+#[tokio::test]
+async fn the_rules_go_through_the_journal() {
+    let head = with_rules(1, |a| (a.answer_redact, a.answer_json) = (vec!["q".into()], true));
+    let kept: Head = codec::decode(&codec::encode(&head)).unwrap();
+    assert_eq!(kept, head);
+    assert!(kept.bytes() > Head { rules: None, ..head.clone() }.bytes());
+    let mut rig = rig(kept);
+    let mut stream = rig.listen(&[], false);
+    rig.say(0, "aqa", 0.0);
+    rig.generation.finish(0, FinishReason::Length, &rig.journal);
+    // There is no JSON in it: all of it comes, at the end.
+    assert_eq!(told(&mut stream).await, ["0:", "1!", "2:", "length=a#a/3"]);
 }

@@ -64,6 +64,11 @@ impl Detokenizer {
         drain(&mut self.held)
     }
 
+    /// Whether the tokens so far end inside a character.
+    pub fn is_inside(&self) -> bool {
+        !self.held.is_empty()
+    }
+
     /// What was held back at the end of the answer: U+FFFD for the beginning of a character.
     pub fn finish(&mut self) -> String {
         String::from_utf8_lossy(&std::mem::take(&mut self.held)).into_owned()

@@ -21,6 +21,7 @@ mod pieces;
 mod pretokenizer;
 mod python_json;
 pub mod renderers;
+pub mod rules;
 mod settings;
 mod table;
 mod template;

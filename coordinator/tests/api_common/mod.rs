@@ -112,7 +112,7 @@ pub const HALF: u32 = 255;
 pub fn started() -> Result<GenerateEvent, Status> {
     let prompt_token_ids = vec![1, 2, 3, 4, 5];
     let request_id = RequestId(Uuid::nil());
-    Ok(GenerateEvent::Started { request_id, prompt_token_ids, seed: 1, choices: 1 })
+    Ok(GenerateEvent::Started { request_id, prompt_token_ids, seed: 1, choices: 1, left_out: 0 })
 }
 
 pub fn token(
@@ -224,7 +224,8 @@ impl Service for Fake {
             let same = |c: &Caller| c.request_id == Some(id) && c.client == caller.client;
             let (asked, by) =
                 seen.into_iter().find(|(_, c)| same(c)).ok_or_else(|| unknown_request(id))?;
-            let origin = Origin { tag: by.tag, note: by.note.clone(), submitted_ms: 0 };
+            let origin =
+                Origin { tag: by.tag, note: by.note.clone(), submitted_ms: 0, ..Origin::default() };
             Ok(self.generate(asked, by).await?.with_origin(origin))
         }
         .boxed()

@@ -253,8 +253,13 @@ async fn waiting_in_pieces_loses_nothing() {
     let server = server();
     let (client, connection) = server.connect().await;
     let request_id = RequestId(uuid::Uuid::nil());
-    let started =
-        GenerateEvent::Started { request_id, prompt_token_ids: vec![1], seed: 1, choices: 2 };
+    let started = GenerateEvent::Started {
+        request_id,
+        prompt_token_ids: vec![1],
+        seed: 1,
+        choices: 2,
+        left_out: 0,
+    };
     let before = vec![started.clone(), token_of(1, 0), token_of(0, 0), token_of(1, 1)];
     let serving = async {
         let (_, mut replies) = next_call(&connection).await;

@@ -18,7 +18,7 @@ pub mod stamp;
 /// ALPN between cluster members; mutual TLS.
 pub const ALPN_CLUSTER: &[u8] = b"millrace-cluster/7";
 /// ALPN of clients; server-authenticated TLS and an API key.
-pub const ALPN_CLIENT: &[u8] = b"millrace-client/8";
+pub const ALPN_CLIENT: &[u8] = b"millrace-client/9";
 /// ALPN of joining nodes.
 pub const ALPN_JOIN: &[u8] = b"millrace-join/3";
 

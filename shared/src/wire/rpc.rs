@@ -20,6 +20,8 @@ use crate::sampling::SamplingParams;
 
 /// Most pairs of metadata of a call.
 pub const MAX_METADATA: usize = 32;
+/// Stands for a token that nobody is to know.
+pub const HIDDEN_TOKEN: u32 = u32::MAX;
 /// Most choices of a request.
 pub const MAX_CHOICES: usize = 16;
 
@@ -217,6 +219,8 @@ pub enum FinishReason {
     Cancelled,
     /// It ended with calls of tools.
     ToolCalls,
+    /// The operator's rules ended it: what would have followed is not for sending.
+    ContentFilter,
 }
 
 impl FinishReason {
@@ -227,6 +231,7 @@ impl FinishReason {
             Self::Length => "length",
             Self::Cancelled => "cancelled",
             Self::ToolCalls => "tool_calls",
+            Self::ContentFilter => "content_filter",
         }
     }
 }
@@ -268,6 +273,8 @@ pub enum GenerateEvent {
         seed: u64,
         /// How many choices come; their events are mixed.
         choices: u32,
+        /// Tokens of the prompt that were left out because it was too long.
+        left_out: u32,
     },
     /// One more token. Text may lag behind: characters and stop strings are never split.
     Token {
@@ -275,7 +282,7 @@ pub enum GenerateEvent {
         choice: u32,
         /// Index in the choice, 0 first, without gaps.
         index: u32,
-        /// The token.
+        /// The token; [`HIDDEN_TOKEN`] where the operator's rules hide its text.
         token_id: u32,
         /// Text that became certain with this token; often empty, never half a character.
         text: String,

@@ -16,6 +16,7 @@ use super::{Active, Batcher};
 use crate::journal::Head;
 use crate::request::{Generation, Request, Scoring, Work};
 use crate::service::{Caller, EventStream, unknown_request};
+use crate::text::rules::AnswerRules;
 use crate::text::{CallForm, Matcher};
 
 /// A continuation to produce. The prompt is tokenised, the parameters are validated.
@@ -42,6 +43,12 @@ pub struct Submit {
     pub caller: Caller,
     /// BLAKE3 of the request as it was asked.
     pub digest: [u8; 32],
+    /// What is done to the answers.
+    pub rules: Option<AnswerRules>,
+    /// Tokens of the prompt that were left out because it was too long.
+    pub left_out: u32,
+    /// Whether the prompt is not what was sent.
+    pub altered: bool,
 }
 
 impl Handler<Submit> for Batcher {

@@ -13,6 +13,7 @@ use super::{Batcher, RETRY_QUEUE_MS};
 use crate::journal::{End, Entry, Head, JournalMode, Record, unix_ms};
 use crate::request::{Generation, Request, Work, play_again};
 use crate::service::EventStream;
+use crate::text::rules::AnswerRules;
 
 /// Whether a request ended for reasons that were not its own: sent again, it is computed again.
 fn is_worth_another_try(entry: &Entry) -> bool {
@@ -24,6 +25,15 @@ fn is_worth_another_try(entry: &Entry) -> bool {
         )
     };
     entry.ends.iter().flatten().any(|(_, end)| matches!(end, End::Failed(s) if again(s)))
+}
+
+/// Lets requests with the same rules share what these compile to.
+fn share_rules(known: &mut Vec<AnswerRules>, entry: &mut Entry) {
+    let Some(of) = &entry.head.rules else { return };
+    match known.iter().find(|rules| *rules == of).cloned() {
+        None => known.push(of.clone()),
+        same => Arc::make_mut(&mut entry.head).rules = same,
+    }
 }
 
 impl Batcher {
@@ -52,6 +62,9 @@ impl Batcher {
             n: m.choices.n,
             calls: m.calls.clone(),
             note: m.caller.note.to_vec(),
+            rules: m.rules.clone(),
+            left_out: m.left_out,
+            altered: m.altered,
         })
     }
 
@@ -136,6 +149,7 @@ impl Batcher {
     /// Keeps a request that has ended, as long as the configuration says.
     pub(super) fn put_away(&mut self, request: Request) {
         let Work::Generate(generation) = request.work else { return };
+        self.metrics.on_rules_of_answer(generation.rules_did());
         if self.keeps() {
             self.retained.release(generation.promised_bytes());
         }
@@ -178,7 +192,9 @@ impl Batcher {
     /// pipeline as after a loss.
     pub(super) fn restore(&mut self, entries: Vec<Entry>) {
         let now_ms = unix_ms();
-        for entry in entries {
+        let mut rules: Vec<AnswerRules> = Vec::new();
+        for mut entry in entries {
+            share_rules(&mut rules, &mut entry);
             if entry.head.model != self.model {
                 tracing::warn!(request_id = %entry.head.id, "it was of another model, and is erased");
                 self.erase(vec![entry.head.id]);

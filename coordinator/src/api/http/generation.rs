@@ -12,15 +12,15 @@ use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderVal
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::wire::rpc::{
-    AttachRequest, FinishReason, GenerateEvent, GenerateRequest, Prompt, TokenLogprobs, ToolCall,
-    Usage,
+    AttachRequest, FinishReason, GenerateEvent, GenerateRequest, HIDDEN_TOKEN, Prompt,
+    TokenLogprobs, ToolCall, Usage,
 };
 
 use super::AppState;
 use super::error::ApiError;
 use super::logprobs::LogprobWriter;
 use super::options::Options;
-use super::request::with_ignored;
+use super::request::{with_ignored, with_left_out};
 use super::several::{Events, further};
 use super::sse;
 use super::tools;
@@ -87,7 +87,7 @@ pub(crate) async fn respond(
     let shown_model = if model.is_empty() { only_model(state) } else { model.clone() };
     caller.tag = tag(kind, include_usage, echo);
     let kept = caller.keep.is_some() || caller.request_id.is_some();
-    let said = if echo { said(state, &prompts)? } else { Vec::new() };
+    let mut said = if echo { said(state, &prompts)? } else { Vec::new() };
     let mut all: Vec<EventStream> = Vec::with_capacity(prompts.len());
     for (number, prompt) in prompts.into_iter().enumerate() {
         let (model, params) = (model.clone(), params.clone());
@@ -106,6 +106,13 @@ pub(crate) async fn respond(
         return Err(ApiError::invalid("prompt", "is empty: give at least one"));
     };
     let id = first.request_id();
+    let left_out = all.iter().map(|events| events.origin().left_out).sum();
+    // What the model reads, where that is not what was sent.
+    for (text, events) in said.iter_mut().zip(&all) {
+        if let Some(ids) = &events.origin().read {
+            *text = state.service.detokenize(ids)?;
+        }
+    }
     let mut answer = Answer::new(state, kind, first, shown_model, include_usage);
     (answer.prompts, answer.echo, answer.said) = (all.len() as u32, echo, said);
     let events = Events::several(all, choices.n);
@@ -119,7 +126,7 @@ pub(crate) async fn respond(
     };
     // Of several requests none can stand for all.
     let response = if single { with_id(response, id) } else { response };
-    Ok(with_ignored(response, &ignored))
+    Ok(with_ignored(with_left_out(response, left_out), &ignored))
 }
 
 /// The events of a request that was submitted before, of each choice from the token in `from` on.
@@ -139,8 +146,9 @@ pub(crate) async fn attach(
     let (kind, include_usage, echo) = of_tag(events.origin().tag);
     let mut answer = Answer::new(state, kind, &events, only_model(state), include_usage);
     answer.echo = echo;
+    let left_out = events.origin().left_out;
     let response = streamed(state, answer, Events::one(events), from).await?;
-    Ok(with_id(response, request_id))
+    Ok(with_left_out(with_id(response, request_id), left_out))
 }
 
 async fn streamed(
@@ -255,7 +263,7 @@ async fn collect(mut answer: Answer, mut events: Events) -> Result<String, ApiEr
                 choices.resize_with(count as usize, Whole::default);
             }
             Some(Ok(GenerateEvent::Token { choice, token_id, text, logprobs, calls, .. })) => {
-                let entry = answer.logprobs(choice, token_id, logprobs.as_ref())?;
+                let entry = answer.logprobs(choice, (token_id, &text), logprobs.as_ref())?;
                 let whole = choices.get_mut(choice as usize);
                 whole.ok_or_else(|| no_such_choice(choice))?.push(Piece { text, calls }, entry);
             }
@@ -324,17 +332,23 @@ impl Answer {
         self.said.get((choice / self.each()) as usize).map_or("", String::as_str)
     }
 
-    /// The log-probabilities of a choice's next token, where the request asked for them.
+    /// The log-probabilities of a choice's next token, where the request asked for them; `text` came
+    /// with it.
     pub(crate) fn logprobs(
         &mut self,
         choice: u32,
-        token_id: u32,
+        (token_id, text): (u32, &str),
         found: Option<&TokenLogprobs>,
     ) -> Result<Option<LogprobsBody>, Status> {
-        let Some(found) = found else { return Ok(None) };
         let service = self.service.as_ref();
         let writer =
             self.logprobs.get_mut(choice as usize).ok_or_else(|| no_such_choice(choice))?;
+        let Some(found) = found else {
+            if token_id == HIDDEN_TOKEN {
+                writer.skip(text);
+            }
+            return Ok(None);
+        };
         writer.next(service, token_id, found).map(Some)
     }
 

@@ -28,6 +28,11 @@ impl LogprobWriter {
         Self { kind, offset: 0 }
     }
 
+    /// The next token is hidden, and stands for this text.
+    pub(crate) fn skip(&mut self, text: &str) {
+        self.offset += text.chars().count();
+    }
+
     /// The entry of the next token.
     ///
     /// # Errors

@@ -19,6 +19,8 @@ use crate::service::Caller;
 pub(crate) const MAX_BODY_BYTES: usize = 4 << 20;
 /// Names of the fields that were ignored.
 pub(crate) const IGNORED: HeaderName = HeaderName::from_static("x-millrace-ignored");
+/// Tokens of the prompts that were left out.
+const TRUNCATED: HeaderName = HeaderName::from_static("x-millrace-truncated");
 /// Milliseconds after which the client no longer wants an answer.
 const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
 
@@ -120,6 +122,14 @@ fn deadline(request: &HttpRequest) -> Result<Option<Duration>, ApiError> {
             "the header must be a whole number of milliseconds, at least 1",
         )),
     }
+}
+
+/// Tells how many tokens of the prompts were left out because they were too long.
+pub(crate) fn with_left_out(mut response: HttpResponse, tokens: u32) -> HttpResponse {
+    if tokens > 0 {
+        response.headers_mut().insert(TRUNCATED, HeaderValue::from(tokens));
+    }
+    response
 }
 
 /// Adds the names of ignored fields to the response.

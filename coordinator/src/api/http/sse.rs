@@ -101,7 +101,8 @@ impl State {
                 self.choices = (0..choices as usize).map(from).map(progress).collect();
             }
             GenerateEvent::Token { choice, index, token_id, text, logprobs, calls } => {
-                let logprobs = self.answer.logprobs(choice, token_id, logprobs.as_ref())?;
+                let logprobs =
+                    self.answer.logprobs(choice, (token_id, &text), logprobs.as_ref())?;
                 let progress = self.progress(choice)?;
                 progress.next = index + 1;
                 if index < progress.from {

@@ -180,6 +180,7 @@ pub(in crate::fuzz) fn replies() -> Vec<Vec<u8>> {
         prompt_token_ids: vec![1, 2],
         seed: 7,
         choices: 2,
+        left_out: 3,
     };
     let finished = GenerateEvent::Finished {
         choice: 1,

@@ -118,7 +118,9 @@ impl Growing {
                 self.close();
                 self.end(match reason {
                     FinishReason::Stop | FinishReason::ToolCalls => "response.completed",
-                    FinishReason::Length | FinishReason::Cancelled => "response.incomplete",
+                    FinishReason::Length
+                    | FinishReason::Cancelled
+                    | FinishReason::ContentFilter => "response.incomplete",
                 });
             }
             Err(status) => {
@@ -255,6 +257,9 @@ impl Growing {
             }
             Standing::Ended(FinishReason::Length) => {
                 ("incomplete", Value::Null, json!({"reason": "max_output_tokens"}))
+            }
+            Standing::Ended(FinishReason::ContentFilter) => {
+                ("incomplete", Value::Null, json!({"reason": "content_filter"}))
             }
             Standing::Ended(FinishReason::Cancelled) => ("cancelled", Value::Null, Value::Null),
             Standing::Failed { code, message } => {

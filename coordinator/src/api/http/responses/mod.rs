@@ -29,7 +29,7 @@ use super::AppState;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::generation::{self, cut_short};
-use super::request::{Body, MAX_BODY_BYTES, caller, read_body, with_ignored};
+use super::request::{Body, MAX_BODY_BYTES, caller, read_body, with_ignored, with_left_out};
 use crate::api::quic::MAX_KEEP;
 use crate::service::{Caller, EventStream};
 
@@ -71,7 +71,22 @@ pub(crate) async fn create(
     let asked = state.counted(read())?;
     state.counted(state.refuse_while_draining().map_err(ApiError::from))?;
     let mut caller = caller(&request)?;
-    let Asked { options, mut conversation, instructions, previous, .. } = asked;
+    let Asked { options, mut conversation, mut instructions, previous, mut said, .. } = asked;
+    // What is kept of the conversation is what the operator's rules leave.
+    let system = instructions.take().map(|text| ChatMessage::new("system", text));
+    let instructed = system.is_some();
+    conversation.messages.splice(0..0, system);
+    let ruled = state.service.ruled(Prompt::Chat(conversation)).await?;
+    let Prompt::Chat(mut conversation) = ruled else {
+        return Err(Status::internal("rules made something else of a conversation").into());
+    };
+    if instructed {
+        let text = conversation.messages.remove(0).content;
+        if let Some(told) = said.get_mut("instructions") {
+            *told = json!(text);
+        }
+        instructions = Some(text);
+    }
     if let Some(previous) = previous {
         let mut messages = earlier(&state, &previous, &caller).await?;
         messages.append(&mut conversation.messages);
@@ -82,7 +97,7 @@ pub(crate) async fn create(
     let note = Note {
         messages: conversation.messages.clone(),
         model: Some(options.model.clone()).filter(known).unwrap_or_else(served),
-        said: asked.said,
+        said,
         store: asked.store,
     };
     conversation.messages.splice(0..0, instructions.map(|text| ChatMessage::new("system", text)));
@@ -99,6 +114,7 @@ pub(crate) async fn create(
     if asked.background {
         events.lost();
     }
+    let left_out = events.origin().left_out;
     let growing = growing(&events, note, None);
     let response = match (options.stream, asked.background) {
         (true, _) => streamed(events, growing, state.keep_alive).await?,
@@ -109,7 +125,7 @@ pub(crate) async fn create(
         }
         (false, false) => HttpResponse::Ok().json(collect(events, growing).await?.response()),
     };
-    Ok(with_ignored(response, &asked.ignored))
+    Ok(with_ignored(with_left_out(response, left_out), &asked.ignored))
 }
 
 /// Tells of a response, or streams its events after a number.
