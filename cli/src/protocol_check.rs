@@ -6,12 +6,14 @@ use std::path::Path;
 use std::process::Command;
 
 use millrace_shared::error::{ErrorCode, Status};
+use millrace_shared::pooling::Pooling;
 use millrace_shared::sampling::{Grammar, SamplingParams};
 use millrace_shared::wire::ALPN_CLIENT;
 use millrace_shared::wire::codec::encode;
 use millrace_shared::wire::rpc::{
-    CallHeader, CallPiece, ChatMessage, Choices, Conversation, FinishReason, GenerateEvent,
-    GenerateRequest, Method, Prompt, Reply, Timings, TokenLogprobs, ToolCall, ToolChoice, Usage,
+    CallHeader, CallPiece, ChatMessage, Choices, Conversation, EmbedRequest, Embedded,
+    FinishReason, GenerateEvent, GenerateRequest, Method, Prompt, Reply, Timings, TokenLogprobs,
+    ToolCall, ToolChoice, Usage,
 };
 use serde_json::json;
 
@@ -55,6 +57,12 @@ fn asked() -> Vec<(&'static str, Vec<u8>)> {
     let plain = SamplingParams::default();
     let regex =
         SamplingParams { grammar: Some(Grammar::Regex("a+".into())), ..SamplingParams::default() };
+    let embed = EmbedRequest {
+        model: "m".to_owned(),
+        inputs: vec![Prompt::Text("né".to_owned()), Prompt::Tokens(vec![1, 300])],
+        pooling: Pooling::Last,
+        dimensions: Some(256),
+    };
     let ids = vec![1, 250, 251, 65_535, 65_536];
     vec![
         ("header", encode(&header)),
@@ -69,6 +77,7 @@ fn asked() -> Vec<(&'static str, Vec<u8>)> {
         ("generate chat", generate("", Prompt::Chat(chat.into()), params, Choices::of(1))),
         ("generate tools", generate("", Prompt::Chat(tools), plain.clone(), Choices::of(1))),
         ("generate regex", generate("", Prompt::Text("x".into()), regex, Choices::of(1))),
+        ("embed", encode(&Method::Embed(embed))),
     ]
 }
 
@@ -138,6 +147,13 @@ fn heard() -> Vec<(&'static str, Vec<u8>)> {
                 },
                 timings: Timings { queue_ms: 0.5, ttft_ms: 12.25, decode_ms: 1e3 },
             }),
+        ),
+        (
+            "embeddings",
+            encode(&Reply::Embeddings(vec![
+                Embedded { prompt_tokens: 3, vector: vec![0.75, -0.5] },
+                Embedded { prompt_tokens: 300, vector: Vec::new() },
+            ])),
         ),
         ("done", encode(&Reply::Done)),
         ("failed", encode(&Reply::Failed(failed))),

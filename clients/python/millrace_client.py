@@ -11,6 +11,7 @@ with the bytes that the Rust programs make.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import pathlib
 import struct
@@ -19,7 +20,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import AsyncIterator, Optional, Union
 
-ALPN = "millrace-client/9"
+ALPN = "millrace-client/10"
 # Name in the coordinator's certificate, where that is of the cluster's own CA.
 SERVER_NAME = "coordinator.millrace.internal"
 MAX_REPLY_BYTES = 16 << 20
@@ -34,6 +35,7 @@ CODES = [
 ]
 REASONS = ["stop", "length", "cancelled", "tool_calls", "content_filter"]
 TOOL_CHOICES = ["auto", "none", "required"]
+POOLINGS = ["mean", "last"]
 
 
 # ---- bincode
@@ -210,6 +212,13 @@ class Finished:
     calls: list = field(default_factory=list)  # of CallPiece
 
 
+@dataclass
+class Embedded:
+    """The vector of a text, and how many tokens the text has."""
+    prompt_tokens: int
+    vector: list  # of float
+
+
 class Failed(Exception):
     """The call failed; `code` is gRPC's name of what kind of failure it is."""
 
@@ -275,19 +284,37 @@ def generate(
     return bytes(w.out)
 
 
+def embed(inputs, model: str = "", pooling: str = "mean", dimensions: Optional[int] = None) -> bytes:
+    """Method::Embed; each of `inputs` is a text or a list of token ids."""
+    w = Writer()
+    w.uint(9)
+    w.text(model)
+
+    def one(given) -> None:
+        w.uint(0 if isinstance(given, str) else 1)
+        w.text(given) if isinstance(given, str) else w.list(given, w.uint)
+
+    w.list(inputs, one)
+    w.uint(POOLINGS.index(pooling))
+    w.option(dimensions, w.uint)
+    return bytes(w.out)
+
+
 def reply(body: bytes):
-    """A Reply as of a generation: an Event, DONE, or Failed is raised."""
+    """A Reply: an Event of a generation, a list of embeddings, DONE, or Failed is raised."""
     r = Reader(body)
     kind = r.uint()
     if kind == 0:
         made = _event(r)
     elif kind == 7:
         made = DONE
+    elif kind == 9:
+        made = r.list(lambda: Embedded(r.uint(), r.list(r.f32)))
     elif kind == 8:
         code = CODES[r.uint()][0]
         made = Failed(code, r.text(), r.option(r.text), r.option(r.uint))
     else:
-        raise ValueError(f"a reply of kind {kind} does not belong to a generation")
+        raise ValueError(f"a reply of kind {kind} is not one that this client asks for")
     r.end()
     if isinstance(made, Failed):
         raise made
@@ -329,10 +356,20 @@ class Client:
 
     async def generate(self, prompt, params: Optional[Params] = None, deadline_ms: Optional[int] = None, **choices) -> AsyncIterator[Event]:
         """Events as they come. Leaving the loop cancels the request."""
+        async with contextlib.aclosing(self._call(generate(prompt, params or Params(), **choices), deadline_ms)) as replies:
+            async for event in replies:
+                yield event
+
+    async def embed(self, inputs, deadline_ms: Optional[int] = None, **how) -> list[Embedded]:
+        """A vector of each text, in order."""
+        async with contextlib.aclosing(self._call(embed(inputs, **how), deadline_ms)) as replies:
+            return [one async for some in replies for one in some]
+
+    async def _call(self, body: bytes, deadline_ms: Optional[int]):
+        """Replies as they come."""
         reader, writer = await self.connection.create_stream()
         ended = False
         try:
-            body = generate(prompt, params or Params(), **choices)
             writer.write(frame(call_header(self.api_key, deadline_ms)) + frame(body))
             writer.write_eof()
             while True:
@@ -340,11 +377,11 @@ class Client:
                 (length,) = struct.unpack("<I", head)
                 if length > MAX_REPLY_BYTES:
                     raise ValueError(f"a reply of {length} bytes is too long")
-                event = reply(await asyncio.wait_for(reader.readexactly(length), SILENCE))
-                if event is DONE:
+                found = reply(await asyncio.wait_for(reader.readexactly(length), SILENCE))
+                if found is DONE:
                     ended = True
                     return
-                yield event
+                yield found
         except asyncio.IncompleteReadError:
             raise Failed("UNAVAILABLE", "the answer was cut off") from None
         except Failed:
@@ -402,6 +439,7 @@ def self_test(path: str) -> None:
         "generate chat": generate(chat, params),
         "generate tools": generate(called, Params(), tools=({"name": "f"},), tool_choice="f", single_call=True),
         "generate regex": generate("x", Params(grammar=("regex", "a+"))),
+        "embed": embed(["né", [1, 300]], "m", "last", 256),
     }
     for name, body in made.items():
         assert body == asked[name], f"{name}: {body.hex()} is not {asked[name].hex()}"
@@ -413,6 +451,7 @@ def self_test(path: str) -> None:
         "token with a call": Token(0, 9, 1, "", None, [], [CallPiece(1, "c1", "f", "{")]),
         "finished with a call": Finished(0, "tool_calls", "", 0, 0, 0, 0, 0.0, 0.0, 0.0, [CallPiece(1, "", "", "}")]),
         "finished": Finished(0, "length", "end", 3, 260, 1, 0, 0.5, 12.25, 1e3),
+        "embeddings": [Embedded(3, [0.75, -0.5]), Embedded(300, [])],
         "done": DONE,
     }
     for name, event in heard.items():

@@ -24,12 +24,12 @@ use millrace_shared::wire::admin::{
     AdminReply, AdminRequest, KeyLimits, KeyRequest, NodeStatus, Scope,
 };
 use millrace_shared::wire::rpc::{
-    AttachRequest, ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt,
-    ScoreRequest,
+    AttachRequest, ClusterStatus, EmbedRequest, GenerateEvent, GenerateRequest, ModelCard,
+    PositionScore, Prompt, ScoreRequest,
 };
 use tokio::time::Instant;
 
-use crate::service::{Caller, EventStream, Meter, Service};
+use crate::service::{Caller, Embeddings, EventStream, Meter, Service};
 use crate::state::unix_now;
 
 /// Wrong keys from one host: a person who mistypes is not kept waiting, a search is.
@@ -359,6 +359,22 @@ impl<S: Service> Service for Gate<S> {
 
     fn ruled(&self, prompt: Prompt) -> BoxFuture<'_, Result<Prompt, Status>> {
         self.inner.ruled(prompt)
+    }
+
+    fn embed(
+        &self,
+        request: EmbedRequest,
+        mut caller: Caller,
+    ) -> BoxFuture<'_, Result<Embeddings, Status>> {
+        async move {
+            // However many texts: of one call only some are computed at a time.
+            let pass = self.known(&mut caller)?.admit(1, Instant::now())?;
+            let embeddings = self.inner.embed(request, caller).await?;
+            let tokens = embeddings.prompt_tokens.iter().map(|&n| n as usize).sum();
+            pass.charge(tokens, Instant::now());
+            Ok(embeddings.metered(Box::new(pass)))
+        }
+        .boxed()
     }
 
     fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {

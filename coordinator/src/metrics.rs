@@ -368,6 +368,12 @@ impl Metrics {
         self.e2e.observe(e2e.as_secs_f64());
     }
 
+    /// Texts have become vectors, `e2e` after they were submitted.
+    pub fn on_embedded(&self, e2e: Duration) {
+        self.success.get_or_create(&FinishedLabels { finished_reason: "embedded" }).inc();
+        self.e2e.observe(e2e.as_secs_f64());
+    }
+
     /// An admitted request failed.
     pub fn on_failed(&self, code: ErrorCode) {
         self.failure.get_or_create(&FailedLabels { code: code.name() }).inc();

@@ -6,6 +6,7 @@
 //! made here, before the next step is built.
 
 mod choice;
+mod embedding;
 mod generation;
 mod listeners;
 mod replay;
@@ -21,6 +22,7 @@ use millrace_shared::wire::rpc::{GenerateEvent, PositionScore};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::journal::Journal;
+pub use embedding::{Embedding, Vectors};
 pub use generation::{Generation, Verdict, play_again};
 pub(crate) use replay::Replay;
 pub use transcript::RulesDid;
@@ -54,6 +56,8 @@ pub enum Work {
     Generate(Box<Generation>),
     /// Scores.
     Score(Scoring),
+    /// Vectors.
+    Embed(Box<Embedding>),
 }
 
 /// Chunks of a prompt that were sent to the stages.
@@ -130,6 +134,7 @@ impl Request {
         match &mut self.work {
             Work::Generate(g) => g.is_abandoned(now),
             Work::Score(s) => s.reply.as_ref().is_none_or(oneshot::Sender::is_closed),
+            Work::Embed(e) => e.is_abandoned(),
         }
     }
 
@@ -147,6 +152,7 @@ impl Request {
     pub fn fail(&mut self, status: Status, journal: &Journal) {
         match &mut self.work {
             Work::Generate(g) => g.fail(&status, journal),
+            Work::Embed(e) => e.fail(status),
             Work::Score(s) => {
                 if let Some(reply) = s.reply.take() {
                     let _ = reply.send(Err(status));
@@ -159,7 +165,7 @@ impl Request {
     pub fn cancelled(&mut self, journal: &Journal) {
         match &mut self.work {
             Work::Generate(g) => g.cancel(journal),
-            Work::Score(_) => {
+            Work::Score(_) | Work::Embed(_) => {
                 let status = Status::new(ErrorCode::Cancelled, "cancelled by the client");
                 self.fail(status, journal);
             }

@@ -15,14 +15,14 @@ use millrace_shared::sampling::SamplingParams;
 use millrace_shared::scheduler::Priority;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
-    AttachRequest, ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt,
-    ScoreRequest,
+    AttachRequest, ClusterStatus, EmbedRequest, Embedded, GenerateEvent, GenerateRequest,
+    ModelCard, PositionScore, Prompt, ScoreRequest,
 };
 use tokio::sync::{mpsc, oneshot};
 
 use crate::journal::unix_ms;
 use crate::metrics::Metrics;
-use crate::request::Replay;
+use crate::request::{Replay, Vectors};
 
 /// Events of one request. Bounded by the request's own token limit, so it never blocks the
 /// scheduler. Dropping it cancels the request, unless somebody else listens, or it was said to be
@@ -239,6 +239,41 @@ impl Departure {
     }
 }
 
+/// Texts that were accepted and become vectors. Dropping it cancels that.
+#[derive(Debug)]
+pub struct Embeddings {
+    /// Tokens of each text.
+    pub prompt_tokens: Vec<u32>,
+    vectors: oneshot::Receiver<Vectors>,
+    pass: Option<Box<dyn Meter>>,
+}
+
+impl Embeddings {
+    /// Of texts of so many tokens.
+    pub fn new(prompt_tokens: Vec<u32>, vectors: oneshot::Receiver<Vectors>) -> Self {
+        Self { prompt_tokens, vectors, pass: None }
+    }
+
+    /// The same, with what is held until it is over.
+    #[must_use]
+    pub fn metered(mut self, pass: Box<dyn Meter>) -> Self {
+        self.pass = Some(pass);
+        self
+    }
+
+    /// The vectors, in the order of the texts.
+    ///
+    /// # Errors
+    /// Why there are none.
+    pub async fn all(self) -> Result<Vec<Embedded>, Status> {
+        let gone = |_| Err(Status::unavailable("the coordinator is shutting down", 5000));
+        let vectors = self.vectors.await.unwrap_or_else(gone)?;
+        drop(self.pass);
+        let embedded = |(prompt_tokens, vector)| Embedded { prompt_tokens, vector };
+        Ok(self.prompt_tokens.into_iter().zip(vectors).map(embedded).collect())
+    }
+}
+
 /// Who asks, and how urgently.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Caller {
@@ -316,6 +351,17 @@ pub trait Service: Send + Sync + 'static {
     /// is for what is kept of it. Fails where they refuse it.
     fn ruled(&self, prompt: Prompt) -> BoxFuture<'_, Result<Prompt, Status>> {
         async { Ok(prompt) }.boxed()
+    }
+
+    /// Makes vectors of texts. Fails at once if the request is wrong, the queue is full or nothing is
+    /// ready; the caller's deadline counts from now.
+    fn embed(
+        &self,
+        request: EmbedRequest,
+        caller: Caller,
+    ) -> BoxFuture<'_, Result<Embeddings, Status>> {
+        let _ = (request, caller);
+        async { Err(Status::new(ErrorCode::Unimplemented, "embeddings are not made here")) }.boxed()
     }
 
     /// Text or conversation to ids. An empty model name means the only one served.
@@ -463,6 +509,17 @@ impl<S: Service> Service for Counted<S> {
 
     fn ruled(&self, prompt: Prompt) -> BoxFuture<'_, Result<Prompt, Status>> {
         self.inner.ruled(prompt)
+    }
+
+    fn embed(
+        &self,
+        request: EmbedRequest,
+        caller: Caller,
+    ) -> BoxFuture<'_, Result<Embeddings, Status>> {
+        let count = |result: Result<Embeddings, Status>| {
+            result.inspect_err(|status| self.metrics.on_refused(status.code))
+        };
+        self.inner.embed(request, caller).map(count).boxed()
     }
 
     fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {

@@ -13,19 +13,19 @@ use millrace_shared::sampling::{Grammar, SamplingParams};
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::codec;
 use millrace_shared::wire::rpc::{
-    AttachRequest, ChatMessage, ClusterStatus, Conversation, GenerateRequest, ModelCard,
-    PositionScore, Prompt, ScoreRequest, ToolCall,
+    AttachRequest, ChatMessage, ClusterStatus, Conversation, EmbedRequest, GenerateRequest,
+    MAX_EMBED_INPUTS, ModelCard, PositionScore, Prompt, ScoreRequest, ToolCall,
 };
 use uuid::Uuid;
 
 use crate::actors::batcher::{
-    Attach, Cancel, Enter, Forget, GetCounters, Knows, Submit, SubmitScore,
+    Attach, Cancel, Enter, Forget, GetCounters, Knows, Submit, SubmitEmbed, SubmitScore,
 };
 use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
 use crate::collect::{self, About};
 use crate::metrics::Metrics;
-use crate::service::{Caller, EventStream, Service};
+use crate::service::{Caller, Embeddings, EventStream, Service};
 use crate::text::rules::{
     AnswerRules, Fitted, Overflow, Overlong, PromptRules, TextRules, Touched,
 };
@@ -36,6 +36,11 @@ use crate::whereabouts;
 const LONG_TEXT: usize = 4096;
 /// Most logits per scored position.
 const MAX_TOP_LOGITS: u8 = 64;
+
+/// Most tokens of all texts of a request for embeddings.
+const MAX_EMBEDDED_TOKENS: usize = 300_000;
+/// Most numbers of all vectors of an answer: 32 MiB.
+const MAX_EMBEDDED_NUMBERS: usize = 8 << 20;
 
 /// What is served and by whom.
 #[derive(Debug)]
@@ -87,6 +92,11 @@ fn bytes_of(conversation: &Conversation) -> usize {
     };
     let tools: usize = conversation.tools.iter().map(String::len).sum();
     conversation.messages.iter().map(turn).sum::<usize>() + tools
+}
+
+/// The same trouble, of texts that are to be embedded.
+fn of_input(status: Status) -> Status {
+    Status { param: status.param.map(|_| "input".to_owned()), ..status }
 }
 
 pub(crate) fn crossed(e: MailboxError) -> Status {
@@ -239,6 +249,73 @@ impl Prompts {
         limit.map(|limit| limit.max(1) as usize)
     }
 
+    /// Refuses lists of texts that are too long, or of what is no text, and numbers that the model
+    /// does not have.
+    fn check_texts(&self, inputs: &[Prompt], dimensions: Option<u32>) -> Result<(), Status> {
+        let invalid = |message: String| Err(Status::invalid("input", message));
+        if inputs.is_empty() {
+            return invalid("is empty: give at least one text".to_owned());
+        }
+        if inputs.len() > MAX_EMBED_INPUTS {
+            return invalid(format!("has {} texts, at most {MAX_EMBED_INPUTS}", inputs.len()));
+        }
+        let hidden = self.card.hidden;
+        if let Some(d) = dimensions.filter(|d| !(1..=hidden).contains(d)) {
+            let message = format!("must be between 1 and {hidden}, which the model has; got {d}");
+            return Err(Status::invalid("dimensions", message));
+        }
+        let numbers = inputs.len() * dimensions.unwrap_or(hidden) as usize;
+        if numbers > MAX_EMBEDDED_NUMBERS {
+            return invalid(format!(
+                "asks for {numbers} numbers in all, at most {MAX_EMBEDDED_NUMBERS}: send fewer \
+                 texts at once, or ask for fewer dimensions"
+            ));
+        }
+        if inputs.iter().any(|input| matches!(input, Prompt::Chat(_))) {
+            return invalid("a conversation cannot be embedded: give its text".to_owned());
+        }
+        inputs.iter().try_for_each(|input| self.check_size(input)).map_err(of_input)
+    }
+
+    /// The ids of texts, elsewhere where they are long. None is empty or longer than the context.
+    async fn texts_ids(self: &Arc<Self>, inputs: Vec<Prompt>) -> Result<Vec<Vec<u32>>, Status> {
+        let bytes = |input: &Prompt| if let Prompt::Text(text) = input { text.len() } else { 0 };
+        let long = inputs.iter().map(bytes).sum::<usize>() > LONG_TEXT;
+        let prompts = Arc::clone(self);
+        let encode = move || {
+            let ids = |(index, input)| prompts.text_ids(index, input);
+            inputs.iter().enumerate().map(ids).collect::<Result<Vec<_>, Status>>()
+        };
+        let texts = match long {
+            false => encode()?,
+            true => {
+                let encoding = tokio::task::spawn_blocking(encode);
+                encoding.await.unwrap_or_else(|e| Err(Status::internal(e.to_string())))?
+            }
+        };
+        let tokens: usize = texts.iter().map(Vec::len).sum();
+        if tokens > MAX_EMBEDDED_TOKENS {
+            let message = format!("has {tokens} tokens in all, at most {MAX_EMBEDDED_TOKENS}");
+            return Err(Status::invalid("input", message));
+        }
+        Ok(texts)
+    }
+
+    fn text_ids(&self, index: usize, input: &Prompt) -> Result<Vec<u32>, Status> {
+        let ids = self.ids(input).map_err(of_input)?;
+        // Texts that are too long are refused, not shortened: a vector is of all of a text.
+        let context = self.card.max_model_len;
+        let most = self.rules.prompt.limit.map_or(context, |limit| limit.min(context));
+        let message = match ids.len() {
+            0 => format!("text {index} has no tokens: at least one is needed"),
+            n if n > most as usize => {
+                format!("text {index} has {n} tokens, at most {most} are possible; shorten it")
+            }
+            _ => return Ok(ids),
+        };
+        Err(Status::invalid("input", message))
+    }
+
     /// What the answer is read for where there are tools, and the grammar that it follows.
     fn plan_calls(
         &self,
@@ -292,6 +369,22 @@ impl Serving {
         entered.map_err(crossed)??;
         caller.deadline = caller.deadline.map(|d| d.saturating_sub(begun.elapsed()));
         Ok(caller)
+    }
+
+    /// Texts to embed as the operator's rules have them.
+    async fn ruled_texts(&self, inputs: Vec<Prompt>) -> Result<Vec<Prompt>, Status> {
+        let mut texts = Vec::with_capacity(inputs.len());
+        for input in inputs {
+            let ruled = self.prompts.ruled(input).await.map_err(of_input)?;
+            let (text, touched) = ruled
+                .inspect_err(|_| self.metrics.on_rules_of_prompt("blocked"))
+                .map_err(of_input)?;
+            if touched.redacted {
+                self.metrics.on_rules_of_prompt("redacted");
+            }
+            texts.push(text);
+        }
+        Ok(texts)
     }
 
     /// A seed for a request that gave none: from the random bits of its version 7 id.
@@ -400,6 +493,27 @@ impl Service for Serving {
 
     fn ruled(&self, prompt: Prompt) -> BoxFuture<'_, Result<Prompt, Status>> {
         async move { Ok(self.prompts.ruled(prompt).await??.0) }.boxed()
+    }
+
+    fn embed(
+        &self,
+        request: EmbedRequest,
+        caller: Caller,
+    ) -> BoxFuture<'_, Result<Embeddings, Status>> {
+        async move {
+            let EmbedRequest { model, inputs, pooling, dimensions } = request;
+            self.prompts.check_model(&model)?;
+            self.prompts.check_texts(&inputs, dimensions)?;
+            let inputs = self.ruled_texts(inputs).await?;
+            let texts = self.prompts.texts_ids(inputs).await?;
+            let counts: Vec<u32> = texts.iter().map(|ids| ids.len() as u32).collect();
+            let id = caller.fresh.unwrap_or_else(|| RequestId(Uuid::now_v7()));
+            let caller = self.enter(id, caller).await?;
+            let submit = SubmitEmbed { id, texts, pooling, dimensions, caller };
+            let vectors = self.batcher.send(submit).await.map_err(crossed)??;
+            Ok(Embeddings::new(counts, vectors))
+        }
+        .boxed()
     }
 
     fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {

@@ -152,6 +152,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         max_model_len: config.deployment.max_model_len(&model_config),
         vocab: model_config.vocab,
         weight_bytes: manifest.weight_bytes(),
+        hidden: model_config.hidden,
     };
     let deployment = Deployment { stages: config.stages, ..config.deployment };
     let cluster = Cluster::new(manifest, deployment, config.stages, batcher.clone(), readiness);

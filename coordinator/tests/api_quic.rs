@@ -13,10 +13,12 @@ use millrace_net::client::{Client, ClientConfig};
 use millrace_net::{ClusterCa, Endpoint, tls};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
+use millrace_shared::pooling::Pooling;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::COORDINATOR_NAME;
 use millrace_shared::wire::rpc::{
-    Choices, FinishReason, GenerateEvent, GenerateRequest, Prompt, ScoreRequest, TokenizeRequest,
+    Choices, EmbedRequest, FinishReason, GenerateEvent, GenerateRequest, Prompt, ScoreRequest,
+    TokenizeRequest,
 };
 
 struct Server {
@@ -270,4 +272,26 @@ async fn who_reads_nothing_loses_the_answer() {
     };
     assert_eq!(told, unread.request_id());
     assert!(whole >= 2);
+}
+
+#[tokio::test]
+async fn embeddings_come_in_order() {
+    let s = server(hello());
+    let client = soon(Client::connect(&s.config)).await.unwrap();
+    let request = |inputs: Vec<Prompt>| {
+        let model = String::new();
+        client.embed(EmbedRequest { model, inputs, pooling: Pooling::Last, dimensions: Some(2) })
+    };
+    let inputs: Vec<Prompt> = (1..300).map(|n| Prompt::Tokens(vec![1; n])).collect();
+    let embedded = soon(request(inputs)).await.unwrap();
+    let counts: Vec<u32> = embedded.iter().map(|e| e.prompt_tokens).collect();
+    assert!(counts.into_iter().eq(1..300));
+    assert!(embedded.iter().all(|e| e.vector[0] == e.prompt_tokens as f32));
+    let (asked, _) = s.fake.embedded.lock().unwrap().pop().unwrap();
+    assert_eq!((asked.pooling, asked.dimensions), (Pooling::Last, Some(2)));
+    let many = soon(request(vec![Prompt::Tokens(vec![1]); 2049])).await.unwrap_err();
+    assert_eq!((many.code, many.param.as_deref()), (ErrorCode::InvalidArgument, Some("input")));
+    s.fake.set(refuse(Status::exhausted("full", 100)));
+    let full = soon(request(vec![Prompt::Tokens(vec![1])])).await.unwrap_err();
+    assert_eq!((full.code, full.retry_after_ms), (ErrorCode::ResourceExhausted, Some(100)));
 }

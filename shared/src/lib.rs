@@ -8,7 +8,8 @@
 //! Layout: [`id`] and [`error`] are the vocabulary; [`wire`] is every format that crosses a socket;
 //! [`model`] describes models and reads GGUF directories; [`partition`] cuts a model into stages;
 //! [`kv`] and [`scheduler`] decide what runs next, and [`sim`] shows in virtual time how well;
-//! [`membership`] tracks nodes; [`sampling`] turns logits into tokens; [`names`] spells every metric
+//! [`membership`] tracks nodes; [`sampling`] turns logits into tokens, [`pooling`] hidden states into
+//! embeddings; [`names`] spells every metric
 //! and environment variable; `flags` (feature `clap`) is what all command lines have in common.
 #![forbid(unsafe_code)]
 
@@ -24,6 +25,7 @@ pub mod model;
 pub mod names;
 pub mod options;
 pub mod partition;
+pub mod pooling;
 pub mod sampling;
 pub mod scheduler;
 pub mod sim;

@@ -16,7 +16,7 @@ fn answer(row: &Row) -> RowOutcome {
             let chosen = ChosenToken { token: 7, logprobs: None };
             RowOutcome::Tokens(vec![chosen; tokens])
         }
-        Want::None | Want::Score { .. } => RowOutcome::Done,
+        Want::None | Want::Score { .. } | Want::Sum | Want::Embed { .. } => RowOutcome::Done,
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use millrace_shared::id::{MicroBatchId, SequenceId};
 use millrace_shared::options::PrefixCache;
+use millrace_shared::pooling::{Pooling, RunningSum, unit};
 use millrace_shared::scheduler::{
     Kind, NewSequence, Outcome, Policy, Priority, Scheduler, SchedulerConfig, Step,
 };
@@ -63,6 +64,8 @@ struct Stage {
     tables: BTreeMap<SequenceId, Vec<u32>>,
     /// The token log of each sequence, as the last stage has it.
     logs: BTreeMap<SequenceId, Vec<u32>>,
+    /// Of sequences that are embedded.
+    sums: BTreeMap<SequenceId, RunningSum>,
     /// Positions computed for rows of more than one position that are not drafts.
     prefilled: u64,
     positions: u64,
@@ -79,6 +82,7 @@ impl Stage {
             slots: vec![(0, 0, VOID); (config.num_blocks * config.block_size) as usize],
             tables: BTreeMap::new(),
             logs: BTreeMap::new(),
+            sums: BTreeMap::new(),
             prefilled: 0,
             positions: 0,
             steps: 0,
@@ -181,6 +185,24 @@ impl Stage {
                     chosen.push(ChosenToken { token, logprobs: None });
                 }
                 RowOutcome::Tokens(chosen)
+            }
+            Want::Sum | Want::Embed { .. } => {
+                let positions = row.position..row.position + row.count;
+                let mut sum = self.sums.remove(&row.sequence).unwrap_or_default();
+                let state = |p: u32| [self.history(row.sequence, p + 1).1 as f32, 1.0];
+                let last = state(row.position + row.count - 1);
+                let added = positions.into_iter().try_for_each(|p| sum.add(p, &state(p)));
+                let mean = sum.mean();
+                self.sums.insert(row.sequence, sum);
+                match row.want {
+                    Want::Embed { pooling: Pooling::Last } => {
+                        let last = unit(last.into_iter().map(f64::from));
+                        RowOutcome::Embedding(last.expect("a vector"))
+                    }
+                    _ if added.is_err() => RowOutcome::Failed("out of turn".into()),
+                    Want::Sum => RowOutcome::Done,
+                    _ => RowOutcome::Embedding(mean.expect("a vector")),
+                }
             }
             Want::Score { .. } => {
                 let score = |p| PositionScore {
@@ -329,7 +351,20 @@ impl World {
                     self.clients.remove(&sequence);
                 }
             }
-            Outcome::Failed { sequence, .. } => {
+            Outcome::Embedding { sequence, vector } => {
+                let client = self.clients.remove(&sequence).expect("known");
+                let states = || {
+                    let ends = 1..=client.prompt.len();
+                    ends.map(|end| [chain(&client.prompt[..end]) as f32, 1.0])
+                };
+                let mut sum = RunningSum::default();
+                (0..).zip(states()).for_each(|(p, state)| sum.add(p, &state).expect("in order"));
+                let last = states().next_back().and_then(|s| unit(s.into_iter().map(f64::from)));
+                let right = [sum.mean(), last];
+                assert!(right.contains(&Some(vector)), "{sequence}");
+            }
+            Outcome::Failed { sequence, failure, .. } => {
+                assert_ne!(failure.message, "out of turn", "each position counts once");
                 assert!(self.clients.remove(&sequence).is_some());
                 self.failed += 1;
             }
@@ -368,6 +403,7 @@ impl World {
 enum Op {
     Submit { family: u32, shared: u32, own: u32, new: u32 },
     Score { family: u32, shared: u32, own: u32 },
+    Embed { family: u32, shared: u32, own: u32, pooling: Pooling },
     Cancel(usize),
     Poll,
     PollAll,
@@ -382,6 +418,8 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(family, shared, own, new)| Op::Submit { family, shared, own, new }),
         2 => (0..3u32, 0..40u32, 0..6u32)
             .prop_map(|(family, shared, own)| Op::Score { family, shared, own }),
+        4 => (0..3u32, 0..40u32, 0..6u32, prop_oneof![Just(Pooling::Mean), Just(Pooling::Last)])
+            .prop_map(|(family, shared, own, pooling)| Op::Embed { family, shared, own, pooling }),
         2 => (0..8usize).prop_map(Op::Cancel),
         10 => Just(Op::Poll),
         10 => Just(Op::PollAll),
@@ -430,6 +468,10 @@ fn run(config: SchedulerConfig, ops: &[Op]) {
             Op::Score { family, shared, own } => {
                 let prompt = prompt(family, shared, own, world.next_id);
                 let _ = world.submit(prompt, 0, Kind::Score { top_k: 1 });
+            }
+            Op::Embed { family, shared, own, pooling } => {
+                let prompt = prompt(family, shared, own, world.next_id);
+                let _ = world.submit(prompt, 0, Kind::Embed { pooling });
             }
             Op::Cancel(nth) => {
                 if let Some(&id) = world.clients.keys().nth(nth) {
@@ -628,4 +670,19 @@ fn drafts_save_steps_where_there_are_few_streams_and_cost_nothing_where_there_ar
         world.turn();
     }
     assert_eq!(world.scheduler.stats().draft_tokens, 0, "a loaded pipeline drafts nothing");
+}
+
+/// A mean needs every position; the hidden state of the last one does not.
+#[test]
+fn a_mean_takes_no_position_from_the_cache() {
+    let mut world = World::new(roomy(true, false));
+    let mut hits = |pooling| {
+        let before = world.scheduler.stats().prefix_hit_tokens;
+        assert!(world.submit(prompt(1, 300, 0, 0), 0, Kind::Embed { pooling }));
+        world.drain();
+        world.scheduler.stats().prefix_hit_tokens - before
+    };
+    assert_eq!(hits(Pooling::Mean), 0);
+    assert_eq!(hits(Pooling::Mean), 0, "though all of it is there");
+    assert_eq!(hits(Pooling::Last), 256, "what a mean computed serves others");
 }

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use millrace_shared::id::{MicroBatchId, SequenceId};
+use millrace_shared::pooling::{Pooling, RunningSum, unit};
 use millrace_shared::scheduler::{
     Kind, NewSequence, Outcome, Policy, Priority, Rejected, Scheduler, SchedulerConfig, Step,
 };
@@ -57,6 +58,8 @@ struct Stage {
     opened: BTreeSet<SequenceId>,
     /// Sequences with rows in a step that failed: what they compute is garbage.
     poisoned: BTreeSet<SequenceId>,
+    /// Of sequences that are embedded.
+    sums: BTreeMap<SequenceId, RunningSum>,
 }
 
 impl Stage {
@@ -68,6 +71,7 @@ impl Stage {
             tables: BTreeMap::new(),
             opened: BTreeSet::new(),
             poisoned: BTreeSet::new(),
+            sums: BTreeMap::new(),
         }
     }
 
@@ -80,6 +84,7 @@ impl Stage {
         for id in &step.meta.released {
             assert!(self.opened.remove(id), "released {id} without opening it, or twice");
             self.tables.remove(id);
+            self.sums.remove(id);
         }
         for update in &step.meta.tables {
             let table = self.tables.entry(update.sequence).or_default();
@@ -124,6 +129,20 @@ impl Stage {
             .collect()
     }
 
+    fn embed(&mut self, row: &Row, history: &[u32]) -> RowOutcome {
+        let end = row.position + row.count;
+        if row.want == (Want::Embed { pooling: Pooling::Last }) {
+            return RowOutcome::Embedding(embedding(history, Pooling::Last).expect("a vector"));
+        }
+        let sum = self.sums.entry(row.sequence).or_default();
+        let added = (row.position..end).try_for_each(|p| sum.add(p, &state(history, p)));
+        match (added, row.want) {
+            (Err(e), _) => RowOutcome::Failed(e.to_string().into()),
+            (Ok(()), Want::Sum) => RowOutcome::Done,
+            (Ok(()), _) => RowOutcome::Embedding(sum.mean().expect("a vector")),
+        }
+    }
+
     fn execute(&mut self, step: &Step, fate: Fate) -> Reply {
         for &id in &step.opens {
             assert!(self.opened.insert(id), "opened twice");
@@ -144,6 +163,7 @@ impl Stage {
                 _ if i == 0 && fate == Fate::RowFails => RowOutcome::Failed("broken".into()),
                 Want::None => RowOutcome::Done,
                 Want::Verify | Want::Follow => unreachable!("nothing is drafted here"),
+                Want::Sum | Want::Embed { .. } => self.embed(row, &history),
                 Want::Sample => RowOutcome::Token { token: hash(&history), logprobs: None },
                 Want::Score { .. } => RowOutcome::Scores(
                     (row.position..row.position + row.count).map(|p| score(&history, p)).collect(),
@@ -155,6 +175,25 @@ impl Stage {
             results.push(row.result(outcome));
         }
         Reply::Results(step.id, results)
+    }
+}
+
+/// What stands for a hidden state.
+fn state(history: &[u32], position: u32) -> [f32; 2] {
+    [hash(&history[..=position as usize]) as f32, 1.0]
+}
+
+/// The embedding of a prompt, computed at once.
+fn embedding(prompt: &[u32], pooling: Pooling) -> Option<Vec<f32>> {
+    let positions = 0..prompt.len() as u32;
+    let mut sum = RunningSum::default();
+    positions.clone().for_each(|p| sum.add(p, &state(prompt, p)).expect("in order"));
+    match pooling {
+        Pooling::Mean => sum.mean(),
+        Pooling::Last => {
+            let last = state(prompt, positions.last().expect("a prompt"));
+            unit(last.into_iter().map(f64::from))
+        }
     }
 }
 
@@ -241,7 +280,7 @@ impl World {
             Kind::Generate | Kind::Constrained => {
                 expected(&prompt, max_new, self.config.max_model_len)
             }
-            Kind::Score { .. } => Vec::new(),
+            Kind::Score { .. } | Kind::Embed { .. } => Vec::new(),
         };
         let client = Client {
             prompt,
@@ -355,12 +394,20 @@ impl World {
                     self.finished += 1;
                 }
             }
+            Outcome::Embedding { sequence, vector } => {
+                let client = self.clients.remove(&sequence).expect("not cancelled");
+                let Kind::Embed { pooling } = client.kind else { panic!("not asked for") };
+                assert!(client.prefilled);
+                assert_eq!(Some(vector), embedding(&client.prompt, pooling));
+                self.finished += 1;
+            }
             Outcome::Shed { .. } => unreachable!("no deadlines here"),
             Outcome::Failed { sequence, failure, .. } => {
                 assert!(
                     self.missing || !failure.message.contains("no result"),
                     "it was called void"
                 );
+                assert!(!failure.message.contains("cannot be added"), "each position once");
                 assert!(self.clients.remove(&sequence).is_some());
                 assert!(self.scheduler.tokens(sequence).is_none());
                 self.failed += 1;
@@ -410,6 +457,7 @@ impl World {
 enum Op {
     Submit(u32, u32),
     Score(u32),
+    Embed(u32, Pooling),
     Cancel(usize),
     Poll,
     PollAll,
@@ -422,6 +470,8 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         12 => (0..40u32, 0..30u32).prop_map(|(len, new)| Op::Submit(len, new)),
         3 => (0..90u32).prop_map(Op::Score),
+        4 => (0..90u32).prop_map(|len| Op::Embed(len, Pooling::Mean)),
+        2 => (0..90u32).prop_map(|len| Op::Embed(len, Pooling::Last)),
         3 => (0..8usize).prop_map(Op::Cancel),
         10 => Just(Op::Poll),
         10 => Just(Op::PollAll),
@@ -460,6 +510,7 @@ fn run(config: SchedulerConfig, ops: &[Op]) -> World {
         match *op {
             Op::Submit(len, new) => drop(world.submit(len, new, Kind::Generate)),
             Op::Score(len) => drop(world.submit(len, 0, Kind::Score { top_k: 3 })),
+            Op::Embed(len, pooling) => drop(world.submit(len, 0, Kind::Embed { pooling })),
             Op::Cancel(nth) => world.cancel(nth),
             Op::Poll => drop(world.poll(Fate::Good)),
             Op::PollAll => while world.poll(Fate::Good) {},
@@ -644,4 +695,28 @@ fn what_can_never_run_is_refused() {
     assert_eq!(full, Rejected::QueueFull { limit: 1 });
     assert_eq!(world.scheduler.max_sequence_len(), 64);
     world.drain();
+}
+
+/// Results are vectors as wide as the model: a frame holds so many and no more.
+#[test]
+fn embeddings_of_a_micro_batch_are_bounded() {
+    let config = SchedulerConfig {
+        num_blocks: 400,
+        block_size: 4,
+        max_num_seqs: 200,
+        max_waiting: 200,
+        max_in_flight: 1,
+        prefill_chunk: 1000,
+        max_batch_tokens: 1000,
+        max_model_len: 100,
+        policy: Policy::DEFAULT,
+    };
+    let mut world = World::new(config);
+    for _ in 0..150 {
+        world.submit(2, 0, Kind::Embed { pooling: Pooling::Mean }).expect("room for it");
+    }
+    // A frame with more is not valid, which the stage looks at.
+    world.drain();
+    assert_eq!(world.finished, 150);
+    assert_eq!(world.last_step, 4, "64, 64, 22, and one that releases the last of them");
 }

@@ -1,7 +1,8 @@
 //! What a step's metadata may say of drafts.
 
 use millrace_shared::id::SequenceId;
-use millrace_shared::wire::data::{Row, StepMeta, Want};
+use millrace_shared::pooling::Pooling;
+use millrace_shared::wire::data::{MAX_EMBEDDINGS, Row, StepMeta, Want};
 
 fn row(sequence: u64, count: u32, want: Want) -> Row {
     Row { sequence: SequenceId(sequence), sequence_epoch: 0, position: 7, count, want }
@@ -37,4 +38,17 @@ fn a_row_verifies_at_most_64_positions() {
     assert!(meta(64).validate(100).is_ok());
     let message = meta(65).validate(100).unwrap_err().to_string();
     assert!(message.contains("more than 64 positions"), "{message}");
+}
+
+#[test]
+fn a_micro_batch_has_at_most_64_embeddings() {
+    let meta = |embeddings: usize| {
+        let embed = Want::Embed { pooling: Pooling::Mean };
+        let mut rows: Vec<Row> = (0..embeddings as u64).map(|i| row(i, 1, embed)).collect();
+        rows.push(row(999, 9, Want::Sum));
+        StepMeta { rows, ..StepMeta::default() }
+    };
+    assert!(meta(MAX_EMBEDDINGS).validate(100).is_ok());
+    let message = meta(MAX_EMBEDDINGS + 1).validate(100).unwrap_err().to_string();
+    assert!(message.contains("65 embeddings"), "{message}");
 }

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use millrace_net::client::{Client, ClientConfig, GenerateStream};
 use millrace_shared::error::Status;
+use millrace_shared::pooling::Pooling;
 use millrace_shared::sampling::{Grammar, SamplingParams};
 use millrace_shared::wire::rpc::{
-    Choices, ClusterStatus, FinishReason, GenerateEvent, GenerateRequest, PositionScore, Prompt,
-    ScoreRequest, TokenLogprobs,
+    Choices, ClusterStatus, EmbedRequest, FinishReason, GenerateEvent, GenerateRequest,
+    PositionScore, Prompt, ScoreRequest, TokenLogprobs,
 };
 
 /// A whole continuation.
@@ -55,6 +56,20 @@ pub fn constrained(seed: u64, max_tokens: u32) -> SamplingParams {
 /// A client of its own connection.
 pub async fn connect(config: &ClientConfig) -> Client {
     Client::connect(config).await.expect("the cluster is there")
+}
+
+/// Vectors of texts, in order.
+///
+/// # Errors
+/// What the cluster says.
+pub async fn embed(
+    client: &Client,
+    inputs: &[Prompt],
+    pooling: Pooling,
+) -> Result<Vec<Vec<f32>>, Status> {
+    let (model, inputs) = (String::new(), inputs.to_vec());
+    let request = EmbedRequest { model, inputs, pooling, dimensions: None };
+    Ok(client.embed(request).await?.into_iter().map(|e| e.vector).collect())
 }
 
 /// Begins a continuation.

@@ -18,7 +18,7 @@ use millrace_coordinator::journal::JournalConfig;
 use millrace_coordinator::security::Security;
 use millrace_coordinator::text::rules::TextRules;
 use millrace_coordinator::{Config as CoordinatorConfig, start};
-use millrace_engine::mock::{MockConfig, expected_tokens};
+use millrace_engine::mock::{MockConfig, expected_embedding, expected_tokens};
 use millrace_net::ClusterCa;
 use millrace_net::client::ClientConfig;
 use millrace_node::Config as NodeConfig;
@@ -27,6 +27,7 @@ use millrace_shared::id::NodeId;
 use millrace_shared::model::gguf::{Gguf, GgufWriter};
 use millrace_shared::model::{ModelConfig, TensorType};
 use millrace_shared::options::{EngineKind, EngineOptions, MicroBatches, Replan, TorchOptions};
+use millrace_shared::pooling::Pooling;
 use tokio::sync::{oneshot, watch};
 
 use crate::relay::{Relay, Way};
@@ -214,6 +215,11 @@ impl Mocked {
     /// What greedy decoding after `prompt` must give.
     pub fn expected(&self, prompt: &[u32], tokens: usize) -> Vec<u32> {
         expected_tokens(&self.config, prompt, tokens)
+    }
+
+    /// The embedding that a text of these ids must have.
+    pub fn expected_embedding(&self, text: &[u32], pooling: Pooling) -> Vec<f32> {
+        expected_embedding(&self.config, text, pooling)
     }
 }
 

@@ -29,6 +29,8 @@ pub(crate) const MAX_KEEP: Duration = Duration::from_secs(24 * 3600);
 pub const MAX_CALLS: usize = 128;
 /// Positions per `Scores` reply: below 1 MiB with 64 logits each.
 const SCORES_PER_REPLY: usize = 512;
+/// Numbers of embeddings per reply: 1 MiB, unless a model is wider than that.
+const NUMBERS_PER_REPLY: usize = 256 << 10;
 /// Most ids in one reply: each takes at most five bytes of bincode.
 const MAX_REPLY_IDS: usize = (MAX_REPLY_BYTES - 64) / 5;
 
@@ -274,6 +276,12 @@ async fn unary(
             let scores = service.score(request, caller).await?;
             let chunks = scores.chunks(SCORES_PER_REPLY);
             return Ok(chunks.map(|chunk| Reply::Scores(chunk.to_vec())).collect());
+        }
+        Method::Embed(request) => {
+            let embedded = service.embed(request, caller).await?.all().await?;
+            let width = embedded.first().map_or(1, |e| e.vector.len().max(1));
+            let chunks = embedded.chunks((NUMBERS_PER_REPLY / width).max(1));
+            return Ok(chunks.map(|chunk| Reply::Embeddings(chunk.to_vec())).collect());
         }
         Method::Tokenize(request) => {
             let service = Arc::clone(service);

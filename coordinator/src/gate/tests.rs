@@ -60,6 +60,15 @@ impl Service for Open {
         async { Ok(Vec::new()) }.boxed()
     }
 
+    fn embed(&self, _: EmbedRequest, _: Caller) -> BoxFuture<'_, Result<Embeddings, Status>> {
+        async {
+            let (reply, receiver) = tokio::sync::oneshot::channel();
+            reply.send(Ok(vec![vec![1.0]; 2])).unwrap();
+            Ok(Embeddings::new(vec![3, 4], receiver))
+        }
+        .boxed()
+    }
+
     fn tokenize(&self, _: &str, _: &Prompt) -> Result<Vec<u32>, Status> {
         Ok(Vec::new())
     }
@@ -275,6 +284,41 @@ async fn streams_are_counted() {
     while stream.next().await.is_some() {}
     let over = f.generate(&key).await.unwrap_err();
     assert_eq!(over.code, ErrorCode::ResourceExhausted, "{over}");
+}
+
+/// What embeddings count: all tokens of all texts, as soon as they are known, and one request.
+#[tokio::test]
+async fn embeddings_are_counted() {
+    let f = fixture();
+    let embed = async |key: &str| {
+        f.gate.authenticate(Some(key))?;
+        let caller = Caller { client: Caller::client_of(Some(key)), ..Caller::default() };
+        let (model, inputs) = (String::new(), vec![Prompt::Text("a".into()); 2]);
+        let request = EmbedRequest {
+            model,
+            inputs,
+            pooling: millrace_shared::pooling::Pooling::Mean,
+            dimensions: None,
+        };
+        f.gate.embed(request, caller).await
+    };
+    let (_, read) = f.key(Scope::Read, KeyLimits::default());
+    assert_eq!(embed(&read).await.unwrap_err().code, ErrorCode::PermissionDenied);
+
+    let limits = KeyLimits { tokens_per_minute: Some(6), ..KeyLimits::default() };
+    let (_, key) = f.key(Scope::Generate, limits);
+    // Nobody waits for the vectors, but the tokens were asked for.
+    drop(embed(&key).await.unwrap());
+    let over = embed(&key).await.unwrap_err();
+    assert!(over.message.contains("6 tokens a minute"), "{over}");
+
+    let limits = KeyLimits { concurrent: Some(1), ..KeyLimits::default() };
+    let (_, key) = f.key(Scope::Generate, limits);
+    let first = embed(&key).await.unwrap();
+    assert_eq!(embed(&key).await.unwrap_err().code, ErrorCode::ResourceExhausted);
+    let embedded = first.all().await.unwrap();
+    assert_eq!(embedded.iter().map(|e| e.prompt_tokens).collect::<Vec<_>>(), [3, 4]);
+    assert!(embed(&key).await.is_ok(), "the place is free again");
 }
 
 #[tokio::test]

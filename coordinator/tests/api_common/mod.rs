@@ -11,15 +11,18 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use millrace_coordinator::service::{Caller, EventStream, Origin, Service, unknown_request};
+use millrace_coordinator::service::{
+    Caller, Embeddings, EventStream, Origin, Service, unknown_request,
+};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
-    AttachRequest, ClusterStatus, FinishReason, GenerateEvent, GenerateRequest, ModelCard,
-    PositionScore, Prompt, ScoreRequest, Timings, TokenLogprobs, Usage,
+    AttachRequest, ClusterStatus, EmbedRequest, FinishReason, GenerateEvent, GenerateRequest,
+    ModelCard, PositionScore, Prompt, ScoreRequest, Timings, TokenLogprobs, Usage,
 };
 use serde_json::Value;
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 /// How long a test waits for something that must come.
@@ -44,6 +47,7 @@ pub struct Fake {
     pub ready: AtomicBool,
     pub seen: Mutex<Vec<(GenerateRequest, Caller)>>,
     pub cancelled: Mutex<Vec<RequestId>>,
+    pub embedded: Mutex<Vec<(EmbedRequest, Caller)>>,
     dropped: mpsc::Sender<RequestId>,
 }
 
@@ -56,6 +60,7 @@ impl Fake {
             ready: AtomicBool::new(true),
             seen: Mutex::default(),
             cancelled: Mutex::default(),
+            embedded: Mutex::default(),
             dropped,
         };
         (Arc::new(fake), told)
@@ -240,6 +245,30 @@ impl Service for Fake {
         async move { Ok((0..request.tokens.len() as u32).map(score).collect()) }.boxed()
     }
 
+    /// A vector of four numbers, the first of which is how many tokens there are.
+    fn embed(
+        &self,
+        request: EmbedRequest,
+        caller: Caller,
+    ) -> BoxFuture<'_, Result<Embeddings, Status>> {
+        let script = self.script.lock().unwrap().clone();
+        self.embedded.lock().unwrap().push((request.clone(), caller));
+        async move {
+            if let Some(status) = script.refusal {
+                return Err(status);
+            }
+            let mut counts = Vec::new();
+            for input in &request.inputs {
+                counts.push(self.tokenize(&request.model, input)?.len() as u32);
+            }
+            let vector = |&n: &u32| vec![n as f32, 0.1, -1.0 / 3.0, f32::MIN_POSITIVE];
+            let (reply, receiver) = oneshot::channel();
+            reply.send(Ok(counts.iter().map(vector).collect())).unwrap();
+            Ok(Embeddings::new(counts, receiver))
+        }
+        .boxed()
+    }
+
     fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {
         if !model.is_empty() && model != MODEL {
             return Err(unknown(model));
@@ -271,6 +300,7 @@ impl Service for Fake {
             max_model_len: 2048,
             vocab: 256,
             weight_bytes: 1000,
+            hidden: 4,
         }]
     }
 

@@ -1,4 +1,4 @@
-//! What the last stage hands out of a position: all logits, or the largest few.
+//! What the last stage hands out of a position: all logits, the largest few, or its hidden state.
 //!
 //! A sampler that needs only the best `k` logits says so per row ([`HeadWant`]); an engine may then
 //! leave the others where they were computed. The best `k` are exactly those that a scan of all
@@ -16,6 +16,8 @@ pub enum HeadWant {
     Full,
     /// The largest `k`, 1 to [`MAX_CANDIDATES`] (any other number is as `Full`).
     Top(usize),
+    /// No logits: the hidden state that they would be made of.
+    Hidden,
 }
 
 /// The largest logits of a position as pairs of (token id, logit), larger first, equal ones by lower
@@ -29,6 +31,8 @@ pub enum HeadLogits<'a> {
     Full(&'a mut [f32]),
     /// The largest.
     Top(TopLogits<'a>),
+    /// The normalised hidden state, as wide as the model; no logits.
+    Hidden(&'a [f32]),
 }
 
 /// What the head gives for one position.
@@ -48,6 +52,7 @@ impl StageOutput<'_> {
         match self {
             Self::Head { want, .. } => match want.get(row) {
                 Some(&HeadWant::Top(k)) if (1..=MAX_CANDIDATES).contains(&k) => HeadWant::Top(k),
+                Some(HeadWant::Hidden) => HeadWant::Hidden,
                 _ => HeadWant::Full,
             },
             Self::Hidden(_) | Self::Logits(_) => HeadWant::Full,
@@ -69,7 +74,8 @@ impl StageOutput<'_> {
             Self::Logits(sink) => sink(LogitsRow { row, position, logits }),
             Self::Head { sink, .. } => {
                 let logits = match want {
-                    HeadWant::Full => HeadLogits::Full(logits),
+                    // Who wants no logits is not asked here.
+                    HeadWant::Full | HeadWant::Hidden => HeadLogits::Full(logits),
                     HeadWant::Top(k) => HeadLogits::Top(
                         largest_logits(logits, k, candidates).map(|()| candidates.as_slice()),
                     ),
@@ -83,6 +89,13 @@ impl StageOutput<'_> {
     pub fn top(&mut self, row: usize, position: u32, top: TopLogits<'_>) {
         if let Self::Head { sink, .. } = self {
             sink(HeadRow { row, position, logits: HeadLogits::Top(top) });
+        }
+    }
+
+    /// Hands out the normalised hidden state of a position whose row wants no logits.
+    pub fn hidden(&mut self, row: usize, position: u32, hidden: &[f32]) {
+        if let Self::Head { sink, .. } = self {
+            sink(HeadRow { row, position, logits: HeadLogits::Hidden(hidden) });
         }
     }
 }

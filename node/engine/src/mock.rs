@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use millrace_shared::id::SequenceId;
 use millrace_shared::model::{Family, Features, ModelConfig, RopeConfig, RopeScaling, RopeStyle};
+use millrace_shared::pooling::{Pooling, RunningSum, unit};
 use millrace_shared::wire::control::{PROFILE_ROWS, ProfileSpec, StageProfile};
 use millrace_shared::wire::data::{Row, StepMeta, Want};
 
@@ -108,17 +109,31 @@ pub fn factory(config: MockConfig) -> EngineFactory {
     Box::new(move || Box::new(MockEngine::new(config)))
 }
 
+/// The embedding that a right pipeline gives, however the model is cut.
+pub fn expected_embedding(config: &ModelConfig, prompt: &[u32], pooling: Pooling) -> Vec<f32> {
+    let mut kv: Vec<Vec<u64>> = vec![Vec::new(); config.layers as usize];
+    let (mut sum, mut state) = (RunningSum::default(), vec![0.0; config.hidden as usize]);
+    for (position, &token) in (0..).zip(prompt) {
+        encode(advance(&mut kv, token), false, &mut state);
+        let _ = sum.add(position, &state);
+    }
+    let last = || unit(state.iter().map(|&x| f64::from(x)));
+    let vector = if pooling == Pooling::Mean { sum.mean() } else { last() };
+    vector.unwrap_or_default()
+}
+
+/// What all layers make of the next token.
+fn advance(kv: &mut [Vec<u64>], token: u32) -> u64 {
+    (0..).zip(kv).fold(embed(token), |hash, (layer, kv)| {
+        kv.push(key(layer, hash));
+        attend(layer, hash, kv.iter().copied())
+    })
+}
+
 /// The `n` tokens that greedy decoding after `prompt` must give, however the model is cut.
 pub fn expected_tokens(config: &ModelConfig, prompt: &[u32], n: usize) -> Vec<u32> {
     let mut kv: Vec<Vec<u64>> = vec![Vec::new(); config.layers as usize];
-    let mut advance = |token: u32| {
-        let mut hash = embed(token);
-        for (layer, kv) in kv.iter_mut().enumerate() {
-            kv.push(key(layer as u32, hash));
-            hash = attend(layer as u32, hash, kv.iter().copied());
-        }
-        next_token(hash, config.vocab)
-    };
+    let mut advance = |token: u32| next_token(advance(&mut kv, token), config.vocab);
     let Some((last, first)) = prompt.split_last() else { return Vec::new() };
     for &token in first {
         advance(token);
@@ -242,6 +257,13 @@ impl MockEngine {
                 match &mut output {
                     StageOutput::Hidden(x) => {
                         encode(hash, nan, &mut x[index * hidden..][..hidden]);
+                    }
+                    head if matches!(row.want, Want::Sum | Want::Embed { .. }) => {
+                        if last || row.want != (Want::Embed { pooling: Pooling::Last }) {
+                            let mut state = vec![0.0; hidden];
+                            encode(hash, nan, &mut state);
+                            head.hidden(number, at, &state);
+                        }
                     }
                     head if matches!(
                         row.want,

@@ -206,7 +206,7 @@ pub enum StageOutput<'a> {
     /// Activations `positions x hidden` (every stage but the last).
     Hidden(&'a mut [f32]),
     /// Logits: called once per `Sample` row (last position) and once per position of each `Score`
-    /// and `Verify` row, in order (last stage).
+    /// and `Verify` row, in order (last stage). An embedding's rows get logits too.
     Logits(&'a mut dyn FnMut(LogitsRow<'_>)),
     /// As `Logits`, for rows that may want less than all of them.
     Head {

@@ -357,6 +357,7 @@ impl StageRunner {
             }
             Err(cause) => {
                 let failed = loaded.describe(&cause);
+                loaded.sequences.spoil(&meta);
                 tracing::warn!(error = failed.message, micro_batch = frame.header().micro_batch.0);
                 meta.times.clear();
                 results(frame.header(), &meta, std::iter::repeat(RowOutcome::Failed(failed)))

@@ -47,6 +47,7 @@ fn both(
         let given = match r.logits {
             HeadLogits::Full(logits) => bits(&all(logits)),
             HeadLogits::Top(top) => bits(top.unwrap()),
+            HeadLogits::Hidden(_) => panic!("nobody asked for it"),
         };
         got.push((r.row, r.position, given));
     };
@@ -121,5 +122,52 @@ fn the_mock_gives_what_rows_want() {
     for wants in mixtures() {
         let [got, expected] = both(&mut engine, &meta, StageInput::Tokens(&tokens), &wants);
         assert!(got == expected && !got.is_empty(), "{wants:?}");
+    }
+}
+
+/// Row, position, and bits of the hidden state.
+type State = (usize, u32, Vec<u32>);
+
+/// Rows that want hidden states change nothing for those beside them.
+#[test]
+fn hidden_states_beside_logits() {
+    let tiny = Tiny::new(TensorType::Q4_1, TensorType::Q8_0);
+    let (mut spec, sources) = tiny.stage(0..4, true, true, 2, Isa::best());
+    spec.settings.max_num_seqs = 36;
+    let mut engine = CpuEngine::new();
+    engine.load(&spec, &sources, &mut |_| {}).unwrap();
+    let meta = meta(spec.settings.kv_block_size);
+    let tokens: Vec<u32> = (0..meta.positions() as u32).map(|i| i * 31 % 96).collect();
+    let mut given = |wants: &[HeadWant]| {
+        let (mut logits, mut hidden) = (Vec::new(), Vec::new());
+        let mut sink = |r: millrace_engine::HeadRow<'_>| match r.logits {
+            HeadLogits::Full(all_of_them) => {
+                logits.push((r.row, r.position, bits(&all(all_of_them))));
+            }
+            HeadLogits::Top(top) => logits.push((r.row, r.position, bits(top.unwrap()))),
+            HeadLogits::Hidden(state) => {
+                hidden.push((r.row, r.position, state.iter().map(|x| x.to_bits()).collect()));
+            }
+        };
+        let input = StageInput::Tokens(&tokens);
+        engine.step(&meta, input, StageOutput::Head { want: wants, sink: &mut sink }).unwrap();
+        (logits, hidden)
+    };
+    let (_, states): (Vec<Given>, Vec<State>) = given(&[HeadWant::Hidden; 36]);
+    assert_eq!(states.len(), 45);
+    assert!(states.iter().all(|(.., state)| state.len() == spec.config.hidden as usize));
+    for wants in mixtures().into_iter().filter(|wants| wants.len() == 36) {
+        let (expected, _) = given(&wants);
+        for every in [2, 3, 5, 36] {
+            let bare = |i: usize| i % every == every - 1;
+            let mixed: Vec<HeadWant> = (wants.iter().enumerate())
+                .map(|(i, &want)| if bare(i) { HeadWant::Hidden } else { want })
+                .collect();
+            let (logits, hidden) = given(&mixed);
+            let rest = |(row, ..): &&Given| !bare(*row);
+            assert!(logits.iter().eq(expected.iter().filter(rest)), "{mixed:?}");
+            let own = |(row, ..): &&State| bare(*row);
+            assert!(hidden.iter().eq(states.iter().filter(own)), "{mixed:?}");
+        }
     }
 }

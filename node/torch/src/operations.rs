@@ -173,6 +173,23 @@ impl Backend for TorchBackend {
         });
     }
 
+    fn read_rows(
+        &mut self,
+        x: &Activations,
+        rows: Range<usize>,
+        take: &mut dyn FnMut(usize, &[f32]),
+    ) {
+        self.attempt(|s| {
+            let part = x.data.f_narrow(0, rows.start as i64, rows.len() as i64)?;
+            let flat = part.f_to_kind(Kind::Float)?.f_contiguous()?.f_view(-1)?;
+            let mut found = vec![0.0; flat.numel()];
+            s.land(&flat, &mut found)?;
+            let width = (found.len() / rows.len().max(1)).max(1);
+            found.chunks_exact(width).enumerate().for_each(|(i, row)| take(i, row));
+            Ok(())
+        });
+    }
+
     fn rms_norm(&mut self, x: &Activations, gain: &Tensor, eps: f32, out: &mut Activations) {
         self.attempt(|s| {
             out.data = s.computed(&s.rms(&x.data, gain, eps)?)?;

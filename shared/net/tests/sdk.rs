@@ -13,11 +13,13 @@ use millrace_net::{
 };
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
+use millrace_shared::pooling::Pooling;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
-    CallHeader, ChatMessage, Choices, FinishReason, GenerateEvent, GenerateRequest, Method,
-    PositionScore, Prompt, Reply, ScoreRequest, Timings, TokenizeRequest, Usage,
+    CallHeader, ChatMessage, Choices, EmbedRequest, Embedded, FinishReason, GenerateEvent,
+    GenerateRequest, Method, PositionScore, Prompt, Reply, ScoreRequest, Timings, TokenizeRequest,
+    Usage,
 };
 use millrace_shared::wire::{MAX_CALL_HEADER_BYTES, MAX_RPC_BYTES, codec};
 use tokio::sync::mpsc;
@@ -137,9 +139,10 @@ async fn a_continuation_streams() {
 async fn unary_calls() {
     let server = server();
     let (client, connection) = server.connect().await;
+    let embedded = Embedded { prompt_tokens: 2, vector: vec![0.6, -0.8] };
     let scores = vec![PositionScore { position: 3, ..PositionScore::default() }];
     let serving = async {
-        for _ in 0..7 {
+        for _ in 0..8 {
             let (call, mut replies) = next_call(&connection).await;
             let reply = match call.method {
                 Method::Tokenize(_) => Reply::Tokens(vec![1, 2]),
@@ -149,6 +152,10 @@ async fn unary_calls() {
                 Method::Score(_) => {
                     replies.reply(&Reply::Scores(scores.clone())).await.unwrap();
                     Reply::Scores(scores.clone())
+                }
+                Method::Embed(_) => {
+                    replies.reply(&Reply::Embeddings(vec![embedded.clone()])).await.unwrap();
+                    Reply::Embeddings(vec![embedded.clone()])
                 }
                 Method::Cancel { .. } => {
                     replies.done().await.unwrap();
@@ -173,6 +180,9 @@ async fn unary_calls() {
         assert!(!client.status().await.unwrap().ready);
         let ask = ScoreRequest { model: String::new(), tokens: vec![1, 2], top_k: 0 };
         assert_eq!(client.score(ask).await.unwrap().len(), 2);
+        let (inputs, pooling) = (vec![Prompt::Text("a".into()); 2], Pooling::Mean);
+        let ask = EmbedRequest { model: String::new(), inputs, pooling, dimensions: None };
+        assert_eq!(client.embed(ask).await.unwrap(), [embedded.clone(), embedded.clone()]);
         client.cancel(RequestId(uuid::Uuid::now_v7())).await.unwrap();
     };
     soon(Box::pin(async { tokio::join!(serving, asking) })).await;

@@ -9,7 +9,7 @@ use super::policy::{self, Candidate};
 use super::sequence::Phase;
 use super::types::{Kind, Step};
 use crate::id::SequenceId;
-use crate::wire::data::{Row, StepMeta, TableUpdate, Want};
+use crate::wire::data::{MAX_EMBEDDINGS, Row, StepMeta, TableUpdate, Want};
 
 /// How much longer than its time a micro-batch may take for the sake of the least chunk.
 const STRETCH: f64 = 1.05;
@@ -38,6 +38,12 @@ impl Draft {
 
     fn is_empty(&self) -> bool {
         self.meta.rows.is_empty()
+    }
+
+    /// Whether it has as many embeddings as it may.
+    pub(super) fn is_full_of_embeddings(&self) -> bool {
+        let embeds = |row: &&Row| matches!(row.want, Want::Embed { .. });
+        self.meta.rows.iter().filter(embeds).count() >= MAX_EMBEDDINGS
     }
 }
 
@@ -388,7 +394,7 @@ impl Scheduler {
             want,
         });
         let head = match want {
-            Want::None => 0,
+            Want::None | Want::Sum | Want::Embed { .. } => 0,
             Want::Sample => 1,
             Want::Score { .. } | Want::Verify | Want::Follow => count,
         };

@@ -177,7 +177,7 @@ impl Scheduler {
         if self.sequences.contains_key(&new.id) {
             return Err(Rejected::Duplicate { id: new.id });
         }
-        if self.queue.len() >= self.config.max_waiting as usize {
+        if !self.has_room() {
             return Err(Rejected::QueueFull { limit: self.config.max_waiting });
         }
         self.check_deadline(&new)?;
@@ -207,7 +207,7 @@ impl Scheduler {
         self.next_arrival += 1;
         let mut seq = Sequence::new(new, arrival, self.config.max_model_len);
         seq.tokens.extend_from_slice(generated);
-        if seq.is_complete() {
+        if seq.kind.generates() && seq.is_complete() {
             return Err(Rejected::NothingToGenerate);
         }
         let id = seq.id;
@@ -301,6 +301,11 @@ impl Scheduler {
     pub fn max_sequence_len(&self) -> u32 {
         let cached = self.config.num_blocks.saturating_mul(self.config.block_size);
         self.config.max_model_len.min(cached)
+    }
+
+    /// Whether another sequence may wait.
+    pub fn has_room(&self) -> bool {
+        self.queue.len() < self.config.max_waiting as usize
     }
 
     /// The micro-batch that has been out longest, and when it was issued.

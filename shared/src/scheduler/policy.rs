@@ -17,11 +17,9 @@ const RESERVE_SHARE: u32 = 8;
 /// Length of prompt and answer at the end.
 pub(super) fn final_len(new: &NewSequence, max_model_len: u32) -> u32 {
     let prompt = new.prompt.len() as u32;
-    match new.kind {
-        Kind::Generate | Kind::Constrained => {
-            prompt.saturating_add(new.max_new_tokens).min(max_model_len)
-        }
-        Kind::Score { .. } => prompt,
+    match new.kind.generates() {
+        true => prompt.saturating_add(new.max_new_tokens).min(max_model_len),
+        false => prompt,
     }
 }
 
@@ -32,10 +30,7 @@ pub(super) fn check(
     new: &NewSequence,
 ) -> Result<(), Rejected> {
     let len = u32::try_from(new.prompt.len()).unwrap_or(u32::MAX);
-    let max = match new.kind {
-        Kind::Generate | Kind::Constrained => config.max_model_len - 1,
-        Kind::Score { .. } => config.max_model_len,
-    };
+    let max = config.max_model_len - u32::from(new.kind.generates());
     if len == 0 {
         return Err(Rejected::EmptyPrompt);
     }
@@ -43,7 +38,7 @@ pub(super) fn check(
         return Err(Rejected::PromptTooLong { len, max });
     }
     match new.kind {
-        Kind::Generate | Kind::Constrained if new.max_new_tokens == 0 => {
+        kind if kind.generates() && new.max_new_tokens == 0 => {
             return Err(Rejected::NothingToGenerate);
         }
         Kind::Score { top_k } if top_k > MAX_TOP_LOGITS => {
@@ -81,7 +76,7 @@ const SHORT_PROMPT: f64 = 192.0;
 /// prompt will read along in a moment, one with a long prompt counts for little. Nothing for what
 /// ends with its prompt.
 pub(super) fn future_reader(seq: &Sequence) -> f64 {
-    if !matches!(seq.kind, Kind::Generate | Kind::Constrained) || seq.left() <= 1 {
+    if !seq.kind.generates() || seq.left() <= 1 {
         return 0.0;
     }
     (SHORT_PROMPT / f64::from(seq.remaining().max(1))).powi(2).min(1.0)

@@ -2,7 +2,7 @@
 //!
 //! Before its first row a sequence looks for its own beginning among the published blocks, at most
 //! up to the block before its last token (which is always computed, for its logits) and never beyond
-//! the first position that it scores. Blocks are published when the last stage has confirmed the
+//! the first position that it scores; a mean of hidden states needs all of them. Blocks are published when the last stage has confirmed the
 //! step that filled them. Where another running sequence is computing the very block that comes
 //! next, the newcomer waits for it instead of computing it too: many requests with one beginning,
 //! sent at once, compute it once.
@@ -23,6 +23,7 @@ use super::types::Kind;
 use crate::id::SequenceId;
 use crate::kv::BlockHash;
 use crate::options::PrefixCache;
+use crate::pooling::Pooling;
 
 /// Micro-batches without a row of the other after which one no longer waits for it: far above what
 /// a fair share of the pipeline takes, far below what a client would notice as a stall.
@@ -67,7 +68,8 @@ impl Scheduler {
             return &[];
         }
         let most = match seq.kind {
-            Kind::Generate | Kind::Constrained => seq.len() - 1,
+            Kind::Embed { pooling: Pooling::Mean } => 0,
+            Kind::Generate | Kind::Constrained | Kind::Embed { .. } => seq.len() - 1,
             Kind::Score { .. } => seq.scored.min(seq.len() - 1),
         };
         let blocks = (most / self.config.block_size) as usize;

@@ -6,6 +6,7 @@ use super::Scheduler;
 use super::batch::{Draft, Pace, Room};
 use super::cost::Load;
 use super::sequence::{Phase, Sequence};
+use super::types::Kind;
 use crate::id::SequenceId;
 use crate::wire::data::Want;
 
@@ -24,7 +25,8 @@ enum Chunk {
     NoBlocks,
     /// The micro-batch is as long as it may be.
     NoTime,
-    /// Another sequence is computing its next block.
+    /// Another sequence is computing its next block, or the micro-batch has all the embeddings that
+    /// it may have.
     Waits,
 }
 
@@ -177,6 +179,9 @@ impl Scheduler {
         }
         let Some(seq) = self.sequences.get(&id) else { return Chunk::NoBlocks };
         let issued = seq.issued;
+        if matches!(seq.kind, Kind::Embed { .. }) && draft.is_full_of_embeddings() {
+            return Chunk::Waits;
+        }
         let timely = self.timely(seq, budget, pace, draft);
         if timely == 0 {
             return Chunk::NoTime;
@@ -202,6 +207,7 @@ impl Scheduler {
         let with = |n: u32| -> Load {
             let head = match want {
                 Want::Score { .. } => n,
+                Want::Sum | Want::Embed { .. } => 0,
                 _ => u32::from(n == remaining),
             };
             draft.load.with_prompt(seq.issued, n, head)

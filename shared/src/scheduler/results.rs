@@ -125,7 +125,7 @@ impl Scheduler {
         let Some(seq) = self.sequences.get_mut(&row.sequence) else { return };
         match (row.want, outcome) {
             (_, RowOutcome::Failed(failure)) => self.fail(row.sequence, failure, outcomes),
-            (Want::None, _) => {}
+            (Want::None | Want::Sum, _) => {}
             (Want::Sample, RowOutcome::Token { token, logprobs }) => {
                 if seq.finish_prefill() {
                     outcomes.push(Outcome::PrefillDone { sequence: row.sequence });
@@ -136,6 +136,11 @@ impl Scheduler {
                 if (1..=row.count as usize).contains(&chosen.len()) =>
             {
                 self.accept(&row, chosen, outcomes);
+            }
+            (Want::Embed { .. }, RowOutcome::Embedding(vector)) => {
+                outcomes.push(Outcome::PrefillDone { sequence: row.sequence });
+                outcomes.push(Outcome::Embedding { sequence: row.sequence, vector });
+                self.remove(row.sequence);
             }
             (Want::Score { .. }, RowOutcome::Scores(scores)) => {
                 seq.scored = row.end();

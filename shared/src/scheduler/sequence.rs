@@ -9,6 +9,7 @@ use super::{MAX_SCORE_POSITIONS, policy};
 use crate::id::SequenceId;
 use crate::kv::BlockHash;
 use crate::options::PrefixCache;
+use crate::pooling::Pooling;
 use crate::wire::data::Want;
 
 /// Where a sequence stands; see the module's transition table.
@@ -137,6 +138,11 @@ impl Sequence {
                 (count, Want::Sample)
             }
             Kind::Generate | Kind::Constrained => (count, Want::None),
+            Kind::Embed { pooling } if count == self.remaining() => {
+                (count, Want::Embed { pooling })
+            }
+            Kind::Embed { pooling: Pooling::Mean } => (count, Want::Sum),
+            Kind::Embed { pooling: Pooling::Last } => (count, Want::None),
             // Recomputing after preemption: these scores have been delivered.
             Kind::Score { .. } if self.issued < self.scored => {
                 (count.min(self.scored - self.issued), Want::None)

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::id::{MicroBatchId, SequenceId};
 use crate::options::PrefixCache;
+use crate::pooling::Pooling;
 use crate::wire::data::{Failure, StepMeta};
 use crate::wire::rpc::{PositionScore, TokenLogprobs};
 
@@ -109,6 +110,18 @@ pub enum Kind {
         /// Largest logits to return per position, at most 64.
         top_k: u8,
     },
+    /// Make a vector of the prompt.
+    Embed {
+        /// Of which hidden states.
+        pooling: Pooling,
+    },
+}
+
+impl Kind {
+    /// Whether tokens follow the prompt.
+    pub fn generates(self) -> bool {
+        matches!(self, Self::Generate | Self::Constrained)
+    }
 }
 
 /// The class of a request. A client in a higher one gets four times the service of one in the next
@@ -167,7 +180,7 @@ pub struct NewSequence {
     pub id: SequenceId,
     /// Token ids, at least one.
     pub prompt: Vec<u32>,
-    /// Most tokens to generate, at least 1; ignored for [`Kind::Score`].
+    /// Most tokens to generate, at least 1; ignored where nothing is generated.
     pub max_new_tokens: u32,
     /// What for.
     pub kind: Kind,
@@ -224,6 +237,13 @@ pub enum Outcome {
         scores: Vec<PositionScore>,
         /// Whether this was the end of the sequence.
         last: bool,
+    },
+    /// The embedding, and the end of the sequence.
+    Embedding {
+        /// Which.
+        sequence: SequenceId,
+        /// As wide as the model, with a length of 1.
+        vector: Vec<f32>,
     },
     /// It waited, and cannot be served before its deadline; it never ran.
     Shed {

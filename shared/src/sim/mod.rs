@@ -222,9 +222,9 @@ impl Simulation {
                 Outcome::Token { sequence, last, .. } | Outcome::Scores { sequence, last, .. } => {
                     (*sequence, *last)
                 }
-                Outcome::Shed { sequence, .. } | Outcome::Failed { sequence, .. } => {
-                    (*sequence, true)
-                }
+                Outcome::Embedding { sequence, .. }
+                | Outcome::Shed { sequence, .. }
+                | Outcome::Failed { sequence, .. } => (*sequence, true),
             };
             let Some(record) = self.records.get_mut(&sequence) else { continue };
             match outcome {
@@ -279,7 +279,7 @@ fn load(meta: &StepMeta) -> Load {
     meta.rows.iter().fold(Load::default(), |load, row| match row.want {
         Want::Sample if row.count == 1 => load.with_decode(row.position),
         Want::Sample => load.with_prompt(row.position, row.count, 1),
-        Want::None => load.with_prompt(row.position, row.count, 0),
+        Want::None | Want::Sum | Want::Embed { .. } => load.with_prompt(row.position, row.count, 0),
         Want::Score { .. } => load.with_prompt(row.position, row.count, row.count),
         Want::Verify | Want::Follow => {
             (row.position..row.position + row.count).fold(load, Load::with_decode)
@@ -290,7 +290,8 @@ fn load(meta: &StepMeta) -> Load {
 fn results(meta: &StepMeta) -> Vec<RowResult> {
     let score = |position| PositionScore { position, ..PositionScore::default() };
     let outcome = |row: &Row| match row.want {
-        Want::None => RowOutcome::Done,
+        Want::None | Want::Sum => RowOutcome::Done,
+        Want::Embed { .. } => RowOutcome::Embedding(Vec::new()),
         Want::Sample => RowOutcome::Token { token: 7, logprobs: None },
         Want::Score { .. } => {
             RowOutcome::Scores((row.position..row.position + row.count).map(score).collect())

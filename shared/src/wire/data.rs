@@ -12,6 +12,7 @@ use super::rpc::{PositionScore, TokenLogprobs};
 use super::stamp::Stamp;
 use crate::id::{Epoch, MicroBatchId, PipelineId, SequenceId};
 use crate::model::Dtype;
+use crate::pooling::Pooling;
 use crate::sampling::{SamplingParams, TokenMask};
 
 /// `MLRF`, little-endian.
@@ -207,7 +208,19 @@ pub enum Want {
     /// The same where the first position, too, holds a draft: the token that may be chosen after the
     /// row before, which is still under way. Nothing is wanted where it was not.
     Follow,
+    /// Nothing yet, but the hidden state of every position counts: they are added to the sequence's
+    /// sum.
+    Sum,
+    /// The sequence's embedding, which ends with the row's last position. At most
+    /// [`MAX_EMBEDDINGS`] in a micro-batch.
+    Embed {
+        /// Of which hidden states; those of a mean were added by the rows before.
+        pooling: Pooling,
+    },
 }
+
+/// Most embeddings of a micro-batch: results are vectors as wide as the model.
+pub const MAX_EMBEDDINGS: usize = 64;
 
 /// A run of consecutive positions of one sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
@@ -231,6 +244,7 @@ impl Row {
             Want::Verify => self.count.saturating_sub(1) as usize,
             Want::Follow => self.count as usize,
             Want::None | Want::Sample | Want::Score { .. } => 0,
+            Want::Sum | Want::Embed { .. } => 0,
         }
     }
 
@@ -295,10 +309,11 @@ impl StepMeta {
     /// Checks what rkyv cannot: counts, limits, that every row says something sensible.
     ///
     /// # Errors
-    /// If a row is empty, scores or verifies too much, positions overflow, or drafts are missing.
+    /// If a row is empty, scores or verifies too much, positions overflow, drafts are missing, or there
+    /// are too many embeddings.
     pub fn validate(&self, max_positions: usize) -> Result<(), FrameError> {
         let mut total = 0usize;
-        let mut drafts = 0usize;
+        let (mut drafts, mut embeddings) = (0usize, 0usize);
         for row in &self.rows {
             if row.count == 0 || row.position.checked_add(row.count).is_none() {
                 return Err(FrameError::Inconsistent(format!(
@@ -318,8 +333,14 @@ impl StepMeta {
                     row.sequence
                 )));
             }
+            embeddings += usize::from(matches!(row.want, Want::Embed { .. }));
             drafts += row.drafts();
             total += row.count as usize;
+        }
+        if embeddings > MAX_EMBEDDINGS {
+            return Err(FrameError::Inconsistent(format!(
+                "{embeddings} embeddings of a micro-batch, at most {MAX_EMBEDDINGS}"
+            )));
         }
         if drafts != self.drafts.len() {
             return Err(FrameError::Inconsistent(format!(
@@ -377,6 +398,8 @@ pub enum RowOutcome {
     Failed(Failure),
     /// The tokens of a row that verifies: its accepted drafts, and one more.
     Tokens(Vec<ChosenToken>),
+    /// An embedding as wide as the model, with a length of 1.
+    Embedding(Vec<f32>),
 }
 
 /// A token of a row that verifies.

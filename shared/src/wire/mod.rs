@@ -16,14 +16,14 @@ pub mod rpc;
 pub mod stamp;
 
 /// ALPN between cluster members; mutual TLS.
-pub const ALPN_CLUSTER: &[u8] = b"millrace-cluster/7";
+pub const ALPN_CLUSTER: &[u8] = b"millrace-cluster/8";
 /// ALPN of clients; server-authenticated TLS and an API key.
-pub const ALPN_CLIENT: &[u8] = b"millrace-client/9";
+pub const ALPN_CLIENT: &[u8] = b"millrace-client/10";
 /// ALPN of joining nodes.
 pub const ALPN_JOIN: &[u8] = b"millrace-join/3";
 
 /// The version of everything in [`control`] and [`data`]; a node of another one is refused.
-pub const WIRE_VERSION: u16 = 7;
+pub const WIRE_VERSION: u16 = 8;
 
 /// Longest control message.
 pub const MAX_CONTROL_BYTES: usize = 16 << 20;

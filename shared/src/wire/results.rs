@@ -5,14 +5,16 @@ use super::rpc::TokenLogprobs;
 
 /// Most logits or log-probabilities of one token that a result may carry.
 const MAX_TOP: usize = u8::MAX as usize;
+/// Most that a number of a vector with a length of 1 can be, rounding included.
+const MAX_ELEMENT: f32 = 1.000_001;
 
 impl ResultMeta {
-    /// Checks what no sampling comes to: ids outside of the `vocabulary`, numbers that are none, and
-    /// lists longer than anybody may ask for.
+    /// Checks what no computing comes to: ids outside of the `vocabulary`, embeddings not as wide as
+    /// the model (`hidden`), numbers that are none, and lists longer than anybody may ask for.
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn validate(&self, vocabulary: u32) -> Result<(), String> {
+    pub fn validate(&self, vocabulary: u32, hidden: u32) -> Result<(), String> {
         let known = |id: u32| match id < vocabulary {
             true => Ok(()),
             false => Err(format!("token {id} is outside of the vocabulary of {vocabulary}")),
@@ -41,6 +43,13 @@ impl ResultMeta {
                 Err(format!("{} scores of {} positions", scores.len(), row.count))
             }
             RowOutcome::Scores(scores) => scores.iter().try_for_each(|s| top(&s.top_logits)),
+            RowOutcome::Embedding(vector) if vector.len() != hidden as usize => {
+                Err(format!("an embedding of {} numbers, not {hidden}", vector.len()))
+            }
+            RowOutcome::Embedding(vector) => match vector.iter().all(|x| x.abs() <= MAX_ELEMENT) {
+                true => Ok(()),
+                false => Err("an embedding that is longer than 1, or has no numbers".to_owned()),
+            },
             RowOutcome::Done | RowOutcome::Failed(_) => Ok(()),
         })
     }
@@ -89,9 +98,10 @@ mod tests {
             token(0, logprobs(f32::NEG_INFINITY, &[(9, -1.0); 20])),
             RowOutcome::Tokens(vec![ChosenToken { token: 9, logprobs: None }]),
             scores(&[(9, 3.0); 255], 2),
+            RowOutcome::Embedding(vec![0.0, -1.0, 0.0]),
         ];
         for outcome in sound {
-            assert_eq!(meta(outcome.clone()).validate(10), Ok(()), "{outcome:?}");
+            assert_eq!(meta(outcome.clone()).validate(10, 3), Ok(()), "{outcome:?}");
         }
         let nan = f32::NAN;
         let unsound = [
@@ -108,10 +118,14 @@ mod tests {
             scores(&[(10, 1.0)], 2),
             scores(&[], 1),
             scores(&[], 3),
+            RowOutcome::Embedding(vec![0.0, -1.0]),
+            RowOutcome::Embedding(vec![0.0, nan, 0.0]),
+            RowOutcome::Embedding(vec![f32::INFINITY, 0.0, 0.0]),
+            RowOutcome::Embedding(vec![0.0, 0.0, 1.5]),
         ];
         for outcome in unsound {
             let mut meta = meta(outcome.clone());
-            assert!(meta.validate(10).is_err(), "{outcome:?}");
+            assert!(meta.validate(10, 3).is_err(), "{outcome:?}");
             let failure = Failure::of_stage(3, "nonsense".into());
             meta.fail_all(&failure);
             assert_eq!(meta.rows[0].outcome, RowOutcome::Failed(failure));

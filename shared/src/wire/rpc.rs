@@ -16,12 +16,15 @@ pub use super::chat::{
 };
 use crate::error::Status;
 use crate::id::{NodeId, RequestId};
+use crate::pooling::Pooling;
 use crate::sampling::SamplingParams;
 
 /// Most pairs of metadata of a call.
 pub const MAX_METADATA: usize = 32;
 /// Stands for a token that nobody is to know.
 pub const HIDDEN_TOKEN: u32 = u32::MAX;
+/// Most texts of a request for embeddings.
+pub const MAX_EMBED_INPUTS: usize = 2048;
 /// Most choices of a request.
 pub const MAX_CHOICES: usize = 16;
 
@@ -56,6 +59,8 @@ pub enum Method {
     Admin(AdminRequest),
     /// Hear a continuation that was asked for before, from a token on: replies as of `Generate`.
     Attach(AttachRequest),
+    /// Make vectors of texts: replies `Embeddings`…, `Done`.
+    Embed(EmbedRequest),
 }
 
 /// Metadata: the class of a request, `high`, `normal` or `low`.
@@ -154,6 +159,29 @@ pub struct ScoreRequest {
     pub tokens: Vec<u32>,
     /// How many of the largest logits to return per position, at most 64.
     pub top_k: u8,
+}
+
+/// A request for embeddings.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EmbedRequest {
+    /// Served model name; empty means the only one.
+    pub model: String,
+    /// Texts or ids, at most [`MAX_EMBED_INPUTS`]; no conversations.
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_EMBED_INPUTS>")]
+    pub inputs: Vec<Prompt>,
+    /// Which hidden states a vector is made of.
+    pub pooling: Pooling,
+    /// Only so many numbers of each vector, made as long as 1 again; `None` for all.
+    pub dimensions: Option<u32>,
+}
+
+/// The embedding of one text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Embedded {
+    /// Tokens that the text became.
+    pub prompt_tokens: u32,
+    /// With an Euclidean length of 1.
+    pub vector: Vec<f32>,
 }
 
 /// A request to tokenise.
@@ -329,6 +357,8 @@ pub enum Reply {
     Done,
     /// The call failed; nothing follows.
     Failed(Status),
+    /// Embeddings of some texts, in order.
+    Embeddings(Vec<Embedded>),
 }
 
 /// A served model.
@@ -344,6 +374,8 @@ pub struct ModelCard {
     pub vocab: u32,
     /// Weights in bytes.
     pub weight_bytes: u64,
+    /// Numbers in an embedding.
+    pub hidden: u32,
 }
 
 /// One stage as it runs.

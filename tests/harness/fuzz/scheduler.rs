@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use millrace_shared::id::SequenceId;
+use millrace_shared::pooling::Pooling;
 use millrace_shared::scheduler::{
     Kind, NewSequence, Outcome, Policy, Priority, Scheduler, SchedulerConfig, Step,
 };
@@ -46,6 +47,8 @@ fn outcome(row: &Row) -> RowOutcome {
         Want::Verify | Want::Follow => {
             RowOutcome::Tokens(vec![ChosenToken { token, logprobs: None }])
         }
+        Want::Sum => RowOutcome::Done,
+        Want::Embed { .. } => RowOutcome::Embedding(vec![1.0]),
         Want::Score { .. } => RowOutcome::Failed("not asked for".into()),
     }
 }
@@ -74,6 +77,9 @@ impl Driver {
                 Outcome::Shed { sequence, .. } | Outcome::Failed { sequence, .. } => {
                     assert!(self.tokens.remove(&sequence).is_some(), "an end of nobody's");
                 }
+                Outcome::Embedding { sequence, .. } => {
+                    assert_eq!(self.tokens.remove(&sequence), Some(0), "an end of nobody's");
+                }
                 Outcome::PrefillDone { .. } | Outcome::Scores { .. } => {}
             }
         }
@@ -87,7 +93,11 @@ impl Driver {
             id,
             prompt: (0..1 + b % 24).map(|i| i % (1 + b % 5)).collect(),
             max_new_tokens: 1 + b % 12,
-            kind: Kind::Generate,
+            kind: match byte % 7 {
+                0 => Kind::Embed { pooling: Pooling::Mean },
+                1 => Kind::Embed { pooling: Pooling::Last },
+                _ => Kind::Generate,
+            },
             submitted: self.now,
             deadline: b.is_multiple_of(7).then(|| self.now + Duration::from_millis(u64::from(b))),
             client: u64::from(b % 3),

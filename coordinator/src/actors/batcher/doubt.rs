@@ -149,7 +149,7 @@ impl Batcher {
     pub(super) fn doubt(&mut self, id: SequenceId, failure: &Failure) -> Option<u16> {
         let stage = failure.stage.filter(|_| self.active.is_some())?;
         let work = self.requests.of(id).map(|(r, _)| &r.work);
-        if !matches!(work, Some(Work::Generate(_))) {
+        if !matches!(work, Some(Work::Generate(_) | Work::Embed(_))) {
             return None;
         }
         self.doubts.held.insert(id, failure.message.clone());

@@ -32,6 +32,8 @@ pub struct PipelineUp {
     pub config: SchedulerConfig,
     /// Tokens that the model knows.
     pub vocabulary: u32,
+    /// Numbers in a hidden state.
+    pub hidden: u32,
     /// What each stage costs, before anything is measured.
     pub costs: Vec<StageCost>,
     /// Silence that is a stall at the least.
@@ -126,6 +128,7 @@ impl Batcher {
             epoch: next.epoch,
             lease: next.lease,
             vocabulary: next.vocabulary,
+            hidden: next.hidden,
             last_stage: next.costs.len().saturating_sub(1) as u16,
             links: next.links,
             steps: next.steps,

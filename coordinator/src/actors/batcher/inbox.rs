@@ -196,8 +196,14 @@ impl Handler<Cancel> for Batcher {
         }
         let id = m.request_id;
         let ours = |client: u64| m.caller.admin || client == m.caller.client;
+        let embeds = match self.requests.named(id).map(|r| &r.work) {
+            Some(Work::Embed(work)) => Some(work.caller.client),
+            _ => None,
+        };
         self.head_of_known(id)
-            .filter(|head| ours(head.client))
+            .map(|head| head.client)
+            .or(embeds)
+            .filter(|client| ours(*client))
             .ok_or_else(|| unknown_request(id))?;
         let mut request = self.end(id).ok_or_else(|| {
             Status::new(ErrorCode::NotFound, format!("no request {id} is running or waiting"))
@@ -252,12 +258,13 @@ impl Handler<ResultFrame> for Batcher {
             return Err(format!("a {:?} frame on the results edge", header.kind));
         }
         let mut meta: ResultMeta = frame.meta().map_err(|e| e.to_string())?;
-        let active = self.active.as_ref().map_or((0, 0), |a| (a.vocabulary, a.last_stage));
-        if let Err(what) = meta.validate(active.0) {
+        let model = self.active.as_ref().map_or((0, 0), |a| (a.vocabulary, a.hidden));
+        let last_stage = self.active.as_ref().map_or(0, |a| a.last_stage);
+        if let Err(what) = meta.validate(model.0, model.1) {
             // Whatever sends this is sick, or lies: nothing of it is taken, and others are to try.
             let message = format!("the last stage answered nonsense: {what}");
             tracing::error!("{message}");
-            meta.fail_all(&Failure::of_stage(active.1, message));
+            meta.fail_all(&Failure::of_stage(last_stage, message));
         }
         self.stalls.handle_answer(now);
         let predicted = scheduler.predicted_seconds(header.micro_batch);

@@ -8,6 +8,7 @@ use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{RequestId, SequenceId};
 use millrace_shared::scheduler::{Kind, NewSequence, Rejected, Scheduler};
 
+use super::embeddings::embed_of;
 use super::inbox::Submit;
 use super::{Batcher, RETRY_QUEUE_MS};
 use crate::journal::{End, Entry, Head, JournalMode, Record, unix_ms};
@@ -180,7 +181,7 @@ impl Batcher {
         if self.journal.wants_snapshot() {
             let running = self.requests.iter().filter_map(|r| match &r.work {
                 Work::Generate(g) => Some(g.entry()),
-                Work::Score(_) => None,
+                Work::Score(_) | Work::Embed(_) => None,
             });
             let mut records: Vec<Record> = running.flat_map(|e| e.records()).collect();
             records.extend(self.retained.iter().flat_map(Entry::records));
@@ -243,7 +244,15 @@ impl Batcher {
         let mut refused = Vec::new();
         for id in std::mem::take(&mut self.resumed) {
             let Some((request, choice)) = self.requests.of(id) else { continue };
-            let Work::Generate(generation) = &request.work else { continue };
+            let generation = match &request.work {
+                Work::Generate(generation) => generation,
+                Work::Embed(work) => {
+                    let new = embed_of(request, work, choice, id);
+                    refused.extend(scheduler.handle_resume(new, &[]).err().map(|why| (id, why)));
+                    continue;
+                }
+                Work::Score(_) => continue,
+            };
             let head = generation.head();
             let new = NewSequence {
                 id,
@@ -289,7 +298,7 @@ impl Batcher {
         let all: Vec<RequestId> = self.requests.iter().map(|r| r.id).collect();
         for id in all {
             let Some(mut request) = self.end(id) else { continue };
-            if let Work::Score(_) = request.work {
+            if let Work::Score(_) | Work::Embed(_) = request.work {
                 let code = ErrorCode::Unavailable;
                 request.fail(Status::new(code, "the coordinator stops"), &self.journal);
             }

@@ -11,6 +11,7 @@
 
 mod doubt;
 mod early;
+mod embeddings;
 mod epochs;
 mod inbox;
 mod kept;
@@ -44,6 +45,7 @@ use crate::request::{Request, Verdict, Work};
 use crate::text::Tokenizer;
 pub use doubt::{NodeDied, StepVerdict};
 pub use early::Enter;
+pub use embeddings::SubmitEmbed;
 pub use epochs::{PipelineDown, PipelineUp};
 pub use inbox::{Attach, Cancel, Forget, GetCounters, Knows, ResultFrame, Submit, SubmitScore};
 use submit::retry_ms;
@@ -63,8 +65,9 @@ struct Active {
     pipeline: PipelineId,
     epoch: Epoch,
     lease: Duration,
-    /// Tokens that the model knows, and the number of the stage that chooses them.
+    /// Tokens that the model knows, how wide it is, and the number of the stage that chooses them.
     vocabulary: u32,
+    hidden: u32,
     last_stage: u16,
     links: LinkTimes,
     /// To the first stage; capacity covers every micro-batch in flight.
@@ -265,7 +268,7 @@ impl Batcher {
         let (request, choice) = self.requests.of(id)?;
         let (mut params, seed) = match &request.work {
             Work::Generate(g) => (g.params(), g.seed(choice)),
-            Work::Score(_) => (SamplingParams::greedy(), 0),
+            Work::Score(_) | Work::Embed(_) => (SamplingParams::greedy(), 0),
         };
         let constrained = params.grammar.take().is_some();
         Some(SequenceOpen {
@@ -293,6 +296,9 @@ impl Batcher {
                             self.forget(sequence);
                         }
                     }
+                }
+                Outcome::Embedding { sequence, vector } => {
+                    self.on_embedding(sequence, vector, now);
                 }
                 Outcome::Shed { sequence, retry_after } => {
                     if let Some(request) = self.forget(sequence) {
@@ -428,6 +434,7 @@ impl Batcher {
             let shed = scheduler.poll_shed(now);
             self.apply(shed, now);
         }
+        self.begin_waiting_texts();
         self.check_suspended(now);
         self.check_stall(now);
         self.pump();

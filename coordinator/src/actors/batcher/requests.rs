@@ -64,6 +64,14 @@ impl Requests {
         self.by_id.insert(request.id, request);
     }
 
+    /// A choice of a request begins.
+    pub(super) fn add(&mut self, id: RequestId, sequence: SequenceId, choice: u32) {
+        if let Some(request) = self.by_id.get_mut(&id) {
+            request.sequences.push((sequence, choice));
+            self.sequences.insert(sequence, (id, choice));
+        }
+    }
+
     /// Takes a request out, with all its sequences.
     pub(super) fn remove(&mut self, id: RequestId) -> Option<Request> {
         let request = self.by_id.remove(&id)?;

@@ -49,7 +49,7 @@ impl Batcher {
         Ok((0..choices).map(|choice| (SequenceId(first + u64::from(choice)), choice)).collect())
     }
 
-    fn rejected(&self, why: Rejected) -> Status {
+    pub(super) fn rejected(&self, why: Rejected) -> Status {
         match why {
             Rejected::DeadlineTooShort { wait } => {
                 self.metrics.on_shed(Shed::Deadline);

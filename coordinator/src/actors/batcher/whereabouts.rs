@@ -103,7 +103,7 @@ impl Slowest {
                 first: g.first_token(choice),
                 last: g.last_token(choice),
             },
-            Work::Score(_) => {
+            Work::Score(_) | Work::Embed(_) => {
                 Self { sequence, choice: Some(choice), queue: None, first: None, last: None }
             }
         };
@@ -138,7 +138,7 @@ impl Batcher {
         let (state, since, flight) = self.state((request, slowest), at.as_ref(), now);
         let (unread, since_taken) = match &request.work {
             Work::Generate(g) => (g.unread(), g.unread_since()),
-            Work::Score(_) => (0, Duration::ZERO),
+            Work::Score(_) | Work::Embed(_) => (0, Duration::ZERO),
         };
         let resting = now.saturating_sub(since).min(age);
         let reading = unread < UNREAD && (unread < UNREAD_LONG || since_taken < STUCK);
@@ -179,6 +179,10 @@ impl Batcher {
         if let Some(since) = self.suspended {
             let began = since.max(request.submitted);
             return (format!("waiting for a node: {}", self.detail), began, None);
+        }
+        if request.sequences.is_empty() {
+            // Texts to embed that are yet to come.
+            return ("waiting for room in the queue".to_owned(), request.submitted, None);
         }
         let Some(place) = place else {
             return (format!("waiting for a node: {}", self.detail), request.submitted, None);

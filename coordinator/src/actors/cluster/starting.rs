@@ -72,6 +72,7 @@ impl Cluster {
                 epoch,
                 config: plan.scheduler,
                 vocabulary: self.manifest.config.vocab,
+                hidden: self.manifest.config.hidden,
                 costs: plan.costs.clone(),
                 lease: self.deployment.lease,
                 links: self.link_times(plan),

@@ -59,7 +59,10 @@ pub(crate) fn take_prompt(fields: &mut Fields, name: &str) -> Result<Option<Prom
 }
 
 /// Takes one or more prompts: a text, ids, or a list of these.
-fn take_prompts(fields: &mut Fields, name: &str) -> Result<Option<Vec<Prompt>>, ApiError> {
+pub(crate) fn take_prompts(
+    fields: &mut Fields,
+    name: &str,
+) -> Result<Option<Vec<Prompt>>, ApiError> {
     let Some(value) = fields.take_value(name) else { return Ok(None) };
     let wrong = || {
         ApiError::invalid(name, "must be a string or an array of token ids, or an array of these")

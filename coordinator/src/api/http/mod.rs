@@ -11,6 +11,7 @@ mod chat;
 mod completions;
 mod constraint;
 mod dashboard;
+mod embeddings;
 mod error;
 mod fields;
 mod generation;
@@ -334,6 +335,7 @@ pub const ENDPOINTS: &[Route] = &[
     route_of(Verb::Get, "/version", Protection::Key, |r| r.to(info::version)),
     route_of(Verb::Post, "/v1/chat/completions", Protection::Key, |r| r.to(chat::chat)),
     route_of(Verb::Post, "/v1/completions", Protection::Key, |r| r.to(completions::completions)),
+    route_of(Verb::Post, "/v1/embeddings", Protection::Key, |r| r.to(embeddings::embeddings)),
     route_of(Verb::Get, "/v1/requests/{id}/events", Protection::Key, |r| r.to(requests::events)),
     route_of(Verb::Post, "/v1/requests/{id}/cancel", Protection::Key, |r| r.to(requests::cancel)),
     route_of(Verb::Get, "/admin/requests", Protection::Admin, |r| r.to(admin::requests)),

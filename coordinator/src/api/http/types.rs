@@ -172,7 +172,10 @@ pub(crate) struct ModelBody {
 struct ModelMeta {
     n_vocab: u32,
     n_ctx: u32,
+    /// Weights in bytes.
     size: u64,
+    /// Numbers in an embedding.
+    n_embd: u32,
 }
 
 impl From<ModelCard> for ModelBody {
@@ -187,6 +190,7 @@ impl From<ModelCard> for ModelBody {
                 n_vocab: card.vocab,
                 n_ctx: card.max_model_len,
                 size: card.weight_bytes,
+                n_embd: card.hidden,
             },
         }
     }

@@ -256,6 +256,10 @@ impl Backend for CpuBackend {
         out.copy_from_slice(&x.data[..x.rows * x.width]);
     }
 
+    fn read_rows(&mut self, x: &Tensor, rows: Range<usize>, take: &mut dyn FnMut(usize, &[f32])) {
+        rows.enumerate().for_each(|(i, row)| take(i, x.row(row)));
+    }
+
     fn rms_norm(&mut self, x: &Tensor, gain: &Vector, eps: f32, out: &mut Tensor) {
         self.compute.rms_norm(x, &gain.0, eps, out);
     }

@@ -1,5 +1,6 @@
 //! What a step is about, checked: runs of positions, and which of them the head is for.
 
+use millrace_shared::pooling::Pooling;
 use millrace_shared::wire::control::EngineSettings;
 use millrace_shared::wire::data::{StepMeta, Want};
 
@@ -114,8 +115,9 @@ impl Batch {
             self.spans.push(Span { slot, position: row.position, count, start });
             let skip = match row.want {
                 Want::None => count,
-                Want::Sample => count - 1,
-                Want::Score { .. } | Want::Verify | Want::Follow => 0,
+                Want::Sample | Want::Embed { pooling: Pooling::Last } => count - 1,
+                Want::Score { .. } | Want::Verify | Want::Follow | Want::Sum => 0,
+                Want::Embed { pooling: Pooling::Mean } => 0,
             };
             if skip < count {
                 let position = row.position + skip as u32;

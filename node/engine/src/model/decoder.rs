@@ -14,7 +14,7 @@ use millrace_shared::wire::data::StepMeta;
 
 use super::layer::{Between, Layer, Norm, Parts, Room};
 use super::weights::Sources;
-use super::{Backend, Batch, BlockTables, Part, Piece, TOP_ROWS};
+use super::{Backend, Batch, BlockTables, Output, Part, Piece, TOP_ROWS};
 use crate::{HeadWant, LoadError, StageInput, StageOutput, StageSpec, StepError, TopLogits};
 
 /// Positions whose logits are computed together.
@@ -248,7 +248,8 @@ impl<B: Backend> Decoder<B> {
         layer.feed_forward.add(b, normed, c, &mut s.room, &layer.ffn_post_norm, to);
     }
 
-    /// Final norm, and logits a few rows at a time: never kept where rows want the largest alone.
+    /// Final norm, and logits a few rows at a time: never kept where rows want the largest alone, and
+    /// not computed where they want what the norm gives.
     fn head(&mut self, b: &mut B, batch: &Batch, mut output: StageOutput<'_>) {
         let (Some(norm), Ends::Head(head) | Ends::Tied(head) | Ends::Both(_, head)) =
             (&self.final_norm, &self.ends)
@@ -261,16 +262,28 @@ impl<B: Backend> Decoder<B> {
         let mut rest = &batch.outputs[..];
         while !rest.is_empty() {
             let first = batch.outputs.len() - rest.len();
+            let is_bare = |out: &&Output| output.want(out.row) == HeadWant::Hidden;
+            let bare = rest.iter().take_while(is_bare).count();
+            if bare > 0 {
+                let (now, later) = rest.split_at(bare);
+                let take = &mut |i: usize, hidden: &[f32]| {
+                    output.hidden(now[i].row, now[i].position, hidden);
+                };
+                b.read_rows(&s.normed, first..first + bare, take);
+                rest = later;
+                continue;
+            }
+            let with_logits = rest.iter().take_while(|out| !is_bare(out)).count();
             let mut k = [0; TOP_ROWS];
             let mut tops = 0;
             // A soft cap may make unlike logits alike: then all are needed.
-            let few = if softcap > 0.0 { &[] } else { rest };
+            let few = if softcap > 0.0 { &[] } else { &rest[..with_logits] };
             for (k, out) in k.iter_mut().zip(few) {
                 let HeadWant::Top(n) = output.want(out.row) else { break };
                 *k = n;
                 tops += 1;
             }
-            let full = rest.len().min(HEAD_ROWS);
+            let full = with_logits.min(HEAD_ROWS);
             let (now, later) = rest.split_at(tops.max(full));
             if tops < full {
                 let logits = b.logits(&s.normed, first..first + full, head, softcap, &mut s.logits);

@@ -102,6 +102,13 @@ pub trait Backend {
     fn upload(&mut self, rows: &[f32], out: &mut Self::Tensor);
     /// Tensor to host.
     fn download(&mut self, x: &Self::Tensor, out: &mut [f32]);
+    /// Some rows to the host: `take(i, row)` is called for row `rows.start + i`, in order.
+    fn read_rows(
+        &mut self,
+        x: &Self::Tensor,
+        rows: Range<usize>,
+        take: &mut dyn FnMut(usize, &[f32]),
+    );
     /// `x / rms(x) * gain`.
     fn rms_norm(&mut self, x: &Self::Tensor, gain: &Self::Vector, eps: f32, out: &mut Self::Tensor);
     /// `(x - mean(x)) / sqrt(var(x) + eps) * gain + bias`.

@@ -204,6 +204,15 @@ impl<B: Backend, O: Observer<B>> Backend for Observed<B, O> {
         self.plain(Operation::Copy, |b| b.download(&x.inner, out));
     }
 
+    fn read_rows(
+        &mut self,
+        x: &Self::Tensor,
+        rows: Range<usize>,
+        take: &mut dyn FnMut(usize, &[f32]),
+    ) {
+        self.plain(Operation::Copy, |b| b.read_rows(&x.inner, rows, take));
+    }
+
     fn rms_norm(
         &mut self,
         x: &Self::Tensor,

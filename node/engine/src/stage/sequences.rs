@@ -5,11 +5,14 @@
 //! a row twice gives the same token. A row that verifies drafts is as many samplings, one after the
 //! other, each after the tokens that were really chosen; it ends where a draft is another token. A
 //! row that follows another one which was under way when it was sent begins where the history ends,
-//! with the token that was chosen last, or else with a wrong guess: then nothing comes of it.
+//! with the token that was chosen last, or else with a wrong guess: then nothing comes of it. Of a
+//! sequence that is embedded, hidden states are added up, each position once: after a failed step only
+//! position 0 can follow.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use millrace_shared::id::SequenceId;
+use millrace_shared::pooling::{Pooling, RunningSum, unit};
 use millrace_shared::sampling::{
     Place, SampleError, Sampled, SamplingParams, Scratch, TokenMask, sample, sample_top, score,
 };
@@ -35,6 +38,8 @@ struct Sequence {
     constrained: bool,
     /// What may come after which position: the latest that was told.
     mask: Option<(u32, TokenMask)>,
+    /// Of its hidden states, where it is embedded.
+    sum: RunningSum,
 }
 
 impl Sequence {
@@ -52,6 +57,7 @@ impl Sequence {
                 sample(logits, params, place, scratch)
             }
             HeadLogits::Top(top) => sample_top(top?, params, *seed, last, scratch),
+            HeadLogits::Hidden(_) => Err(SampleError::Empty),
         }?;
         history.push(sampled.token);
         Ok(sampled)
@@ -114,6 +120,7 @@ impl Sequences {
                 history: open.tokens,
                 constrained: open.constrained,
                 mask: None,
+                sum: RunningSum::default(),
             });
             self.open.insert(id, entry);
         }
@@ -168,9 +175,12 @@ impl Sequences {
             .map(|(index, row)| match row.want {
                 Want::None => Some(RowOutcome::Done),
                 Want::Follow if !self.follows(row, meta.drafts_of(index)) => Some(RowOutcome::Done),
-                Want::Sample | Want::Score { .. } | Want::Verify | Want::Follow => {
-                    self.ready(row).err().map(|e| RowOutcome::Failed(e.into()))
-                }
+                Want::Sample
+                | Want::Score { .. }
+                | Want::Verify
+                | Want::Follow
+                | Want::Sum
+                | Want::Embed { .. } => self.ready(row).err().map(|e| RowOutcome::Failed(e.into())),
             })
             .collect()
     }
@@ -222,6 +232,7 @@ impl Sequences {
         wants.clear();
         wants.extend(meta.rows.iter().map(|row| match (row.want, self.open.get(&row.sequence)) {
             (Want::Score { .. }, _) => HeadWant::Full,
+            (Want::Sum | Want::Embed { .. }, _) => HeadWant::Hidden,
             (Want::Sample | Want::Verify | Want::Follow, Some(Ok(sequence))) => {
                 if sequence.constrained {
                     return HeadWant::Full;
@@ -293,9 +304,47 @@ impl Sequences {
                     _ => *slot = Some(RowOutcome::Scores(vec![scored])),
                 }
             }
+            Want::Sum | Want::Embed { .. } => *slot = pool(&mut sequence.sum, row, &got, *stage)?,
         }
         Ok(())
     }
+
+    /// The step of these rows failed: what was added of them counts for nothing.
+    pub(super) fn spoil(&mut self, meta: &StepMeta) {
+        for row in meta.rows.iter().filter(|r| matches!(r.want, Want::Sum | Want::Embed { .. })) {
+            if let Some(Ok(sequence)) = self.open.get_mut(&row.sequence) {
+                sequence.sum.spoil();
+            }
+        }
+    }
+}
+
+/// Takes the hidden state of a position of a row that embeds; the row's outcome, with its last one.
+fn pool(
+    sum: &mut RunningSum,
+    row: &Row,
+    got: &HeadRow<'_>,
+    stage: u16,
+) -> Result<Option<RowOutcome>, Failure> {
+    let HeadLogits::Hidden(hidden) = got.logits else {
+        return Err("the engine gave logits for an embedding".into());
+    };
+    let last = got.position + 1 == row.position + row.count;
+    let vector = match row.want {
+        Want::Embed { pooling: Pooling::Last } => unit(hidden.iter().map(|&x| f64::from(x))),
+        want => {
+            sum.add(got.position, hidden).map_err(|e| Failure::from(e.to_string()))?;
+            if !last {
+                return Ok(None);
+            }
+            if want == Want::Sum {
+                return Ok(Some(RowOutcome::Done));
+            }
+            sum.mean()
+        }
+    };
+    let none = || Failure::of_stage(stage, "the hidden states are zero or not finite".to_owned());
+    vector.map(|vector| Some(RowOutcome::Embedding(vector))).ok_or_else(none)
 }
 
 /// Logits that are not finite are the fault of what computed them; all else is the row's.

@@ -88,6 +88,7 @@ impl Replies {
             Reply::Admin(_) => "an answer for administrators",
             Reply::Done => "an end without an answer",
             Reply::Failed(_) => "a failure",
+            Reply::Embeddings(_) => "embeddings",
         };
         Status::internal(format!(
             "the cluster at {} answered with {kind}: client and server must be of the same release",

@@ -42,8 +42,8 @@ use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
-    CallHeader, ClusterStatus, GenerateRequest, Method, ModelCard, PositionScore, Reply,
-    ScoreRequest, TokenizeRequest,
+    CallHeader, ClusterStatus, EmbedRequest, Embedded, GenerateRequest, MAX_EMBED_INPUTS, Method,
+    ModelCard, PositionScore, Reply, ScoreRequest, TokenizeRequest,
 };
 use millrace_shared::wire::{MAX_CALL_HEADER_BYTES, MAX_RPC_BYTES, codec};
 use tokio::sync::Mutex;
@@ -180,6 +180,27 @@ impl Client {
             match replies.next().await? {
                 Reply::Scores(more) => scores.extend(more),
                 Reply::Done => return Ok(scores),
+                other => return Err(replies.unexpected(&other)),
+            }
+        }
+    }
+
+    /// Makes vectors of texts: one for each, in order.
+    ///
+    /// # Errors
+    /// What the server says, or `UNAVAILABLE`; `INVALID_ARGUMENT` where there are too many texts.
+    pub async fn embed(&self, request: EmbedRequest) -> Result<Vec<Embedded>, Status> {
+        if request.inputs.len() > MAX_EMBED_INPUTS {
+            let message = format!("{} texts, at most {MAX_EMBED_INPUTS}", request.inputs.len());
+            return Err(Status::invalid("input", message));
+        }
+        let method = Method::Embed(request);
+        let mut replies = self.call(&method, Vec::new(), timing::STREAM_SILENCE).await?;
+        let mut embedded = Vec::new();
+        loop {
+            match replies.next().await? {
+                Reply::Embeddings(more) => embedded.extend(more),
+                Reply::Done => return Ok(embedded),
                 other => return Err(replies.unexpected(&other)),
             }
         }

@@ -116,7 +116,7 @@ impl World {
             Outcome::Shed { sequence, .. } | Outcome::Failed { sequence, .. } => {
                 panic!("seed {}: {sequence} did not survive: {outcome:?}", self.seed);
             }
-            Outcome::Scores { .. } => {}
+            Outcome::Scores { .. } | Outcome::Embedding { .. } => {}
         }
     }
 

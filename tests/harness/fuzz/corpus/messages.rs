@@ -4,6 +4,7 @@ use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{Epoch, NodeId, PipelineId, RequestId, SequenceId};
 use millrace_shared::membership::CordonReason;
 use millrace_shared::options::{TorchDtype, TorchKept};
+use millrace_shared::pooling::Pooling;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::admin::{
     AdminReply, AdminRequest, CollectedFile, KeyInfo, KeyLimits, KeyRequest, NewKey, NodeRole,
@@ -16,9 +17,9 @@ use millrace_shared::wire::control::{
 };
 use millrace_shared::wire::join::{JoinProof, JoinRequest, JoinResponse};
 use millrace_shared::wire::rpc::{
-    AttachRequest, CallHeader, CallPiece, Choices, ClusterStatus, FinishReason, GenerateEvent,
-    GenerateRequest, Method, ModelCard, PositionScore, Prompt, Reply, ScoreRequest, Timings,
-    TokenLogprobs, TokenizeRequest, Usage,
+    AttachRequest, CallHeader, CallPiece, Choices, ClusterStatus, EmbedRequest, Embedded,
+    FinishReason, GenerateEvent, GenerateRequest, Method, ModelCard, PositionScore, Prompt, Reply,
+    ScoreRequest, Timings, TokenLogprobs, TokenizeRequest, Usage,
 };
 use millrace_shared::wire::{Edge, Plane};
 use serde::Serialize;
@@ -114,6 +115,12 @@ pub(in crate::fuzz) fn methods() -> Vec<Vec<u8>> {
         Method::Cancel { request_id },
         Method::Status,
         Method::Attach(AttachRequest { request_id, next: vec![4, 0] }),
+        Method::Embed(EmbedRequest {
+            model: "m".into(),
+            inputs: vec![Prompt::Text("a".into()), Prompt::Tokens(vec![1, 300])],
+            pooling: Pooling::Last,
+            dimensions: Some(5),
+        }),
     ]);
     found.extend(encoded(admin_requests().into_iter().map(Method::Admin)));
     found
@@ -190,8 +197,15 @@ pub(in crate::fuzz) fn replies() -> Vec<Vec<u8>> {
         usage: Usage::default(),
         timings: Timings::default(),
     };
-    let card =
-        ModelCard { id: "m".into(), created: 1, max_model_len: 9, vocab: 5, weight_bytes: 7 };
+    let card = ModelCard {
+        id: "m".into(),
+        created: 1,
+        max_model_len: 9,
+        vocab: 5,
+        weight_bytes: 7,
+        hidden: 4,
+    };
+    let embedded = Embedded { prompt_tokens: 3, vector: vec![0.6, -0.8] };
     let score = PositionScore { top_logits: vec![(1, 2.0)], ..PositionScore::default() };
     encoded([
         Reply::Event(token(None)),
@@ -199,6 +213,7 @@ pub(in crate::fuzz) fn replies() -> Vec<Vec<u8>> {
         Reply::Event(started),
         Reply::Event(finished),
         Reply::Scores(vec![score; 3]),
+        Reply::Embeddings(vec![embedded; 2]),
         Reply::Tokens(vec![1, 2]),
         Reply::Text("a".into()),
         Reply::Models(vec![card]),

@@ -4,6 +4,7 @@
 use millrace_shared::id::SequenceId;
 use millrace_shared::model::TensorType;
 use millrace_shared::model::gguf::GgufWriter;
+use millrace_shared::pooling::Pooling;
 use millrace_shared::sampling::{SamplingParams, TokenMask};
 use millrace_shared::wire::data::{
     ChosenToken, Failure, MaskMeta, OpenMeta, ResultMeta, Row, RowMask, RowOutcome, SequenceOpen,
@@ -163,6 +164,10 @@ pub(super) fn result_metas() -> Vec<Vec<u8>> {
             4
         ])),
     ];
+    let embed = Want::Embed { pooling: Pooling::Mean };
+    let mut rows = rows;
+    rows.push(row(Want::Sum, 4).result(RowOutcome::Done));
+    rows.push(row(embed, 4).result(RowOutcome::Embedding(vec![0.6, -0.8])));
     let times = vec![StageTime::default(); 2];
     let each = rows.iter().map(|r| ResultMeta { rows: vec![r.clone()], times: times.clone() });
     let mut found = bytes(each);
