@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use millrace_shared::wire::data::ResultMeta;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Passages that are kept.
@@ -17,7 +18,7 @@ const SPAN: f64 = 60.0;
 const MOST: usize = 2048;
 
 /// One micro-batch's way through the pipeline.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct Passage {
     /// Number of the micro-batch in its epoch.
     pub id: u64,
@@ -34,7 +35,7 @@ pub struct Passage {
 }
 
 /// What one stage spent on it, seconds.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct Stay {
     /// From the stage before; 0 where nobody knows.
     pub hop: f64,

@@ -5,6 +5,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use millrace_shared::pooling::Pooling;
 use millrace_shared::wire::rpc::{EmbedRequest, Embedded, MAX_EMBED_INPUTS};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::AppState;
@@ -27,7 +28,7 @@ enum Encoding {
 }
 
 /// The vectors of all texts.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct EmbeddingList {
     object: &'static str,
     /// In the order of the texts.
@@ -37,7 +38,8 @@ pub(crate) struct EmbeddingList {
 }
 
 /// The vector of one text.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "Embedding")]
 struct EmbeddingBody {
     object: &'static str,
     /// Which text.
@@ -46,7 +48,7 @@ struct EmbeddingBody {
 }
 
 /// A vector with an Euclidean length of 1.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
 enum Numbers {
     /// A number for each dimension.
@@ -56,7 +58,7 @@ enum Numbers {
 }
 
 /// Exact token counts of all texts together.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct EmbeddingUsage {
     prompt_tokens: u64,
     total_tokens: u64,

@@ -8,6 +8,7 @@ use actix_web::http::StatusCode;
 use actix_web::http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER};
 use actix_web::{HttpResponse, ResponseError};
 use millrace_shared::error::{ErrorCode, Status};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// A failed HTTP request.
@@ -20,16 +21,21 @@ pub(crate) struct ApiError {
 }
 
 /// The body of a failure, also sent as the last event of a broken stream.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ErrorBody<'a> {
     error: ErrorDetail<'a>,
 }
 
-#[derive(Debug, Serialize)]
+/// What went wrong.
+#[derive(Debug, Serialize, JsonSchema)]
 struct ErrorDetail<'a> {
+    /// For people: what was wrong, and what to do.
     message: &'a str,
+    /// What kind of failure it is, as OpenAI has them.
     r#type: &'static str,
+    /// The field that was wrong.
     param: Option<&'a str>,
+    /// For programs.
     code: &'static str,
 }
 

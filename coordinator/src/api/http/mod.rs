@@ -18,6 +18,7 @@ mod generation;
 mod guard;
 mod info;
 mod logprobs;
+mod openapi;
 mod options;
 mod request;
 mod requests;
@@ -333,6 +334,7 @@ pub const ENDPOINTS: &[Route] = &[
     route_of(Verb::Get, "/live", Protection::Open, |r| r.to(info::live)),
     route_of(Verb::Get, "/metrics", Protection::Metrics, |r| r.to(info::metrics)),
     route_of(Verb::Get, "/version", Protection::Key, |r| r.to(info::version)),
+    route_of(Verb::Get, "/openapi.json", Protection::Key, |r| r.to(openapi::openapi)),
     route_of(Verb::Post, "/v1/chat/completions", Protection::Key, |r| r.to(chat::chat)),
     route_of(Verb::Post, "/v1/completions", Protection::Key, |r| r.to(completions::completions)),
     route_of(Verb::Post, "/v1/embeddings", Protection::Key, |r| r.to(embeddings::embeddings)),

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 
 use millrace_shared::wire::rpc::{ModelCard, Usage};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 
 /// Exact token counts of a request.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+#[schemars(rename = "Usage")]
 pub(crate) struct UsageBody {
     prompt_tokens: u32,
     completion_tokens: u32,
@@ -15,7 +17,7 @@ pub(crate) struct UsageBody {
     prompt_tokens_details: PromptDetails,
 }
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 struct PromptDetails {
     cached_tokens: u32,
 }
@@ -45,7 +47,8 @@ impl UsageBody {
 }
 
 /// A whole answer or one chunk of it; they differ in `object` and in what a choice holds.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "Answer")]
 pub(crate) struct Envelope<'a> {
     pub(crate) id: &'a str,
     pub(crate) object: &'static str,
@@ -59,7 +62,7 @@ pub(crate) struct Envelope<'a> {
 }
 
 /// One choice: exactly one of `message`, `delta` and `text` is there.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, JsonSchema)]
 pub(crate) struct Choice {
     pub(crate) index: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -73,7 +76,7 @@ pub(crate) struct Choice {
 }
 
 /// The answer of a chat.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Message {
     pub(crate) role: &'static str,
     /// Null where there are only calls.
@@ -85,7 +88,7 @@ pub(crate) struct Message {
 }
 
 /// What a chunk adds to the answer of a chat.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, JsonSchema)]
 pub(crate) struct Delta {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) role: Option<&'static str>,
@@ -96,7 +99,8 @@ pub(crate) struct Delta {
 }
 
 /// A call of a tool, or in chunks a part of one.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "Call")]
 pub(crate) struct CallBody {
     /// Which call; in chunks only.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -109,7 +113,7 @@ pub(crate) struct CallBody {
 }
 
 /// What is called, and with what.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct CallFunction {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) name: Option<String>,
@@ -117,8 +121,9 @@ pub(crate) struct CallFunction {
 }
 
 /// Log-probabilities in the shape of the endpoint.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
+#[schemars(rename = "Logprobs")]
 pub(crate) enum LogprobsBody {
     /// Of chat completions.
     Chat {
@@ -141,7 +146,7 @@ pub(crate) enum LogprobsBody {
 }
 
 /// A token with its rivals.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct TokenLogprob {
     #[serde(flatten)]
     pub(crate) chosen: Candidate,
@@ -149,7 +154,7 @@ pub(crate) struct TokenLogprob {
 }
 
 /// A token that was or could have been chosen.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Candidate {
     pub(crate) token: String,
     pub(crate) logprob: f32,
@@ -158,7 +163,8 @@ pub(crate) struct Candidate {
 }
 
 /// One entry of the model list.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "Model")]
 pub(crate) struct ModelBody {
     id: String,
     object: &'static str,
@@ -168,7 +174,7 @@ pub(crate) struct ModelBody {
     meta: ModelMeta,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct ModelMeta {
     n_vocab: u32,
     n_ctx: u32,
