@@ -28,8 +28,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use cores::Cores;
 use gate::{Gate, Sleeper};
-use nix::sched::CpuSet;
-use pin::{Places, pin, unpin};
+use pin::{Places, pin, pin_caller, unpin_caller};
 use spin::Spin;
 
 /// A caller that has waited so long for items that others have begun parks.
@@ -85,8 +84,8 @@ pub(crate) struct Pool {
     step_began: Duration,
     in_step: bool,
     last_wake: Instant,
-    /// Where the caller ran before it was pinned, and which thread that is.
-    pinned: Option<(ThreadId, Option<CpuSet>)>,
+    /// The thread that was pinned as the caller.
+    pinned: Option<ThreadId>,
 }
 
 impl std::fmt::Debug for Pool {
@@ -154,13 +153,12 @@ impl Pool {
         Self { state, workers, busy, step_began, in_step: false, last_wake, pinned: None }
     }
 
-    /// Pins the caller, at its first step: threads that it starts to load weights run anywhere.
+    /// Pins the caller, not before its first step: threads that it starts to load weights run anywhere.
     fn pin_caller(&mut self) {
+        let Some(&cpu) = self.state.places.cpus.first() else { return };
         let me = std::thread::current().id();
-        if self.pinned.as_ref().is_none_or(|(who, _)| *who != me) {
-            let before = self.state.places.cpus.first().and_then(|&cpu| pin(cpu));
-            self.pinned = Some((me, before));
-        }
+        let before = self.pinned.replace(me);
+        pin_caller(cpu, before != Some(me));
     }
 
     /// Members, the caller included.
@@ -285,10 +283,8 @@ impl Drop for Pool {
             worker.thread().unpark();
             let _ = worker.join();
         }
-        if let Some((who, Some(before))) = &self.pinned
-            && *who == std::thread::current().id()
-        {
-            unpin(before);
+        if self.pinned == Some(std::thread::current().id()) {
+            unpin_caller();
         }
         self.state.cores.pins.give_back(&self.state.places);
     }
@@ -325,7 +321,7 @@ impl State {
     fn work(&self, member: usize) {
         let own = &self.members[member];
         if let Some(&cpu) = self.places.cpus.get(member) {
-            pin(cpu);
+            let _ = pin(cpu);
         }
         own.thread.store(nix::unistd::gettid().as_raw(), Ordering::Release);
         let mut seen = 0;

@@ -8,6 +8,7 @@
 //! Processors are taken core by core before second hardware threads, and node by node, so that a
 //! stage's threads lie near the memory that they touched at load.
 
+use std::cell::RefCell;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::{Mutex, PoisonError};
@@ -90,17 +91,55 @@ fn lease(cpu: usize) -> Option<UnixDatagram> {
     UnixDatagram::bind_addr(&name).ok()
 }
 
-/// Pins the calling thread; gives what it could use before.
-pub(super) fn pin(cpu: usize) -> Option<CpuSet> {
-    let before = sched_getaffinity(Pid::from_raw(0)).ok()?;
+/// Pins the calling thread.
+pub(super) fn pin(cpu: usize) -> nix::Result<()> {
     let mut only = CpuSet::new();
-    only.set(cpu).ok()?;
-    sched_setaffinity(Pid::from_raw(0), &only).ok().map(|()| before)
+    only.set(cpu)?;
+    sched_setaffinity(Pid::from_raw(0), &only)
 }
 
-/// Undoes [`pin`].
-pub(super) fn unpin(before: &CpuSet) {
-    let _ = sched_setaffinity(Pid::from_raw(0), before);
+/// A thread that calls pools: where it is pinned, and where it ran before.
+#[derive(Debug)]
+struct Caller {
+    cpu: usize,
+    before: CpuSet,
+    /// Pools that it has called and that exist.
+    pools: usize,
+}
+
+thread_local! {
+    static CALLER: RefCell<Option<Caller>> = const { RefCell::new(None) };
+}
+
+/// Pins the calling thread as the caller of a pool; `first` if that pool has not been called by it yet.
+/// A thread that calls several pools in turns moves from place to place: on one processor with a
+/// worker of the pool it would wait for it.
+pub(super) fn pin_caller(cpu: usize, first: bool) {
+    CALLER.with_borrow_mut(|caller| {
+        if let Some(caller) = caller {
+            caller.pools += usize::from(first);
+            if caller.cpu != cpu && pin(cpu).is_ok() {
+                caller.cpu = cpu;
+            }
+        } else if let Ok(before) = sched_getaffinity(Pid::from_raw(0))
+            && pin(cpu).is_ok()
+        {
+            *caller = Some(Caller { cpu, before, pools: 1 });
+        }
+    });
+}
+
+/// A pool that the calling thread has called is gone; with the last one the thread runs where it did.
+pub(super) fn unpin_caller() {
+    CALLER.with_borrow_mut(|caller| {
+        if let Some(Caller { before, pools, .. }) = caller {
+            *pools -= 1;
+            if *pools == 0 {
+                let _ = sched_setaffinity(Pid::from_raw(0), before);
+                *caller = None;
+            }
+        }
+    });
 }
 
 /// How many hardware threads of the same core come before this one.
@@ -168,10 +207,15 @@ mod tests {
     fn pinning_and_back() {
         std::thread::spawn(|| {
             let pins = Pins::of_process();
-            let cpu = *pins.allowed.last().unwrap();
-            let before = pin(cpu).unwrap();
-            assert_eq!(Pins::of_process().allowed, [cpu]);
-            unpin(&before);
+            let [first, last] = [pins.allowed[0], *pins.allowed.last().unwrap()];
+            // Two pools in turns; each finds the thread at its own place.
+            for (cpu, new) in [(first, true), (last, true), (first, false), (last, false)] {
+                pin_caller(cpu, new);
+                assert_eq!(Pins::of_process().allowed, [cpu]);
+            }
+            unpin_caller();
+            assert_eq!(Pins::of_process().allowed, [last]);
+            unpin_caller();
             assert_eq!(Pins::of_process().allowed, pins.allowed);
         })
         .join()
