@@ -53,6 +53,9 @@ pub(super) struct Steps {
     pub(super) count: i32,
 }
 
+/// Most weights that [`affine`] takes.
+const MOST: usize = 32;
+
 /// With a minimum of at most 0: `x ~ scale * q - min`; returns `(scale, min)`.
 pub(super) fn affine(x: &[f32], steps: Steps, weights: &[f32], q: &mut [u8]) -> (f32, f32) {
     let mut min = x.iter().copied().fold(f32::INFINITY, f32::min).min(0.0);
@@ -61,28 +64,35 @@ pub(super) fn affine(x: &[f32], steps: Steps, weights: &[f32], q: &mut [u8]) -> 
     if max <= min {
         return (0.0, -min);
     }
-    let (least, range) = (min, max - min);
     let (mut sum_w, mut sum_x) = (0f32, 0f32);
     for (&x, &w) in x.iter().zip(weights) {
         sum_w += w;
         sum_x += w * x;
     }
-    let level = |inverse: f32, x: f32| nearest(inverse * (x - least)).clamp(0, steps.most);
-    let error = |inverse: f32, scale: f32, min: f32| -> f32 {
-        let one = |(&x, &w): (&f32, &f32)| {
-            let e = scale * level(inverse, x) as f32 + min - x;
+    let levels = |inverse: f32, min: f32, q: &mut [u8]| {
+        let level = |x: f32| nearest(inverse * (x - min)).clamp(0, steps.most) as u8;
+        q.iter_mut().zip(x).for_each(|(q, &x)| *q = level(x));
+    };
+    let error = |q: &[u8], scale: f32, min: f32| -> f32 {
+        let one = |((&x, &w), &q): ((&f32, &f32), &u8)| {
+            let e = scale * f32::from(q) + min - x;
             w * e * e
         };
-        x.iter().zip(weights).map(one).sum()
+        x.iter().zip(weights).zip(q).map(one).sum()
     };
-    let mut chosen = steps.most as f32 / range;
-    let mut scale = 1.0 / chosen;
-    let mut best = error(chosen, scale, min);
+    let inverse = steps.most as f32 / (max - min);
+    let mut scale = 1.0 / inverse;
+    levels(inverse, min, q);
+    let mut best = error(q, scale, min);
+    let mut tried = [0u8; MOST];
+    let tried = &mut tried[..x.len()];
     for step in 0..=steps.count {
-        let inverse = (steps.first + steps.by * step as f32 + steps.most as f32) / range;
+        // From the best minimum so far, not from the least value.
+        let inverse = (steps.first + steps.by * step as f32 + steps.most as f32) / (max - min);
+        levels(inverse, min, tried);
         let (mut sum_l, mut sum_l2, mut sum_xl) = (0f32, 0f32, 0f32);
-        for (&x, &w) in x.iter().zip(weights) {
-            let l = level(inverse, x) as f32;
+        for ((&x, &w), &l) in x.iter().zip(weights).zip(&*tried) {
+            let l = f32::from(l);
             sum_l += w * l;
             sum_l2 += w * l * l;
             sum_xl += w * l * x;
@@ -96,12 +106,12 @@ pub(super) fn affine(x: &[f32], steps: Steps, weights: &[f32], q: &mut [u8]) -> 
         if new.1 > 0.0 {
             new = (sum_xl / sum_l2, 0.0);
         }
-        let e = error(inverse, new.0, new.1);
+        let e = error(tried, new.0, new.1);
         if e < best {
-            (best, chosen, scale, min) = (e, inverse, new.0, new.1);
+            (best, scale, min) = (e, new.0, new.1);
+            q.copy_from_slice(tried);
         }
     }
-    q.iter_mut().zip(x).for_each(|(q, &x)| *q = level(chosen, x) as u8);
     (scale, -min)
 }
 
