@@ -79,15 +79,32 @@ pub fn factorise(
         None => plain,
         Some(lower) => &plain * lower,
     };
-    let svd = target.thin_svd().map_err(|_| failed("singular value decomposition"))?;
-    let values: Vec<f64> = svd.S().column_vector().iter().copied().collect();
+    // Singular vectors of the shorter side are the eigenvectors of the smaller of the two products of
+    // the matrix with itself: several times as fast as a singular value decomposition, and in f64 exact
+    // enough for weights of f32. The other side follows from them.
+    let tall = w.rows >= w.cols;
+    let product = match tall {
+        true => target.transpose() * &target,
+        false => &target * target.transpose(),
+    };
+    let eigen = product
+        .self_adjoint_eigen(Side::Lower)
+        .map_err(|_| failed("singular value decomposition"))?;
+    let n = product.nrows();
+    let values: Vec<f64> =
+        (0..n).map(|k| eigen.S().column_vector()[n - 1 - k].max(0.0).sqrt()).collect();
     let r = kept(&values, rank, w);
     let total: f64 = values.iter().map(|s| s * s).sum();
     let energy = values[..r].iter().map(|s| s * s).sum::<f64>() / total.max(f64::MIN_POSITIVE);
+    let near = Mat::from_fn(n, r, |i, k| eigen.U()[(i, n - 1 - k)]);
+    let far = if tall { &target * &near } else { target.transpose() * &near };
     // Each factor takes the root of a singular value, so that both have like magnitudes.
-    let (u, v) = (svd.U(), svd.V());
-    let a = Mat::from_fn(w.rows, r, |i, k| (u[(i, k)] * values[k].sqrt()) as f32);
-    let mut b = Mat::from_fn(r, w.cols, |k, j| v[(j, k)] * values[k].sqrt());
+    let root = |k: usize| values[k].max(values[0] * 1e-12).max(f64::MIN_POSITIVE).sqrt();
+    let near = Mat::from_fn(n, r, |i, k| near[(i, k)] * root(k));
+    let far = Mat::from_fn(far.nrows(), r, |i, k| far[(i, k)] / root(k));
+    let (left, right) = if tall { (far, near) } else { (near, far) };
+    let a = Mat::from_fn(w.rows, r, |i, k| left[(i, k)] as f32);
+    let mut b = right.transpose().to_owned();
     if let Some(lower) = &whitened {
         // B = S V^T L^-1, so L^T B^T = (S V^T)^T.
         let mut turned = b.transpose().to_owned();
