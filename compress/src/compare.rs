@@ -54,10 +54,21 @@ impl Original {
     /// # Errors
     /// If it cannot be loaded or computed.
     pub fn open(path: &Path, tokens: &[u32], terms: Terms) -> Result<Self, CompressError> {
-        let mut judge = Judge::open(path, terms.window, terms.threads, terms.kv_dtype)?;
-        let baseline = judge.baseline(tokens)?;
-        Ok(Self { judge, baseline })
+        apart(|| {
+            let mut judge = Judge::open(path, terms.window, terms.threads, terms.kv_dtype)?;
+            let baseline = judge.baseline(tokens)?;
+            Ok(Self { judge, baseline })
+        })
     }
+}
+
+/// On a thread of its own: an engine pins the thread that it computes in, and threads that this one
+/// starts later to compress would have one processor.
+fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let done = scope.spawn(work).join();
+        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// Judges a model by a text; its speed in turns with the original's.
@@ -65,6 +76,16 @@ impl Original {
 /// # Errors
 /// If it cannot be loaded or computed.
 pub fn judge(
+    name: &str,
+    path: &Path,
+    tokens: &[u32],
+    original: Option<&mut Original>,
+    terms: Terms,
+) -> Result<Entry, CompressError> {
+    apart(|| judge_here(name, path, tokens, original, terms))
+}
+
+fn judge_here(
     name: &str,
     path: &Path,
     tokens: &[u32],

@@ -225,6 +225,18 @@ fn shapes_change_as_asked() {
 }
 
 #[test]
+fn judging_leaves_the_thread_where_it_may_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(dir.path(), None);
+    let processors = || std::thread::available_parallelism().unwrap();
+    let before = processors();
+    let terms = Terms { threads: 2, ..TERMS };
+    let mut original = Original::open(&path, &tokens(80), terms).unwrap();
+    judge("x", &path, &tokens(80), Some(&mut original), terms).unwrap();
+    assert_eq!(processors(), before);
+}
+
+#[test]
 fn all_layers_kept_is_the_same_model() {
     let dir = tempfile::tempdir().unwrap();
     let path = model(dir.path(), None);

@@ -92,12 +92,13 @@ pub(super) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
     };
     let first = input::model(&args.models[0])?;
     let tokens = tokenize(&first, &text)?;
-    let mut original = Original::open(&first, &tokens, args.common.terms()).map_err(failed)?;
+    let terms = args.common.terms();
+    let mut original = Original::open(&first, &tokens, terms).map_err(failed)?;
     let mut entries: Vec<Entry> = Vec::new();
     for name in &args.models {
         let path = input::model(name)?;
         let short = path.file_stem().map_or_else(|| name.clone(), |n| n.to_string_lossy().into());
-        let judged = judge(&short, &path, &tokens, Some(&mut original), args.common.terms());
+        let judged = judge(&short, &path, &tokens, Some(&mut original), terms);
         entries.push(judged.map_err(failed).with_context(|| name.clone())?);
     }
     compress::write_page(args.html.as_deref(), "Models compared", &entries)?;
