@@ -212,6 +212,7 @@ fn main() {
     rows(&mut criterion, &mut bench);
     context::attention(&mut criterion, &mut bench);
     products::products(&mut criterion, &mut bench);
+    products::zeros(&mut criterion, &mut bench);
     criterion.final_summary();
     let mut out = std::io::stdout().lock();
     // A reader that has left is no failure.

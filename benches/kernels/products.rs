@@ -1,8 +1,11 @@
 //! Matrix products, of every type that is computed with.
 
+use std::path::Path;
+
 use criterion::Criterion;
-use millrace_engine::cpu::CpuBackend;
+use millrace_engine::TensorSource;
 use millrace_engine::cpu::limits::uncached_bytes;
+use millrace_engine::cpu::{CpuBackend, ZERO_TILE};
 use millrace_engine::model::{Backend, LoadedPart, Part, Source};
 use millrace_shared::model::{Activation, TensorType};
 
@@ -46,6 +49,12 @@ const TYPES: [TensorType; 8] = [
     TensorType::F16,
     TensorType::BF16,
 ];
+
+/// Types, and parts of tiles that are zeros, of which the engine passes over those from the second on.
+const ZEROS: ([TensorType; 3], [f64; 6]) =
+    ([TensorType::F16, TensorType::Q8_0, TensorType::Q4_0], [0.0, 0.125, 0.25, 0.5, 0.75, 0.9]);
+/// Inputs and outputs of those matrices.
+const ZEROS_SIZE: usize = 2048;
 
 /// Weights of one shape, and what they are applied to.
 struct Product {
@@ -137,6 +146,65 @@ pub(crate) fn products(c: &mut Criterion, bench: &mut Bench) {
                 };
                 bench.measure(&mut group, (kernel, &name), &work, &mut loaded, make, |p| {
                     p.turn(what);
+                });
+            }
+        }
+        group.finish();
+    }
+}
+
+/// A matrix in a file, of which tiles of 16 rows and 32 inputs are zeros, in no pattern.
+fn with_zeros(dtype: TensorType, part: f64, path: &Path) -> Source {
+    let Source::Synthetic(entry) = entry("zeros", dtype, &[ZEROS_SIZE, ZEROS_SIZE]) else {
+        unreachable!("entries of benches are made up")
+    };
+    let mut bytes = vec![0; entry.bytes as usize];
+    let made_up = Source::Synthetic(entry.clone());
+    made_up.open().and_then(|mut r| r.read(0, &mut bytes)).expect("made up");
+    let [rows, inputs] = ZERO_TILE;
+    let (row, tile) = (bytes.len() / ZEROS_SIZE, bytes.len() / ZEROS_SIZE / (ZEROS_SIZE / inputs));
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    for group in (0..ZEROS_SIZE).step_by(rows) {
+        for at in (0..row).step_by(tile) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            if (state >> 11) as f64 / ((1u64 << 53) as f64) < part {
+                (group..group + rows).for_each(|i| bytes[i * row + at..][..tile].fill(0));
+            }
+        }
+    }
+    std::fs::write(path, bytes).expect("a file for a measurement");
+    Source::File(TensorSource { entry, path: path.to_owned(), offset: 0 })
+}
+
+/// Products with matrices that have tiles of zeros, in bytes of all of the matrix: more than its share
+/// of memory's limit is what passing over them brings.
+pub(crate) fn zeros(c: &mut Criterion, bench: &mut Bench) {
+    let (isa, threads) = (bench.limits.isa, bench.limits.threads);
+    let folder = tempfile::tempdir().expect("a folder for a measurement");
+    for dtype in ZEROS.0 {
+        let mut group = c.benchmark_group(format!("{} with zeros", dtype.as_str()));
+        for part in ZEROS.1 {
+            let source = with_zeros(dtype, part, &folder.path().join("matrix"));
+            let bytes = source.entry().bytes as usize;
+            let copies = uncached_bytes().div_ceil(bytes).max(2);
+            let mut loaded: Option<Product> = None;
+            for columns in [1, 16] {
+                let macs = ZEROS_SIZE * ZEROS_SIZE * columns;
+                let (int8_macs, float_macs) =
+                    if dtype == TensorType::F16 { (0, macs) } else { (macs, 0) };
+                let work = Work { int8_macs, float_macs, bytes, set: bytes * copies };
+                let name = format!("zeros {:.1} % x{columns}", part * 100.0);
+                let make = |loaded: Option<Product>| {
+                    let sources = std::slice::from_ref(&source);
+                    let new = || Product::new(new_backend(isa, threads), sources, copies);
+                    let mut product = loaded.unwrap_or_else(new);
+                    product.set_columns(columns, ZEROS_SIZE);
+                    product
+                };
+                bench.measure(&mut group, (dtype.as_str(), &name), &work, &mut loaded, make, |p| {
+                    p.turn(What::Linear)
                 });
             }
         }

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use millrace_engine::cpu::{ZERO_TILE, ZEROS_WORTH};
 use millrace_engine::quantize::BadWeight;
 use millrace_shared::model::{TensorEntry, TensorType};
 
@@ -264,6 +265,7 @@ impl Job<'_> {
             error: before.relative_error(&after),
             output_error: importance.map(|i| before.weighted_error(&after, &i)),
             sparsity: 1.0 - after.nonzero() as f64 / (after.data.len().max(1)) as f64,
+            zero_tiles: prune::zero_tiles(&after),
         };
         let sample =
             (report.sparsity > 0.05 && tensor.name == "blk.0.ffn_down.weight").then_some(after);
@@ -341,6 +343,7 @@ impl Job<'_> {
         let bytes = match pattern {
             Pattern::TwoOfFour => formats::two_of_four(n),
             Pattern::Block => formats::blocks(n, nonzero),
+            Pattern::Tile => formats::tiles(n, nonzero),
             _ => formats::sparse(rows, n, nonzero),
         };
         Ok((bytes, 0))
@@ -377,10 +380,7 @@ impl Job<'_> {
             ));
         }
         if report.sparsity() > 0.05 && self.step.prunes() {
-            report.notes.push(
-                "zeros are stored and multiplied like any weight: the engine is no faster for them"
-                    .to_owned(),
-            );
+            report.notes.push(skipped(report));
             if let Some(sample) = sample {
                 let race = race(sample);
                 report.notes.push(format!(
@@ -411,6 +411,29 @@ impl Job<'_> {
             ));
         }
     }
+}
+
+/// What the engine makes of zeros.
+fn skipped(report: &StepReport) -> String {
+    let [rows, columns] = ZERO_TILE;
+    let part = |tensors: &mut dyn Iterator<Item = &TensorReport>| {
+        tensors.map(|t| t.elements as f64 * t.zero_tiles).sum::<f64>()
+            / report.tensors.iter().map(|t| t.elements as f64).sum::<f64>().max(1.0)
+    };
+    let of_all = part(&mut report.tensors.iter().filter(|t| t.zero_tiles >= ZEROS_WORTH));
+    if of_all > 0.0 {
+        return format!(
+            "{:.1} % of the weights lie in tiles of {rows} rows and {columns} columns that are all \
+             zeros, which the engine passes over",
+            of_all * 100.0
+        );
+    }
+    format!(
+        "the engine is no faster for these zeros: it passes over tiles of {rows} rows and {columns} \
+         columns, where {:.1} % of a matrix lie in such; here it is {:.2} % (pattern = 'tile' makes them)",
+        ZEROS_WORTH * 100.0,
+        part(&mut report.tensors.iter()) * 100.0
+    )
 }
 
 /// A matrix as bytes of a type; it holds afterwards what they say.

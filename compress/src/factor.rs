@@ -258,6 +258,7 @@ fn report(tensor: &TensorEntry, dtype: TensorType, stored: u64) -> TensorReport 
         error: 0.0,
         output_error: None,
         sparsity: 0.0,
+        zero_tiles: 0.0,
     }
 }
 

@@ -3,6 +3,7 @@
 //! A score for each weight, and a [`Pattern`] that says which of the lowest go. What is left keeps
 //! its value, but for [`sparsegpt`], where it makes up for what went.
 
+use millrace_engine::cpu::ZERO_TILE;
 use serde::{Deserialize, Serialize};
 
 use crate::{CompressError, Matrix};
@@ -21,6 +22,8 @@ pub enum Pattern {
     TwoOfFour,
     /// Blocks of 16 neighbours in a row go as a whole.
     Block,
+    /// Tiles of 16 rows and 32 columns go as a whole: those that the engine passes over.
+    Tile,
 }
 
 /// Neighbours that go together under [`Pattern::Block`]: a vector register of f32.
@@ -59,7 +62,32 @@ pub fn prune(m: &mut Matrix, scores: &[f32], pattern: Pattern, sparsity: f64) {
                 }
             }
         }
+        Pattern::Tile => {
+            let across = m.cols.div_ceil(ZERO_TILE[1]);
+            let mut sums = vec![0f32; m.rows.div_ceil(ZERO_TILE[0]) * across];
+            let cols = m.cols;
+            let tile = |i: usize| i / cols / ZERO_TILE[0] * across + i % cols / ZERO_TILE[1];
+            scores.iter().enumerate().for_each(|(i, s)| sums[tile(i)] += s * s);
+            let mut kept = vec![1f32; sums.len()];
+            drop_lowest(&mut kept, &sums, sparsity);
+            let gone = |i: &usize| kept[tile(*i)] == 0.0;
+            (0..scores.len()).filter(gone).for_each(|i| m.data[i] = 0.0);
+        }
     }
+}
+
+/// The part of a matrix's weights that lies in tiles of zeros.
+pub fn zero_tiles(m: &Matrix) -> f64 {
+    let mut zeros = 0;
+    for rows in m.data.chunks(ZERO_TILE[0] * m.cols) {
+        for first in (0..m.cols).step_by(ZERO_TILE[1]) {
+            let end = m.cols.min(first + ZERO_TILE[1]);
+            if rows.chunks(m.cols).all(|row| row[first..end].iter().all(|x| *x == 0.0)) {
+                zeros += rows.len() / m.cols * (end - first);
+            }
+        }
+    }
+    zeros as f64 / m.data.len().max(1) as f64
 }
 
 /// The `round(sparsity * n)` weights of lowest score become zero; of equal ones the first.
@@ -195,11 +223,15 @@ mod tests {
             data in proptest::collection::vec(0.1f32..9.0, 64), part in 0u32..=8,
         ) {
             let sparsity = f64::from(part) / 8.0;
-            for pattern in [Pattern::Tensor, Pattern::Row, Pattern::Block] {
+            for pattern in [Pattern::Tensor, Pattern::Row, Pattern::Block, Pattern::Tile] {
                 let mut m = Matrix::new(2, 32, data.clone());
                 let scores = magnitude(&m);
                 prune(&mut m, &scores, pattern, sparsity);
-                let exact = pattern != Pattern::Block || part % 2 == 0;
+                let exact = match pattern {
+                    Pattern::Block => part % 2 == 0,
+                    Pattern::Tile => part == 0 || part == 8,
+                    _ => true,
+                };
                 prop_assert!(!exact || zeros(&m) == (64.0 * sparsity) as usize, "{:?}", pattern);
                 if pattern == Pattern::Tensor {
                     let gone = (0..64).filter(|&i| m.data[i] == 0.0).map(|i| data[i]).fold(0.0, f32::max);
@@ -215,6 +247,21 @@ mod tests {
             prune(&mut m, &scores, Pattern::TwoOfFour, 0.9);
             prop_assert!(m.data.chunks(4).all(|c| c.iter().filter(|x| **x == 0.0).count() == 2));
         }
+    }
+
+    #[test]
+    fn tiles_go_as_a_whole() {
+        // Two tiles across, two down, the lower ones of 4 rows; the one at the upper right is least.
+        let cols = 2 * ZERO_TILE[1];
+        let value = |i: usize| if i / cols < 16 && i % cols >= 32 { 0.1 } else { -1.0 };
+        let mut m = Matrix::new(20, cols, (0..20 * cols).map(value).collect());
+        let scores = magnitude(&m);
+        assert_eq!(zero_tiles(&m), 0.0);
+        prune(&mut m, &scores, Pattern::Tile, 0.25);
+        assert_eq!(zero_tiles(&m), 0.4);
+        assert!((0..20 * cols).all(|i| (m.data[i] == 0.0) == (value(i) == 0.1)));
+        m.data[40] = 1.0;
+        assert_eq!(zero_tiles(&m), 0.0);
     }
 
     #[test]

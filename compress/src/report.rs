@@ -26,6 +26,9 @@ pub struct TensorReport {
     pub output_error: Option<f64>,
     /// Part of the weights that are zero.
     pub sparsity: f64,
+    /// Part of them that lies in tiles of zeros, which the engine passes over.
+    #[serde(default)]
+    pub zero_tiles: f64,
 }
 
 /// What became of a model.
@@ -70,6 +73,8 @@ impl StepReport {
 
 /// Bytes of formats that are not GGUF's: values of two bytes, indices of two.
 pub(crate) mod formats {
+    use millrace_engine::cpu::ZERO_TILE;
+
     use crate::prune::BLOCK;
 
     /// A bit for each weight, and those that are not zero.
@@ -90,6 +95,12 @@ pub(crate) mod formats {
     /// A bit for each block, and the blocks that are not zero.
     pub(crate) fn blocks(elements: u64, nonzero: u64) -> u64 {
         elements.div_ceil(8 * BLOCK as u64) + 2 * nonzero
+    }
+
+    /// A bit for each tile, and the tiles that are not zero.
+    pub(crate) fn tiles(elements: u64, nonzero: u64) -> u64 {
+        let [rows, columns] = ZERO_TILE;
+        elements.div_ceil(8 * (rows * columns) as u64) + 2 * nonzero
     }
 
     /// The least of those that any pattern has.

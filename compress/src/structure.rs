@@ -103,6 +103,7 @@ pub(crate) fn apply(
                     error: 0.0,
                     output_error: None,
                     sparsity: 0.0,
+                    zero_tiles: 0.0,
                 });
             }
             sink.put(i, &bytes)?;

@@ -79,6 +79,8 @@ const VARIANTS: &[(&str, &[&str])] = &[
     ("sparsegpt 2:4", &["method = 'sparsegpt', sparsity = 0.5, pattern = '2:4'"]),
     ("wanda blocks 20 %", &["method = 'wanda', sparsity = 0.2, pattern = 'block'"]),
     ("wanda blocks 50 %", &["method = 'wanda', sparsity = 0.5, pattern = 'block'"]),
+    ("wanda tiles 50 %", &["method = 'wanda', sparsity = 0.5, pattern = 'tile'"]),
+    ("wanda tiles 75 %", &["method = 'wanda', sparsity = 0.75, pattern = 'tile'"]),
     ("svd 80 %", &["method = 'low-rank', size = 0.8"]),
     ("svd 50 %", &["method = 'low-rank', size = 0.5"]),
     ("svd aware 80 %", &["method = 'low-rank', size = 0.8, aware = true"]),

@@ -31,7 +31,8 @@ STEP is a line of TOML, as in a recipe's [[step]]:
   method = \"fixed-point\", bits = 8, fraction_bits = 6      wrap = true for modulo 2^bits
   method = \"binary\"                            signs and a magnitude for each row
   method = \"magnitude\", sparsity = 0.5          or threshold = 0.05; pattern = \"tensor\" \"row\" \"2:4\"
-                                               or \"block\"; global = true
+                                               \"block\" or \"tile\", which the engine passes over;
+                                               global = true
   method = \"signed-threshold\", theta = 0.0      w I(w > theta), as it reads
   method = \"clip\", min = -0.5, max = 0.5
   method = \"random\", sparsity = 0.5, seed = 1   the baseline

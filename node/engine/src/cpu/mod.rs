@@ -19,6 +19,7 @@
 //! | gate | `(g / (1 + exp(-g))) * u` |
 //! | residual | `x + w y`, one addition; rounded to the activation dtype at each layer boundary |
 //!
+//! Blocks of a packed matrix that are all zeros are not multiplied: they add nothing, so no bit changes.
 //! K and V are read back after rounding to the cache's dtype, also inside the current chunk. A step
 //! allocates nothing; unsafe code is in `kernels`, `pool`, `mapping` and `buffer` alone.
 
@@ -41,7 +42,7 @@ mod tensor;
 pub use backend::CpuBackend;
 pub use engine::CpuEngine;
 pub use memory::available_bytes;
-pub use pack::{dequantise_row, packed_bytes};
+pub use pack::{ZERO_TILE, ZEROS_WORTH, dequantise_row, packed_bytes};
 pub use rope::rope_tables;
 
 /// Revision of everything in this engine that may change a token. Raise the first number with any

@@ -9,6 +9,7 @@ mod blocks;
 mod converted;
 #[cfg(test)]
 mod golden;
+mod kept;
 #[cfg(test)]
 mod revision;
 mod rows;
@@ -21,6 +22,9 @@ use super::buffer::Frozen;
 use super::kernels::format::{Format, Kind, with_format};
 #[cfg(test)]
 use crate::LoadError;
+use kept::Kept;
+pub(crate) use kept::Run;
+pub use kept::{ZERO_TILE, ZEROS_WORTH};
 use rows::{Stored, pack_floats, pack_quants, with_stored};
 
 /// Rows of a float matrix that lie interleaved, whatever the instruction set.
@@ -62,6 +66,8 @@ pub(crate) struct Packed {
     /// Bytes of one group of rows.
     pub(crate) group_bytes: usize,
     pub(crate) data: Frozen<u8>,
+    /// Blocks that are not zeros, where many are.
+    kept: Option<Kept>,
 }
 
 /// What matrices of a file's type are packed as; `None` where the engine has nothing for it.
@@ -229,7 +235,20 @@ impl Packed {
     pub(crate) fn new(layout: Layout, data: Frozen<u8>) -> Self {
         let Layout { kind, rows, cols, r, group_bytes, .. } = layout;
         assert_eq!(data.len() as u64, layout.bytes(), "invariant: all groups");
-        Self { kind, rows, cols, r, group_bytes, data }
+        let kept = Kept::find(&layout, &data);
+        Self { kind, rows, cols, r, group_bytes, data, kept }
+    }
+
+    /// The runs of blocks of a group that products read; `all` are those of a matrix without zeros.
+    pub(crate) fn runs<'a>(&'a self, group: usize, all: &'a [Run]) -> &'a [Run] {
+        self.kept.as_ref().map_or(all, |kept| kept.group(group))
+    }
+
+    /// The same matrix, of which products read every block.
+    #[cfg(test)]
+    pub(crate) fn with_zeros(mut self) -> Self {
+        assert!(self.kept.take().is_some(), "it has blocks of zeros");
+        self
     }
 
     /// Packs a matrix of a supported type whose rows, as in the file, `read(first_row, bytes)` gives.

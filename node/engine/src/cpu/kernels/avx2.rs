@@ -15,7 +15,7 @@ pub(super) const COLS: usize = 4;
 /// # Safety
 /// As [`Tile`] says; AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn tile<F: Format>(t: &Tile, cols: usize) {
+pub(super) unsafe fn tile<F: Format>(t: &Tile<'_>, cols: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         match cols {
@@ -157,47 +157,49 @@ unsafe fn dots<F: Format, const N: usize>(
 }
 
 #[inline(always)]
-unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
-    // SAFETY: blocks `0..t.blocks` of the group and of `N` columns exist; outputs as `Tile` says.
+unsafe fn columns<F: Format, const N: usize>(t: &Tile<'_>) {
+    // SAFETY: the blocks of all runs of the group and of `N` columns exist; outputs as `Tile` says.
     unsafe {
         let mut acc = [_mm256_setzero_ps(); N];
-        let mut w = t.w;
-        for b in 0..t.blocks {
-            let dot = dots::<F, N>(w.add(F::quants_at(ROWS)), t.q.add(b * 32), t.blocks * 32);
-            let d = scale::<F>(w);
-            for c in 0..N {
-                let i = c * t.blocks + b;
-                let sums = *t.sums.add(i);
-                let sub = |at: usize| _mm256_cvtepi8_epi32(_mm_loadl_epi64(w.add(at).cast()));
-                let dot = if F::HALVES {
-                    let half = |h: usize| {
-                        let bias = _mm256_set1_epi32(F::BIAS * sums[h]);
-                        let sub = sub(F::sub_at(ROWS) + h * ROWS);
-                        times_sub::<F>(_mm256_sub_epi32(dot[c][h], bias), sub)
+        for run in t.runs {
+            let mut w = t.w.add(run.first as usize * F::block_bytes(ROWS));
+            for b in run.blocks() {
+                let dot = dots::<F, N>(w.add(F::quants_at(ROWS)), t.q.add(b * 32), t.blocks * 32);
+                let d = scale::<F>(w);
+                for c in 0..N {
+                    let i = c * t.blocks + b;
+                    let sums = *t.sums.add(i);
+                    let sub = |at: usize| _mm256_cvtepi8_epi32(_mm_loadl_epi64(w.add(at).cast()));
+                    let dot = if F::HALVES {
+                        let half = |h: usize| {
+                            let bias = _mm256_set1_epi32(F::BIAS * sums[h]);
+                            let sub = sub(F::sub_at(ROWS) + h * ROWS);
+                            times_sub::<F>(_mm256_sub_epi32(dot[c][h], bias), sub)
+                        };
+                        _mm256_add_epi32(half(0), half(1))
+                    } else if F::BIAS != 0 && F::BIAS != 128 {
+                        let bias = _mm256_set1_epi32(F::BIAS * (sums[0] + sums[1]));
+                        _mm256_sub_epi32(dot[c][0], bias)
+                    } else {
+                        dot[c][0]
                     };
-                    _mm256_add_epi32(half(0), half(1))
-                } else if F::BIAS != 0 && F::BIAS != 128 {
-                    let bias = _mm256_set1_epi32(F::BIAS * (sums[0] + sums[1]));
-                    _mm256_sub_epi32(dot[c][0], bias)
-                } else {
-                    dot[c][0]
-                };
-                let scaled = _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot));
-                acc[c] = _mm256_fmadd_ps(scaled, _mm256_set1_ps(*t.scale.add(i)), acc[c]);
-                if F::MIN && F::HALVES {
-                    let part = |h: usize| {
-                        let sub = sub(F::sub_min_at(ROWS) + h * ROWS);
-                        times_sub::<F>(_mm256_set1_epi32(sums[h]), sub)
-                    };
-                    let part = _mm256_cvtepi32_ps(_mm256_add_epi32(part(0), part(1)));
-                    let min = _mm256_mul_ps(scale::<F>(w.add(F::min_at(ROWS))), part);
-                    acc[c] = _mm256_fmadd_ps(min, _mm256_set1_ps(*t.scale.add(i)), acc[c]);
-                } else if F::MIN {
-                    let m = scale::<F>(w.add(F::min_at(ROWS)));
-                    acc[c] = _mm256_fmadd_ps(m, _mm256_set1_ps(*t.scaled_sum.add(i)), acc[c]);
+                    let scaled = _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot));
+                    acc[c] = _mm256_fmadd_ps(scaled, _mm256_set1_ps(*t.scale.add(i)), acc[c]);
+                    if F::MIN && F::HALVES {
+                        let part = |h: usize| {
+                            let sub = sub(F::sub_min_at(ROWS) + h * ROWS);
+                            times_sub::<F>(_mm256_set1_epi32(sums[h]), sub)
+                        };
+                        let part = _mm256_cvtepi32_ps(_mm256_add_epi32(part(0), part(1)));
+                        let min = _mm256_mul_ps(scale::<F>(w.add(F::min_at(ROWS))), part);
+                        acc[c] = _mm256_fmadd_ps(min, _mm256_set1_ps(*t.scale.add(i)), acc[c]);
+                    } else if F::MIN {
+                        let m = scale::<F>(w.add(F::min_at(ROWS)));
+                        acc[c] = _mm256_fmadd_ps(m, _mm256_set1_ps(*t.scaled_sum.add(i)), acc[c]);
+                    }
                 }
+                w = w.add(F::block_bytes(ROWS));
             }
-            w = w.add(F::block_bytes(ROWS));
         }
         let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(t.rows as i32), lanes);

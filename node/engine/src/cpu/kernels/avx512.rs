@@ -18,7 +18,7 @@ pub(super) const COLS: usize = 8;
 /// # Safety
 /// As [`Tile`] says; AVX-512 F, BW, VL, DQ and VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn tile<F: Format>(t: &Tile, cols: usize) {
+pub(super) unsafe fn tile<F: Format>(t: &Tile<'_>, cols: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         match cols {
@@ -106,51 +106,53 @@ unsafe fn times_sub<F: Format>(sums: __m512i, sub: __m512i) -> __m512i {
 }
 
 #[inline(always)]
-unsafe fn columns<F: Format, const N: usize>(t: &Tile) {
-    // SAFETY: blocks `0..t.blocks` of the group and of `N` columns exist; outputs as `Tile` says.
+unsafe fn columns<F: Format, const N: usize>(t: &Tile<'_>) {
+    // SAFETY: the blocks of all runs of the group and of `N` columns exist; outputs as `Tile` says.
     unsafe {
         let mut acc = [_mm512_setzero_ps(); N];
-        let mut w = t.w;
-        for b in 0..t.blocks {
-            let quads = quads::<F>(w.add(F::quants_at(ROWS)));
-            let d = scale::<F>(w);
-            for c in 0..N {
-                let i = c * t.blocks + b;
-                let x = t.q.add(i * 32);
-                let start = |h: usize| {
-                    if F::BIAS == 0 {
-                        _mm512_setzero_si512()
+        for run in t.runs {
+            let mut w = t.w.add(run.first as usize * F::block_bytes(ROWS));
+            for b in run.blocks() {
+                let quads = quads::<F>(w.add(F::quants_at(ROWS)));
+                let d = scale::<F>(w);
+                for c in 0..N {
+                    let i = c * t.blocks + b;
+                    let x = t.q.add(i * 32);
+                    let start = |h: usize| {
+                        if F::BIAS == 0 {
+                            _mm512_setzero_si512()
+                        } else {
+                            _mm512_set1_epi32(-F::BIAS * (*t.sums.add(i))[h])
+                        }
+                    };
+                    let (low, high) = (dot4(start(0), &quads, x, 0), dot4(start(1), &quads, x, 4));
+                    let dot = if F::HALVES {
+                        let sub = |h: usize| {
+                            let p = w.add(F::sub_at(ROWS) + h * ROWS);
+                            _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))
+                        };
+                        _mm512_add_epi32(times_sub::<F>(low, sub(0)), times_sub::<F>(high, sub(1)))
                     } else {
-                        _mm512_set1_epi32(-F::BIAS * (*t.sums.add(i))[h])
+                        _mm512_add_epi32(low, high)
+                    };
+                    let scaled = _mm512_mul_ps(d, _mm512_cvtepi32_ps(dot));
+                    acc[c] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(*t.scale.add(i)), acc[c]);
+                    if F::MIN && F::HALVES {
+                        let part = |h: usize| {
+                            let p = w.add(F::sub_min_at(ROWS) + h * ROWS);
+                            let sub = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
+                            times_sub::<F>(_mm512_set1_epi32((*t.sums.add(i))[h]), sub)
+                        };
+                        let part = _mm512_cvtepi32_ps(_mm512_add_epi32(part(0), part(1)));
+                        let min = _mm512_mul_ps(scale::<F>(w.add(F::min_at(ROWS))), part);
+                        acc[c] = _mm512_fmadd_ps(min, _mm512_set1_ps(*t.scale.add(i)), acc[c]);
+                    } else if F::MIN {
+                        let m = scale::<F>(w.add(F::min_at(ROWS)));
+                        acc[c] = _mm512_fmadd_ps(m, _mm512_set1_ps(*t.scaled_sum.add(i)), acc[c]);
                     }
-                };
-                let (low, high) = (dot4(start(0), &quads, x, 0), dot4(start(1), &quads, x, 4));
-                let dot = if F::HALVES {
-                    let sub = |h: usize| {
-                        let p = w.add(F::sub_at(ROWS) + h * ROWS);
-                        _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))
-                    };
-                    _mm512_add_epi32(times_sub::<F>(low, sub(0)), times_sub::<F>(high, sub(1)))
-                } else {
-                    _mm512_add_epi32(low, high)
-                };
-                let scaled = _mm512_mul_ps(d, _mm512_cvtepi32_ps(dot));
-                acc[c] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(*t.scale.add(i)), acc[c]);
-                if F::MIN && F::HALVES {
-                    let part = |h: usize| {
-                        let p = w.add(F::sub_min_at(ROWS) + h * ROWS);
-                        let sub = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
-                        times_sub::<F>(_mm512_set1_epi32((*t.sums.add(i))[h]), sub)
-                    };
-                    let part = _mm512_cvtepi32_ps(_mm512_add_epi32(part(0), part(1)));
-                    let min = _mm512_mul_ps(scale::<F>(w.add(F::min_at(ROWS))), part);
-                    acc[c] = _mm512_fmadd_ps(min, _mm512_set1_ps(*t.scale.add(i)), acc[c]);
-                } else if F::MIN {
-                    let m = scale::<F>(w.add(F::min_at(ROWS)));
-                    acc[c] = _mm512_fmadd_ps(m, _mm512_set1_ps(*t.scaled_sum.add(i)), acc[c]);
                 }
+                w = w.add(F::block_bytes(ROWS));
             }
-            w = w.add(F::block_bytes(ROWS));
         }
         let mask = ((1u32 << t.rows) - 1) as __mmask16;
         for (c, &acc) in acc.iter().enumerate() {
@@ -178,62 +180,64 @@ unsafe fn half_scale<F: Format>(p: *const u8) -> __m256 {
 /// One column, in 256-bit registers: as fast where the weights are in a cache, and faster where they
 /// stream from memory.
 #[inline(always)]
-unsafe fn column<F: Format>(t: &Tile) {
-    // SAFETY: blocks `0..t.blocks` of the group and of the column exist; outputs as `Tile` says.
+unsafe fn column<F: Format>(t: &Tile<'_>) {
+    // SAFETY: the blocks of all runs of the group and of the column exist; outputs as `Tile` says.
     unsafe {
         let mut acc = [_mm256_setzero_ps(); 2];
-        let mut w = t.w;
-        for b in 0..t.blocks {
-            let x = t.q.add(b * 32);
-            let sums = *t.sums.add(b);
-            let start = |h: usize| {
-                if F::BIAS == 0 {
-                    _mm256_setzero_si256()
-                } else {
-                    _mm256_set1_epi32(-F::BIAS * sums[h])
-                }
-            };
-            let quants = w.add(F::quants_at(ROWS));
-            let mut dots = [[start(0), start(1)]; 2];
-            for v in 0..8 {
-                let xs = _mm256_set1_epi32(x.add(v * 4).cast::<i32>().read_unaligned());
-                for h in 0..2 {
-                    let q = super::avx2::quad_of::<F>(quants.add(h * 32), v, 64);
-                    dots[h][v / 4] = _mm256_dpbusd_epi32(dots[h][v / 4], q, xs);
-                }
-            }
-            for h in 0..2 {
-                let dot = if F::HALVES {
-                    let sub = |s: usize| {
-                        let p = w.add(F::sub_at(ROWS) + s * ROWS + h * 8);
-                        _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))
-                    };
-                    _mm256_add_epi32(
-                        super::avx2::times_sub::<F>(dots[h][0], sub(0)),
-                        super::avx2::times_sub::<F>(dots[h][1], sub(1)),
-                    )
-                } else {
-                    _mm256_add_epi32(dots[h][0], dots[h][1])
+        for run in t.runs {
+            let mut w = t.w.add(run.first as usize * F::block_bytes(ROWS));
+            for b in run.blocks() {
+                let x = t.q.add(b * 32);
+                let sums = *t.sums.add(b);
+                let start = |h: usize| {
+                    if F::BIAS == 0 {
+                        _mm256_setzero_si256()
+                    } else {
+                        _mm256_set1_epi32(-F::BIAS * sums[h])
+                    }
                 };
-                let d = half_scale::<F>(w.add(h * 8 * F::SCALE_BYTES));
-                let scaled = _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot));
-                acc[h] = _mm256_fmadd_ps(scaled, _mm256_set1_ps(*t.scale.add(b)), acc[h]);
-                if F::MIN && F::HALVES {
-                    let part = |s: usize| {
-                        let p = w.add(F::sub_min_at(ROWS) + s * ROWS + h * 8);
-                        let sub = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
-                        super::avx2::times_sub::<F>(_mm256_set1_epi32(sums[s]), sub)
-                    };
-                    let part = _mm256_cvtepi32_ps(_mm256_add_epi32(part(0), part(1)));
-                    let m = half_scale::<F>(w.add(F::min_at(ROWS) + h * 8 * F::SCALE_BYTES));
-                    let min = _mm256_mul_ps(m, part);
-                    acc[h] = _mm256_fmadd_ps(min, _mm256_set1_ps(*t.scale.add(b)), acc[h]);
-                } else if F::MIN {
-                    let m = half_scale::<F>(w.add(F::min_at(ROWS) + h * 8 * F::SCALE_BYTES));
-                    acc[h] = _mm256_fmadd_ps(m, _mm256_set1_ps(*t.scaled_sum.add(b)), acc[h]);
+                let quants = w.add(F::quants_at(ROWS));
+                let mut dots = [[start(0), start(1)]; 2];
+                for v in 0..8 {
+                    let xs = _mm256_set1_epi32(x.add(v * 4).cast::<i32>().read_unaligned());
+                    for h in 0..2 {
+                        let q = super::avx2::quad_of::<F>(quants.add(h * 32), v, 64);
+                        dots[h][v / 4] = _mm256_dpbusd_epi32(dots[h][v / 4], q, xs);
+                    }
                 }
+                for h in 0..2 {
+                    let dot = if F::HALVES {
+                        let sub = |s: usize| {
+                            let p = w.add(F::sub_at(ROWS) + s * ROWS + h * 8);
+                            _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))
+                        };
+                        _mm256_add_epi32(
+                            super::avx2::times_sub::<F>(dots[h][0], sub(0)),
+                            super::avx2::times_sub::<F>(dots[h][1], sub(1)),
+                        )
+                    } else {
+                        _mm256_add_epi32(dots[h][0], dots[h][1])
+                    };
+                    let d = half_scale::<F>(w.add(h * 8 * F::SCALE_BYTES));
+                    let scaled = _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot));
+                    acc[h] = _mm256_fmadd_ps(scaled, _mm256_set1_ps(*t.scale.add(b)), acc[h]);
+                    if F::MIN && F::HALVES {
+                        let part = |s: usize| {
+                            let p = w.add(F::sub_min_at(ROWS) + s * ROWS + h * 8);
+                            let sub = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
+                            super::avx2::times_sub::<F>(_mm256_set1_epi32(sums[s]), sub)
+                        };
+                        let part = _mm256_cvtepi32_ps(_mm256_add_epi32(part(0), part(1)));
+                        let m = half_scale::<F>(w.add(F::min_at(ROWS) + h * 8 * F::SCALE_BYTES));
+                        let min = _mm256_mul_ps(m, part);
+                        acc[h] = _mm256_fmadd_ps(min, _mm256_set1_ps(*t.scale.add(b)), acc[h]);
+                    } else if F::MIN {
+                        let m = half_scale::<F>(w.add(F::min_at(ROWS) + h * 8 * F::SCALE_BYTES));
+                        acc[h] = _mm256_fmadd_ps(m, _mm256_set1_ps(*t.scaled_sum.add(b)), acc[h]);
+                    }
+                }
+                w = w.add(F::block_bytes(ROWS));
             }
-            w = w.add(F::block_bytes(ROWS));
         }
         let mask = ((1u32 << t.rows) - 1) as __mmask16;
         let acc = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(acc[0]), acc[1]);

@@ -18,7 +18,7 @@ use super::rows::QuantRows;
 use super::{Tile, dispatch, scalar};
 use crate::Isa;
 use crate::cpu::buffer::Shared;
-use crate::cpu::pack::Packed;
+use crate::cpu::pack::{Packed, Run};
 use crate::cpu::pool::Pool;
 use crate::cpu::tensor::Tensor;
 
@@ -220,6 +220,7 @@ unsafe fn panel_rows(
     // Columns in tiles of nearly equal width.
     let tiles = panel.len().div_ceil(widest);
     let blocks = x.width / 32;
+    let all = [Run { first: 0, count: blocks as u32 }];
     for (nth, g) in groups.enumerate() {
         for i in 0..tiles {
             let start = panel.start + panel.len() * i / tiles;
@@ -230,6 +231,7 @@ unsafe fn panel_rows(
                 let at = (start - panel.start) * to.stride + nth * w.r;
                 let mut tile = Tile {
                     w: group,
+                    runs: w.runs(g, &all),
                     blocks,
                     q: x.quant.q.as_ptr(),
                     scale: x.quant.scale.as_ptr(),
@@ -243,7 +245,7 @@ unsafe fn panel_rows(
                 match w.kind {
                     Kind::F32 | Kind::F16 | Kind::Bf16 => {
                         let x = x.data.as_ptr().add(start * x.width);
-                        float_tile(isa, &tile, x, blocks * 32, w.kind, cols);
+                        float_tile(isa, &tile, x, w.kind, cols);
                     }
                     kind => {
                         tile.q = tile.q.add(start * blocks * 32);
@@ -262,7 +264,7 @@ unsafe fn panel_rows(
 ///
 /// # Safety
 /// As [`Tile`] says, for weights packed in groups of `r`.
-pub(super) unsafe fn quant_tile<F: Format>(isa: Isa, tile: &Tile, cols: usize, r: usize) {
+pub(super) unsafe fn quant_tile<F: Format>(isa: Isa, tile: &Tile<'_>, cols: usize, r: usize) {
     // SAFETY: the caller's promise; an `Isa` above scalar is only used where the machine has it.
     unsafe {
         match (isa, r) {
@@ -276,49 +278,39 @@ pub(super) unsafe fn quant_tile<F: Format>(isa: Isa, tile: &Tile, cols: usize, r
 }
 
 dispatch! {
-    /// One group of 16 float rows times up to 4 columns of f32, `width` apart.
-    fn float_tile = float_tile_generic(
-        tile: &Tile, x: *const f32, width: usize, kind: Kind, cols: usize,
-    );
+    /// One group of 16 float rows times up to 4 columns of f32, which follow each other.
+    fn float_tile = float_tile_generic(tile: &Tile<'_>, x: *const f32, kind: Kind, cols: usize);
 }
 
 #[inline(always)]
-unsafe fn float_tile_generic<V: Lanes>(
-    t: &Tile,
-    x: *const f32,
-    width: usize,
-    kind: Kind,
-    cols: usize,
-) {
+unsafe fn float_tile_generic<V: Lanes>(t: &Tile<'_>, x: *const f32, kind: Kind, cols: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         match cols {
-            1 => float_columns::<V, 1>(t, x, width, kind),
-            2 => float_columns::<V, 2>(t, x, width, kind),
-            3 => float_columns::<V, 3>(t, x, width, kind),
-            _ => float_columns::<V, 4>(t, x, width, kind),
+            1 => float_columns::<V, 1>(t, x, kind),
+            2 => float_columns::<V, 2>(t, x, kind),
+            3 => float_columns::<V, 3>(t, x, kind),
+            _ => float_columns::<V, 4>(t, x, kind),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn float_columns<V: Lanes, const N: usize>(
-    t: &Tile,
-    x: *const f32,
-    width: usize,
-    kind: Kind,
-) {
-    // SAFETY: `width` inputs of 16 rows and of `N` columns exist; outputs as `Tile` says.
+unsafe fn float_columns<V: Lanes, const N: usize>(t: &Tile<'_>, x: *const f32, kind: Kind) {
+    // SAFETY: 32 inputs of 16 rows and of `N` columns exist for each block; outputs as `Tile` says.
     unsafe {
+        let width = t.blocks * 32;
         let mut acc = [V::splat(0.0); N];
-        for k in 0..width {
-            let w = match kind {
-                Kind::F32 => V::load(t.w.cast::<f32>().add(k * 16)),
-                Kind::F16 => V::load_f16(t.w.cast::<u16>().add(k * 16)),
-                _ => V::load_bf16(t.w.cast::<u16>().add(k * 16)),
-            };
-            for (c, acc) in acc.iter_mut().enumerate() {
-                *acc = w.fma(V::splat(*x.add(c * width + k)), *acc);
+        for run in t.runs {
+            for k in run.blocks().start * 32..run.blocks().end * 32 {
+                let w = match kind {
+                    Kind::F32 => V::load(t.w.cast::<f32>().add(k * 16)),
+                    Kind::F16 => V::load_f16(t.w.cast::<u16>().add(k * 16)),
+                    _ => V::load_bf16(t.w.cast::<u16>().add(k * 16)),
+                };
+                for (c, acc) in acc.iter_mut().enumerate() {
+                    *acc = w.fma(V::splat(*x.add(c * width + k)), *acc);
+                }
             }
         }
         for (c, acc) in acc.iter().enumerate() {

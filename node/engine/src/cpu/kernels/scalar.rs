@@ -13,10 +13,10 @@ fn f16_at(p: *const u8, i: usize) -> f32 {
 ///
 /// # Safety
 /// As [`Tile`] says; `r` is the group size that the weights were packed for, at most 16.
-pub(super) unsafe fn tile<F: Format>(t: &Tile, cols: usize, r: usize) {
+pub(super) unsafe fn tile<F: Format>(t: &Tile<'_>, cols: usize, r: usize) {
     for c in 0..cols {
         let mut acc = [0f32; 16];
-        for b in 0..t.blocks {
+        for b in t.runs.iter().flat_map(|run| run.blocks()) {
             // SAFETY: block `b` of column `c` and of the group exist.
             unsafe {
                 let x = t.q.add((c * t.blocks + b) * 32);

@@ -173,6 +173,33 @@ fn products_are_the_same_bits_everywhere_and_close_to_exact() {
     }
 }
 
+/// Tiles of zeros, a whole group of rows among them. No scale of MXFP4 is zero.
+#[test]
+fn zeros_are_passed_over_and_change_no_bit() {
+    let mut random = Random(11);
+    for dtype in TYPES.into_iter().filter(|&dtype| dtype != TensorType::MXFP4) {
+        let (rows, across) = (50, 8);
+        let cols = across * dtype.block_elements().max(32) as usize;
+        let mut file = matrix(dtype, rows, cols, &mut random);
+        let (row, tile) = (file.len() / rows, file.len() / rows / across);
+        for group in 0..rows.div_ceil(16) {
+            for b in (0..across).filter(|_| group == 0 || random.next().is_multiple_of(2)) {
+                for i in group * 16..rows.min(group * 16 + 16) {
+                    file[i * row + b * tile..][..tile].fill(0);
+                }
+            }
+        }
+        for (isa, columns) in isas().into_iter().flat_map(|isa| [1, 5, 9].map(|c| (isa, c))) {
+            let x = activations(isa, columns, cols, &mut random);
+            for add in [false, true] {
+                let run = |w: Packed| bits(&product(isa, 2, &[w], &x, add));
+                let packed = || pack(dtype, (rows, cols), group(isa), &file);
+                assert_eq!(run(packed()), run(packed().with_zeros()), "{dtype:?} {isa} {add}");
+            }
+        }
+    }
+}
+
 /// Against f64 over the dequantised weights, with the error that int8 activations may cause.
 fn close_to_exact(w: &Packed, x: &Tensor, got: &[f32]) {
     let stride = w.rows + 3;

@@ -1,0 +1,145 @@
+//! Blocks of a packed matrix that are all zeros: found once when it is loaded, and passed over by every
+//! product.
+//!
+//! A block of one group of rows times 32 inputs adds exactly nothing where all its weights are zero,
+//! so results are the same bits as with it. The layout stays as it is: what is not read costs no time.
+
+use super::{FLOAT_ROWS, Layout};
+use crate::cpu::kernels::format::{Format, Kind, with_format};
+
+/// Rows and columns, from the first ones on, that products pass over where all of such a tile is zero,
+/// on every instruction set.
+pub const ZERO_TILE: [usize; 2] = [FLOAT_ROWS, 32];
+/// Least part of a matrix that must lie in such tiles; with less, all of it is multiplied.
+pub const ZEROS_WORTH: f64 = 0.125;
+/// Groups that are looked at first.
+const SAMPLE: usize = 64;
+
+/// Blocks of a group that follow each other, none of them zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) first: u32,
+    pub(crate) count: u32,
+}
+
+impl Run {
+    /// Their numbers.
+    pub(crate) fn blocks(self) -> std::ops::Range<usize> {
+        self.first as usize..(self.first + self.count) as usize
+    }
+}
+
+/// What is left of each group of rows.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    runs: Box<[Run]>,
+    /// Where each group's runs begin, and where the last one's end.
+    starts: Box<[u32]>,
+}
+
+impl Kept {
+    /// Of a packed matrix; `None` where too few blocks are zeros to be worth it.
+    pub(crate) fn find(layout: &Layout, data: &[u8]) -> Option<Self> {
+        let (groups, blocks) = (layout.groups(), layout.cols / 32);
+        if blocks == 0 {
+            return None;
+        }
+        let group = |g: usize| &data[g * layout.group_bytes..][..layout.group_bytes];
+        let worth =
+            |zeros: usize, groups: usize| zeros as f64 >= ZEROS_WORTH * (groups * blocks) as f64;
+        if groups > 4 * SAMPLE {
+            let some = (0..groups).step_by(groups / SAMPLE);
+            let looked = some.len();
+            let zeros = some.map(|g| (0..blocks).filter(|&b| is_zero(layout, group(g), b)).count());
+            if !worth(2 * zeros.sum::<usize>(), looked) {
+                return None;
+            }
+        }
+        let (mut runs, mut starts, mut kept) = (Vec::<Run>::new(), vec![0], 0);
+        for g in 0..groups {
+            let mut last: Option<Run> = None;
+            for b in (0..blocks).filter(|&b| !is_zero(layout, group(g), b)) {
+                kept += 1;
+                match &mut last {
+                    Some(run) if run.blocks().end == b => run.count += 1,
+                    _ => runs.extend(last.replace(Run { first: b as u32, count: 1 })),
+                }
+            }
+            runs.extend(last);
+            starts.push(u32::try_from(runs.len()).ok()?);
+        }
+        let (runs, starts) = (runs.into_boxed_slice(), starts.into_boxed_slice());
+        worth(groups * blocks - kept, groups).then_some(Self { runs, starts })
+    }
+
+    /// What is left of one group.
+    pub(crate) fn group(&self, g: usize) -> &[Run] {
+        &self.runs[self.starts[g] as usize..self.starts[g + 1] as usize]
+    }
+}
+
+/// Whether block `b` of a group adds nothing, whatever the inputs.
+fn is_zero(layout: &Layout, group: &[u8], b: usize) -> bool {
+    let float = || {
+        let bytes = layout.group_bytes / layout.cols * 32;
+        let values = &group[b * bytes..][..bytes];
+        match layout.kind {
+            Kind::F32 => values.chunks_exact(4).all(is_zero_scale),
+            _ => values.chunks_exact(2).all(is_zero_scale),
+        }
+    };
+    with_format!(layout.kind, is_zero_block(group, b, layout.r), float())
+}
+
+/// Scales and minima are zero, or their factors are.
+fn is_zero_block<F: Format>(group: &[u8], b: usize, r: usize) -> bool {
+    let block = &group[b * F::block_bytes(r)..][..F::block_bytes(r)];
+    (0..r).all(|lane| {
+        let value =
+            |at: usize| is_zero_scale(&block[at + lane * F::SCALE_BYTES..][..F::SCALE_BYTES]);
+        let factors = |at: usize| F::HALVES && block[at + lane] == 0 && block[at + r + lane] == 0;
+        (value(0) || factors(F::sub_at(r)))
+            && (!F::MIN || value(F::min_at(r)) || factors(F::sub_min_at(r)))
+    })
+}
+
+/// A float of two or four bytes, of either sign.
+fn is_zero_scale(x: &[u8]) -> bool {
+    match *x {
+        [a, b] => u16::from_le_bytes([a, b]) << 1 == 0,
+        [a, b, c, d] => u32::from_le_bytes([a, b, c, d]) << 1 == 0,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::pack::kind_of;
+    use millrace_shared::model::TensorType;
+
+    /// Of floats, `groups` of 16 rows and 8 blocks, in which these are zeros.
+    fn found(groups: usize, zeros: impl Fn(usize, usize) -> bool) -> Option<Kept> {
+        let layout = Layout::new(kind_of(TensorType::F16).unwrap(), (groups * 16, 8 * 32), 16);
+        let block = |i: usize| if zeros(i / 8, i % 8) { [0, 0x80] } else { [0, 0x3c] };
+        let data: Vec<u8> = (0..groups * 8).flat_map(|i| block(i).repeat(16 * 32)).collect();
+        Kept::find(&layout, &data)
+    }
+
+    #[test]
+    fn what_is_not_zero_is_kept_in_runs() {
+        let kept = found(2, |g, b| g == 1 || b == 0 || b == 4).unwrap();
+        assert_eq!(kept.group(0), [Run { first: 1, count: 3 }, Run { first: 5, count: 3 }]);
+        assert_eq!(kept.group(1), []);
+    }
+
+    #[test]
+    fn few_zeros_are_not_worth_it() {
+        assert!(found(3, |_, _| false).is_none());
+        assert!(found(16, |g, b| b == 0 && g > 0).is_none());
+        assert!(found(16, |_, b| b == 0).is_some());
+        // Many groups, of which some are looked at first.
+        assert!(found(400, |_, b| b == 7).is_some());
+        assert!(found(400, |_, _| false).is_none());
+    }
+}
