@@ -204,7 +204,7 @@ pub(crate) fn zeros(c: &mut Criterion, bench: &mut Bench) {
                     product
                 };
                 bench.measure(&mut group, (dtype.as_str(), &name), &work, &mut loaded, make, |p| {
-                    p.turn(What::Linear)
+                    p.turn(What::Linear);
                 });
             }
         }

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use millrace_engine::cpu::{ZERO_TILE, ZEROS_WORTH};
+use millrace_engine::cpu::{ZERO_TILE, ZEROS_WORTH, ZEROS_WORTH_FEW};
 use millrace_engine::quantize::BadWeight;
 use millrace_shared::model::{TensorEntry, TensorType};
 
@@ -424,8 +424,10 @@ fn skipped(report: &StepReport) -> String {
     if of_all > 0.0 {
         return format!(
             "{:.1} % of the weights lie in tiles of {rows} rows and {columns} columns that are all \
-             zeros, which the engine passes over",
-            of_all * 100.0
+             zeros, which the engine passes over: with prompts, and where they are {:.0} % of a \
+             matrix with single tokens too",
+            of_all * 100.0,
+            ZEROS_WORTH_FEW * 100.0
         );
     }
     format!(

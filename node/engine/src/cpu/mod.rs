@@ -42,7 +42,7 @@ mod tensor;
 pub use backend::CpuBackend;
 pub use engine::CpuEngine;
 pub use memory::available_bytes;
-pub use pack::{ZERO_TILE, ZEROS_WORTH, dequantise_row, packed_bytes};
+pub use pack::{ZERO_TILE, ZEROS_WORTH, ZEROS_WORTH_FEW, dequantise_row, packed_bytes};
 pub use rope::rope_tables;
 
 /// Revision of everything in this engine that may change a token. Raise the first number with any

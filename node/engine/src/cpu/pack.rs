@@ -24,7 +24,7 @@ use super::kernels::format::{Format, Kind, with_format};
 use crate::LoadError;
 use kept::Kept;
 pub(crate) use kept::Run;
-pub use kept::{ZERO_TILE, ZEROS_WORTH};
+pub use kept::{ZERO_TILE, ZEROS_WORTH, ZEROS_WORTH_FEW};
 use rows::{Stored, pack_floats, pack_quants, with_stored};
 
 /// Rows of a float matrix that lie interleaved, whatever the instruction set.
@@ -239,9 +239,11 @@ impl Packed {
         Self { kind, rows, cols, r, group_bytes, data, kept }
     }
 
-    /// The runs of blocks of a group that products read; `all` are those of a matrix without zeros.
-    pub(crate) fn runs<'a>(&'a self, group: usize, all: &'a [Run]) -> &'a [Run] {
-        self.kept.as_ref().map_or(all, |kept| kept.group(group))
+    /// The runs of blocks of a group that products with so many columns read; `all` are those of a
+    /// matrix without zeros.
+    pub(crate) fn runs<'a>(&'a self, group: usize, columns: usize, all: &'a [Run]) -> &'a [Run] {
+        let kept = self.kept.as_ref().filter(|kept| kept.pays(columns));
+        kept.map_or(all, |kept| kept.group(group))
     }
 
     /// The same matrix, of which products read every block.

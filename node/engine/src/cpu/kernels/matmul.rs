@@ -231,7 +231,7 @@ unsafe fn panel_rows(
                 let at = (start - panel.start) * to.stride + nth * w.r;
                 let mut tile = Tile {
                     w: group,
-                    runs: w.runs(g, &all),
+                    runs: w.runs(g, panel.len(), &all),
                     blocks,
                     q: x.quant.q.as_ptr(),
                     scale: x.quant.scale.as_ptr(),

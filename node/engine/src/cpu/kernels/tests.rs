@@ -183,7 +183,7 @@ fn zeros_are_passed_over_and_change_no_bit() {
         let mut file = matrix(dtype, rows, cols, &mut random);
         let (row, tile) = (file.len() / rows, file.len() / rows / across);
         for group in 0..rows.div_ceil(16) {
-            for b in (0..across).filter(|_| group == 0 || random.next().is_multiple_of(2)) {
+            for b in (0..across).filter(|_| group == 0 || !random.next().is_multiple_of(8)) {
                 for i in group * 16..rows.min(group * 16 + 16) {
                     file[i * row + b * tile..][..tile].fill(0);
                 }
