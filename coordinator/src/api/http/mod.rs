@@ -58,8 +58,10 @@ use crate::service::Service;
 const MAX_CONNECTIONS: usize = 1024;
 /// Those of one host, but for this one; a proxy needs many.
 const MAX_PER_HOST: usize = 512;
-/// What the system buffers for a client that does not read: little, so that it shows soon.
-const SEND_BUFFER: usize = 64 << 10;
+/// What the system takes for a client beyond what that has said it has room for: little, so that it
+/// shows soon that one does not read. What is under way has no such limit.
+#[cfg(target_os = "linux")]
+const UNSENT_BYTES: u32 = 16 << 10;
 /// TLS handshakes at once.
 const MAX_HANDSHAKES: usize = 64;
 /// From the first byte of a request's head to its last; slower ones are turned out.
@@ -253,7 +255,8 @@ fn serve(
             if let Err(e) = SockRef::from(tcp).set_tcp_user_timeout(Some(unread)) {
                 tracing::debug!("a client that reads nothing will not be noticed: {e}");
             }
-            if let Err(e) = SockRef::from(tcp).set_send_buffer_size(SEND_BUFFER) {
+            #[cfg(target_os = "linux")]
+            if let Err(e) = SockRef::from(tcp).set_tcp_notsent_lowat(UNSENT_BYTES) {
                 tracing::debug!("a client that reads nothing will be noticed late: {e}");
             }
             if let Ok(local) = tcp.local_addr() {
