@@ -435,17 +435,19 @@ fn requests_that_come_before_the_nodes_wait_for_them() {
             Ok(stream) => ask::finish(stream).await,
             Err(status) => Err(status),
         };
-        let stop = async {
-            let seen = loop {
-                match shown(&client, stopped).await {
-                    Some(state) => break state,
-                    None => tokio::time::sleep(Duration::from_millis(20)).await,
+        let stop = tokio::time::timeout(harness::DEADLINE, async {
+            loop {
+                let state = shown(&client, stopped).await.unwrap_or_default();
+                if state.contains("waiting for nodes: 0 of 2") {
+                    assert!(state.starts_with("waiting for a node: "), "{state}");
+                    break;
                 }
-            };
-            assert!(seen.contains("waiting for a node: waiting for nodes: 0 of 2"), "{seen}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
             client.cancel(stopped).await.unwrap();
-        };
-        let (heard, late, ()) = tokio::join!(hear(stopped), hear(id), stop);
+        });
+        let (heard, late, stop) = tokio::join!(hear(stopped), hear(id), stop);
+        stop.unwrap();
         assert_eq!(heard.unwrap_err().code, ErrorCode::Cancelled);
         let late = late.unwrap_err();
         assert_eq!(late.code, ErrorCode::Unavailable, "{late}");

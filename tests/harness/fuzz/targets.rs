@@ -57,7 +57,7 @@ fn step_meta(bytes: &[u8]) -> bool {
 }
 
 fn result_meta(bytes: &[u8]) -> bool {
-    ResultMeta::from_bytes(&aligned(bytes)).is_ok_and(|meta| meta.validate(1 << 16, 1).is_ok())
+    ResultMeta::from_bytes(&aligned(bytes)).is_ok_and(|meta| meta.validate(1 << 16, 2).is_ok())
 }
 
 /// Masks as a last stage asks them, whatever the vocabulary that they were made for.

@@ -168,11 +168,7 @@ fn document() -> Value {
                 "description": "What was wrong, and what to do.",
                 "headers": {
                     "x-request-id": {"$ref": "#/components/headers/x-request-id"},
-                    "x-millrace-truncated": {
-            "description": "Tokens of the prompts that were left out because they were too long.",
-            "schema": {"type": "integer", "minimum": 1},
-        },
-        "retry-after": {"$ref": "#/components/headers/retry-after"},
+                    "retry-after": {"$ref": "#/components/headers/retry-after"},
                 },
                 "content": {"application/json": {"schema": error}},
             }},
@@ -195,6 +191,10 @@ fn headers() -> Value {
         "x-millrace-ignored": {
             "description": "Fields of the body that were ignored.",
             "schema": {"type": "string"},
+        },
+        "x-millrace-truncated": {
+            "description": "Tokens of the prompts that were left out because they were too long.",
+            "schema": {"type": "integer", "minimum": 1},
         },
         "retry-after": {
             "description": "Seconds after which to try again, where that makes sense.",
