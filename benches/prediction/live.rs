@@ -224,6 +224,7 @@ fn config(folder: &Path, streams: u32) -> Config {
         advertise: Some("127.0.0.1".to_owned()),
         journal: millrace_coordinator::journal::JournalConfig::default(),
         rules: millrace_coordinator::text::rules::TextRules::default(),
+        otlp_endpoint: None,
         show_progress: false,
     }
 }

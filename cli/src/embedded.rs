@@ -57,6 +57,8 @@ pub struct EmbeddedOptions {
     pub journal: JournalConfig,
     /// What is done to prompts and answers.
     pub rules: TextRules,
+    /// Collector of traces.
+    pub otlp_endpoint: Option<String>,
 }
 
 /// A running cluster.
@@ -185,6 +187,7 @@ fn coordinator_config(options: &EmbeddedOptions, dir: PathBuf, stages: u32) -> C
         advertise: None,
         journal: options.journal,
         rules: options.rules.clone(),
+        otlp_endpoint: options.otlp_endpoint.clone(),
         show_progress: false,
     }
 }

@@ -69,6 +69,7 @@ pub(crate) fn private_cluster(
         kv_cache_tokens: None,
         journal: JournalConfig::default(),
         rules: TextRules::default(),
+        otlp_endpoint: None,
     })
 }
 

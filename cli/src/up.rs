@@ -13,6 +13,7 @@ use millrace_coordinator::journal::JournalArgs;
 use millrace_coordinator::models::ModelOptions;
 use millrace_coordinator::paste::paste_lines;
 use millrace_coordinator::security::Security;
+use millrace_coordinator::spans::TraceArgs;
 use millrace_coordinator::state::CLIENT_FILE;
 use millrace_coordinator::text::rules::RulesArgs;
 use millrace_engine::cache::set_limit;
@@ -52,6 +53,8 @@ pub(crate) struct UpArgs {
     journal: JournalArgs,
     #[command(flatten)]
     rules: RulesArgs,
+    #[command(flatten)]
+    traces: TraceArgs,
     #[command(flatten)]
     security: Security,
     #[command(flatten)]
@@ -120,6 +123,7 @@ fn options(args: &UpArgs, dir: PathBuf) -> anyhow::Result<EmbeddedOptions> {
         kv_cache_tokens: args.kv_cache_tokens,
         journal: args.journal.config(),
         rules: args.rules.rules()?,
+        otlp_endpoint: args.traces.otlp_endpoint.clone(),
         ..plain
     })
 }

@@ -24,6 +24,7 @@ use crate::journal::JournalArgs;
 use crate::models::{ConsoleProgress, HubName, ModelOptions, resolve_as};
 use crate::plan::Deployment;
 use crate::security::Security;
+use crate::spans::TraceArgs;
 use crate::state::{ClusterDir, unix_now};
 use crate::text::rules::RulesArgs;
 
@@ -179,6 +180,8 @@ pub struct ServeArgs {
     #[command(flatten)]
     rules: RulesArgs,
     #[command(flatten)]
+    traces: TraceArgs,
+    #[command(flatten)]
     cache: CacheOptions,
     #[command(flatten)]
     engine: EngineOptions,
@@ -308,6 +311,7 @@ impl ServeArgs {
             advertise: self.advertise.clone(),
             journal: self.journal.config(),
             rules,
+            otlp_endpoint: self.traces.otlp_endpoint.clone(),
             show_progress: true,
         })
     }

@@ -51,6 +51,8 @@ pub struct Config {
     pub journal: JournalConfig,
     /// What is done to prompts and answers.
     pub rules: TextRules,
+    /// Collector of traces.
+    pub otlp_endpoint: Option<String>,
     /// Bars on stderr while the model is read.
     pub show_progress: bool,
 }

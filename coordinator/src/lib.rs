@@ -29,6 +29,7 @@ pub mod request;
 pub mod security;
 pub mod service;
 pub mod serving;
+pub mod spans;
 pub mod start;
 pub mod state;
 pub mod text;

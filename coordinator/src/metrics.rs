@@ -28,6 +28,7 @@ use self::timeline::Timeline;
 use crate::chronicle::Chronicle;
 use crate::names::Names;
 use crate::request::RulesDid;
+use crate::spans::Spans;
 
 /// 1 ms to 60 s, fine where people notice: time to first token, queueing.
 const WAIT_BUCKETS: [f64; 17] = [
@@ -113,6 +114,8 @@ pub struct Metrics {
     timeline: Timeline,
     chronicle: Arc<Chronicle>,
     names: Arc<Names>,
+    spans: Spans,
+    spans_lost: Counter,
     running: Gauge<i64, AtomicI64>,
     waiting: Gauge<i64, AtomicI64>,
     kv_blocks: Gauge<i64, AtomicI64>,
@@ -172,6 +175,13 @@ impl Metrics {
             timeline: Timeline::default(),
             chronicle: Arc::default(),
             names: Arc::default(),
+            spans: Spans::default(),
+            spans_lost: add(
+                r,
+                metric::SPANS_LOST,
+                "Spans of traces that could not be delivered",
+                Counter::default(),
+            ),
             running: add(r, metric::REQUESTS_RUNNING, "Requests running", Gauge::default()),
             waiting: add(r, metric::REQUESTS_WAITING, "Requests waiting", Gauge::default()),
             kv_blocks: add(r, metric::KV_BLOCKS, "KV blocks in all", Gauge::default()),
@@ -333,6 +343,18 @@ impl Metrics {
         }
     }
 
+    /// The same with somebody who makes traces.
+    #[must_use]
+    pub fn with_spans(mut self, spans: Spans) -> Self {
+        self.spans = spans;
+        self
+    }
+
+    /// Who makes traces.
+    pub fn spans(&self) -> &Spans {
+        &self.spans
+    }
+
     /// A request was admitted.
     pub fn on_submit(&self) {
         self.received.inc();
@@ -465,6 +487,7 @@ impl Metrics {
         self.ready.set(status.ready.into());
         self.nodes.set(status.nodes.into());
         self.plan_epoch.set(i64::try_from(status.epoch).unwrap_or(i64::MAX));
+        raise(&self.spans_lost, self.spans.lost());
         raise(&self.preemptions, status.preemptions);
         raise(&self.prefix_queries, status.prefix_query_tokens);
         raise(&self.prefix_hits, status.prefix_hit_tokens);

@@ -11,7 +11,7 @@ mod generation;
 mod listeners;
 mod replay;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod transcript;
 
 use std::time::Duration;
@@ -22,6 +22,7 @@ use millrace_shared::wire::rpc::{GenerateEvent, PositionScore};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::journal::Journal;
+use crate::spans::RequestSpan;
 pub use embedding::{Embedding, Vectors};
 pub use generation::{Generation, Verdict, play_again};
 pub(crate) use replay::Replay;
@@ -89,6 +90,8 @@ pub struct Request {
     pub chunks: Vec<Chunks>,
     /// What it wants.
     pub work: Work,
+    /// What is told of it in a trace.
+    pub span: Option<RequestSpan>,
     /// When it came, on the scheduler's clock.
     pub submitted: Duration,
     /// How long before that it was submitted to an earlier life of the coordinator.

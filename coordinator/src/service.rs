@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::journal::unix_ms;
 use crate::metrics::Metrics;
 use crate::request::{Replay, Vectors};
+use crate::spans::Parent;
 
 /// Events of one request. Bounded by the request's own token limit, so it never blocks the
 /// scheduler. Dropping it cancels the request, unless somebody else listens, or it was said to be
@@ -293,6 +294,8 @@ pub struct Caller {
     pub tag: u32,
     /// The same, where it is long.
     pub note: Arc<[u8]>,
+    /// The span that the call belongs to.
+    pub trace: Option<Parent>,
     /// Whether the key is an administrator's; the gate says so.
     pub admin: bool,
     /// Whether the request must be one that is known by its id: a new one is refused.

@@ -30,6 +30,7 @@ use crate::plan::{Deployment, check_stages};
 use crate::security::Certs;
 use crate::service::{Counted, Service};
 use crate::serving::{Prompts, Serving};
+use crate::spans::Spans;
 use crate::state::{ClusterDir, unix_now};
 use crate::text::TextModel;
 
@@ -133,7 +134,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let members = Endpoint::bind_lasting(config.cluster, members, secret).context("--cluster")?;
     let (quic_addr, cluster_addr) = (public.local_addr()?, members.local_addr()?);
 
-    let metrics = Arc::new(Metrics::new(&config.served_name));
+    let spans = Spans::to(config.otlp_endpoint.as_deref(), &config.served_name)?;
+    let metrics = Arc::new(Metrics::new(&config.served_name).with_spans(spans));
     let (readiness, watching) = watch::channel(Readiness::default());
     let life = begin_life(&dir.path).context("cannot count the starts of this coordinator")?;
     let (journal, entries) = Journal::open(config.journal, &dir.path, &metrics)?;

@@ -636,6 +636,10 @@ fn request_headers() {
         let caller = s.fake.last().1;
         assert_eq!((caller.priority, caller.client), (class, Caller::client_of(Some(KEY))));
     }
+    assert_eq!(s.fake.last().1.trace, None);
+    assert_eq!(send("traceparent: 00-1-2-01\r\ntracestate: a=b\r\n").status, 200);
+    let trace = s.fake.last().1.trace.expect("a trace");
+    assert_eq!((trace.parent.as_str(), trace.state.as_str()), ("00-1-2-01", "a=b"));
     let answer = send("x-millrace-priority: urgent\r\n");
     assert_eq!(
         (answer.status, &answer.json()["error"]["param"]),

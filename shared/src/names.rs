@@ -31,6 +31,8 @@ pub mod env {
     pub const API_KEY: &str = "MILLRACE_API_KEY";
     /// Join token of a node.
     pub const TOKEN: &str = "MILLRACE_TOKEN";
+    /// Collector of traces (`--otlp-endpoint`), by OpenTelemetry's name.
+    pub const OTLP_ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
     /// Where the torch engine computes (`--device`).
     pub const DEVICE: &str = "MILLRACE_DEVICE";
     /// Which of its devices a node of `--device cuda:all` has; for the processes that it starts.
@@ -65,6 +67,7 @@ pub mod metric {
     pub const REQUEST_FAILURE: &str = "millrace_request_failure";
     pub const PREEMPTIONS: &str = "millrace_preemptions";
     pub const REQUESTS_SHED: &str = "millrace_requests_shed";
+    pub const SPANS_LOST: &str = "millrace_spans_lost";
     pub const TEXT_RULES: &str = "millrace_text_rules";
     pub const STAGE_BUSY: &str = "millrace_stage_busy_seconds";
     pub const STAGE_BUSY_RATIO: &str = "millrace_stage_busy_ratio";

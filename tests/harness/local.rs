@@ -133,5 +133,6 @@ fn options(model: &Path, shape: Shape) -> EmbeddedOptions {
         kv_cache_tokens: Some(shape.kv_cache_tokens),
         journal: JournalConfig::default(),
         rules: TextRules::default(),
+        otlp_endpoint: None,
     }
 }

@@ -351,6 +351,7 @@ fn coordinator_config(shape: &Shape, dir: &Path, model: PathBuf) -> CoordinatorC
         advertise: None,
         journal: shape.journal,
         rules: shape.rules.clone(),
+        otlp_endpoint: None,
         show_progress: false,
     }
 }

@@ -22,6 +22,7 @@ use millrace_shared::wire::rpc::{
 };
 
 use crate::service::{Caller, EventStream, Service};
+use crate::spans::Parent;
 
 /// Longest time that a request goes on by itself.
 pub(crate) const MAX_KEEP: Duration = Duration::from_secs(24 * 3600);
@@ -174,6 +175,7 @@ fn caller(call: &IncomingCall) -> Result<Caller, Status> {
         request_id: request_id.transpose()?,
         fresh: Some(RequestId(uuid::Uuid::now_v7())),
         keep: keep.transpose()?,
+        trace: Parent::of(named),
         ..Caller::default()
     })
 }

@@ -399,3 +399,25 @@ async fn the_rules_go_through_the_journal() {
     // There is no JSON in it: all of it comes, at the end.
     assert_eq!(told(&mut stream).await, ["0:", "1!", "2:", "length=a#a/3"]);
 }
+
+/// A request that has been answered so far, for tests of others.
+#[cfg(feature = "otel")]
+pub(crate) struct Spoken(Rig);
+
+#[cfg(feature = "otel")]
+impl Spoken {
+    /// Of three prompt tokens.
+    pub(crate) fn new() -> Self {
+        Self(rig(head(1, 1)))
+    }
+
+    pub(crate) fn generation(&self) -> &Generation {
+        &self.0.generation
+    }
+
+    /// Tokens come.
+    pub(crate) fn say(&mut self, text: &str) {
+        self.0.generation.on_scheduled(0, Duration::from_millis(1), 0);
+        self.0.say(0, text, 0.0);
+    }
+}

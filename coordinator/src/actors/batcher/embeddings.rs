@@ -51,6 +51,7 @@ impl Handler<SubmitEmbed> for Batcher {
             sequences: Vec::new(),
             chunks: Vec::new(),
             work: Work::Embed(Box::new(work)),
+            span: None,
             submitted: now,
             before: Duration::ZERO,
             deadline: deadline.map(|d| now + d),

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use millrace_shared::error::{ErrorCode, Status};
-use millrace_shared::id::RequestId;
+use millrace_shared::id::{MicroBatchId, RequestId};
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::scheduler::{Kind, SchedulerStats};
-use millrace_shared::wire::data::{Failure, FrameKind, ResultMeta};
+use millrace_shared::wire::data::{Failure, FrameKind, ResultMeta, RowResult};
 use millrace_shared::wire::frame::Frame;
 use millrace_shared::wire::rpc::{AttachRequest, Choices, PositionScore};
 use tokio::sync::oneshot;
@@ -16,6 +16,7 @@ use super::{Active, Batcher};
 use crate::journal::Head;
 use crate::request::{Generation, Request, Scoring, Work};
 use crate::service::{Caller, EventStream, unknown_request};
+use crate::spans::RequestSpan;
 use crate::text::rules::AnswerRules;
 use crate::text::{CallForm, Matcher};
 
@@ -82,8 +83,10 @@ impl Handler<Submit> for Batcher {
         let now = self.now();
         let mut generation = Generation::new(head, &self.tokenizer, &self.journal);
         let stream = generation.listen(Vec::new(), false, &self.journal)?;
+        let span = self.metrics.spans().begin(m.caller.trace.as_ref(), &generation);
         self.register(Request {
             id: m.id,
+            span,
             sequences,
             chunks: Vec::new(),
             work: Work::Generate(Box::new(generation)),
@@ -166,6 +169,7 @@ impl Handler<SubmitScore> for Batcher {
         let now = self.now();
         self.register(Request {
             id: m.id,
+            span: None,
             sequences,
             chunks: Vec::new(),
             work: Work::Score(Scoring::new(reply)),
@@ -277,6 +281,7 @@ impl Handler<ResultFrame> for Batcher {
         self.metrics.on_micro_batch(&meta.times, &predicted, &stats);
         let round_trip = stats.round_trip.as_secs_f64();
         self.metrics.timeline().push(header.micro_batch.0, &meta, round_trip);
+        self.trace(header.micro_batch, &meta, stats.round_trip);
         tracing::trace!(
             micro_batch = %header.micro_batch,
             at = now.as_secs_f64(),
@@ -292,6 +297,21 @@ impl Handler<ResultFrame> for Batcher {
         self.apply(outcomes, now);
         self.pump();
         Ok(())
+    }
+}
+
+impl Batcher {
+    /// Tells traces of a micro-batch that came back.
+    fn trace(&self, id: MicroBatchId, meta: &ResultMeta, round_trip: Duration) {
+        let spans = self.metrics.spans();
+        if !spans.are_made() {
+            return;
+        }
+        let of = |row: &RowResult| self.requests.of(row.sequence)?.0.span.as_ref();
+        let mut all: Vec<&RequestSpan> = meta.rows.iter().filter_map(of).collect();
+        // Choices of one request follow each other.
+        all.dedup_by(|a, b| std::ptr::eq(*a, *b));
+        spans.step(id.0, &all, &meta.times, round_trip);
     }
 }
 

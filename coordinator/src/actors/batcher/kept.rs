@@ -151,6 +151,9 @@ impl Batcher {
     pub(super) fn put_away(&mut self, request: Request) {
         let Work::Generate(generation) = request.work else { return };
         self.metrics.on_rules_of_answer(generation.rules_did());
+        if let Some(span) = request.span {
+            self.metrics.spans().end(span, &generation);
+        }
         if self.keeps() {
             self.retained.release(generation.promised_bytes());
         }
@@ -225,6 +228,8 @@ impl Batcher {
         self.promise(generation.promised_bytes());
         let request = Request {
             id: head.id,
+            // What its client said of its trace is not kept.
+            span: None,
             sequences,
             chunks: Vec::new(),
             work: Work::Generate(Box::new(generation)),

@@ -14,6 +14,7 @@ use super::error::ApiError;
 use super::guard::{CalledSo, bearer};
 use crate::api::quic::MAX_KEEP;
 use crate::service::Caller;
+use crate::spans::Parent;
 
 /// Longest body that is read.
 pub(crate) const MAX_BODY_BYTES: usize = 4 << 20;
@@ -84,7 +85,8 @@ pub(crate) fn caller(request: &HttpRequest) -> Result<Caller, ApiError> {
         }
         called.fresh
     });
-    Ok(Caller { deadline, client, priority, request_id, fresh, keep, ..Caller::default() })
+    let trace = Parent::of(|name| request.headers().get(name)?.to_str().ok());
+    Ok(Caller { deadline, client, priority, request_id, fresh, keep, trace, ..Caller::default() })
 }
 
 /// The id that stands for a client's own name of a request: others may give the same name to theirs.
