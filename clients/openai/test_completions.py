@@ -29,3 +29,18 @@ def test_several_prompts_and_echo(client):
     assert said.choices[0].text == ASK["prompt"] + one[0].choices[0].text
     chunks = client.stream(lambda c: c.completions.create(**{**ASK, "prompt": [[1, 2, 3], [4, 5]]}, stream=True))
     assert {c.choices[0].index for c in chunks} == {0, 1}
+
+
+def test_a_prompt_is_scored(client):
+    scored = {**ASK, "echo": True, "logprobs": 2}
+    whole = client.call(lambda c: c.completions.create(**scored)).choices[0]
+    of = whole.logprobs
+    assert of.token_logprobs[0] is None and of.top_logprobs[0] is None and all(p <= 0 for p in of.token_logprobs[1:])
+    assert "".join(of.tokens) == whole.text and of.text_offset[-1] + len(of.tokens[-1]) == len(whole.text)
+    alone = client.call(lambda c: c.completions.create(**{**scored, "max_tokens": 0}))
+    told = alone.choices[0].logprobs
+    assert alone.choices[0].text == ASK["prompt"] and alone.usage.completion_tokens == 0
+    assert told.token_logprobs == of.token_logprobs[: len(told.tokens)] and len(told.tokens) == len(of.tokens) - 8
+    chunks = client.stream(lambda c: c.completions.create(**scored, stream=True))
+    parts = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
+    assert [p for part in parts for p in part.token_logprobs] == of.token_logprobs

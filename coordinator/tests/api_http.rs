@@ -255,6 +255,74 @@ fn several_prompts_and_their_echo() {
 }
 
 #[test]
+fn prompts_are_scored_with_echo() {
+    let s = server(hello_with_logprobs());
+    let body = json!({"prompt": [1, 2, 3], "echo": true, "logprobs": 1, "max_tokens": 2});
+    let answer = post(s.addr, COMPLETIONS, &body);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let choice = answer.json()["choices"][0].clone();
+    assert_eq!(choice["text"], "<1><2><3><7><8>");
+    let expected = json!({
+        "tokens": ["<1>", "<2>", "<3>", "<7>", "<8>"],
+        "token_logprobs": [null, -0.5, -1.5, -0.1, -3.5],
+        "top_logprobs": [
+            null, {"<2>": -0.5, "<3>": -0.25}, {"<3>": -1.5}, {"<3>": -2.5, "<7>": -0.1},
+            {"<8>": -3.5, "\u{FFFD}": -0.2}
+        ],
+        "text_offset": [0, 3, 6, 9, 12],
+    });
+    assert_eq!(choice["logprobs"], expected);
+    let (scored, _) = s.fake.scored.lock().unwrap().pop().unwrap();
+    assert_eq!((scored.tokens, scored.top_k), (vec![1, 2, 3], 1));
+
+    // Streamed, the prompt is the first chunk; a choice more has it once more.
+    let mut streamed = body.clone();
+    streamed["stream"] = json!(true);
+    let chunks = post(s.addr, COMPLETIONS, &streamed).chunks();
+    assert_eq!(chunks[0]["choices"][0]["text"], "<1><2><3>");
+    let lists = chunks.iter().map(|c| &c["choices"][0]["logprobs"]["text_offset"]);
+    let offsets: Vec<_> = lists.filter_map(Value::as_array).flatten().collect();
+    assert_eq!(offsets, [0, 3, 6, 9, 12]);
+
+    // Nothing is generated where no token is wanted.
+    let asked = s.fake.seen.lock().unwrap().len();
+    let alone =
+        json!({"prompt": [[1, 2], [3]], "n": 2, "echo": true, "logprobs": 0, "max_tokens": 0});
+    let whole = post(s.addr, COMPLETIONS, &alone).json();
+    let texts: Vec<_> = whole["choices"].as_array().unwrap().iter().map(|c| &c["text"]).collect();
+    assert_eq!(texts, ["<1><2>", "<1><2>", "<3>", "<3>"]);
+    assert_eq!(whole["choices"][1]["logprobs"]["token_logprobs"], json!([null, -0.5]));
+    assert_eq!(whole["choices"][3]["finish_reason"], "length");
+    let counts = |key: &str| whole["usage"][key].as_u64().unwrap();
+    assert_eq!((counts("prompt_tokens"), counts("completion_tokens")), (3, 0));
+    let plain = json!({"prompt": "ab", "echo": true, "max_tokens": 0});
+    let whole = post(s.addr, COMPLETIONS, &plain).json();
+    assert_eq!(whole["choices"][0]["text"], "ab");
+    assert!(whole["choices"][0]["logprobs"].is_null());
+    assert_eq!(s.fake.seen.lock().unwrap().len(), asked);
+
+    // Whoever attaches hears the same.
+    let named = post_text(COMPLETIONS, &streamed.to_string(), "idempotency-key: scored\r\n");
+    let first = exchange(s.addr, named.as_bytes());
+    assert_eq!(first.status, 200, "{first:?}");
+    let attach = |from: &str| {
+        let text = format!(
+            "GET /v1/requests/scored/events HTTP/1.1\r\nhost: localhost\r\n\
+             authorization: Bearer {KEY}\r\n{from}\r\n"
+        );
+        exchange(s.addr, text.as_bytes()).chunks()
+    };
+    let again = &attach("")[0]["choices"][0];
+    assert_eq!(again["text"], "<1><2><3><4><5>", "as the service tells it");
+    let told = &again["logprobs"]["token_logprobs"];
+    assert_eq!(*told, json!([null, -0.5, -1.5, -2.5, -3.5]));
+    let before = s.fake.scored.lock().unwrap().len();
+    let rest = attach("last-event-id: 0:1\r\n");
+    assert_eq!(rest[0]["choices"][0]["logprobs"]["text_offset"], json!([18]));
+    assert_eq!(s.fake.scored.lock().unwrap().len(), before, "what was heard is not scored again");
+}
+
+#[test]
 fn several_choices() {
     let s = server(two_choices());
     let answer = post(s.addr, CHAT, &chat_body(json!({"n": 2, "best_of": 3})));
@@ -497,7 +565,8 @@ fn unsupported_is_refused_and_unknown_is_named() {
     let field = json!("response_format.type");
     expect_error(&answer, 400, "invalid_request_error", field, "invalid_argument");
     for (field, body) in [
-        ("echo", json!({"prompt": "x", "echo": true, "logprobs": 1})),
+        ("max_tokens", json!({"prompt": "x", "max_tokens": 0})),
+        ("stream", json!({"prompt": "x", "echo": true, "max_tokens": 0, "stream": true})),
         ("suffix", json!({"prompt": "x", "suffix": "y"})),
         ("prompt", json!({"prompt": vec!["x"; 129]})),
     ] {

@@ -48,6 +48,7 @@ pub struct Fake {
     pub seen: Mutex<Vec<(GenerateRequest, Caller)>>,
     pub cancelled: Mutex<Vec<RequestId>>,
     pub embedded: Mutex<Vec<(EmbedRequest, Caller)>>,
+    pub scored: Mutex<Vec<(ScoreRequest, Caller)>>,
     dropped: mpsc::Sender<RequestId>,
 }
 
@@ -61,6 +62,7 @@ impl Fake {
             seen: Mutex::default(),
             cancelled: Mutex::default(),
             embedded: Mutex::default(),
+            scored: Mutex::default(),
             dropped,
         };
         (Arc::new(fake), told)
@@ -236,13 +238,22 @@ impl Service for Fake {
         .boxed()
     }
 
+    /// The token after position `p` has the log-probability `-p - 0.5`; token 3 is the likeliest.
     fn score(
         &self,
         request: ScoreRequest,
-        _: Caller,
+        caller: Caller,
     ) -> BoxFuture<'_, Result<Vec<PositionScore>, Status>> {
-        let score = |position| PositionScore { position, ..PositionScore::default() };
-        async move { Ok((0..request.tokens.len() as u32).map(score).collect()) }.boxed()
+        let tokens = request.tokens.clone();
+        let score = move |position: u32| PositionScore {
+            position,
+            next_logprob: (position as usize + 1 < tokens.len()).then(|| -0.5 - position as f32),
+            top_logits: [(3, 9.75), (7, 8.0)].into_iter().take(request.top_k.into()).collect(),
+            log_sum_exp: 10.0,
+        };
+        let count = request.tokens.len() as u32;
+        self.scored.lock().unwrap().push((request, caller));
+        async move { Ok((0..count).map(score).collect()) }.boxed()
     }
 
     /// A vector of four numbers, the first of which is how many tokens there are.

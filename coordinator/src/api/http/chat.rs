@@ -6,6 +6,7 @@ use millrace_shared::wire::rpc::{ChatMessage, Conversation, Prompt};
 use serde_json::{Value, json};
 
 use super::AppState;
+use super::echo::Echo;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::generation::{self, Asked, Kind};
@@ -32,7 +33,7 @@ fn read(request: &HttpRequest, body: Body, usual: SamplingParams) -> Result<Aske
         .ok_or_else(|| ApiError::invalid("messages", "is missing: give at least one message"))?;
     fields.refuse_unless("echo", &[json!(false)])?;
     let prompts = vec![Prompt::Chat(conversation)];
-    Ok(Asked { options, prompts, echo: false, caller, ignored: fields.into_ignored() })
+    Ok(Asked { options, prompts, echo: Echo::No, caller, ignored: fields.into_ignored() })
 }
 
 /// Takes the conversation with its tools; `None` where there are no messages.

@@ -6,6 +6,7 @@ use millrace_shared::wire::rpc::Prompt;
 use serde_json::Value;
 
 use super::AppState;
+use super::echo::Echo;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::generation::{self, Asked, Kind};
@@ -30,12 +31,12 @@ pub(crate) async fn completions(
 fn read(request: &HttpRequest, body: Body, usual: SamplingParams) -> Result<Asked, ApiError> {
     let mut fields = Fields::parse(&read_body(body)?)?;
     let caller = caller(request)?;
+    let echo = take_echo(&mut fields)?;
     let mut options = options::take(&mut fields, usual, Some(DEFAULT_MAX_TOKENS))?;
     options.params.logprobs = options::take_completion_logprobs(&mut fields)?;
-    let echo = fields.take("echo")?.unwrap_or(false);
-    if echo && options.params.logprobs.is_some() {
-        let why = "cannot be combined with logprobs: those of a prompt are not told here";
-        return Err(ApiError::invalid("echo", why));
+    if echo == Echo::Alone && options.stream {
+        let why = "a prompt alone ('echo' with 'max_tokens' 0) comes whole: leave 'stream' out";
+        return Err(ApiError::invalid("stream", why));
     }
     let prompts = take_prompts(&mut fields, "prompt")?
         .ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;
@@ -44,6 +45,18 @@ fn read(request: &HttpRequest, body: Body, usual: SamplingParams) -> Result<Aske
         return Err(ApiError::invalid("prompt", why));
     }
     Ok(Asked { options, prompts, echo, caller, ignored: fields.into_ignored() })
+}
+
+/// Takes `echo`, and a `max_tokens` of 0, which only it allows.
+fn take_echo(fields: &mut Fields) -> Result<Echo, ApiError> {
+    if !fields.take("echo")?.unwrap_or(false) {
+        return Ok(Echo::No);
+    }
+    if fields.peek("max_tokens").and_then(Value::as_u64) == Some(0) {
+        fields.take_value("max_tokens");
+        return Ok(Echo::Alone);
+    }
+    Ok(Echo::Before)
 }
 
 /// Takes a prompt: a text, ids, or a list of exactly one of them.

@@ -17,6 +17,7 @@ use millrace_shared::wire::rpc::{
 };
 
 use super::AppState;
+use super::echo::{self, Echo, Said};
 use super::error::ApiError;
 use super::logprobs::LogprobWriter;
 use super::options::Options;
@@ -48,8 +49,8 @@ pub(crate) struct Asked {
     pub(crate) options: Options,
     /// What to continue, each for itself.
     pub(crate) prompts: Vec<Prompt>,
-    /// Answers begin with their prompts.
-    pub(crate) echo: bool,
+    /// What answers tell of their prompts.
+    pub(crate) echo: Echo,
     /// Who asks.
     pub(crate) caller: Caller,
     /// Names of the fields that were ignored.
@@ -64,9 +65,9 @@ pub(crate) struct Answer {
     model: String,
     include_usage: bool,
     prompts: u32,
-    echo: bool,
+    echo: Echo,
     /// The prompts, as far as they are known.
-    said: Vec<String>,
+    said: Vec<Said>,
     /// By choice.
     logprobs: Vec<LogprobWriter>,
     service: Arc<dyn Service>,
@@ -83,11 +84,19 @@ pub(crate) async fn respond(
 ) -> Result<HttpResponse, ApiError> {
     state.counted(state.refuse_while_draining().map_err(ApiError::from))?;
     let Asked { options, prompts, echo, mut caller, ignored } = asked;
+    let shown_model =
+        if options.model.is_empty() { only_model(state) } else { options.model.clone() };
+    let mut said = echo::read(state, &prompts, (echo, &options), &caller).await?;
+    if echo == Echo::Alone {
+        return Ok(with_ignored(
+            echo::alone(state, said, (&options, shown_model), &caller),
+            &ignored,
+        ));
+    }
     let Options { model, params, choices, stream, include_usage } = options;
-    let shown_model = if model.is_empty() { only_model(state) } else { model.clone() };
-    caller.tag = tag(kind, include_usage, echo);
+    let scored = params.logprobs.filter(|_| echo == Echo::Before);
+    caller.tag = tag(kind, include_usage, echo, scored);
     let kept = caller.keep.is_some() || caller.request_id.is_some();
-    let mut said = if echo { said(state, &prompts)? } else { Vec::new() };
     let mut all: Vec<EventStream> = Vec::with_capacity(prompts.len());
     for (number, prompt) in prompts.into_iter().enumerate() {
         let (model, params) = (model.clone(), params.clone());
@@ -108,17 +117,18 @@ pub(crate) async fn respond(
     let id = first.request_id();
     let left_out = all.iter().map(|events| events.origin().left_out).sum();
     // What the model reads, where that is not what was sent.
-    for (text, events) in said.iter_mut().zip(&all) {
+    for (said, events) in said.iter_mut().zip(&all) {
         if let Some(ids) = &events.origin().read {
-            *text = state.service.detokenize(ids)?;
+            said.altered(state.service.as_ref(), ids)?;
         }
     }
-    let mut answer = Answer::new(state, kind, first, shown_model, include_usage);
-    (answer.prompts, answer.echo, answer.said) = (all.len() as u32, echo, said);
+    let begun = (id, first.origin().submitted_ms);
+    let mut answer = Answer::new(state, kind, begun, shown_model, include_usage).after(said, echo);
+    answer.prompts = all.len() as u32;
     let events = Events::several(all, choices.n);
     let single = events.prompts() == 1;
     let response = match stream {
-        true => streamed(state, answer, events, &[]).await?,
+        true => streamed(state, answer, events, (&[], None)).await?,
         false => {
             let body = collect(answer, events).await?;
             HttpResponse::Ok().content_type("application/json").body(body)
@@ -141,21 +151,25 @@ pub(crate) async fn attach(
 ) -> Result<HttpResponse, ApiError> {
     // From the first token on: what is sent of a token depends on those before it.
     let request = AttachRequest { request_id, next: Vec::new() };
-    let events = state.service.attach(request, caller).await?;
+    let events = state.service.attach(request, caller.clone()).await?;
     events.lost();
-    let (kind, include_usage, echo) = of_tag(events.origin().tag);
-    let mut answer = Answer::new(state, kind, &events, only_model(state), include_usage);
-    answer.echo = echo;
+    let (kind, include_usage, echo, scored) = of_tag(events.origin().tag);
+    let begun = (request_id, events.origin().submitted_ms);
+    let answer = Answer::new(state, kind, begun, only_model(state), include_usage);
+    let answer = answer.after(Vec::new(), echo);
+    // Who has heard a token has heard of the prompt.
+    let again = scored.filter(|_| from.is_empty() || from.contains(&0)).map(|top| (top, caller));
     let left_out = events.origin().left_out;
-    let response = streamed(state, answer, Events::one(events), from).await?;
+    let response = streamed(state, answer, Events::one(events), (from, again)).await?;
     Ok(with_left_out(with_id(response, request_id), left_out))
 }
 
+/// `again` asks for the prompt's log-probabilities, of which it names the rivals.
 async fn streamed(
     state: &AppState,
-    answer: Answer,
+    mut answer: Answer,
     mut events: Events,
-    from: &[u32],
+    (from, again): (&[u32], Option<(u8, Caller)>),
 ) -> Result<HttpResponse, ApiError> {
     // A request that fails at once still gets a proper HTTP status.
     let first = match events.next().await {
@@ -163,6 +177,12 @@ async fn streamed(
         Some(Err(status)) => return Err(ApiError::of_model(status)),
         Some(Ok(event)) => event,
     };
+    if let (Some((top, caller)), GenerateEvent::Started { prompt_token_ids, .. }) = (again, &first)
+    {
+        let caller = Caller { request_id: None, fresh: None, ..caller };
+        let said = Said::of_ids(state.service.as_ref(), prompt_token_ids)?;
+        answer.said = vec![said.scored(state.service.as_ref(), "", top, caller).await?];
+    }
     let body = sse::stream(answer, events, first, state.keep_alive, from);
     Ok(HttpResponse::Ok()
         .insert_header((CONTENT_TYPE, "text/event-stream; charset=utf-8"))
@@ -181,28 +201,21 @@ fn with_id(mut response: HttpResponse, id: RequestId) -> HttpResponse {
 }
 
 /// How an answer looked, to be remembered with the request: [`Kind`], whether usage is wanted, and
-/// whether it begins with the prompt.
-fn tag(kind: Kind, include_usage: bool, echo: bool) -> u32 {
+/// whether it begins with the prompt, and then the rivals that are told of each of its tokens.
+fn tag(kind: Kind, include_usage: bool, echo: Echo, scored: Option<u8>) -> u32 {
     let kind = match kind {
         Kind::Completion => 0,
         Kind::Chat => 1,
     };
-    kind | (u32::from(include_usage) << 1) | (u32::from(echo) << 2)
+    let scored = scored.map_or(0, |top| u32::from(top) + 1);
+    kind | (u32::from(include_usage) << 1) | (u32::from(echo != Echo::No) << 2) | (scored << 8)
 }
 
-fn of_tag(tag: u32) -> (Kind, bool, bool) {
+fn of_tag(tag: u32) -> (Kind, bool, Echo, Option<u8>) {
     let kind = if tag & 1 == 1 { Kind::Chat } else { Kind::Completion };
-    (kind, tag & 2 == 2, tag & 4 == 4)
-}
-
-/// Prompts as text.
-fn said(state: &AppState, prompts: &[Prompt]) -> Result<Vec<String>, ApiError> {
-    let text = |prompt: &Prompt| match prompt {
-        Prompt::Text(text) => Ok(text.clone()),
-        Prompt::Tokens(ids) => Ok(state.service.detokenize(ids)?),
-        Prompt::Chat(_) => Ok(String::new()),
-    };
-    prompts.iter().map(text).collect()
+    let echo = if tag & 4 == 4 { Echo::Before } else { Echo::No };
+    let scored = (tag >> 8).checked_sub(1).and_then(|top| u8::try_from(top).ok());
+    (kind, tag & 2 == 2, echo, scored)
 }
 
 /// What a stream that ends without `Finished` means: the coordinator goes down, and goes on with the
@@ -237,11 +250,18 @@ impl Whole {
     fn push(&mut self, piece: Piece, entry: Option<LogprobsBody>) {
         self.text.push_str(&piece.text);
         tools::gather(&mut self.calls, piece.calls);
-        match (&mut self.logprobs, entry) {
-            (Some(all), Some(entry)) => all.append(entry),
-            (all @ None, entry) => *all = entry,
-            (Some(_), None) => {}
+        self.logprobs = joined(self.logprobs.take(), entry);
+    }
+}
+
+/// Entries, and those of later tokens of the same answer.
+fn joined(first: Option<LogprobsBody>, later: Option<LogprobsBody>) -> Option<LogprobsBody> {
+    match (first, later) {
+        (Some(mut all), Some(later)) => {
+            all.append(later);
+            Some(all)
         }
+        (first, later) => first.or(later),
     }
 }
 
@@ -285,10 +305,11 @@ async fn collect(mut answer: Answer, mut events: Events) -> Result<String, ApiEr
 }
 
 impl Answer {
-    fn new(
+    /// `submitted_ms` is the time of the request since 1970; 0 stands for now.
+    pub(crate) fn new(
         state: &AppState,
         kind: Kind,
-        events: &EventStream,
+        (id, submitted_ms): (RequestId, u64),
         model: String,
         include_usage: bool,
     ) -> Self {
@@ -297,28 +318,36 @@ impl Answer {
             Kind::Completion => "cmpl",
         };
         let now = || SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs());
-        let submitted = Some(events.origin().submitted_ms / 1000).filter(|s| *s > 0);
+        let submitted = Some(submitted_ms / 1000).filter(|s| *s > 0);
         Self {
             kind,
-            id: format!("{prefix}-{}", events.request_id()),
+            id: format!("{prefix}-{id}"),
             created: submitted.or_else(|| now().ok()).unwrap_or_default(),
             model,
             include_usage,
             prompts: 1,
-            echo: false,
+            echo: Echo::No,
             said: Vec::new(),
             logprobs: Vec::new(),
             service: state.service.clone(),
         }
     }
 
+    /// The same after these prompts.
+    pub(crate) fn after(self, said: Vec<Said>, echo: Echo) -> Self {
+        Self { prompts: (said.len() as u32).max(1), echo, said, ..self }
+    }
+
     /// So many choices come, the first of a prompt of these ids.
     pub(crate) fn expect(&mut self, choices: u32, prompt: &[u32]) -> Result<(), Status> {
-        let kind = self.kind;
-        self.logprobs.resize_with(choices as usize, || LogprobWriter::new(kind));
-        if self.echo && self.said.is_empty() {
-            self.said.push(self.service.detokenize(prompt)?);
+        if self.echo != Echo::No && self.said.is_empty() {
+            self.said.push(Said::of_ids(self.service.as_ref(), prompt)?);
         }
+        let each = (choices / self.prompts).max(1);
+        let before = |choice: u32| self.said.get((choice / each) as usize);
+        let text = |choice| before(choice).map_or("", |said| said.text.as_str());
+        let writers = (0..choices).map(|choice| LogprobWriter::after(self.kind, text(choice)));
+        self.logprobs = writers.collect();
         Ok(())
     }
 
@@ -329,7 +358,24 @@ impl Answer {
 
     /// The prompt with which a choice begins; nothing where it is not wanted.
     fn said_before(&self, choice: u32) -> &str {
-        self.said.get((choice / self.each()) as usize).map_or("", String::as_str)
+        self.prompt_of(choice).map_or("", |said| said.text.as_str())
+    }
+
+    fn prompt_of(&self, choice: u32) -> Option<&Said> {
+        self.said.get((choice / self.each()) as usize)
+    }
+
+    /// The log-probabilities of a choice's prompt, where they are told.
+    fn logprobs_before(&self, choice: u32) -> Option<LogprobsBody> {
+        self.prompt_of(choice)?.logprobs.clone()
+    }
+
+    /// The body of an answer that is its prompts, as many times as there are `usages`.
+    pub(crate) fn prompts_alone(mut self, usages: &[(u32, Usage)]) -> String {
+        let end = || Whole { reason: Some(FinishReason::Length), ..Whole::default() };
+        let kind = self.kind;
+        self.logprobs.resize_with(usages.len(), || LogprobWriter::after(kind, ""));
+        self.whole(usages.iter().map(|_| end()).collect(), usages)
     }
 
     /// The log-probabilities of a choice's next token, where the request asked for them; `text` came
@@ -370,7 +416,7 @@ impl Answer {
                 }
             };
             let finish_reason = whole.reason.map(FinishReason::as_str);
-            let logprobs = whole.logprobs;
+            let logprobs = joined(self.logprobs_before(index), whole.logprobs);
             Choice { index, message, text, logprobs, finish_reason, ..Choice::default() }
         };
         let choices = (0..).zip(choices).map(choice).collect();
@@ -382,7 +428,12 @@ impl Answer {
     pub(crate) fn opening(&self, index: u32) -> Option<String> {
         let said = self.said_before(index);
         if self.kind == Kind::Completion && !said.is_empty() {
-            return Some(self.piece(index, Piece::of_text(said.to_owned()), None, None));
+            return Some(self.piece(
+                index,
+                Piece::of_text(said.to_owned()),
+                self.logprobs_before(index),
+                None,
+            ));
         }
         let content = Some(String::new());
         let delta = Delta { role: Some("assistant"), content, ..Delta::default() };

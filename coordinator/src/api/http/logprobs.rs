@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use millrace_shared::error::Status;
-use millrace_shared::wire::rpc::TokenLogprobs;
+use millrace_shared::wire::rpc::{PositionScore, TokenLogprobs};
 
 use super::generation::Kind;
 use super::types::{Candidate, LogprobsBody, TokenLogprob};
@@ -23,9 +23,9 @@ pub(crate) struct LogprobWriter {
 }
 
 impl LogprobWriter {
-    /// For an answer of this endpoint.
-    pub(crate) fn new(kind: Kind) -> Self {
-        Self { kind, offset: 0 }
+    /// After a prompt with which the answer begins.
+    pub(crate) fn after(kind: Kind, prompt: &str) -> Self {
+        Self { kind, offset: prompt.chars().count() }
     }
 
     /// The next token is hidden, and stands for this text.
@@ -44,11 +44,7 @@ impl LogprobWriter {
         found: &TokenLogprobs,
     ) -> Result<LogprobsBody, Status> {
         let chosen = candidate(service, token_id, found.logprob)?;
-        let top = found
-            .top
-            .iter()
-            .map(|&(id, logprob)| candidate(service, id, logprob))
-            .collect::<Result<Vec<_>, _>>()?;
+        let top = rivals(service, found)?;
         Ok(match self.kind {
             Kind::Chat => LogprobsBody::Chat {
                 content: vec![TokenLogprob { chosen, top_logprobs: top }],
@@ -58,14 +54,83 @@ impl LogprobWriter {
                 let text_offset = vec![self.offset];
                 self.offset += chosen.token.chars().count();
                 LogprobsBody::Completion {
-                    token_logprobs: vec![chosen.logprob],
-                    top_logprobs: vec![by_text(&chosen, top)],
+                    token_logprobs: vec![Some(chosen.logprob)],
+                    top_logprobs: vec![Some(by_text(&chosen, top))],
                     tokens: vec![chosen.token],
                     text_offset,
                 }
             }
         })
     }
+}
+
+/// The entries of a prompt's tokens, of which the first has no probability: nothing comes before it.
+/// `said` is the text with which the answer begins, `scores` has one entry per token.
+///
+/// # Errors
+/// If a score is missing, or the service does not know an id that it was asked for.
+pub(crate) fn prompt_logprobs(
+    service: &dyn Service,
+    said: &str,
+    ids: &[u32],
+    scores: &[PositionScore],
+) -> Result<LogprobsBody, Status> {
+    let mut place = Place { said, byte: 0, offset: 0 };
+    let (mut tokens, mut token_logprobs) = (Vec::new(), Vec::new());
+    let (mut top_logprobs, mut text_offset) = (Vec::new(), Vec::new());
+    for (index, &id) in ids.iter().enumerate() {
+        text_offset.push(place.offset);
+        place.pass(&service.token_bytes(id));
+        if index == 0 {
+            tokens.push(service.detokenize(&[id])?);
+            token_logprobs.push(None);
+            top_logprobs.push(None);
+            continue;
+        }
+        let found = scores.get(index - 1).and_then(|score| before(score, id));
+        let found = found
+            .ok_or_else(|| Status::internal(format!("token {index} of a prompt has no score")))?;
+        let chosen = candidate(service, id, found.logprob)?;
+        top_logprobs.push(Some(by_text(&chosen, rivals(service, &found)?)));
+        token_logprobs.push(Some(chosen.logprob));
+        tokens.push(chosen.token);
+    }
+    Ok(LogprobsBody::Completion { tokens, token_logprobs, top_logprobs, text_offset })
+}
+
+/// What the position before a token says of it.
+fn before(score: &PositionScore, next: u32) -> Option<TokenLogprobs> {
+    let logprob = score.next_logprob?;
+    let told = |&(id, logit): &(u32, f32)| {
+        let rival = (f64::from(logit) - f64::from(score.log_sum_exp)) as f32;
+        (id, if id == next { logprob } else { rival })
+    };
+    Some(TokenLogprobs { logprob, top: score.top_logits.iter().map(told).collect() })
+}
+
+/// Where in a text its tokens are. Those that are not of it (such as one that begins every text)
+/// take no place.
+struct Place<'s> {
+    said: &'s str,
+    byte: usize,
+    /// Characters before it.
+    offset: usize,
+}
+
+impl Place<'_> {
+    fn pass(&mut self, token: &[u8]) {
+        let rest = self.said.as_bytes().get(self.byte..).unwrap_or_default();
+        // Some tokenizers put a space before a text.
+        let without = token.strip_prefix(b" ").filter(|_| self.byte == 0);
+        let here = [Some(token), without].into_iter().flatten().find(|t| rest.starts_with(t));
+        let begins = |byte: &&u8| (**byte & 0xc0) != 0x80;
+        self.offset += here.map_or(0, |token| token.iter().filter(begins).count());
+        self.byte += here.map_or(0, <[u8]>::len);
+    }
+}
+
+fn rivals(service: &dyn Service, found: &TokenLogprobs) -> Result<Vec<Candidate>, Status> {
+    found.top.iter().map(|&(id, logprob)| candidate(service, id, logprob)).collect()
 }
 
 /// The best tokens by text, and the chosen one where it is not among them. Of several tokens with

@@ -11,6 +11,7 @@ mod chat;
 mod completions;
 mod constraint;
 mod dashboard;
+mod echo;
 mod embeddings;
 mod error;
 mod fields;

@@ -121,7 +121,7 @@ pub(crate) struct CallFunction {
 }
 
 /// Log-probabilities in the shape of the endpoint.
-#[derive(Debug, Serialize, JsonSchema)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
 #[schemars(rename = "Logprobs")]
 pub(crate) enum LogprobsBody {
@@ -136,17 +136,17 @@ pub(crate) enum LogprobsBody {
     Completion {
         /// Text of the tokens.
         tokens: Vec<String>,
-        /// Their log-probabilities.
-        token_logprobs: Vec<f32>,
-        /// The best tokens and the chosen one.
-        top_logprobs: Vec<BTreeMap<String, f32>>,
+        /// Their log-probabilities; null for the first of a prompt, before which there is nothing.
+        token_logprobs: Vec<Option<f32>>,
+        /// The best tokens and the chosen one; null for the same.
+        top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
         /// Characters before each token, counted from the start of the answer.
         text_offset: Vec<usize>,
     },
 }
 
 /// A token with its rivals.
-#[derive(Debug, Serialize, JsonSchema)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(crate) struct TokenLogprob {
     #[serde(flatten)]
     pub(crate) chosen: Candidate,
@@ -154,7 +154,7 @@ pub(crate) struct TokenLogprob {
 }
 
 /// A token that was or could have been chosen.
-#[derive(Debug, Serialize, JsonSchema)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(crate) struct Candidate {
     pub(crate) token: String,
     pub(crate) logprob: f32,

@@ -232,12 +232,13 @@ pub(super) struct CompletionRequest {
     #[schemars(flatten)]
     sampling: Sampling,
     /// Longest answer, tokens; 16 where nothing is said.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 0))]
     max_tokens: Option<u32>,
     /// Log-probabilities of so many tokens at each place.
     #[schemars(range(max = 64))]
     logprobs: Option<u8>,
-    /// Answers begin with their prompts.
+    /// Answers begin with their prompts; with `logprobs` those of their tokens come too, and
+    /// `max_tokens` may be 0.
     echo: Option<bool>,
 }
 
