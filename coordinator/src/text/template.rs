@@ -11,11 +11,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use millrace_shared::wire::rpc::MAX_CHAT_MESSAGES;
 use minijinja::syntax::SyntaxConfig;
+use minijinja::tests::is_iterable;
 use minijinja::value::{Kwargs, Serde, Value as Any};
 use minijinja::{Environment, Error, ErrorKind, context};
+use regex_automata::meta::Regex;
 use serde_json::Value;
 
-use super::{TextError, clock, python_json};
+use super::python_json::{self, Style};
+use super::{TextError, clock};
 
 /// Instructions that a template may run, besides some per message.
 const FUEL: u64 = 1_000_000;
@@ -50,8 +53,10 @@ impl Template {
         });
         environment.add_function("strftime_now", |format: String| clock::strftime_now(&format));
         environment.add_filter("tojson", to_json);
+        // In Python, nothing is not iterable.
+        environment.add_test("iterable", |value: &Any| !value.is_none() && is_iterable(value));
         environment
-            .add_template_owned(NAME, source.to_owned())
+            .add_template_owned(NAME, without_generation(source))
             .map_err(|e| TextError::Template(describe(&e)))?;
         Ok(Self { environment, bos, eos })
     }
@@ -94,11 +99,45 @@ impl Template {
     }
 }
 
-/// JSON as Hugging Face's templates write it.
+/// Templates that were used in training mark with `{% generation %}` what the assistant said. Here
+/// that is a block like any other.
+fn without_generation(source: &str) -> String {
+    let tag = Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}");
+    let tag = tag.expect("invariant: the pattern is valid");
+    let (mut out, mut copied) = (String::with_capacity(source.len()), 0);
+    for found in tag.captures_iter(source) {
+        let group = |n| found.get_group(n).map(|span| &source[span.range()]);
+        let Some(whole) = found.get_match() else { continue };
+        let block = if group(2).is_some() { "endif" } else { "if true" };
+        let (before, after) = (group(1).unwrap_or_default(), group(3).unwrap_or_default());
+        out.push_str(&source[copied..whole.start()]);
+        out.push_str(&format!("{{%{before} {block} {after}%}}"));
+        copied = whole.end();
+    }
+    out + &source[copied..]
+}
+
+/// JSON as Hugging Face's templates write it, with the options of `json.dumps` that they have.
 fn to_json(value: Any, options: Kwargs) -> Result<String, Error> {
-    let indent = options.get::<Option<usize>>("indent")?;
     let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
-    python_json::written(&value, indent).map_err(failed)
+    let style = Style {
+        indent: options.get("indent")?,
+        separators: match options.get::<Option<Vec<String>>>("separators")?.as_deref() {
+            None => None,
+            Some([between, behind]) => Some((between.clone(), behind.clone())),
+            Some(_) => {
+                let why = "tojson: separators are two texts";
+                return Err(Error::new(ErrorKind::InvalidOperation, why));
+            }
+        },
+        ascii: options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
+    };
+    if options.get::<Option<bool>>("sort_keys")?.unwrap_or(false) {
+        let mut sorted = serde_json::to_value(&value).map_err(failed)?;
+        sorted.sort_all_objects();
+        return python_json::written(&sorted, &style).map_err(failed);
+    }
+    python_json::written(&value, &style).map_err(failed)
 }
 
 /// An error with its causes, without the template's source.
@@ -190,6 +229,29 @@ mod tests {
             "{% for m in messages %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}";
         let message = render(source, &longest).unwrap_err().to_string();
         assert!(message.contains("too long"), "{message}");
+    }
+
+    #[test]
+    fn marks_of_training_are_blocks_like_any_other() {
+        let source = "{% for m in messages %}\n{{- m.role }}:\n{%- generation -%}\n  {{ m.content }}\n{%- endgeneration %}\n{% generation %}.{% endgeneration %}\n{% endfor %}";
+        assert_eq!(render(source, &[user("a"), user("b")]).unwrap(), "user:a.user:b.");
+    }
+
+    #[test]
+    fn nothing_is_not_iterable() {
+        let source = "{% if tools is iterable and tools | length > 0 %}tools{% else %}none{% endif %}{{ '' is iterable }}{{ [] is iterable }}{{ 1 is iterable }}";
+        assert_eq!(render(source, &[user("a")]).unwrap(), "noneTrueTrueFalse");
+    }
+
+    #[test]
+    fn options_of_json() {
+        let json = |options: &str| {
+            let source = format!("{{{{ {{'b': ['é', 1], 'a': 2}} | tojson({options}) }}}}");
+            render(&source, &[user("a")]).unwrap()
+        };
+        assert_eq!(json(""), r#"{"b": ["é", 1], "a": 2}"#);
+        assert_eq!(json("ensure_ascii=True, sort_keys=True"), r#"{"a": 2, "b": ["\u00e9", 1]}"#);
+        assert_eq!(json("separators=(',', ':')"), r#"{"b":["é",1],"a":2}"#);
     }
 
     #[test]
