@@ -190,7 +190,7 @@ pub(crate) fn zeros(c: &mut Criterion, bench: &mut Bench) {
             let bytes = source.entry().bytes as usize;
             let copies = uncached_bytes().div_ceil(bytes).max(2);
             let mut loaded: Option<Product> = None;
-            for columns in [1, 16] {
+            for columns in [1, 16, 128] {
                 let macs = ZEROS_SIZE * ZEROS_SIZE * columns;
                 let (int8_macs, float_macs) =
                     if dtype == TensorType::F16 { (0, macs) } else { (macs, 0) };

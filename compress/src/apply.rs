@@ -119,7 +119,7 @@ fn head_type(to: TensorType, output: Option<&str>) -> Result<TensorType, Compres
 /// Q8_0 holds integers of eight bits with a scale of f16 exactly.
 fn stored_as(step: &Step, settings: &Settings<'_>) -> TensorType {
     match step {
-        Step::Int8 { affine: false, .. } | Step::Binary {} => TensorType::Q8_0,
+        Step::Int8 { affine: false, .. } | Step::Binary { .. } => TensorType::Q8_0,
         _ => settings.store,
     }
 }
@@ -298,9 +298,10 @@ impl Job<'_> {
                 let beyond = integer::fixed_point(m, *fraction_bits, *bits, *wrap);
                 return Ok(((n * u64::from(*bits)).div_ceil(8) + 1, beyond));
             }
-            Step::Binary {} => {
-                integer::binary(m);
-                return Ok((n.div_ceil(8) + 2 * rows, 0));
+            Step::Binary { per } => {
+                integer::binary(m, *per == Per::Row);
+                let scales = if *per == Per::Row { rows } else { 1 };
+                return Ok((n.div_ceil(8) + 2 * scales, 0));
             }
             Step::Clip { min, max } => {
                 prune::clip(m, *min, *max);

@@ -62,8 +62,12 @@ pub enum Step {
         #[serde(default)]
         wrap: bool,
     },
-    /// Signs, and a magnitude for each row.
-    Binary {},
+    /// Signs, and a magnitude.
+    Binary {
+        /// What shares a magnitude.
+        #[serde(default)]
+        per: Per,
+    },
     /// Small weights become zero: a part of them, or those at or below a threshold.
     Magnitude {
         /// Part that goes.
@@ -352,7 +356,7 @@ mod tests {
         let step = Step::parse("{ method = \"quantise\", type = \"q4_K\", gptq = true }").unwrap();
         assert_eq!(step.needs(), Needs::Products);
         assert_eq!(Step::parse(&step.describe()).unwrap(), step);
-        assert_eq!(Step::parse("method = \"binary\"").unwrap(), Step::Binary {});
+        assert_eq!(Step::parse("method = \"binary\"").unwrap(), Step::Binary { per: Per::Row });
     }
 
     #[test]

@@ -29,7 +29,7 @@ STEP is a line of TOML, as in a recipe's [[step]]:
   method = \"mixed\", bytes = 90000000            a type for each matrix, within a budget
   method = \"int8\"                              per = \"row\" or \"tensor\", affine = true
   method = \"fixed-point\", bits = 8, fraction_bits = 6      wrap = true for modulo 2^bits
-  method = \"binary\"                            signs and a magnitude for each row
+  method = \"binary\"                            signs; per = \"row\" or \"tensor\" shares a magnitude
   method = \"magnitude\", sparsity = 0.5          or threshold = 0.05; pattern = \"tensor\" \"row\" \"2:4\"
                                                \"block\" or \"tile\", which the engine passes over;
                                                global = true

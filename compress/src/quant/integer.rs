@@ -55,14 +55,15 @@ pub fn fixed_point(m: &mut Matrix, fraction_bits: i32, bits: u32, wrap: bool) ->
     beyond
 }
 
-/// The sign of each weight times the mean magnitude of its row (rounded to f16); zero counts as
-/// positive. Least squared error among matrices of that form (Rastegari et al., XNOR-Net, 2016).
-pub fn binary(m: &mut Matrix) {
-    let cols = m.cols.max(1);
-    for row in m.data.chunks_mut(cols) {
-        let mean = row.iter().map(|x| f64::from(x.abs())).sum::<f64>() / cols as f64;
+/// The sign of each weight times the mean magnitude of its row, or of all of the matrix (rounded to
+/// f16); zero counts as positive. Least squared error among matrices of that form (Rastegari et al.,
+/// XNOR-Net, 2016).
+pub fn binary(m: &mut Matrix, per_row: bool) {
+    let together = if per_row { m.cols } else { m.data.len() }.max(1);
+    for part in m.data.chunks_mut(together) {
+        let mean = part.iter().map(|x| f64::from(x.abs())).sum::<f64>() / part.len() as f64;
         let scale = half::f16::from_f64(mean).to_f32();
-        row.iter_mut().for_each(|x| *x = if *x < 0.0 { -scale } else { scale });
+        part.iter_mut().for_each(|x| *x = if *x < 0.0 { -scale } else { scale });
     }
 }
 
@@ -107,14 +108,18 @@ mod tests {
 
         #[test]
         fn no_other_scale_of_signs_is_better(m in matrix(), other in 0.0f32..3.0) {
-            let mut b = m.clone();
-            binary(&mut b);
-            let error = |at: usize, scale: f32| -> f32 {
-                m.row(at).iter().map(|x| (x.abs() - scale).powi(2)).sum()
+            let error = |part: &[f32], scale: f32| -> f32 {
+                part.iter().map(|x| (x.abs() - scale).powi(2)).sum()
             };
+            let (mut rows, mut whole) = (m.clone(), m.clone());
+            binary(&mut rows, true);
+            binary(&mut whole, false);
             for i in 0..m.rows {
-                prop_assert!(error(i, b.row(i)[0].abs()) <= error(i, other) + 1e-3);
+                prop_assert!(error(m.row(i), rows.row(i)[0].abs()) <= error(m.row(i), other) + 1e-3);
             }
+            let scale = whole.data[0].abs();
+            prop_assert!(whole.data.iter().all(|x| x.abs() == scale));
+            prop_assert!(error(&m.data, scale) <= error(&m.data, other) + 2e-3);
         }
     }
 
