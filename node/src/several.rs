@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow, ensure};
 use millrace_net::certs::LiveIdentity;
 use millrace_net::signals::terminated;
+use millrace_net::supervisor;
 use millrace_shared::names::env;
 use millrace_shared::options::{Device, Devices};
 use nix::sys::prctl::set_pdeathsig;
@@ -170,16 +171,27 @@ pub async fn supervise(config: Config, devices: &[Device]) -> anyhow::Result<()>
     if let Some(renewal) = machine.renewal {
         actix_rt::spawn(renewal.keep(machine.identity, live));
     }
+    watch_over(&parts, &start).await
+}
+
+/// Starts the process of a device.
+type Start = dyn Fn(&Part) -> anyhow::Result<Child>;
+
+/// Keeps a process running for each device until they end. It is this one alone that systemd hears.
+async fn watch_over(parts: &[Part], start: &Start) -> anyhow::Result<()> {
     let (stop, stopped) = watch::channel(0u8);
     actix_rt::spawn(async move {
-        for times in 1..=2 {
-            terminated().await;
-            let _ = stop.send(times);
-        }
+        terminated().await;
+        supervisor::stopping("its nodes hand their layers over");
+        let _ = stop.send(1);
+        terminated().await;
+        let _ = stop.send(2);
         std::future::pending::<()>().await;
     });
+    supervisor::ready(&format!("runs a node for each of {} devices", parts.len()));
+    actix_rt::spawn(supervisor::keep_watchdog());
     let running = Rc::new(Cell::new(parts.len()));
-    let keep = |part: &Part| keep(*part, stopped.clone(), Rc::clone(&running));
+    let keep = |part: &Part| keep(*part, start, stopped.clone(), Rc::clone(&running));
     // The first that gives up ends the others with it: who started this program starts it again.
     futures::future::try_join_all(parts.iter().map(keep)).await.map(drop)
 }
@@ -187,6 +199,7 @@ pub async fn supervise(config: Config, devices: &[Device]) -> anyhow::Result<()>
 /// Keeps the process of one device running.
 async fn keep(
     part: Part,
+    start: &Start,
     mut stopped: watch::Receiver<u8>,
     running: Rc<Cell<usize>>,
 ) -> anyhow::Result<()> {
@@ -247,8 +260,18 @@ fn start(part: &Part) -> anyhow::Result<Child> {
     let program = std::env::current_exe().context("this program's own file")?;
     let mut command = Command::new(&program);
     command.args(std::env::args_os().skip(1)).env(env::NODE_PART, part.to_text());
-    command.env_remove(env::TOKEN).process_group(0).kill_on_drop(true);
+    command.env_remove(env::TOKEN);
+    alone(&mut command);
     command.spawn().with_context(|| format!("cannot start {}", program.display()))
+}
+
+/// A process that signals reach through this one alone, and that has nothing to say to systemd: that
+/// one node is ready, or stops, is not so of the others.
+fn alone(command: &mut Command) {
+    command.process_group(0).kill_on_drop(true);
+    for variable in supervisor::VARIABLES {
+        command.env_remove(variable);
+    }
 }
 
 /// Completes when the end was asked for so often.
@@ -282,7 +305,10 @@ async fn end(
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::net::SocketAddr;
+    use std::os::unix::net::UnixDatagram;
+    use std::path::Path;
 
     use millrace_shared::options::{EngineKind, TorchOptions};
 
@@ -348,5 +374,84 @@ mod tests {
             panic!("one node");
         };
         assert_eq!(devices, [Device::Cpu; 2]);
+    }
+
+    /// Says in a file that it was started, and by whom it may be heard, and each time it is told to
+    /// end. The second dies once, the third ends as if it had been told to.
+    const NODE: &str = r#"
+        trap 'echo told >> "$LOG"; exit 0' TERM
+        echo "started, heard by ${NOTIFY_SOCKET:-nobody}" >> "$LOG"
+        case "$LOG" in
+            *cpu1) test "$(grep -c started "$LOG")" = 1 && kill -KILL $$ ;;
+            *cpu2) exit 0 ;;
+        esac
+        while :; do sleep 0.05; done"#;
+    const FOLDER: &str = "FOLDER_OF_THE_TEST";
+
+    fn log_of(folder: &Path, part: &Part) -> Vec<String> {
+        let log = fs::read_to_string(folder.join(part.name())).unwrap_or_default();
+        log.lines().map(str::to_owned).collect()
+    }
+
+    /// In a process of its own, which this test starts: watches over three that are no nodes.
+    fn be_the_first(parts: &[Part], folder: PathBuf) {
+        let start = move |part: &Part| {
+            let mut command = Command::new("sh");
+            command.args(["-c", NODE]).env("LOG", folder.join(part.name()));
+            alone(&mut command);
+            command.spawn().context("sh")
+        };
+        actix_rt::System::new().block_on(watch_over(parts, &start)).unwrap();
+    }
+
+    /// A signal, a death and an end lead to one thing each, and systemd hears of all this once.
+    #[test]
+    fn each_is_told_once() {
+        let parts = Part::all(&[Device::Cpu; 3]);
+        if let Some(folder) = std::env::var_os(FOLDER) {
+            return be_the_first(&parts, folder.into());
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("systemd");
+        let systemd = UnixDatagram::bind(&socket).unwrap();
+        systemd.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut first = std::process::Command::new(std::env::current_exe().unwrap());
+        first.args(["--exact", "several::tests::each_is_told_once"]);
+        first
+            .env(FOLDER, folder.path())
+            .env("NOTIFY_SOCKET", &socket)
+            .env("WATCHDOG_USEC", "90000");
+        let mut first = first.spawn().unwrap();
+        let hear = || {
+            let mut said = [0; 256];
+            let n = systemd.recv(&mut said).expect("a word in time");
+            String::from_utf8_lossy(&said[..n]).into_owned()
+        };
+
+        let mut said = vec![hear()];
+        // The watchdog's words are a clock.
+        let all_run = || {
+            let starts = [1, 2, 1];
+            parts.iter().zip(starts).all(|(part, n)| log_of(folder.path(), part).len() == n)
+        };
+        while !all_run() {
+            said.push(hear());
+        }
+        kill(Pid::from_raw(first.id().cast_signed()), Signal::SIGTERM).unwrap();
+        while !said.last().is_some_and(|s| s.contains("STOPPING=1")) {
+            said.push(hear());
+        }
+        assert!(first.wait().unwrap().success());
+        systemd.set_nonblocking(true).unwrap();
+        let mut rest = [0; 256];
+        while let Ok(n) = systemd.recv(&mut rest) {
+            said.push(String::from_utf8_lossy(&rest[..n]).into_owned());
+        }
+        let times = |word: &str| said.iter().filter(|s| s.contains(word)).count();
+        assert_eq!((times("READY=1"), times("STOPPING=1")), (1, 1), "{said:?}");
+        let (started, told) = ("started, heard by nobody", "told");
+        let logs: Vec<_> = parts.iter().map(|part| log_of(folder.path(), part)).collect();
+        let expected = [&[started, told][..], &[started, started, told], &[started]];
+        assert_eq!(logs, expected);
     }
 }

@@ -8,6 +8,9 @@ use std::time::Duration;
 
 use sd_notify::{NotifyState, notify};
 
+/// How systemd is found. A process that is not the unit's own is started without these.
+pub const VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
+
 /// Ports are bound.
 pub fn ready(status: &str) {
     tell(&[NotifyState::Ready, NotifyState::Status(status)]);
