@@ -198,10 +198,12 @@ impl JoinDesk {
         if node.is_seat() {
             return Err(refused("only a machine's first node enrols further ones".to_owned()));
         }
-        let node = node.seat(seat);
+        let (machine, node) = (node, node.seat(seat));
         if self.revoked.as_ref().is_some_and(|revoked| revoked.has(node)) {
             return Err(refused(format!("node {node} was revoked")));
         }
+        // Whoever is to revoke the whole machine finds its name here.
+        tracing::info!(%machine, %node, seat, "a further node of a machine");
         Ok(node)
     }
 
