@@ -318,19 +318,20 @@ async fn refusal(mut stream: GenerateStream) -> ErrorCode {
     stream.next().await.unwrap().unwrap_err().code
 }
 
+/// What a client with a new key needs.
+fn with_key(coordinator: &Coordinator, flags: &[&str]) -> ClientConfig {
+    let mut create = command("millrace-coordinator", &coordinator.root);
+    create.args(["key", "create", "--name", "other", "--dir"]).arg(coordinator.dir());
+    create.args(flags);
+    let output = run(create);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let api_key = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    ClientConfig { api_key, ..coordinator.client.clone() }
+}
+
 /// A key that did not submit the request cannot hear it; an administrator's can.
 fn others_hear_nothing(coordinator: &Coordinator, id: RequestId) {
-    let with_key = |scope: &str| {
-        let mut create = command("millrace-coordinator", &coordinator.root);
-        create.args(["key", "create", "--name", "other", "--scope", scope, "--dir"]);
-        let output = {
-            create.arg(coordinator.dir());
-            run(create)
-        };
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let api_key = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-        ClientConfig { api_key, ..coordinator.client.clone() }
-    };
+    let with_key = |scope: &str| with_key(coordinator, &["--scope", scope]);
     block_on(async {
         let other = Client::connect(&with_key("generate")).await.unwrap();
         assert_eq!(refusal(other.attach(id, &[]).await.unwrap()).await, ErrorCode::NotFound);
@@ -454,4 +455,36 @@ fn requests_that_come_before_the_nodes_wait_for_them() {
         assert!(late.message.contains("waiting for nodes: 0 of 2 are there"), "{late}");
         client.close().await;
     });
+}
+
+/// A key that may have one request at once has no second one because the coordinator was started
+/// again, and has its place back when the first has ended.
+#[test]
+fn a_request_of_an_earlier_life_keeps_its_place() {
+    let _turn = alone();
+    let root = tempfile::tempdir().unwrap();
+    let (mut coordinator, mut nodes) = start(root.path());
+    let limited = with_key(&coordinator, &["--scope", "generate", "--concurrent", "1"]);
+    let long = asked("Story of a lighthouse:", ask::greedy(TOKENS));
+    let short = || asked("A recipe for bread:", ask::greedy(4));
+    thread::scope(|scope| {
+        let (config, (runs, running)) = (&limited, channel());
+        let first = scope.spawn(move || hear_slowly(config, long, &runs).1);
+        running.recv_timeout(harness::DEADLINE).unwrap();
+        coordinator.process.kill();
+        // So that it cannot end.
+        nodes.iter_mut().for_each(Process::kill);
+        coordinator.start_again(STAGES, &OPTIONS);
+        block_on(async {
+            let client = ask::connect(config).await;
+            let second = refusal(client.generate(short()).await.unwrap()).await;
+            assert_eq!(second, ErrorCode::ResourceExhausted);
+            client.close().await;
+        });
+        nodes = ["first", "last"].map(|name| coordinator.node(name, &[])).into();
+        let first = first.join().unwrap();
+        assert_eq!(first.choices[0].tokens.len(), TOKENS as usize);
+    });
+    coordinator.wait_nothing_left();
+    assert_eq!(whole(&limited, short()).choices[0].tokens.len(), 4);
 }

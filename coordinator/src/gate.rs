@@ -6,7 +6,8 @@
 //! too many wrong keys is told to wait with the next wrong one; right ones never wait, for behind one
 //! address there may be many clients, and nobody finds 256 random bits by trying.
 
-use std::collections::HashMap;
+mod account;
+
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,30 +15,28 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use millrace_net::budget::{Bucket, Budgets, Rate};
-use millrace_net::keys::{ApiKey, ApiKeyStore};
+use millrace_net::budget::{Budgets, Rate};
+use millrace_net::keys::ApiKeyStore;
 use millrace_net::revoked::Revocations;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{NodeId, RequestId};
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::admin::{
-    AdminReply, AdminRequest, KeyLimits, KeyRequest, NodeStatus, Scope,
-};
+use millrace_shared::wire::admin::{AdminReply, AdminRequest, KeyRequest, NodeStatus, Scope};
 use millrace_shared::wire::rpc::{
-    AttachRequest, ClusterStatus, EmbedRequest, GenerateEvent, GenerateRequest, ModelCard,
-    PositionScore, Prompt, ScoreRequest,
+    AttachRequest, ClusterStatus, EmbedRequest, GenerateRequest, ModelCard, PositionScore, Prompt,
+    ScoreRequest,
 };
 use tokio::time::Instant;
 
-use crate::service::{Caller, Embeddings, EventStream, Meter, Service};
+pub use self::account::Accounts;
+use self::account::Holder;
+use crate::service::{Caller, Embeddings, EventStream, Service};
 use crate::state::unix_now;
 
 /// Wrong keys from one host: a person who mistypes is not kept waiting, a search is.
 const GUESSES: Rate = Rate { burst: 20.0, per_second: 0.5 };
 /// How often the times of uses are written.
 const SAVE_USES: Duration = Duration::from_secs(60);
-/// When to try again, told to callers with too many requests at once.
-const BUSY_RETRY_MS: u32 = 1000;
 
 /// See the module's documentation.
 pub struct Gate<S> {
@@ -45,116 +44,12 @@ pub struct Gate<S> {
     keys: Arc<ApiKeyStore>,
     revoked: Arc<Revocations>,
     guesses: Mutex<Budgets>,
-    /// Keys that were good when they were last shown, by [`Caller::client`]; at most one for each
-    /// secret that was ever made.
-    holders: Mutex<HashMap<u64, Arc<Holder>>>,
+    accounts: Arc<Accounts>,
 }
 
 impl<S> fmt::Debug for Gate<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Gate").finish_non_exhaustive()
-    }
-}
-
-/// A key in use.
-#[derive(Debug)]
-struct Holder {
-    key: ApiKey,
-    account: Mutex<Account>,
-}
-
-/// What a key has left.
-#[derive(Clone, Copy, Debug)]
-struct Account {
-    requests: Bucket,
-    tokens: Bucket,
-    running: u32,
-}
-
-/// A minute's worth at once.
-fn a_minute(limit: u32) -> Rate {
-    Rate { burst: f64::from(limit), per_second: f64::from(limit) / 60.0 }
-}
-
-impl Holder {
-    fn new(key: ApiKey, now: Instant) -> Self {
-        let full = |limit: Option<u32>| Bucket::full(a_minute(limit.unwrap_or(1)), now);
-        let KeyLimits { requests_per_minute, tokens_per_minute, .. } = key.key.limits;
-        let (requests, tokens) = (full(requests_per_minute), full(tokens_per_minute));
-        Self { key, account: Mutex::new(Account { requests, tokens, running: 0 }) }
-    }
-
-    fn account(&self) -> MutexGuard<'_, Account> {
-        self.account.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Lets one more request of so many choices in, if the limits leave room for it. Each choice
-    /// runs like a request; of those a minute it is one.
-    fn admit(self: &Arc<Self>, choices: u32, now: Instant) -> Result<Pass, Status> {
-        let limits = self.key.key.limits;
-        let mut account = self.account();
-        let over = |limit: u32, what: &str, wait: u32| {
-            let message = format!("this key may have {limit} {what}: try again later");
-            Err(Status::exhausted(message, wait.max(1)))
-        };
-        if let Some(most) = limits.concurrent.filter(|most| *most > 0 && choices > *most) {
-            let message =
-                format!("this key may have {most} answers at once, and {choices} are asked for");
-            return Err(Status::invalid("n", message));
-        }
-        let after = account.running.saturating_add(choices);
-        if let Some(most) = limits.concurrent.filter(|most| after > *most) {
-            return over(most, "requests at once", BUSY_RETRY_MS);
-        }
-        if let Some(limit) = limits.tokens_per_minute {
-            // What the last ones used beyond it is waited for.
-            let wait = account.tokens.wait_ms(a_minute(limit), 1.0, now);
-            if wait > 0 {
-                return over(limit, "tokens a minute", wait);
-            }
-        }
-        if let Some(limit) = limits.requests_per_minute
-            && !account.requests.take(a_minute(limit), now)
-        {
-            let wait = account.requests.wait_ms(a_minute(limit), 1.0, now);
-            return over(limit, "requests a minute", wait);
-        }
-        account.running = after;
-        Ok(Pass { holder: Arc::clone(self), choices })
-    }
-}
-
-/// A request that was let in, and runs until this is dropped. It goes with the stream of events;
-/// where that is lost and the request goes on, with the request.
-#[derive(Debug)]
-struct Pass {
-    holder: Arc<Holder>,
-    choices: u32,
-}
-
-impl Pass {
-    fn charge(&self, tokens: usize, now: Instant) {
-        if let Some(limit) = self.holder.key.key.limits.tokens_per_minute {
-            self.holder.account().tokens.charge(a_minute(limit), tokens as f64, now);
-        }
-    }
-}
-
-impl Meter for Pass {
-    fn see(&mut self, event: &GenerateEvent) {
-        let tokens = match event {
-            GenerateEvent::Started { prompt_token_ids, .. } => prompt_token_ids.len(),
-            GenerateEvent::Token { .. } => 1,
-            GenerateEvent::Finished { usage, .. } => usage.discarded_tokens as usize,
-        };
-        self.charge(tokens, Instant::now());
-    }
-}
-
-impl Drop for Pass {
-    fn drop(&mut self) {
-        let mut account = self.holder.account();
-        account.running = account.running.saturating_sub(self.choices);
     }
 }
 
@@ -174,11 +69,27 @@ fn lacks(scope: Scope, need: Scope) -> Status {
     Status::new(ErrorCode::PermissionDenied, message)
 }
 
+/// Whether the log is to say who asked.
+fn changes_something(request: &AdminRequest) -> bool {
+    use AdminRequest as R;
+    match request {
+        R::Cordon { .. } | R::Uncordon { .. } | R::RevokeNode { .. } | R::Drain { .. } => true,
+        R::Keys(request) => *request != KeyRequest::List,
+        R::Recut { apply } => *apply,
+        R::Nodes | R::Doctor | R::Describe | R::Requests(_) | R::Collect { .. } => false,
+    }
+}
+
 impl<S: Service> Gate<S> {
-    /// A gate in front of `inner`.
-    pub fn new(inner: Arc<S>, keys: Arc<ApiKeyStore>, revoked: Arc<Revocations>) -> Self {
+    /// A gate in front of `inner`. What runs already is in the `accounts`.
+    pub fn new(
+        inner: Arc<S>,
+        keys: Arc<ApiKeyStore>,
+        revoked: Arc<Revocations>,
+        accounts: Arc<Accounts>,
+    ) -> Self {
         let guesses = Mutex::new(Budgets::new(GUESSES));
-        Self { inner, keys, revoked, guesses, holders: Mutex::default() }
+        Self { inner, keys, revoked, guesses, accounts }
     }
 
     /// Looks the key up, and remembers its holder.
@@ -194,17 +105,11 @@ impl<S: Service> Gate<S> {
             tracing::error!("API keys: {e}");
             Status::unavailable("the coordinator cannot read its API keys: see its log", 1000)
         })?;
-        let mut holders = lock(&self.holders);
         let Some(found) = found else {
-            holders.remove(&client);
+            self.accounts.close(client);
             return Err(unauthenticated("the API key is not valid (unknown, revoked or expired)"));
         };
-        if let Some(holder) = holders.get(&client).filter(|h| h.key == found) {
-            return Ok(Arc::clone(holder));
-        }
-        let holder = Arc::new(Holder::new(found, Instant::now()));
-        holders.insert(client, Arc::clone(&holder));
-        Ok(holder)
+        Ok(self.accounts.open(client, found, Instant::now()))
     }
 
     /// Checks a key from this address, which may not be wrong too often.
@@ -224,9 +129,9 @@ impl<S: Service> Gate<S> {
 
     /// The holder of a key that was shown before, and that may use the model.
     fn known(&self, caller: &mut Caller) -> Result<Arc<Holder>, Status> {
-        let holder = lock(&self.holders).get(&caller.client).cloned();
+        let holder = self.accounts.of(caller.client);
         let holder = holder.ok_or_else(|| unauthenticated("the API key is not valid"))?;
-        let scope = holder.key.key.scope;
+        let scope = holder.scope();
         if scope < Scope::Generate {
             return Err(lacks(scope, Scope::Generate));
         }
@@ -430,12 +335,16 @@ impl<S: Service> Service for Gate<S> {
         key: Option<&str>,
         request: AdminRequest,
     ) -> BoxFuture<'_, Result<AdminReply, Status>> {
-        let scope = self.holder(key).map(|holder| holder.key.key.scope);
+        let holder = self.holder(key);
         let key = key.map(str::to_owned);
         async move {
-            match scope? {
+            let holder = holder?;
+            match holder.scope() {
                 Scope::Admin => {}
                 scope => return Err(lacks(scope, Scope::Admin)),
+            }
+            if changes_something(&request) {
+                tracing::info!(by = holder.id(), ?request, "an administrator asks");
             }
             match request {
                 AdminRequest::Keys(request) => self.keys(request),

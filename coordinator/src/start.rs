@@ -22,7 +22,7 @@ use crate::api::http::{HttpConfig, HttpServerHandle};
 use crate::blobs::Blobs;
 use crate::collect::About;
 use crate::config::{Config, host_port};
-use crate::gate::{Gate, keep_uses};
+use crate::gate::{Accounts, Gate, keep_uses};
 use crate::journal::{Journal, begin_life};
 use crate::metrics::Metrics;
 use crate::models::{ConsoleProgress, NoProgress, Progress, cache_dir, hash_manifest};
@@ -146,7 +146,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         (journal, manifest.content_hash, entries),
     );
     let batcher = if life > 1 { batcher.after_a_life() } else { batcher };
-    let batcher = batcher.start();
+    let accounts = Arc::new(Accounts::default());
+    let batcher = batcher.counting(|head| accounts.resumed(head.client, head.choices)).start();
     let about = Arc::new(About::new(&config));
     let card = ModelCard {
         id: config.served_name.clone(),
@@ -172,7 +173,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         about,
         draws: AtomicU64::new(0),
     };
-    let gate = Gate::new(Arc::new(serving), Arc::clone(&dir.keys), Arc::clone(&dir.revoked));
+    let (keys, revoked) = (Arc::clone(&dir.keys), Arc::clone(&dir.revoked));
+    let gate = Gate::new(Arc::new(serving), keys, revoked, accounts);
     actix_rt::spawn(keep_uses(Arc::clone(&dir.keys)));
     let service: Arc<dyn Service> = Arc::new(Counted::new(Arc::new(gate), Arc::clone(&metrics)));
 

@@ -1,7 +1,7 @@
 //! Keys, their scopes and limits, against a service that answers everything.
 
-use millrace_shared::wire::admin::{NewKey, NodeStatus};
-use millrace_shared::wire::rpc::{Choices, FinishReason, Timings, Usage};
+use millrace_shared::wire::admin::{KeyLimits, NewKey, NodeStatus};
+use millrace_shared::wire::rpc::{Choices, FinishReason, GenerateEvent, Timings, Usage};
 use uuid::Uuid;
 
 use super::*;
@@ -122,7 +122,7 @@ fn fixture() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
     let keys = Arc::new(ApiKeyStore::open(dir.path()).unwrap());
     let revoked = Arc::new(Revocations::open(dir.path()).unwrap());
-    Fixture { gate: Gate::new(Arc::new(Open), keys, revoked), _dir: dir }
+    Fixture { gate: Gate::new(Arc::new(Open), keys, revoked, Arc::default()), _dir: dir }
 }
 
 impl Fixture {
@@ -201,6 +201,41 @@ async fn requests_at_once() {
     assert!(f.generate(&other).await.is_ok(), "each key has its own");
     drop(first);
     assert!(f.generate(&key).await.is_ok(), "the place is free again");
+}
+
+fn token() -> GenerateEvent {
+    let text = String::new();
+    GenerateEvent::Token { choice: 0, index: 0, token_id: 1, text, logprobs: None, calls: vec![] }
+}
+
+/// What an earlier life let in is in the account of its key, whether that was shown since or not.
+#[tokio::test]
+async fn requests_of_an_earlier_life_are_counted() {
+    let f = fixture();
+    let limits =
+        KeyLimits { concurrent: Some(3), tokens_per_minute: Some(7), ..KeyLimits::default() };
+    let (id, key) = f.key(Scope::Generate, limits);
+    let client = Caller::client_of(Some(&key));
+    let mut resumed = f.gate.accounts.resumed(client, 2);
+    resumed.see(&token());
+    let one = f.generate(&key).await.unwrap();
+    let over = f.generate(&key).await.unwrap_err();
+    assert!(over.message.contains("3 requests at once"), "{over}");
+    let (_, other) = f.key(Scope::Generate, limits);
+    assert!(f.generate(&other).await.is_ok(), "each key has its own");
+
+    (0..7).for_each(|_| resumed.see(&token()));
+    drop((resumed, one));
+    let over = f.generate(&key).await.unwrap_err();
+    assert!(over.message.contains("7 tokens a minute"), "its place is free: {over}");
+
+    // What a revoked key began goes on, and ends; nothing of it is left.
+    let mut resumed = f.gate.accounts.resumed(client, 2);
+    assert!(f.gate.keys.revoke(&id).unwrap());
+    assert_eq!(f.generate(&key).await.unwrap_err().code, ErrorCode::Unauthenticated);
+    resumed.see(&token());
+    drop(resumed);
+    assert_eq!(f.gate.accounts.running(client), 0);
 }
 
 /// A request that is sent again, because a connection was lost, has its place already.

@@ -19,7 +19,7 @@ use super::replay::{Replay, event_of, usage};
 use super::transcript::{Ending, RulesDid, Told};
 use super::{EventSender, event_capacity};
 use crate::journal::{End, Entry, Head, Journal, Record, Token, unix_ms};
-use crate::service::{EventStream, Origin, Play};
+use crate::service::{EventStream, Meter, Origin, Play};
 use crate::text::Tokenizer;
 use crate::text::tools::Piece;
 
@@ -98,6 +98,11 @@ impl Generation {
             }
         }
         generation
+    }
+
+    /// Has somebody count its tokens until it ends, whoever listens.
+    pub fn counted(&mut self, meter: Box<dyn Meter>) {
+        self.listeners.count(meter);
     }
 
     /// What was asked.

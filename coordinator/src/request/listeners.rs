@@ -51,6 +51,11 @@ impl Listeners {
         Self { away: 1, alone: Some(Duration::ZERO), ..Self::new(keep) }
     }
 
+    /// Somebody counts for clients who may come back.
+    pub(super) fn count(&mut self, meter: Box<dyn Meter>) {
+        self.meters.push(meter);
+    }
+
     /// Whether there are as many as may be.
     pub(super) fn is_full(&mut self) -> bool {
         self.present.retain(|l| !l.events.is_closed() || l.departure.is_lost());

@@ -13,7 +13,7 @@ use super::inbox::Submit;
 use super::{Batcher, RETRY_QUEUE_MS};
 use crate::journal::{End, Entry, Head, JournalMode, Record, unix_ms};
 use crate::request::{Generation, Request, Work, play_again};
-use crate::service::EventStream;
+use crate::service::{EventStream, Meter};
 use crate::text::rules::AnswerRules;
 
 /// Whether a request ended for reasons that were not its own: sent again, it is computed again.
@@ -242,6 +242,18 @@ impl Batcher {
         }
         self.resumed.extend(request.sequences.iter().map(|(sequence, _)| *sequence));
         self.requests.insert(request);
+    }
+
+    /// Has each request of an earlier life counted by what `meter` gives, until it ends.
+    #[must_use]
+    pub fn counting(mut self, meter: impl Fn(&Head) -> Box<dyn Meter>) -> Self {
+        for request in self.requests.iter_mut() {
+            if let Work::Generate(generation) = &mut request.work {
+                let meter = meter(generation.head());
+                generation.counted(meter);
+            }
+        }
+        self
     }
 
     /// Gives the requests of an earlier life to the first scheduler; returns those that it refuses.
