@@ -132,6 +132,18 @@ pub struct Entry {
     pub ends: Vec<Option<(u64, End)>>,
 }
 
+impl Record {
+    /// Of which request it is.
+    pub(super) fn request(&self) -> RequestId {
+        match self {
+            Self::Request(head) => head.id,
+            Self::Token { request, .. } | Self::End { request, .. } | Self::Erase(request) => {
+                *request
+            }
+        }
+    }
+}
+
 impl Head {
     /// Whether choices are compared when all have ended, and only the best are sent.
     pub fn ranks(&self) -> bool {

@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use millrace_shared::error::Status;
 use millrace_shared::id::RequestId;
 
 use super::record::Entry;
@@ -54,9 +55,30 @@ impl Retained {
         self.entries.values().map(|(_, entry)| entry)
     }
 
-    /// Whether those that run leave room for `more` bytes, if all that have ended go.
-    pub fn has_room(&self, more: u64) -> bool {
-        self.promised.saturating_add(more) <= self.max_bytes
+    /// Whether those that run leave room for `more` bytes of a new one, if all that have ended go.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where there would be no room for it alone, `ResourceExhausted`, to be tried
+    /// again after `retry_ms`, where others take it.
+    pub fn check_room(&self, more: u64, retry_ms: u32) -> Result<(), Status> {
+        if self.promised.saturating_add(more) <= self.max_bytes {
+            return Ok(());
+        }
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let (most, ours) = (mib(self.max_bytes), mib(self.promised));
+        if more > self.max_bytes {
+            let message = format!(
+                "the request takes {} MiB of the journal to begin with, which has {most}: send less, \
+                 or ask for fewer choices (the operator gives it more with --journal-size)",
+                mib(more)
+            );
+            return Err(Status::invalid("prompt", message));
+        }
+        let message = format!(
+            "the journal is full of running requests: they take {ours} of its {most} MiB; try again \
+             later, or send less (the operator gives it more with --journal-size)"
+        );
+        Err(Status::exhausted(message, retry_ms))
     }
 
     /// Promises bytes to a request that runs, whatever there is; returns whom that cost.

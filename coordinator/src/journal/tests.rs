@@ -255,21 +255,36 @@ fn what_is_kept_is_bounded() {
     let each = entry(1, 1).bytes();
     let mut retained = Retained::new(1_000, 3 * each);
     let id = |n| RequestId(Uuid::from_u128(n));
+    let has_room = |retained: &Retained, more| retained.check_room(more, 1).is_ok();
     for n in 1..=3 {
         assert!(retained.keep(entry(n, n as u64)).is_empty());
     }
     assert_eq!(retained.keep(entry(4, 4)), [id(1)], "the oldest makes room");
-    assert!(retained.has_room(2 * each), "ended ones do not count");
+    assert!(has_room(&retained, 2 * each), "ended ones do not count");
     assert_eq!(retained.bytes(), 3 * each, "and asking costs nobody anything");
     assert_eq!(retained.promise(2 * each), [id(2), id(3)], "so it does for those that run");
-    assert!(!retained.has_room(2 * each), "running ones are never erased");
+    assert!(!has_room(&retained, 2 * each), "running ones are never erased");
     assert!(retained.bytes() <= 3 * each);
     // One that runs may grow beyond the limit; then nobody comes in.
     assert_eq!(retained.promise(2 * each), [id(4)]);
-    assert!(!retained.has_room(0));
+    assert!(!has_room(&retained, 0));
     retained.release(3 * each);
-    assert!(retained.has_room(2 * each));
+    assert!(has_room(&retained, 2 * each));
     assert_eq!(retained.promise(each), []);
+}
+
+/// Whoever can come in later is told to wait; whoever never can, to send less.
+#[test]
+fn what_finds_no_room_is_told_why() {
+    let mut retained = Retained::new(1_000, 8 << 20);
+    let never = retained.check_room(9 << 20, 500).unwrap_err();
+    assert_eq!((never.code, never.retry_after_ms), (ErrorCode::InvalidArgument, None));
+    assert!(never.message.contains("takes 9 MiB of the journal"), "{never}");
+    assert!(retained.check_room(8 << 20, 500).is_ok());
+    retained.promise(6 << 20);
+    let later = retained.check_room(3 << 20, 500).unwrap_err();
+    assert_eq!((later.code, later.retry_after_ms), (ErrorCode::ResourceExhausted, Some(500)));
+    assert!(later.message.contains("full of running requests: they take 6 of its 8"), "{later}");
 }
 
 /// Files as they were written: requests of version 1 have no number of choices to send, those of
@@ -295,11 +310,13 @@ struct Watched {
     /// What had arrived when a write began.
     seen: Arc<Mutex<Vec<u32>>>,
     full: Arc<AtomicBool>,
+    /// Most records of one write.
+    room: usize,
 }
 
 impl Watched {
     fn keep(&mut self, records: &[Record]) -> Result<(), JournalError> {
-        if self.full.load(Ordering::Relaxed) {
+        if self.full.load(Ordering::Relaxed) || records.len() > self.room {
             return Err(JournalError::Failed { path: FILE.into(), why: "disk full".into() });
         }
         self.written.lock().unwrap().extend_from_slice(records);
@@ -329,8 +346,8 @@ impl Store for Watched {
 
     fn replace(&mut self, records: &[Record]) -> Result<(), JournalError> {
         self.look();
-        self.written.lock().unwrap().clear();
-        self.keep(records)
+        let before = std::mem::take(&mut *self.written.lock().unwrap());
+        self.keep(records).inspect_err(|_| *self.written.lock().unwrap() = before)
     }
 
     fn probe(&mut self) -> Result<(), JournalError> {
@@ -366,6 +383,7 @@ fn rig() -> Rig {
         events,
         seen: Arc::clone(&seen),
         full: Arc::clone(&full),
+        room: usize::MAX,
     };
     let config = JournalConfig { mode: JournalMode::Disk, ..JournalConfig::default() };
     let metrics = Arc::new(Metrics::new("test"));
@@ -419,17 +437,59 @@ async fn a_full_disk_degrades_and_heals() {
     assert_eq!(*rig.seen.lock().unwrap(), [0, 1]);
 }
 
+/// A writer over a disk that is full, or takes so many records at once.
+fn writer_to(room: usize, full: &Arc<AtomicBool>) -> (Writer<Watched>, Arc<Shared>) {
+    let (_, events) = mpsc::channel(1);
+    let (written, seen) = (Arc::default(), Arc::default());
+    let store = Watched { written, events, seen, full: Arc::clone(full), room };
+    let shared = Arc::new(Shared::default());
+    let metrics = Arc::new(Metrics::new("test"));
+    (Writer::new(store, channel().1, Arc::clone(&shared), metrics), shared)
+}
+
+/// What ended while nothing could be written is neither kept longer nor resumed by the next life: as
+/// soon as the disk takes a little, erasures are written, and of all that is known what has ended.
+#[test]
+fn ends_and_erasures_are_written_first() {
+    use std::time::Instant;
+    let full = Arc::new(AtomicBool::new(false));
+    let (mut writer, shared) = writer_to(4, &full);
+    let id = |n| RequestId(Uuid::from_u128(n));
+    let ended = [request(1), token(1, 0), end(1, 2_000)];
+    writer.handle(vec![Item::Write(request(1)), Item::Write(request(2)), Item::Write(request(3))]);
+    full.store(true, Ordering::Relaxed);
+    writer.handle(vec![Item::Write(token(1, 0)), Item::Write(Record::Erase(id(2)))]);
+    writer.handle(vec![Item::Write(end(1, 2_000)), Item::Write(Record::Erase(id(4)))]);
+    let running = [request(3), token(3, 0)];
+    let all = || running.iter().chain(&ended).cloned().collect();
+    writer.handle(vec![Item::Write(Record::Erase(id(5))), Item::Snapshot(all())]);
+    let before = [request(1), request(2), request(3)];
+    let written = |writer: &Writer<Watched>| writer.store.written.lock().unwrap().clone();
+    assert_eq!(written(&writer), before, "it is full");
+
+    full.store(false, Ordering::Relaxed);
+    writer.failed_at = Instant::now().checked_sub(writer.wait);
+    writer.ask_again();
+    assert!(shared.wants_snapshot.load(Ordering::Relaxed));
+    let erased = [2, 4, 5].map(|n| Record::Erase(id(n)));
+    let so_far = [&before[..], &erased].concat();
+    assert_eq!(written(&writer), so_far);
+    writer.handle(vec![Item::Snapshot(all())]);
+    assert!(shared.degraded.load(Ordering::Relaxed), "there is no room for all");
+    let at_last = [&so_far[..], &[Record::Erase(id(1))], &ended].concat();
+    assert_eq!(written(&writer), at_last);
+    // Nothing is owed any more.
+    writer.failed_at = Instant::now().checked_sub(writer.wait);
+    writer.ask_again();
+    assert_eq!(written(&writer), at_last);
+}
+
 /// Nothing is asked for while the disk takes nothing; where it takes only little, less and less often.
 #[test]
 fn a_full_disk_is_left_in_peace() {
     use std::time::Instant;
-    let (_, events) = mpsc::channel(1);
     let full = Arc::new(AtomicBool::new(true));
-    let store =
-        Watched { written: Arc::default(), events, seen: Arc::default(), full: Arc::clone(&full) };
-    let shared = Arc::new(Shared::default());
-    let metrics = Arc::new(Metrics::new("test"));
-    let mut writer = Writer::new(store, channel().1, Arc::clone(&shared), metrics);
+    let (mut writer, shared) = writer_to(usize::MAX, &full);
     writer.handle(vec![Item::Write(request(1))]);
     let first = writer.wait;
     // As if that had been so long ago.

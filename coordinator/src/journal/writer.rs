@@ -9,8 +9,12 @@
 //! Every [`RETRY`] a write of next to nothing is tried; where it succeeds, the owner sends all that it
 //! knows ([`Item::Snapshot`]), and once that is written the journal is whole again. Where only the
 //! small write succeeds, that is tried less and less often, so that a disk that is almost full is not
-//! kept busy by what it has no room for.
+//! kept busy by what it has no room for. With the small write goes what was to be erased meanwhile:
+//! it frees room, and nobody is to find what is not kept any more. Of what there is no room for all
+//! of, ended requests are written first. Otherwise the next life, where this one is killed before the
+//! disk works again, would resume them: their ends are nowhere.
 
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -18,6 +22,7 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use millrace_shared::error::Status;
+use millrace_shared::id::RequestId;
 use millrace_shared::wire::rpc::GenerateEvent;
 
 use super::record::Record;
@@ -29,6 +34,8 @@ use crate::request::EventSender;
 const RETRY: Duration = Duration::from_secs(5);
 /// Longest wait between two tries to write everything.
 const MAX_RETRY: Duration = Duration::from_secs(60);
+/// Most erasures that are remembered while nothing can be written: 1 MiB of ids.
+const MAX_OWED: usize = 1 << 16;
 /// Most of a group: bounds how long the first of it waits.
 const MAX_GROUP: usize = 8192;
 
@@ -66,6 +73,8 @@ pub(super) struct Writer<S> {
     pub(super) failed_at: Option<Instant>,
     /// How long after that everything is tried again.
     pub(super) wait: Duration,
+    /// What was to be erased since.
+    owed: BTreeSet<RequestId>,
 }
 
 impl<S: Store> Writer<S> {
@@ -76,7 +85,7 @@ impl<S: Store> Writer<S> {
         shared: Arc<Shared>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { store, items, shared, metrics, failed_at: None, wait: RETRY }
+        Self { store, items, shared, metrics, failed_at: None, wait: RETRY, owed: BTreeSet::new() }
     }
 
     /// Works until nobody can send any more.
@@ -116,7 +125,8 @@ impl<S: Store> Writer<S> {
             match item {
                 Item::Write(record) => records.push(record),
                 Item::Snapshot(all) => {
-                    // It holds what was sent before it.
+                    // It holds what was sent before it, but for what was to be erased.
+                    self.owe(&records);
                     records = all;
                     snapshot = true;
                 }
@@ -135,7 +145,11 @@ impl<S: Store> Writer<S> {
     }
 
     fn write(&mut self, records: &[Record], snapshot: bool) {
-        if !snapshot && (records.is_empty() || self.failed_at.is_some()) {
+        if !snapshot && self.failed_at.is_some() {
+            self.owe(records);
+            return;
+        }
+        if !snapshot && records.is_empty() {
             return;
         }
         let store = &mut self.store;
@@ -154,6 +168,7 @@ impl<S: Store> Writer<S> {
                 self.shared.commits.fetch_add(1, Ordering::Relaxed);
                 self.metrics.on_journal_commit(tokens as u64);
                 self.wait = RETRY;
+                self.owed.clear();
                 if self.failed_at.take().is_some() {
                     tracing::info!("the journal is written again and whole");
                     self.degraded(false);
@@ -169,6 +184,10 @@ impl<S: Store> Writer<S> {
                 }
                 self.failed_at = Some(Instant::now());
                 self.degraded(true);
+                self.owe(records);
+                if snapshot {
+                    self.write_ended(records);
+                }
             }
         }
     }
@@ -178,14 +197,51 @@ impl<S: Store> Writer<S> {
         self.metrics.set_journal_degraded(degraded);
     }
 
+    /// Of everything, for which there is no room, writes what has ended, as far as there is: a
+    /// next life then keeps it for whoever asks, rather than computing it again for nobody.
+    fn write_ended(&mut self, all: &[Record]) {
+        for request in all.chunk_by(|a, b| a.request() == b.request()) {
+            let ends = request.iter().filter(|r| matches!(r, Record::End { .. })).count();
+            let Some(Record::Request(head)) = request.first() else { continue };
+            if ends < head.choices as usize {
+                continue;
+            }
+            // Nothing of an earlier request of this name must stay.
+            let anew: Vec<Record> =
+                [Record::Erase(head.id)].into_iter().chain(request.iter().cloned()).collect();
+            let store = &mut self.store;
+            let written = catch_unwind(AssertUnwindSafe(|| store.write(&anew)));
+            if !matches!(written, Ok(Ok(()))) {
+                return;
+            }
+        }
+    }
+
+    /// Remembers what is to be erased as soon as the disk takes it.
+    fn owe(&mut self, records: &[Record]) {
+        for record in records {
+            if let Record::Erase(id) = record
+                && self.owed.len() < MAX_OWED
+            {
+                self.owed.insert(*id);
+            }
+        }
+    }
+
     /// Asks for everything, if it is time and the disk takes anything at all.
     pub(super) fn ask_again(&mut self) {
         if self.failed_at.is_none_or(|at| at.elapsed() < self.wait) {
             return;
         }
         self.failed_at = Some(Instant::now());
-        let store = &mut self.store;
-        if matches!(catch_unwind(AssertUnwindSafe(|| store.probe())), Ok(Ok(()))) {
+        let (store, owed) = (&mut self.store, &self.owed);
+        let small_write = || {
+            store.probe()?;
+            let erased: Vec<Record> = owed.iter().copied().map(Record::Erase).collect();
+            if erased.is_empty() { Ok(()) } else { store.write(&erased) }
+        };
+        if matches!(catch_unwind(AssertUnwindSafe(small_write)), Ok(Ok(()))) {
+            self.owed.clear();
             self.wait = (self.wait * 2).min(MAX_RETRY);
             self.shared.wants_snapshot.store(true, Ordering::Relaxed);
         }

@@ -126,17 +126,10 @@ impl Batcher {
     /// Whether a request that begins with so many bytes has room in the journal; nothing is erased
     /// for it yet.
     pub(super) fn check_room(&self, first: u64) -> Result<(), Status> {
-        if !self.keeps() || self.retained.has_room(first) {
+        if !self.keeps() {
             return Ok(());
         }
-        Err(Status::exhausted(
-            format!(
-                "the journal's {} MiB are taken by requests that run: try again later, or send less \
-                 (the operator gives it more with --journal-size)",
-                self.journal.config().max_bytes >> 20
-            ),
-            RETRY_QUEUE_MS,
-        ))
+        self.retained.check_room(first, RETRY_QUEUE_MS)
     }
 
     /// Promises a request that runs room in the journal, which ended ones make.
