@@ -12,8 +12,9 @@ use millrace_coordinator::cli::{
 use millrace_coordinator::paste::paste_lines;
 use millrace_coordinator::state::CLIENT_FILE;
 use millrace_coordinator::text::renderers;
-use millrace_coordinator::{Config, start};
+use millrace_coordinator::{Config, Running, start};
 use millrace_net::signals::terminated;
+use millrace_net::telemetry::LogFormat;
 use millrace_net::{supervisor, telemetry};
 use millrace_shared::flags::parse_or_exit;
 
@@ -37,7 +38,7 @@ fn main() {
         Command::Backup(args) => backup(&args).and_then(|text| print(&text)),
         Command::Restore(args) => restore(&args).and_then(|text| print(&text)),
         Command::Serve(args) => match args.resolve() {
-            Ok(config) => actix_rt::System::new().block_on(serve(config)),
+            Ok(config) => actix_rt::System::new().block_on(serve(config, cli.log_format)),
             Err(e) => Err(e),
         },
     };
@@ -52,22 +53,41 @@ fn print(text: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn serve(config: Config) -> anyhow::Result<()> {
-    let stages = config.stages;
-    let running = start(config).await?;
+/// What to do on other machines. A log that a program collects is kept, and read by others: no token is
+/// made for it.
+fn how_to_join(
+    running: &Running,
+    stages: Option<u16>,
+    log_format: LogFormat,
+) -> anyhow::Result<String> {
+    let quic = &running.client().quic;
+    if log_format == LogFormat::Json {
+        return Ok(format!(
+            "Other machines join by 'millrace-node run --coordinator {quic}' with a token of \
+             'millrace-coordinator token create'\n"
+        ));
+    }
     let uses = u32::from(stages.unwrap_or(16)).clamp(1, 1000);
     let token = create_token(&running.dir, uses, SERVE_TOKEN_LIFETIME)?;
+    Ok(format!(
+        "On every other machine ({uses} in all, within 24 hours), paste:\n\n  \
+         millrace-node run --coordinator {quic} --token {token}\n"
+    ))
+}
+
+async fn serve(config: Config, log_format: LogFormat) -> anyhow::Result<()> {
+    let stages = config.stages;
+    let running = start(config).await?;
     eprintln!(
-        "HTTP     {}\nclients  {}/udp\nmembers  {}/udp\nfolder   {}\n\n\
-         On every other machine ({uses} in all, within 24 hours), paste:\n",
+        "HTTP     {}\nclients  {}/udp\nmembers  {}/udp\nfolder   {}\n\n{}",
         running.client().http,
         running.quic,
         running.cluster,
         running.dir.path.display(),
+        how_to_join(&running, stages, log_format)?,
     );
     supervisor::ready("waiting for nodes");
     actix_rt::spawn(supervisor::keep_watchdog());
-    eprintln!("  millrace-node run --coordinator {} --token {token}\n", running.client().quic);
     let stop = terminated();
     tokio::pin!(stop);
     tokio::select! {

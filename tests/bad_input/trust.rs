@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use harness::processes::{Coordinator, Process, command, fails_with, run};
-use harness::{ask, hostile, http, wait_for};
+use harness::{alone, ask, hostile, http, model_arg, wait_for};
 use millrace_engine::Engine as _;
 use millrace_engine::mock::{MockConfig, MockEngine};
 use millrace_net::client::{Client, ClientConfig};
@@ -169,6 +169,12 @@ fn keys_from_afar() {
         let refused = ask::generate(&client, story(), greedy(2)).await.unwrap_err();
         assert_eq!(refused.code, ErrorCode::Unauthenticated, "{refused}");
         assert_eq!(http::post(addr, "/v1/completions", &config.api_key, body).status, 401);
+        let list = cluster.client.admin(AdminRequest::Keys(KeyRequest::List)).await;
+        let Ok(AdminReply::Keys(keys)) = list else { panic!("no keys: {list:?}") };
+        let by = &keys.iter().find(|k| k.key.name == "first client").unwrap().id;
+        let log = cluster.coordinator.process.log();
+        let said = |line: &str| line.contains(by.as_str()) && line.contains("Revoke");
+        assert!(log.lines().any(said), "who revoked it: {log}");
 
         let (_, reader) = with_key(cluster, Scope::Read, KeyLimits::default()).await;
         let read = http::get_with(addr, "/metrics", &reader.api_key);
@@ -452,4 +458,22 @@ fn https() {
         assert!(Client::connect(&config).await.is_ok(), "QUIC shows it too");
         assert!(Client::connect(&coordinator.client).await.is_ok(), "and the cluster's own");
     });
+}
+
+/// A log for collectors is kept and read by others: whoever reads it cannot join.
+#[test]
+fn a_collected_log_has_no_join_token() {
+    let _turn = alone();
+    let root = tempfile::tempdir().unwrap();
+    let mut serve = command("millrace-coordinator", root.path());
+    serve.args(["--log-format", "json", "serve", "--dir", "c", "--stages", "1", "--port", "0"]);
+    serve.args(["--quic", "127.0.0.1:0", "--cluster", "127.0.0.1:0", "--model", model_arg()]);
+    let mut process = Process::start("coordinator", serve, root.path());
+    let log = process.wait_log("what to do on other machines", |log| {
+        log.contains("millrace-coordinator token create").then(|| log.to_owned())
+    });
+    assert!(log.contains("millrace-node run --coordinator 127.0.0.1:"), "{log}");
+    assert!(!log.contains("mlrj1."), "{log}");
+    let made = std::fs::read_dir(root.path().join("c/tokens")).unwrap().count();
+    assert_eq!(made, 0, "and none was made");
 }
