@@ -66,6 +66,28 @@ fn every_endpoint_is_protected_as_the_table_says() {
     assert_eq!(open, ["/health", "/ready", "/live"]);
 }
 
+/// What was said to whom is remembered of so many requests: strangers must not push others out.
+#[test]
+fn strangers_are_not_remembered() {
+    let (fake, _dropped) = Fake::new(hello());
+    let metrics = Arc::new(Metrics::new(MODEL));
+    let config = HttpConfig::new(SocketAddr::from(([127, 0, 0, 1], 0)));
+    let s = start(config, fake, Arc::clone(&metrics)).expect("a free port");
+    let refused = |name: &str, path: &str, host: &str, key: &str| {
+        let text = format!(
+            "POST {path} HTTP/1.1\r\nhost: {host}\r\nx-request-id: {name}\r\n\
+             authorization: Bearer {key}\r\ncontent-length: 1\r\n\r\n{{"
+        );
+        let status = exchange(s.addr, text.as_bytes()).status;
+        (status, metrics.names().find(name).refused.is_some())
+    };
+    let path = "/v1/completions";
+    assert_eq!(refused("a", path, "localhost", "wrong"), (401, false));
+    assert_eq!(refused("b", path, "evil.example", KEY), (403, false));
+    assert_eq!(refused("c", "/nothing", "localhost", "wrong"), (404, false));
+    assert_eq!(refused("d", path, "localhost", KEY), (400, true));
+}
+
 #[test]
 fn paths_that_try_to_slip_by() {
     let s = server(|_| {});

@@ -40,6 +40,10 @@ pub(crate) struct LocalAddr(pub(crate) SocketAddr);
 #[derive(Debug)]
 pub(crate) struct Place(pub(crate) Option<Seat>);
 
+/// The caller has shown a key.
+#[derive(Clone, Copy, Debug)]
+struct HasKey;
+
 /// When to try again, told to hosts that have too many connections.
 const CROWDED_RETRY_MS: u32 = 5000;
 
@@ -128,7 +132,10 @@ pub(crate) async fn check_host<B: MessageBody + 'static>(
     response.headers_mut().insert(REQUEST_ID, id);
     let status = response.status();
     span.in_scope(|| tracing::debug!(%method, path, status = status.as_u16(), "answered"));
-    if method == Method::POST && (status.is_client_error() || status.is_server_error()) {
+    // Who has no key leaves no trace: what is remembered has room for so many.
+    let has_key = response.request().extensions().contains::<HasKey>();
+    let refused = status.is_client_error() || status.is_server_error();
+    if has_key && method == Method::POST && refused {
         let why = response.response().error().map(ToString::to_string);
         state.metrics.names().refused(&name, why.unwrap_or_else(|| status.to_string()));
     }
@@ -162,7 +169,10 @@ pub(crate) async fn check_key<B: MessageBody + 'static>(
     // Not what a proxy's header says: anybody can send that.
     let from = request.peer_addr().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |peer| peer.ip());
     match state.service.authenticate_from(bearer(request.headers()), from) {
-        Ok(()) => Ok(next.call(request).await?.map_into_left_body()),
+        Ok(()) => {
+            request.extensions_mut().insert(HasKey);
+            Ok(next.call(request).await?.map_into_left_body())
+        }
         Err(status) => {
             let response = ApiError::from(status).error_response();
             Ok(request.into_response(response).map_into_right_body())
