@@ -5,6 +5,7 @@
 //! coordinators can live in one process. Names are in `millrace_shared::names::metric`; the only
 //! labels are the model, the reason of an end and the stage, never a request.
 
+mod labels;
 pub mod timeline;
 
 use std::sync::Arc;
@@ -16,7 +17,6 @@ use millrace_shared::names::metric;
 use millrace_shared::scheduler::SchedulerStats;
 use millrace_shared::wire::data::StageTime;
 use millrace_shared::wire::rpc::{ClusterStatus, FinishReason};
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -24,85 +24,19 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 
+pub use self::labels::Shed;
+use self::labels::{
+    E2E_BUCKETS, FailedLabels, FinishedLabels, HOP_BUCKETS, ITL_BUCKETS, PlaceLabels, RulesLabels,
+    ShedLabels, StageLabels, WAIT_BUCKETS,
+};
 use self::timeline::Timeline;
 use crate::chronicle::Chronicle;
 use crate::names::Names;
 use crate::request::RulesDid;
 use crate::spans::Spans;
 
-/// 1 ms to 60 s, fine where people notice: time to first token, queueing.
-const WAIT_BUCKETS: [f64; 17] = [
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0,
-    60.0,
-];
-/// 0.5 ms to 5 s: the pace of one stream.
-const ITL_BUCKETS: [f64; 13] =
-    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
-/// 50 ms to 20 min: whole answers.
-const E2E_BUCKETS: [f64; 14] =
-    [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 1200.0];
-
-/// 10 us to 50 ms, fine around what a hop on one machine takes.
-const HOP_BUCKETS: [f64; 27] = [
-    10e-6, 20e-6, 30e-6, 40e-6, 50e-6, 60e-6, 70e-6, 80e-6, 90e-6, 100e-6, 110e-6, 120e-6, 130e-6,
-    140e-6, 150e-6, 175e-6, 200e-6, 250e-6, 300e-6, 400e-6, 500e-6, 750e-6, 1e-3, 2e-3, 5e-3,
-    10e-3, 50e-3,
-];
-
 /// Media type of [`Metrics::render`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct FinishedLabels {
-    finished_reason: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct FailedLabels {
-    code: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ShedLabels {
-    reason: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct RulesLabels {
-    /// `prompt` or `answer`.
-    of: &'static str,
-    /// What they did.
-    did: &'static str,
-}
-
-/// Why a request was turned away that another moment would have taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shed {
-    /// As many wait as may.
-    QueueFull,
-    /// Its deadline could not be met.
-    Deadline,
-}
-
-impl Shed {
-    fn name(self) -> &'static str {
-        match self {
-            Self::QueueFull => "queue_full",
-            Self::Deadline => "deadline",
-        }
-    }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct PlaceLabels {
-    stage: u32,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct StageLabels {
-    stage: String,
-    node: String,
-}
 
 type RatioGauge = Gauge<f64, AtomicU64>;
 type SecondsCounter = Counter<f64, AtomicU64>;

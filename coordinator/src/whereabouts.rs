@@ -57,17 +57,8 @@ fn unknown(name: &str) -> Status {
 fn refused(name: &str, why: &str) -> RequestReport {
     RequestReport {
         id: name.to_owned(),
-        request: None,
         state: format!("turned away: {why}"),
-        node: None,
-        for_seconds: 0.0,
-        age_seconds: 0.0,
-        spent: Vec::new(),
-        prompt_tokens: 0,
-        generated_tokens: 0,
-        unread: 0,
-        restarts: 0,
-        stuck: false,
+        ..RequestReport::default()
     }
 }
 

@@ -39,25 +39,10 @@ impl Pipeline {
     fn new(files: &ModelFiles, ends: &[u32], threads: usize, isa: Isa) -> Self {
         let sources = rig::sources(files);
         let stage = |i: usize| {
-            let spec = StageSpec {
-                config: files.config.clone(),
-                layers: if i == 0 { 0 } else { ends[i - 1] }..ends[i],
-                embed: i == 0,
-                head: i + 1 == ends.len(),
-                settings: EngineSettings {
-                    kv_blocks: 24,
-                    kv_block_size: 16,
-                    kv_dtype: Dtype::F32,
-                    activation_dtype: Dtype::F32,
-                    max_batch_tokens: 64,
-                    max_num_seqs: 4,
-                    max_model_len: 128,
-                },
-                threads,
-                host_threads: threads,
-                isa,
-                packed_cache: None,
-            };
+            let alone = rig::spec(files, ends, i, isa);
+            let settings =
+                EngineSettings { kv_blocks: 24, max_num_seqs: 4, ..alone.settings.clone() };
+            let spec = StageSpec { settings, threads, host_threads: threads, ..alone };
             let pipeline = PipelineId(1);
             let place = StagePlace { pipeline, epoch: Epoch(1), stage: StageIndex(i as u16) };
             let mut runner = StageRunner::new(Box::new(CpuEngine::new()));

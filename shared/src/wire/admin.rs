@@ -89,7 +89,7 @@ pub enum RequestQuery {
 }
 
 /// Where a request is.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RequestReport {
     /// Its name, as `x-request-id` says.
     pub id: String,

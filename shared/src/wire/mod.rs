@@ -14,6 +14,7 @@ pub mod join;
 mod results;
 pub mod rpc;
 pub mod stamp;
+pub mod status;
 
 /// ALPN between cluster members; mutual TLS.
 pub const ALPN_CLUSTER: &[u8] = b"millrace-cluster/8";

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use millrace_shared::id::{Epoch, NodeId, SequenceId};
 use millrace_shared::membership::{CordonReason, Deaths, Fate, PipelinePhase, Quarantine, Verdict};
-use millrace_shared::scheduler::{Kind, NewSequence, Priority};
 
 use super::world::{Happening, World, name, number};
 
@@ -130,16 +129,7 @@ impl World {
             if request.ended {
                 continue;
             }
-            let new = NewSequence {
-                id: sequence,
-                prompt: request.prompt.clone(),
-                max_new_tokens: request.wanted as u32,
-                kind: Kind::Generate,
-                submitted: self.now,
-                deadline: None,
-                client: id % 3,
-                priority: Priority::Normal,
-            };
+            let new = request.sequence(sequence, self.now);
             self.scheduler.handle_resume(new, &request.log).unwrap();
             if self.doubts.alone.contains(&id) || self.doubts.deaths.is_alone(sequence) {
                 self.scheduler.handle_alone(sequence);

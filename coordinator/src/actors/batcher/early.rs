@@ -83,17 +83,11 @@ impl Batcher {
 
     /// Stops one that waits; whether there was one.
     pub(super) fn cancel_early(&mut self, m: &Cancel) -> bool {
-        let meant =
-            |e: &Early| e.id == m.request_id && (m.caller.admin || e.client == m.caller.client);
+        let meant = |e: &Early| e.id == m.request_id && m.caller.owns(e.client);
         let Some(at) = self.early.iter().position(meant) else { return false };
         let status = Status::new(ErrorCode::Cancelled, "the request was cancelled");
         let _ = self.early.swap_remove(at).go.send(Err(status));
         true
-    }
-
-    /// Whether one of this name waits.
-    pub(super) fn is_early(&self, id: RequestId) -> bool {
-        self.early.iter().any(|e| e.id == id && !e.go.is_closed())
     }
 
     /// Those that wait; of one name alone where one is given.
@@ -106,15 +100,11 @@ impl Batcher {
                 id: self.metrics.names().label(early.id),
                 request: Some(early.id),
                 state: format!("waiting for a node: {}", self.detail),
-                node: None,
                 for_seconds: waited.as_secs_f64(),
                 age_seconds: waited.as_secs_f64(),
                 spent: vec![("in the queue".to_owned(), waited.as_secs_f64())],
-                prompt_tokens: 0,
-                generated_tokens: 0,
-                unread: 0,
-                restarts: 0,
                 stuck: waited >= STUCK,
+                ..RequestReport::default()
             };
             Seen { report, flight: None, suspended: true, starved: false }
         };

@@ -13,7 +13,6 @@ use millrace_shared::wire::rpc::{AttachRequest, Choices, PositionScore};
 use tokio::sync::oneshot;
 
 use super::{Active, Batcher};
-use crate::journal::Head;
 use crate::request::{Generation, Request, Scoring, Work};
 use crate::service::{Caller, EventStream, unknown_request};
 use crate::spans::RequestSpan;
@@ -112,9 +111,21 @@ impl Handler<Knows> for Batcher {
     type Result = bool;
 
     fn handle(&mut self, m: Knows, _: &mut Context<Self>) -> bool {
-        let ours = self.head_of_known(m.id).is_some_and(|head| head.client == m.caller.client);
-        ours && !self.is_tried_again(m.id)
+        self.client_of(m.id) == Some(m.caller.client) && !self.is_tried_again(m.id)
     }
+}
+
+impl Batcher {
+    /// Who submitted a request that runs or is kept.
+    fn client_of(&self, id: RequestId) -> Option<u64> {
+        self.head_of_known(id).map(|head| head.client)
+    }
+}
+
+/// Refuses a request of somebody else, and one that is not there, by the same words.
+fn check_own(id: RequestId, client: Option<u64>, caller: &Caller) -> Result<(), Status> {
+    let ours = client.is_some_and(|client| caller.owns(client));
+    ours.then_some(()).ok_or_else(|| unknown_request(id))
 }
 
 /// Hear a request that was submitted before.
@@ -133,15 +144,10 @@ impl Handler<Attach> for Batcher {
     fn handle(&mut self, m: Attach, _: &mut Context<Self>) -> Self::Result {
         self.refuse_while_leaving()?;
         let id = m.request.request_id;
-        let allowed = |client: u64| m.caller.admin || client == m.caller.client;
-        match self.head_of_known(id).filter(|head| allowed(head.client)) {
-            // Who has heard something was here before.
-            Some(_) => {
-                let returns = m.request.next.iter().any(|&next| next > 0);
-                self.attach(id, m.request.next, returns)
-            }
-            None => Err(unknown_request(id)),
-        }
+        check_own(id, self.client_of(id), &m.caller)?;
+        // Who has heard something was here before.
+        let returns = m.request.next.iter().any(|&next| next > 0);
+        self.attach(id, m.request.next, returns)
     }
 }
 
@@ -199,16 +205,11 @@ impl Handler<Cancel> for Batcher {
             return Ok(());
         }
         let id = m.request_id;
-        let ours = |client: u64| m.caller.admin || client == m.caller.client;
         let embeds = match self.requests.named(id).map(|r| &r.work) {
             Some(Work::Embed(work)) => Some(work.caller.client),
             _ => None,
         };
-        self.head_of_known(id)
-            .map(|head| head.client)
-            .or(embeds)
-            .filter(|client| ours(*client))
-            .ok_or_else(|| unknown_request(id))?;
+        check_own(id, self.client_of(id).or(embeds), &m.caller)?;
         let mut request = self.end(id).ok_or_else(|| {
             Status::new(ErrorCode::NotFound, format!("no request {id} is running or waiting"))
         })?;
@@ -230,8 +231,7 @@ impl Handler<Forget> for Batcher {
 
     fn handle(&mut self, Forget(m): Forget, context: &mut Context<Self>) -> Self::Result {
         let id = m.request_id;
-        let ours = |head: &Head| m.caller.admin || head.client == m.caller.client;
-        self.head_of_known(id).filter(|head| ours(head)).ok_or_else(|| unknown_request(id))?;
+        check_own(id, self.client_of(id), &m.caller)?;
         if self.requests.named(id).is_some() {
             self.handle(m, context)?;
         }

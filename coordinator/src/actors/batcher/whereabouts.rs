@@ -62,10 +62,13 @@ impl Handler<Look> for Batcher {
         MessageResult(match m.id {
             Some(id) => match self.requests.named(id) {
                 Some(request) => vec![self.seen(request, now)],
-                None if self.is_early(id) => self.seen_early(Some(id), now),
                 None => {
-                    let names = self.metrics.names();
-                    self.retained.get(id).map(|e| ended(e, names.label(id))).into_iter().collect()
+                    let ended = |e| ended(e, self.metrics.names().label(id));
+                    let mut seen = self.seen_early(Some(id), now);
+                    if seen.is_empty() {
+                        seen.extend(self.retained.get(id).map(ended));
+                    }
+                    seen
                 }
             },
             None => {
@@ -242,15 +245,11 @@ fn ended(entry: &Entry, name: String) -> Seen {
         id: name,
         request: Some(entry.head.id),
         state,
-        node: None,
-        for_seconds: 0.0,
         age_seconds: spent.iter().map(|(_, s)| s).sum(),
         spent,
         prompt_tokens: entry.head.prompt.len() as u32,
         generated_tokens: tokens as u32,
-        unread: 0,
-        restarts: 0,
-        stuck: false,
+        ..RequestReport::default()
     };
     Seen { report, flight: None, suspended: false, starved: false }
 }

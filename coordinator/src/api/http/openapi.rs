@@ -379,20 +379,6 @@ mod tests {
             round_trip: None,
         };
         assert_eq!(fields(&page, "Stage"), fields_of(&stage));
-        let report = RequestReport {
-            id: String::new(),
-            request: None,
-            state: String::new(),
-            node: None,
-            for_seconds: 0.0,
-            age_seconds: 0.0,
-            spent: Vec::new(),
-            prompt_tokens: 0,
-            generated_tokens: 0,
-            unread: 0,
-            restarts: 0,
-            stuck: false,
-        };
-        assert_eq!(fields(&page, "Report"), fields_of(&report));
+        assert_eq!(fields(&page, "Report"), fields_of(&RequestReport::default()));
     }
 }

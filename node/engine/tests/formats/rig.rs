@@ -20,6 +20,29 @@ pub(crate) fn sources(files: &ModelFiles) -> Vec<TensorSource> {
     files.tensors.iter().map(source).collect()
 }
 
+/// Stage `i` of those that end at the given layers.
+pub(crate) fn spec(files: &ModelFiles, ends: &[u32], i: usize, isa: Isa) -> StageSpec {
+    StageSpec {
+        config: files.config.clone(),
+        layers: if i == 0 { 0 } else { ends[i - 1] }..ends[i],
+        embed: i == 0,
+        head: i + 1 == ends.len(),
+        settings: EngineSettings {
+            kv_blocks: 8,
+            kv_block_size: 16,
+            kv_dtype: Dtype::F32,
+            activation_dtype: Dtype::F32,
+            max_batch_tokens: 64,
+            max_num_seqs: 1,
+            max_model_len: 128,
+        },
+        threads: 1 + i % 2,
+        host_threads: 2,
+        isa,
+        packed_cache: None,
+    }
+}
+
 /// Stages that end at the given layers.
 pub(crate) fn pipeline(files: &ModelFiles, ends: &[u32], isa: Isa) -> Pipeline {
     pipeline_of(files, ends, isa, &mut |_| Box::new(CpuEngine::new()))
@@ -34,25 +57,7 @@ pub(crate) fn pipeline_of(
 ) -> Pipeline {
     let sources = sources(files);
     let mut stage = |i: usize| {
-        let spec = StageSpec {
-            config: files.config.clone(),
-            layers: if i == 0 { 0 } else { ends[i - 1] }..ends[i],
-            embed: i == 0,
-            head: i + 1 == ends.len(),
-            settings: EngineSettings {
-                kv_blocks: 8,
-                kv_block_size: 16,
-                kv_dtype: Dtype::F32,
-                activation_dtype: Dtype::F32,
-                max_batch_tokens: 64,
-                max_num_seqs: 1,
-                max_model_len: 128,
-            },
-            threads: 1 + i % 2,
-            host_threads: 2,
-            isa,
-            packed_cache: None,
-        };
+        let spec = spec(files, ends, i, isa);
         let mut engine = engine(i);
         engine.load(&spec, &sources, &mut |_| {}).unwrap();
         engine

@@ -6,7 +6,7 @@ use millrace_shared::id::{Epoch, NodeId, SequenceId};
 use millrace_shared::membership::{
     Action, Event, LEASE, LinkTimes, LostReason, Oldest, PipelinePhase,
 };
-use millrace_shared::scheduler::{Kind, NewSequence, Outcome, Priority};
+use millrace_shared::scheduler::Outcome;
 use millrace_shared::wire::control::StageProfile;
 
 use super::{
@@ -125,16 +125,7 @@ impl World {
         let sequence = self.sequence_of(id);
         // Who was held up may hear that the client has gone before it hears of the request.
         let Some(request) = self.requests.get_mut(&id).filter(|r| !r.ended) else { return };
-        let new = NewSequence {
-            id: sequence,
-            prompt: request.prompt.clone(),
-            max_new_tokens: request.wanted as u32,
-            kind: Kind::Generate,
-            submitted: self.now,
-            deadline: None,
-            client: id % 3,
-            priority: Priority::Normal,
-        };
+        let new = request.sequence(sequence, self.now);
         if self.scheduler.handle_submit(new).is_err() {
             // A full queue sheds, and says so.
             request.rejected = true;

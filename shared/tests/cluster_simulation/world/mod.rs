@@ -12,14 +12,14 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::time::Duration;
 
-use millrace_shared::id::{Epoch, NodeId};
+use millrace_shared::id::{Epoch, NodeId, SequenceId};
 use millrace_shared::membership::{
     Membership, MembershipConfig, PipelineConfig, PipelineState, Session, Stalls,
 };
-use millrace_shared::scheduler::{Scheduler, SchedulerConfig};
+use millrace_shared::scheduler::{Kind, NewSequence, Priority, Scheduler, SchedulerConfig};
 use millrace_shared::wire::data::StageTime;
 
-use super::doubt::{Doubts, Poison};
+use super::doubt::{Doubts, Poison, request_of};
 use super::node::{Assignment, Frame, Node, mix};
 
 pub(crate) fn ms(n: u64) -> Duration {
@@ -143,6 +143,22 @@ pub(crate) struct Request {
     pub(crate) ended: bool,
     pub(crate) rejected: bool,
     pub(crate) poison: Option<Poison>,
+}
+
+impl Request {
+    /// What the scheduler is given, under one of its names.
+    pub(crate) fn sequence(&self, id: SequenceId, now: Duration) -> NewSequence {
+        NewSequence {
+            id,
+            prompt: self.prompt.clone(),
+            max_new_tokens: self.wanted as u32,
+            kind: Kind::Generate,
+            submitted: now,
+            deadline: None,
+            client: request_of(id) % 3,
+            priority: Priority::Normal,
+        }
+    }
 }
 
 /// What is under way on a link, and until when it is cut.
