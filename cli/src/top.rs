@@ -87,7 +87,7 @@ async fn watch(
                 tokio::select! {
                     answer = look(session) => match answer {
                         Ok(answer) => view.take(answer),
-                        Err(e) => view.miss(format!("{e:#}")),
+                        Err(e) => view.miss(Instant::now(), format!("{e:#}")),
                     },
                     key = keys.recv() => if ends(key) { return Ok(()) },
                 }

@@ -1,7 +1,7 @@
 //! From answers of the cluster to the figures on the screen. Pure: time comes with the answers.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use millrace_shared::id::NodeId;
 use millrace_shared::wire::rpc::{ClusterStatus, StageStatus};
@@ -22,8 +22,8 @@ pub(super) struct View {
     pub(super) status: ClusterStatus,
     /// Whether somebody sits before it, with keys.
     pub(super) watched: bool,
-    /// Why there was no newer one.
-    pub(super) trouble: Option<String>,
+    /// Why there is no newer one, and how old it is.
+    pub(super) trouble: Option<(String, Option<Duration>)>,
     /// Rates between the last two answers.
     pub(super) rates: Rates,
     /// The stages.
@@ -93,8 +93,9 @@ impl View {
     }
 
     /// No answer came.
-    pub(super) fn miss(&mut self, why: String) {
-        self.trouble = Some(why);
+    pub(super) fn miss(&mut self, now: Instant, why: String) {
+        let age = self.last.map(|then| now.saturating_duration_since(then));
+        self.trouble = Some((why, age));
     }
 }
 
@@ -143,8 +144,6 @@ fn compare(stage: &StageStatus, before: Option<(f64, &ClusterStatus)>) -> Stage 
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     /// A cluster of three stages after so many looks, a second apart.
