@@ -16,6 +16,7 @@ mod tests;
 
 use clap::Args;
 use millrace_shared::names::env;
+use millrace_shared::wire::rpc::{META_TRACEPARENT, META_TRACESTATE};
 
 #[cfg(not(feature = "otel"))]
 pub use off::{RequestSpan, Spans};
@@ -49,7 +50,7 @@ impl Parent {
     /// that makes no sense counts as none, as the standard has it.
     pub fn of<'a>(named: impl Fn(&str) -> Option<&'a str>) -> Option<Self> {
         let short = |name| named(name).filter(|value| value.len() <= MAX_BYTES);
-        let parent = short("traceparent")?.to_owned();
-        Some(Self { parent, state: short("tracestate").unwrap_or_default().to_owned() })
+        let parent = short(META_TRACEPARENT)?.to_owned();
+        Some(Self { parent, state: short(META_TRACESTATE).unwrap_or_default().to_owned() })
     }
 }

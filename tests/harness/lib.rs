@@ -6,6 +6,8 @@
 
 pub mod ask;
 pub mod chaos;
+#[cfg(feature = "otel")]
+pub mod collector;
 pub mod fixtures;
 pub mod frames;
 pub mod fuzz;

@@ -43,7 +43,7 @@ impl Spans {
     }
 
     /// Nothing to tell.
-    pub fn step(&self, _: u64, _: &[&RequestSpan], _: &[StageTime], _: Duration) {}
+    pub fn step(&self, _: (u64, Duration), _: &[&RequestSpan], _: &[StageTime], _: &[String]) {}
 
     /// Nothing to tell.
     pub fn end(&self, span: RequestSpan, _: &Generation) {

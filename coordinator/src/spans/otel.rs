@@ -134,13 +134,13 @@ impl Spans {
     }
 
     /// A micro-batch came back, `round_trip` after it was issued. Its stages' spans belong to the
-    /// first of these requests, with links to the others.
+    /// first of these requests, with links to the others; `nodes` are the names of who computed.
     pub fn step(
         &self,
-        micro_batch: u64,
+        (micro_batch, round_trip): (u64, Duration),
         requests: &[&RequestSpan],
         times: &[StageTime],
-        round_trip: Duration,
+        nodes: &[String],
     ) {
         let Some(tracer) = &self.tracer else { return };
         let goes_on = |r: &&&RequestSpan| r.steps.fetch_add(1, Ordering::Relaxed) < MAX_STEPS;
@@ -158,18 +158,21 @@ impl Spans {
         for (stage, time) in (0i64..).zip(times) {
             at += time.hop().unwrap_or(link);
             let end = at + time.wait() + time.step();
+            let node =
+                nodes.get(stage as usize).map(|name| KeyValue::new("millrace.node", name.clone()));
+            let attributes = [
+                KeyValue::new("millrace.stage", stage),
+                KeyValue::new("millrace.micro_batch", micro_batch as i64),
+                KeyValue::new("millrace.wait_seconds", time.wait().as_secs_f64()),
+                KeyValue::new("millrace.step_seconds", time.step().as_secs_f64()),
+                KeyValue::new("millrace.requests", requests.len() as i64),
+            ];
             let builder = tracer
                 .span_builder("stage")
                 .with_kind(SpanKind::Internal)
                 .with_start_time(at)
                 .with_links(links.clone())
-                .with_attributes([
-                    KeyValue::new("millrace.stage", stage),
-                    KeyValue::new("millrace.micro_batch", micro_batch as i64),
-                    KeyValue::new("millrace.wait_seconds", time.wait().as_secs_f64()),
-                    KeyValue::new("millrace.step_seconds", time.step().as_secs_f64()),
-                    KeyValue::new("millrace.requests", requests.len() as i64),
-                ]);
+                .with_attributes(attributes.into_iter().chain(node));
             tracer.build_with_context(builder, &parent).end_with_timestamp(end);
             at = end;
         }

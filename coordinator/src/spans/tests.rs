@@ -1,16 +1,16 @@
 //! Spans, as a collector gets them.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+#[path = "../../../tests/harness/collector.rs"]
+#[allow(unreachable_pub)]
+mod collector;
+
 use std::net::TcpListener;
-use std::sync::mpsc::{Receiver, channel};
-use std::thread;
 use std::time::Duration;
 
+use collector::{Collector, hex, number, text};
+
 use millrace_shared::wire::data::StageTime;
-use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
-use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use opentelemetry_proto::tonic::trace::v1::Span;
-use prost::Message as _;
 
 use super::*;
 use crate::request::tests::Spoken;
@@ -18,63 +18,15 @@ use crate::request::tests::Spoken;
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CLIENT: &str = "00f067aa0ba902b7";
 
-/// A collector that takes everything; its address, and the spans.
-fn collector() -> (String, Receiver<Span>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = format!("http://{}/", listener.local_addr().unwrap());
-    let (spans, taken) = channel();
-    thread::spawn(move || {
-        for stream in listener.incoming() {
-            let stream = stream.unwrap();
-            let mut reader = BufReader::new(stream.try_clone().unwrap());
-            let mut line = String::new();
-            reader.read_line(&mut line).unwrap();
-            assert_eq!(line, "POST /v1/traces HTTP/1.1\r\n");
-            let mut length = 0;
-            loop {
-                let mut line = String::new();
-                reader.read_line(&mut line).unwrap();
-                let lower = line.to_ascii_lowercase();
-                if let Some(n) = lower.strip_prefix("content-length:") {
-                    length = n.trim().parse().unwrap();
-                }
-                if line == "\r\n" {
-                    break;
-                }
-            }
-            let mut body = vec![0; length];
-            reader.read_exact(&mut body).unwrap();
-            let request = ExportTraceServiceRequest::decode(body.as_slice()).unwrap();
-            let scopes = request.resource_spans.into_iter().flat_map(|r| r.scope_spans);
-            scopes.flat_map(|s| s.spans).for_each(|span| spans.send(span).unwrap());
-            let answer = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
-            (&stream).write_all(answer.as_bytes()).unwrap();
-        }
-    });
-    (address, taken)
-}
-
 fn parent(flags: &str) -> Parent {
     let parent = format!("00-{TRACE}-{CLIENT}-{flags}");
     Parent { parent, state: "vendor=1".into() }
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-fn number(span: &Span, key: &str) -> Option<i64> {
-    let found = span.attributes.iter().find(|a| a.key == key)?;
-    match found.value.as_ref()?.value.as_ref()? {
-        Value::IntValue(n) => Some(*n),
-        _ => None,
-    }
-}
-
 #[test]
 fn a_request_and_its_stages_join_the_trace_of_the_client() {
-    let (address, taken) = collector();
-    let spans = Spans::to(Some(&address), "tiny").unwrap();
+    let collector = Collector::start();
+    let spans = Spans::to(Some(&collector.address()), "tiny").unwrap();
     let mut spoken = Spoken::new();
     let span = spans.begin(Some(&parent("01")), spoken.generation()).expect("sampled");
     let other =
@@ -84,12 +36,13 @@ fn a_request_and_its_stages_join_the_trace_of_the_client() {
     let ms = Duration::from_millis;
     let times = [StageTime::new(ms(1), ms(5)), StageTime::new(ms(2), ms(6))];
     spoken.say("xy");
-    spans.step(7, &[&span, &other], &times, ms(20));
+    let nodes = ["gpu-a".to_owned(), "gpu-b".to_owned()];
+    spans.step((7, ms(20)), &[&span, &other], &times, &nodes);
     spans.end(span, spoken.generation());
     assert_eq!(spans.lost(), 0);
     drop((other, spans));
 
-    let all: Vec<Span> = taken.try_iter().collect();
+    let all = collector.spans();
     let named = |name: &str| -> Vec<&Span> {
         let ours = |s: &&Span| s.name == name && hex(&s.trace_id) == TRACE;
         all.iter().filter(ours).collect()
@@ -104,6 +57,10 @@ fn a_request_and_its_stages_join_the_trace_of_the_client() {
     let stages = named("stage");
     let of = |s: &&Span| (number(s, "millrace.stage"), number(s, "millrace.micro_batch"));
     assert_eq!(stages.iter().map(of).collect::<Vec<_>>(), [(Some(0), Some(7)), (Some(1), Some(7))]);
+    assert_eq!(
+        stages.iter().map(|s| text(s, "millrace.node")).collect::<Vec<_>>(),
+        [Some("gpu-a"), Some("gpu-b")]
+    );
     for (stage, seconds) in stages.iter().zip([6, 8]) {
         assert_eq!(stage.parent_span_id, request.span_id);
         assert_eq!(hex(&stage.links[0].trace_id), "1".repeat(32), "the other request");

@@ -72,6 +72,10 @@ pub const META_REQUEST_ID: &str = "millrace-request-id";
 /// Metadata of `Generate`: for how many seconds the request goes on when the connection of whoever
 /// listens is lost. Dropping the stream of replies ends it at once all the same.
 pub const META_KEEP_ALIVE: &str = "millrace-keep-alive";
+/// Metadata: the span that the call belongs to, as W3C Trace Context writes it.
+pub const META_TRACEPARENT: &str = "traceparent";
+/// Metadata: what vendors say of the same trace.
+pub const META_TRACESTATE: &str = "tracestate";
 
 /// A request to hear a continuation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

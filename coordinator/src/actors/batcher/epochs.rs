@@ -36,6 +36,8 @@ pub struct PipelineUp {
     pub hidden: u32,
     /// What each stage costs, before anything is measured.
     pub costs: Vec<StageCost>,
+    /// Names of the stages' nodes, in order.
+    pub nodes: Vec<String>,
     /// Silence that is a stall at the least.
     pub lease: Duration,
     /// What the links between stages take.
@@ -130,6 +132,7 @@ impl Batcher {
             vocabulary: next.vocabulary,
             hidden: next.hidden,
             last_stage: next.costs.len().saturating_sub(1) as u16,
+            nodes: next.nodes,
             links: next.links,
             steps: next.steps,
             opens: next.opens,

@@ -311,7 +311,8 @@ impl Batcher {
         let mut all: Vec<&RequestSpan> = meta.rows.iter().filter_map(of).collect();
         // Choices of one request follow each other.
         all.dedup_by(|a, b| std::ptr::eq(*a, *b));
-        spans.step(id.0, &all, &meta.times, round_trip);
+        let nodes = self.active.as_ref().map_or(&[][..], |a| &a.nodes);
+        spans.step((id.0, round_trip), &all, &meta.times, nodes);
     }
 }
 

@@ -69,6 +69,8 @@ struct Active {
     vocabulary: u32,
     hidden: u32,
     last_stage: u16,
+    /// Names of the stages' nodes, in order.
+    nodes: Vec<String>,
     links: LinkTimes,
     /// To the first stage; capacity covers every micro-batch in flight.
     steps: mpsc::Sender<Frame>,

@@ -74,6 +74,7 @@ impl Cluster {
                 vocabulary: self.manifest.config.vocab,
                 hidden: self.manifest.config.hidden,
                 costs: plan.costs.clone(),
+                nodes: nodes.iter().map(|id| self.name_of(*id)).collect(),
                 lease: self.deployment.lease,
                 links: self.link_times(plan),
                 steps,

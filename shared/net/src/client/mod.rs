@@ -42,8 +42,9 @@ use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
-    CallHeader, ClusterStatus, EmbedRequest, Embedded, GenerateRequest, MAX_EMBED_INPUTS, Method,
-    ModelCard, PositionScore, Reply, ScoreRequest, TokenizeRequest,
+    CallHeader, ClusterStatus, EmbedRequest, Embedded, GenerateRequest, MAX_EMBED_INPUTS,
+    META_TRACEPARENT, META_TRACESTATE, Method, ModelCard, PositionScore, Reply, ScoreRequest,
+    TokenizeRequest,
 };
 use millrace_shared::wire::{MAX_CALL_HEADER_BYTES, MAX_RPC_BYTES, codec};
 use tokio::sync::Mutex;
@@ -62,6 +63,8 @@ use crate::{ClientTls, Connection, Endpoint, MessageSender, NetError, timing};
 pub struct Client {
     shared: Arc<Shared>,
     deadline: Option<Duration>,
+    /// Metadata that every call carries.
+    trace: Vec<(String, String)>,
     /// When the call that this clone was made for ends.
     ends: Option<Instant>,
 }
@@ -109,6 +112,7 @@ impl Client {
                 closed: AtomicBool::new(false),
             }),
             deadline: None,
+            trace: Vec::new(),
             ends: None,
         };
         client.connection().await?;
@@ -118,7 +122,19 @@ impl Client {
     /// The same client whose calls end with `DEADLINE_EXCEEDED` after this long.
     #[must_use]
     pub fn with_deadline(&self, deadline: Duration) -> Self {
-        Self { shared: self.shared.clone(), deadline: Some(deadline), ends: None }
+        Self { deadline: Some(deadline), ends: None, ..self.clone() }
+    }
+
+    /// The same client whose calls belong to a span, as W3C Trace Context writes them:
+    /// `traceparent`, such as `00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01`, and
+    /// `tracestate`, which may be empty. A server that makes traces puts its spans below it; one that
+    /// cannot read it goes by none.
+    #[must_use]
+    pub fn with_trace(&self, traceparent: &str, tracestate: &str) -> Self {
+        let fields = [(META_TRACEPARENT, traceparent), (META_TRACESTATE, tracestate)];
+        let said = fields.into_iter().filter(|(_, value)| !value.is_empty());
+        let trace = said.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        Self { trace, ..self.clone() }
     }
 
     /// Streams a continuation. Dropping the stream cancels the request; a lost connection does not,
@@ -315,6 +331,7 @@ impl Client {
         let ends = left.map(|left| (now + left, self.deadline.unwrap_or(left)));
         let key = format!("Bearer {}", self.shared.api_key);
         metadata.push(("authorization".to_owned(), key));
+        metadata.extend(self.trace.iter().cloned());
         let deadline_ms = left.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
         let header = CallHeader { metadata, deadline_ms };
         // Both at once: the server answers neither by itself.
