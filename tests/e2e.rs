@@ -7,6 +7,7 @@ use std::path::Path;
 use std::thread;
 
 use harness::ask::{self, Answer};
+use harness::fixtures;
 use harness::local::{Local, Shape};
 use harness::processes::{Coordinator, Process};
 use harness::{alone, block_on, http, model_arg};
@@ -209,5 +210,56 @@ fn one_coordinator_three_nodes_sixteen_clients() {
     for node in &mut nodes {
         assert!(node.is_alive());
         assert_eq!(node.terminate().code(), Some(0), "{}", node.log());
+    }
+}
+
+/// What `echo` with `logprobs` says of prompts over HTTP: as right as the reference, and at three
+/// stages, each prompt beside the others, the same to the bit as at one stage over QUIC.
+#[test]
+fn prompts_are_scored_as_by_one_stage() {
+    let _turn = alone();
+    let cases = fixtures::references();
+    let single = Local::start(Shape::default());
+    let truth = block_on(async {
+        let client = ask::connect(single.client()).await;
+        let mut truth = Vec::new();
+        for case in &cases {
+            truth.push(ask::score(&client, case.token_ids.clone(), 2).await.unwrap());
+        }
+        client.close().await;
+        truth
+    });
+    drop(single);
+    let root = tempfile::tempdir().unwrap();
+    let (coordinator, _nodes) = start(root.path());
+    let prompts: Vec<_> = cases.iter().map(|case| &case.token_ids).collect();
+    let body = json!({"prompt": prompts, "max_tokens": 0, "echo": true, "logprobs": 2});
+    let key = &coordinator.client.api_key;
+    let answer =
+        http::post(coordinator.http(), "/v1/completions", key, body.to_string().as_bytes());
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let body = answer.json();
+    for ((case, scores), choice) in
+        cases.iter().zip(&truth).zip(body["choices"].as_array().unwrap())
+    {
+        let of = &choice["logprobs"];
+        let told: Vec<Option<f32>> = serde_json::from_value(of["token_logprobs"].clone()).unwrap();
+        let expected = scores[..scores.len() - 1].iter().map(|score| score.next_logprob);
+        let expected: Vec<Option<f32>> = [None].into_iter().chain(expected).collect();
+        assert_eq!(told, expected, "{}", case.name);
+        let tops = of["top_logprobs"].as_array().unwrap();
+        assert!(tops[0].is_null() && tops[1..].iter().all(|t| !t.as_object().unwrap().is_empty()));
+        if let Some(mean) = case.mean_nll {
+            let own = -told.iter().flatten().sum::<f32>() / (told.len() - 1) as f32;
+            assert!((own - mean).abs() < 0.015, "{}: {own}, the reference has {mean}", case.name);
+        }
+        // Every token's text is where it is said to be.
+        let text: Vec<char> = choice["text"].as_str().unwrap().chars().collect();
+        let offsets = of["text_offset"].as_array().unwrap();
+        for (token, offset) in of["tokens"].as_array().unwrap().iter().zip(offsets) {
+            let (token, from) = (token.as_str().unwrap(), offset.as_u64().unwrap() as usize);
+            let here: String = text[from..].iter().take(token.chars().count()).collect();
+            assert!(token == here || token.contains('\u{FFFD}'), "{}: {token:?}", case.name);
+        }
     }
 }

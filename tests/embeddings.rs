@@ -3,15 +3,17 @@
 //! that leave do to them.
 #![allow(clippy::unwrap_used)]
 
+use std::io::Write;
 use std::net::SocketAddr;
+use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
 use futures::future::{join, join_all, try_join_all};
 use harness::local::{Local, Shape};
 use harness::mocked::{self, Mocked};
-use harness::processes::Coordinator;
-use harness::{alone, ask, block_on, http};
+use harness::processes::{Coordinator, command, run};
+use harness::{alone, ask, block_on, http, model_arg};
 use millrace_engine::mock::Fault;
 use millrace_net::client::ClientConfig;
 use millrace_shared::error::ErrorCode;
@@ -299,4 +301,44 @@ fn long_lists_scarce_memory_and_impatience() {
         assert_eq!(found[2], cluster.expected_embedding(&all[2], Pooling::Last));
         client.close().await;
     });
+}
+
+#[test]
+fn the_command_prints_what_the_client_gets() {
+    let _turn = alone();
+    let lines = ["The miller opened the gate", "and the water came down."];
+    let single = Local::start(Shape::default());
+    let expected = block_on(async {
+        let client = ask::connect(single.client()).await;
+        let inputs = lines.map(text);
+        let all = ask::embed(&client, &inputs, Pooling::Last).await.unwrap();
+        client.close().await;
+        all
+    });
+    drop(single);
+    let home = tempfile::tempdir().unwrap();
+    let embed = |more: &[&str]| {
+        let mut embed = command("millrace", home.path());
+        embed.args(["embed", "--model", model_arg(), "--stages", "2", "--pooling", "last"]);
+        embed.args(more);
+        embed
+    };
+    let output = run(embed(&[&lines[..], &["--output", "json"]].concat()));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let found = answer["embeddings"].as_array().unwrap();
+    assert_eq!(found[0]["prompt_tokens"], 6, "The, mill, er, opened, the, gate");
+    let vector = |one: &Value| serde_json::from_value(one["vector"].clone()).unwrap();
+    assert_eq!(bits(&found.iter().map(vector).collect::<Vec<_>>()), bits(&expected));
+
+    let mut child =
+        embed(&["--dimensions", "3"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let typed = lines.map(|line| format!("{line}\n")).concat();
+    child.stdin.take().unwrap().write_all(typed.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let numbers = |line: &str| line.split(' ').map(|x| x.parse().unwrap()).collect::<Vec<f32>>();
+    let short: Vec<_> = expected.iter().map(|v| shortened(v, 3).unwrap()).collect();
+    assert_eq!(bits(&printed.lines().map(numbers).collect::<Vec<_>>()), bits(&short));
 }

@@ -11,7 +11,8 @@ use millrace_net::client::{ClientConfig, GenerateStream};
 use millrace_shared::error::ErrorCode;
 use millrace_shared::sampling::SamplingParams;
 use millrace_shared::wire::rpc::{
-    Choices, FinishReason, GenerateEvent, GenerateRequest, HIDDEN_TOKEN, Prompt, ScoreRequest,
+    ChatMessage, Choices, FinishReason, GenerateEvent, GenerateRequest, HIDDEN_TOKEN, Prompt,
+    ScoreRequest, TokenizeRequest,
 };
 use serde_json::{Value, json};
 
@@ -150,6 +151,15 @@ fn what_is_hidden_is_hidden_everywhere_and_after_a_death() {
         refused
     });
     assert_eq!(refused, ErrorCode::InvalidArgument, "logits would tell");
+    let echoed = |logprobs: u32| {
+        let more = json!({"echo": true, "logprobs": logprobs, "max_tokens": 0});
+        completion(&coordinator, more)
+    };
+    let answer = echoed(1);
+    assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("logprobs")));
+    let known = &echoed(0).json()["choices"][0];
+    assert_eq!(known["text"], PROMPT);
+    assert!(known["logprobs"]["token_logprobs"][1].as_f64().unwrap() < 0.0);
     let counted = coordinator.metric("millrace_text_rules_total");
     assert!(counted >= 3.0, "{counted} requests");
     let answer = chat(
@@ -229,6 +239,15 @@ fn prompts_are_shortened_redacted_and_blocked_alike() {
     let answer = echoed(&long);
     assert_eq!(answer.header("x-millrace-truncated"), Some(left_out.to_string().as_str()));
     assert!(answer.json()["choices"][0]["text"].as_str().unwrap().contains("so the long day ends"));
+    let scored = |prompt: &str| {
+        let more = json!({"prompt": prompt, "echo": true, "logprobs": 2, "max_tokens": 1});
+        completion(&coordinator, more)
+    };
+    let (of_secret, of_plain) = (scored(secret), scored(plain));
+    assert_eq!(of_secret.json()["choices"], of_plain.json()["choices"]);
+    assert_eq!(scored("open sesame").status, 400);
+    let answer = scored(&long);
+    assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("prompt")));
     let answer = echoed("open sesame");
     assert_eq!(answer.status, 400, "{}", answer.text());
     assert!(!answer.text().contains("sesame"), "rules are not told");
@@ -290,4 +309,97 @@ fn rules_that_cannot_be_used_are_named_at_the_start() {
             printed.lines().find(|l| l.starts_with(key)).unwrap_or_else(|| panic!("{printed}"));
         assert!(line.contains(value) && line.contains(source), "{line}");
     }
+}
+
+#[test]
+fn the_oldest_turns_are_left_out_of_a_conversation() {
+    let _turn = alone();
+    const LIMIT: usize = 64;
+    let root = tempfile::tempdir().unwrap();
+    let rules = ["--prompt-limit", "64", "--prompt-overflow", "drop-turns"];
+    let (coordinator, _node) = start(root.path(), &rules);
+    let config = &coordinator.client;
+    let system = ChatMessage::new("system", "You are a miller.");
+    let mut turns = Vec::new();
+    for number in ["one", "two", "three", "four"] {
+        let ask = format!("This is question {number}: how does the water turn the wheel?");
+        turns.push([ChatMessage::new("user", ask), ChatMessage::new("assistant", "It falls.")]);
+    }
+    let conversation = |left_out: usize| {
+        let mut messages = vec![system.clone()];
+        messages.extend(turns[left_out..].iter().flatten().cloned());
+        messages.push(ChatMessage::new("user", "And the stone?"));
+        messages
+    };
+    let chat = |messages: Vec<ChatMessage>| Prompt::Chat(messages.into());
+    block_on(async {
+        let client = ask::connect(config).await;
+        let ids = async |left_out: usize| {
+            let prompt = chat(conversation(left_out));
+            client.tokenize(TokenizeRequest { model: String::new(), prompt }).await.unwrap()
+        };
+        // As few turns as it takes go, and the template says the rest as if they had not been there.
+        let whole = ids(0).await;
+        let (mut gone, mut expected) = (0, whole.clone());
+        while expected.len() > LIMIT {
+            gone += 1;
+            expected = ids(gone).await;
+        }
+        assert!((1..4).contains(&gone), "{gone} turns of {} tokens", whole.len());
+        let request = GenerateRequest { prompt: chat(conversation(0)), ..asked("", 8) };
+        let shorter = GenerateRequest { prompt: chat(conversation(gone)), ..asked("", 8) };
+        let mut stream = client.generate(request).await.unwrap();
+        match stream.next().await.unwrap().unwrap() {
+            GenerateEvent::Started { prompt_token_ids, left_out, .. } => {
+                assert_eq!(prompt_token_ids, expected);
+                assert_eq!(left_out as usize, whole.len() - expected.len());
+            }
+            other => panic!("{other:?}"),
+        }
+        let (mut heard, mut same) = (Heard::default(), Heard::default());
+        hear(&mut stream, &mut heard, usize::MAX).await;
+        hear(&mut client.generate(shorter).await.unwrap(), &mut same, usize::MAX).await;
+        assert_eq!(heard, same);
+
+        let long = ChatMessage::new("user", "one two three ".repeat(40));
+        let request = GenerateRequest { prompt: chat(vec![system.clone(), long]), ..asked("", 8) };
+        let refused = client.generate(request).await.unwrap().next().await.unwrap().unwrap_err();
+        assert_eq!(refused.param.as_deref(), Some("messages"), "{refused}");
+        client.close().await;
+    });
+}
+
+#[test]
+fn json_is_taken_out_of_an_answer() {
+    let _turn = alone();
+    let prompt = "Q: A JSON object with a name and an age?\nA: Here it is: {\"name\": \"Ann\", \
+                  \"age\": 3}.\nQ: Another one?\nA: Here";
+    let single = Local::start(Shape::default());
+    let truth = whole(single.client(), asked(prompt, 48)).text();
+    drop(single);
+    let from = truth.find('{').expect("the model writes an object");
+    let mut values = serde_json::Deserializer::from_str(&truth[from..]).into_iter::<Value>();
+    assert!(values.next().unwrap().unwrap().is_object(), "{truth}");
+    let expected = &truth[from..from + values.byte_offset()];
+    assert!(from > 0 && truth.len() > from + expected.len(), "prose around it: {truth}");
+
+    let root = tempfile::tempdir().unwrap();
+    let (coordinator, _node) = start(root.path(), &["--answer-json"]);
+    let heard = whole(&coordinator.client, asked(prompt, 48));
+    assert_eq!(heard.text(), expected);
+    let (reason, _, tokens) = heard.end.unwrap();
+    assert!(reason == FinishReason::Stop && tokens < 48, "it ends where the object does");
+    let more = json!({"prompt": prompt, "max_tokens": 48});
+    let body = completion(&coordinator, more.clone()).json();
+    assert_eq!(body["choices"][0]["text"], expected);
+    let mut streaming = more;
+    streaming["stream"] = json!(true);
+    let response = completion(&coordinator, streaming);
+    assert_eq!(streamed(&response), (expected.to_owned(), "stop".to_owned()));
+    let piece = serde_json::to_string(expected).unwrap();
+    assert!(response.text().contains(&piece), "it comes in one piece: {}", response.text());
+    // Without any the answer is whole.
+    let plain = json!({"prompt": "The capital of France is", "max_tokens": 4});
+    let text = completion(&coordinator, plain).json()["choices"][0]["text"].clone();
+    assert!(text.as_str().unwrap().contains("Paris"), "{text}");
 }

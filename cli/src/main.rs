@@ -18,6 +18,7 @@ mod demo;
 #[cfg(test)]
 mod deploy_check;
 mod editor;
+mod embed;
 mod error;
 mod eval;
 mod generate;
@@ -101,6 +102,8 @@ enum Command {
     Chat(Box<chat::ChatArgs>),
     /// Continue a prompt as it is, without a chat template
     Generate(generate::GenerateArgs),
+    /// Make vectors of texts
+    Embed(embed::EmbedArgs),
     /// Turn a text into the model's token ids
     Tokenize(tokenize::TokenizeArgs),
     /// Make a model smaller: quantise, prune, factorise, cut; and know what that costs
@@ -162,6 +165,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Up(args) => up::run(args).await,
         Command::Chat(args) => chat::run(*args).await,
         Command::Generate(args) => generate::run(args).await,
+        Command::Embed(args) => embed::run(args).await,
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Compress(command) => compress::run(command),
         Command::Eval(command) => eval::run(command).await,

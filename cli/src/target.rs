@@ -14,8 +14,8 @@ use millrace_shared::names::env;
 use millrace_shared::options::EngineOptions;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::rpc::{
-    ClusterStatus, GenerateEvent, GenerateRequest, ModelCard, PositionScore, Prompt, ScoreRequest,
-    TokenizeRequest,
+    ClusterStatus, EmbedRequest, Embedded, GenerateEvent, GenerateRequest, ModelCard,
+    PositionScore, Prompt, ScoreRequest, TokenizeRequest,
 };
 
 use crate::error::{Interrupted, usage};
@@ -329,6 +329,10 @@ impl Session {
 
     pub(crate) async fn score(&self, request: ScoreRequest) -> anyhow::Result<Vec<PositionScore>> {
         Ok(self.caller.0.score(request).await?)
+    }
+
+    pub(crate) async fn embed(&self, request: EmbedRequest) -> anyhow::Result<Vec<Embedded>> {
+        Ok(self.caller.0.embed(request).await?)
     }
 
     /// Ids of a prompt: special tokens are parsed, none are added.

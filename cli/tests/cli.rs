@@ -85,6 +85,7 @@ fn help_shows_every_command_and_examples() {
         "run",
         "up",
         "generate",
+        "embed",
         "tokenize",
         "eval",
         "pull",
@@ -96,10 +97,11 @@ fn help_shows_every_command_and_examples() {
     ] {
         assert!(help.contains(word), "{word} is not in: {help}");
     }
-    let commands: [&[&str]; 11] = [
+    let commands: [&[&str]; 12] = [
         &["run"],
         &["up"],
         &["generate"],
+        &["embed"],
         &["tokenize"],
         &["eval", "nll"],
         &["eval", "logits"],
@@ -120,7 +122,9 @@ fn the_contract_of_flags() {
     let dir = dir();
     let engine = ["--threads", "--cuts", "--prefill-chunk", "--micro-batches", "--kv-cache-dtype"];
     let engine = engine.iter().chain(&["--prefix-cache", "--speculate"]);
-    for args in [&["run"][..], &["up"], &["generate"], &["eval", "nll"], &["bench", "serve"]] {
+    for args in
+        [&["run"][..], &["up"], &["generate"], &["embed"], &["eval", "nll"], &["bench", "serve"]]
+    {
         let help = succeeds(&millrace(dir.path(), &[args, &["--help"]].concat()));
         for flag in engine.clone().chain(&["--activation-dtype", "--engine", "--stages"]) {
             assert!(help.contains(flag), "{args:?} lacks {flag}");
@@ -132,7 +136,7 @@ fn the_contract_of_flags() {
 fn wrong_usage_exits_with_two() {
     let dir = dir();
     let d = dir.path();
-    let cases: [(&[&str], &str); 13] = [
+    let cases: [(&[&str], &str); 16] = [
         (&["nonsense"], "unrecognized subcommand"),
         (&["run"], "MODEL"),
         (&["run", "x.gguf", "--stages", "0"], "--stages"),
@@ -143,6 +147,9 @@ fn wrong_usage_exits_with_two() {
         (&["generate", "--prompt", "a", "--stages", "2"], "--model"),
         (&["generate", "--prompt-file", "missing.txt"], "cannot read missing.txt"),
         (&["generate", "--prompt", "a", "--cluster", "missing.toml"], "missing.toml"),
+        (&["embed"], "nothing to embed: give texts, or lines on stdin"),
+        (&["embed", "a", "--pooling", "max"], "use mean or last"),
+        (&["embed", "a", "--dimensions", "0"], "--dimensions"),
         (&["eval", "logits", "--token-ids", "x", "--top", "65"], "--top"),
         (&["bench", "serve", "--concurrency", "0"], "--concurrency"),
         (&["tokenize", "--model", "m", "--output", "yaml"], "yaml"),
