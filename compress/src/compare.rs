@@ -206,7 +206,21 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-/// Points over megabytes, the front joined by a line.
+/// The plane of a plot: widths and heights in its own units.
+const W: f64 = 1000.0;
+const H: f64 = 520.0;
+const LEFT: f64 = 60.0;
+const BOTTOM: f64 = 40.0;
+
+/// Least and greatest, with room around them.
+fn range(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
+    let least = values.clone().fold(f64::INFINITY, f64::min);
+    let most = values.fold(f64::NEG_INFINITY, f64::max);
+    let pad = ((most - least) * 0.06).max(1e-3);
+    (least - pad, most + pad)
+}
+
+/// Points over megabytes (logarithmic: sizes differ tenfold), the front joined by a line.
 fn plot(
     title: &str,
     entries: &[Entry],
@@ -214,26 +228,17 @@ fn plot(
     front: &[usize],
     tick: &dyn Fn(f64) -> String,
 ) -> String {
-    const W: f64 = 1000.0;
-    const H: f64 = 420.0;
-    const LEFT: f64 = 60.0;
-    const BOTTOM: f64 = 40.0;
     let points: Vec<(usize, f64, f64)> = entries
         .iter()
         .enumerate()
-        .filter_map(|(i, e)| y(e).map(|y| (i, e.format_bytes as f64 / 1e6, y)))
-        .filter(|p| p.2.is_finite())
+        .filter_map(|(i, e)| y(e).map(|y| (i, (e.format_bytes as f64 / 1e6).log10(), y)))
+        .filter(|p| p.1.is_finite() && p.2.is_finite())
         .collect();
-    let range = |of: &dyn Fn(&(usize, f64, f64)) -> f64| {
-        let least = points.iter().map(of).fold(f64::INFINITY, f64::min);
-        let most = points.iter().map(of).fold(f64::NEG_INFINITY, f64::max);
-        let pad = ((most - least) * 0.06).max(1e-3);
-        (least - pad, most + pad)
-    };
     if points.is_empty() {
         return String::new();
     }
-    let ((x0, x1), (y0, y1)) = (range(&|p| p.1), range(&|p| p.2));
+    let ((x0, x1), (y0, y1)) =
+        (range(points.iter().map(|p| p.1)), range(points.iter().map(|p| p.2)));
     let sx = |x: f64| LEFT + (x - x0) / (x1 - x0) * (W - LEFT - 20.0);
     let sy = |y: f64| H - BOTTOM - (y - y0) / (y1 - y0) * (H - BOTTOM - 20.0);
     let mut svg = format!(
@@ -246,11 +251,12 @@ fn plot(
             svg,
             "<line x1=\"{LEFT}\" x2=\"{W}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#e3e7ec\"/>\
              <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{v}</text>\
-             <text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{x:.0} MB</text>",
+             <text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{:.0} MB</text>",
             LEFT - 6.0,
             sy(v) + 4.0,
             sx(x),
             H - 14.0,
+            10f64.powf(x),
             y = sy(v),
             v = tick(v)
         );
@@ -263,29 +269,51 @@ fn plot(
         "<polyline points=\"{}\" fill=\"none\" stroke=\"#0b6e4f\" stroke-width=\"1.5\"/>",
         line.join(" ")
     );
-    // Names do not lie on one another: a name is left out where another is near.
-    let mut named: Vec<(f64, f64)> = Vec::new();
-    let mut order: Vec<_> = points.iter().collect();
-    order.sort_by_key(|p| !front.contains(&p.0));
-    for (i, x, v) in order {
-        let (x, y, name) = (sx(*x), sy(*v), escape(&entries[*i].name));
+    let mut placed: Vec<(usize, f64, f64)> =
+        points.into_iter().map(|(i, x, y)| (i, sx(x), sy(y))).collect();
+    // The front is named before all others.
+    placed.sort_by_key(|p| !front.contains(&p.0));
+    svg + &marks(entries, &placed, front) + "</svg></figure>"
+}
+
+/// Points with their names beside them, as far as these find room; all tell them when pointed at.
+fn marks(entries: &[Entry], points: &[(usize, f64, f64)], front: &[usize]) -> String {
+    let mut svg = String::new();
+    let mut taken: Vec<[f64; 4]> =
+        points.iter().map(|(_, x, y)| [x - 4.0, y - 4.0, x + 4.0, y + 4.0]).collect();
+    for (i, x, y) in points {
+        let name = escape(&entries[*i].name);
         let colour = if front.contains(i) { "#0b6e4f" } else { "#6b7c8f" };
         let _ = write!(
             svg,
             "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"{colour}\"><title>{name}</title></circle>"
         );
-        if named.iter().all(|n| (n.1 - y).abs() > 12.0 || (n.0 - x).abs() > 170.0) {
-            let (anchor, dx) = if x > W - 180.0 { ("end", -7.0) } else { ("start", 7.0) };
-            let _ = write!(
-                svg,
-                "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"{anchor}\">{name}</text>",
-                x + dx,
-                y + 4.0
-            );
-            named.push((x, y));
+        let columns = entries[*i].name.chars().count();
+        if let Some((x, y)) = beside((*x, *y), columns as f64 * GLYPH, &mut taken) {
+            let _ = write!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\">{name}</text>");
         }
     }
-    svg + "</svg></figure>"
+    svg
+}
+
+/// Width of a letter of 11 pixels, rather too much.
+const GLYPH: f64 = 6.2;
+
+/// Where text of this width begins right, left, above or below a point, where nothing else is.
+fn beside((x, y): (f64, f64), width: f64, taken: &mut Vec<[f64; 4]>) -> Option<(f64, f64)> {
+    let starts = [
+        (x + 7.0, y + 4.0),
+        (x - 7.0 - width, y + 4.0),
+        (x - width / 2.0, y - 8.0),
+        (x - width / 2.0, y + 16.0),
+    ];
+    let start = starts.into_iter().find(|(x, y)| {
+        let own = [*x, y - 9.0, x + width, y + 2.0];
+        let free = |o: &[f64; 4]| own[2] < o[0] || o[2] < own[0] || own[3] < o[1] || o[3] < own[1];
+        own[0] >= LEFT && own[2] <= W && own[1] >= 0.0 && taken.iter().all(free)
+    })?;
+    taken.push([start.0, start.1 - 9.0, start.0 + width, start.1 + 2.0]);
+    Some(start)
 }
 
 #[cfg(test)]
@@ -303,6 +331,17 @@ mod tests {
             [entry("a", 10, 3.0), entry("b", 20, 2.0), entry("c", 20, 2.5), entry("d", 30, 2.0)];
         assert_eq!(front(&all, |e| Some(e.quality.mean_nll)), [0, 1]);
         assert!(front(&all, |_| None).is_empty());
+    }
+
+    #[test]
+    fn names_lie_on_nothing() {
+        let mut taken = vec![[496.0, 96.0, 504.0, 104.0]];
+        let point = (500.0, 100.0);
+        let starts = [(); 5].map(|()| beside(point, 60.0, &mut taken));
+        let expected = [(507.0, 104.0), (433.0, 104.0), (470.0, 92.0), (470.0, 116.0)];
+        assert_eq!(starts[..4], expected.map(Some));
+        assert_eq!(starts[4], None, "all places are taken");
+        assert_eq!(beside((W - 10.0, 300.0), 60.0, &mut taken).map(|s| s.0), Some(W - 77.0));
     }
 
     #[test]
