@@ -5,7 +5,7 @@ import json
 import openai
 import pytest
 
-from conftest import NAME
+from cluster import NAME
 
 ASK = {"model": NAME, "messages": [{"role": "user", "content": "Say hello."}], "temperature": 0, "max_tokens": 12}
 

@@ -1,6 +1,6 @@
 """/v1/completions."""
 
-from conftest import NAME
+from cluster import NAME
 
 ASK = {"model": NAME, "prompt": "Once upon a time", "temperature": 0, "max_tokens": 8}
 

@@ -6,7 +6,7 @@ from array import array
 import openai
 import pytest
 
-from conftest import NAME
+from cluster import NAME
 
 TEXTS = ["The cat sleeps on the sofa.", "A cat is sleeping on a couch.", "Shares of the firm dropped a lot today."]
 

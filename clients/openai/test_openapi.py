@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 from openapi_spec_validator import validate
 
-from conftest import NAME
+from cluster import NAME
 
 
 def ask(cluster, path, body=None, method=None):

@@ -6,7 +6,7 @@ import time
 import openai
 import pytest
 
-from conftest import NAME
+from cluster import NAME
 
 ASK = {"model": NAME, "input": "Say hello.", "temperature": 0, "max_output_tokens": 16}
 

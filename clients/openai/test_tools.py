@@ -5,7 +5,7 @@ import json
 import openai
 import pytest
 
-from conftest import NAME
+from cluster import NAME
 
 WEATHER = {"type": "function", "function": {
     "name": "get_weather", "description": "The weather of a city.",
