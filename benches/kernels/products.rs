@@ -14,6 +14,9 @@ use crate::{Bench, Tensor, Work, entry, new_backend, tensor, vector};
 type Weight = <CpuBackend as Backend>::Weight;
 
 const COLUMNS: [usize; 4] = [1, 4, 16, 64];
+/// Of matrices with zeros: an answer, many at once, a prompt.
+const ZEROS_COLUMNS: [usize; 3] = [1, 16, MOST_COLUMNS];
+const MOST_COLUMNS: usize = 128;
 /// The head is applied to as many positions at a time.
 const HEAD_ROWS: usize = 16;
 
@@ -86,9 +89,9 @@ impl Product {
         let weights = loaded.into_iter().filter_map(weight).collect();
         let (inputs, outputs) =
             (sources[0].entry().dims[0], sources.iter().map(|s| s.entry().dims[1]).sum::<u64>());
-        let x = backend.tensor(64, inputs as usize, true).expect("memory");
-        let out = backend.tensor(64, outputs as usize, false).expect("memory");
-        let act = backend.tensor(64, outputs as usize / 2, true).expect("memory");
+        let x = backend.tensor(MOST_COLUMNS, inputs as usize, true).expect("memory");
+        let out = backend.tensor(MOST_COLUMNS, outputs as usize, false).expect("memory");
+        let act = backend.tensor(MOST_COLUMNS, outputs as usize / 2, true).expect("memory");
         Self { backend, weights, x, out, act, next: 0 }
     }
 
@@ -190,7 +193,7 @@ pub(crate) fn zeros(c: &mut Criterion, bench: &mut Bench) {
             let bytes = source.entry().bytes as usize;
             let copies = uncached_bytes().div_ceil(bytes).max(2);
             let mut loaded: Option<Product> = None;
-            for columns in [1, 16, 128] {
+            for columns in ZEROS_COLUMNS {
                 let macs = ZEROS_SIZE * ZEROS_SIZE * columns;
                 let (int8_macs, float_macs) =
                     if dtype == TensorType::F16 { (0, macs) } else { (macs, 0) };
