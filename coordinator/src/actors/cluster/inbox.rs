@@ -44,6 +44,7 @@ impl Handler<NodeHello> for Cluster {
             threads = m.hello.threads, hardware = %m.hello.hardware, "node joined"
         );
         self.chronicle.note("joined", format!("{} at {}", m.hello.name, m.hello.advertise));
+        self.called.note(m.id, &m.hello.name);
         let welcome = CoordinatorMessage::Welcome {
             node_id: m.id,
             heartbeat_ms: self.deployment.heartbeat.as_millis() as u32,

@@ -8,6 +8,7 @@
 //! `Paced`, `RowsVoid`, `GetStatus`, `Admin`. Held by member tasks, the batcher and the service.
 
 mod admin;
+mod called;
 mod collect;
 mod drain;
 mod entry;
@@ -45,6 +46,7 @@ use crate::metrics::Metrics;
 use crate::plan::{Deployment, Plan, profile_spec};
 pub use admin::Admin;
 use admin::Doctor;
+use called::Called;
 pub use inbox::{
     EdgeFailed, EdgeOffered, FromNode, GetStatus, NodeGone, NodeHello, OwnEdgeOpen, RowsVoid,
     Shutdown, Switched,
@@ -100,6 +102,7 @@ pub struct Cluster {
     membership: Membership,
     pipeline: Option<PipelineState>,
     members: BTreeMap<NodeId, Member>,
+    called: Called,
     last_join: Duration,
     plan: Option<Plan>,
     /// Of the epoch that is made ready while another serves.
@@ -155,6 +158,7 @@ impl Cluster {
             membership,
             pipeline: stages.map(|n| PipelineState::new(PipelineConfig::new(n))),
             members: BTreeMap::new(),
+            called: Called::default(),
             last_join: Duration::ZERO,
             plan: None,
             next_plan: None,
@@ -327,6 +331,7 @@ impl Cluster {
             }
             Action::Start { epoch, nodes } => self.start(epoch, &nodes, now, ctx),
             Action::Stop { epoch, reason } => {
+                let reason = self.called.in_names(&reason);
                 tracing::warn!(%epoch, "the pipeline stopped: {reason}");
                 self.chronicle.note("stopped", format!("epoch {epoch}: {reason}"));
                 self.starting = None;
@@ -340,6 +345,7 @@ impl Cluster {
             }
             Action::Abandon { epoch, nodes } => {
                 let why = self.pipeline.as_ref().and_then(|p| p.trouble()).unwrap_or_default();
+                let why = self.called.in_names(why);
                 tracing::warn!(%epoch, "{why}");
                 self.next_plan = None;
                 self.starting = self.starting.take().filter(|s| s.epoch != epoch);
@@ -384,7 +390,7 @@ impl Cluster {
     fn detail(&self) -> String {
         match (&self.pipeline, &self.starting) {
             (_, Some(_)) => "the stages connect to each other".into(),
-            (Some(pipeline), None) => pipeline.detail(),
+            (Some(pipeline), None) => self.called.in_names(&pipeline.detail()),
             (None, None) if self.members.is_empty() => "no node has joined yet".into(),
             (None, None) => "waiting a moment for more nodes".into(),
         }
