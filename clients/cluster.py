@@ -60,6 +60,12 @@ class Cluster:
         except subprocess.TimeoutExpired:
             self.kill()
 
+    def new_key(self, scope: str) -> str:
+        """Another API key."""
+        asked = [os.environ["MILLRACE_BIN"], "keys", "--cluster", str(self.folder / "cluster" / "client.toml"),
+                 "create", "--name", scope, "--scope", scope]
+        return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+
     @property
     def key(self) -> str:
         return tomllib.loads((self.folder / "cluster" / "client.toml").read_text())["api_key"]

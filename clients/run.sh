@@ -33,4 +33,6 @@ if [ ! -e "$venv/complete" ]; then
     fi
     touch "$venv/complete"
 fi
+# What a folder needs beside Python.
+[ ! -x setup.sh ] || ./setup.sh "$venv/bin/python"
 exec "$venv/bin/python" -m pytest -q -p no:cacheprovider "$@" .

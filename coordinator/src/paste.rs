@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-/// A curl line and five lines of Python that work when pasted. The key is read from `client.toml`
+/// A curl line and five lines of Python that work when pasted, and where a browser finds the dashboard. The key is read from `client.toml`
 /// rather than printed: what is on a screen ends up in logs. `http`: the API's URL; `ca`: whom to
 /// trust where HTTPS shows a certificate of the cluster's own.
 pub fn paste_lines(http: &str, model: &str, config: &Path, ca: Option<&Path>) -> String {
@@ -29,7 +29,8 @@ import json, re, urllib.request\n\
 key = re.search(r'^api_key *= *\"(.*)\"', open({python_config}).read(), re.M).group(1)\n\
 headers = {{'Authorization': 'Bearer ' + key, 'Content-Type': 'application/json'}}\n\
 request = urllib.request.Request('{http}/v1/chat/completions', {python_body}.encode(), headers)\n\
-print(json.load(urllib.request.urlopen(request{python_ca}))['choices'][0]['message']['content'])\n"
+print(json.load(urllib.request.urlopen(request{python_ca}))['choices'][0]['message']['content'])\n\n\
+or open {http} in a browser, where the pipeline is to be seen and to be talked to; it asks for the api_key in {config}\n"
     )
 }
 
@@ -54,6 +55,8 @@ mod tests {
         assert!(text.contains(r#""model":"it'\''s""#), "{text}");
         assert!(text.contains(r#""model":"it\'s""#), "{text}");
         assert!(text.contains("'/a b/client.toml'"), "{text}");
+        let page = "or open http://127.0.0.1:8123 in a browser";
+        assert!(text.contains(page) && text.contains("api_key in /a b/client.toml"), "{text}");
         let own = paste_lines("https://h:1", "m", config, Some(Path::new("/a b/ca.pem")));
         assert!(own.contains("--cacert '/a b/ca.pem' https://h:1/v1"), "{own}");
         assert!(own.contains("cafile='/a b/ca.pem'"), "{own}");

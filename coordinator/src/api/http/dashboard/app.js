@@ -1,16 +1,20 @@
 'use strict';
-// Reads /v1/cluster, its timeline and events, and /metrics of the coordinator that serves this page, once
-// a second, and talks to /v1/chat/completions. No library, nothing from elsewhere.
+// Reads /v1/cluster, its timeline and events, /metrics and, with an administrator's key, /admin/requests of
+// the coordinator that serves this page, once a second, and talks to /v1/chat/completions. No library,
+// nothing from elsewhere.
 const $ = (id) => document.getElementById(id);
-const HISTORY = 300;
+const HISTORY = 300, SHOWN = 50;
 const state = { key: sessionStorage.getItem('millrace-key') || '', paused: false, model: '', last: null,
-  series: {}, passages: [], timelineNow: 0, after: 0, events: [], heard: 0, plan: '', busy: [], chat: [], answering: null };
+  series: {}, passages: [], timelineNow: 0, after: 0, events: [], heard: 0, plan: '', busy: [], requests: [], sees: true, open: '', chat: [], answering: null };
 
 // ---- asking the coordinator
 class Denied extends Error {}
-async function ask(path, options = {}) {
+function call(path, options = {}) {
   const headers = { authorization: `Bearer ${state.key}`, ...options.headers };
-  const response = await fetch(path, { ...options, headers, cache: 'no-store' });
+  return fetch(path, { ...options, headers, cache: 'no-store' });
+}
+async function ask(path, options) {
+  const response = await call(path, options);
   if (response.status === 401 || response.status === 403) throw new Denied(await message(response));
   if (!response.ok) throw new Error(await message(response));
   return response;
@@ -26,6 +30,7 @@ const number = (x, digits = 1) => x == null || !isFinite(x) ? '–'
 const time = (s) => s == null || !isFinite(s) ? '–' : s < 1e-3 ? `${number(s * 1e6, 0)} µs`
   : s < 1 ? `${number(s * 1e3)} ms` : `${number(s, 2)} s`;
 const bytes = (b) => b >= 2 ** 30 ? `${number(b / 2 ** 30)} GiB` : `${number(b / 2 ** 20)} MiB`;
+const count = (n, what) => `${number(n, 0)} ${what}${n === 1 ? '' : 's'}`;
 const percent = (x) => x == null || !isFinite(x) ? '–' : `${Math.round(100 * x)} %`;
 
 // Prometheus' text: sums of counters, buckets of histograms.
@@ -66,11 +71,15 @@ async function tick() {
       state.model = (await (await ask('v1/models')).json()).data[0]?.id || '';
       $('model').textContent = state.model;
     }
-    const [status, text, timeline, chronicle] = await Promise.all([
+    const [status, text, timeline, chronicle, requests] = await Promise.all([
       ask('v1/cluster').then((r) => r.json()), ask('metrics').then((r) => r.text()),
       ask(`v1/cluster/timeline?after=${state.after}`).then((r) => r.json()),
-      ask(`v1/cluster/events?after=${state.heard}`).then((r) => r.json())]);
+      ask(`v1/cluster/events?after=${state.heard}`).then((r) => r.json()),
+      // Not for every key: one that may not is not asked again.
+      state.sees && call('admin/requests').then((r) => r.ok ? r.json() : r.status === 403 ? null : { data: [] })]);
     hear(chronicle);
+    state.sees = Boolean(requests);
+    state.requests = requests && requests.data.sort((a, b) => b.stuck - a.stuck || b.age_seconds - a.age_seconds);
     show(status, parseMetrics(text), timeline);
   } catch (error) {
     if (error instanceof Denied) return login(error.message);
@@ -142,7 +151,7 @@ function element(tag, attributes = {}, ...children) {
 }
 function draw() {
   if (!state.last) return;
-  drawTiles(); drawMap(); drawTimeline(); drawCurves(); drawEvents();
+  drawTiles(); drawMap(); drawTimeline(); drawCurves(); drawRequests(); drawEvents();
 }
 function drawTiles() {
   const { status } = state.last, now = (name) => state.series[name]?.at(-1);
@@ -165,7 +174,7 @@ function drawMap() {
     parts.push(element('div', { class: `stage${i === busiest && status.stages.length > 1 ? ' slowest' : ''}` },
       element('b', { text: stage.node_name }),
       element('small', { text: `stage ${i} · ${layers}${ends ? ` · ${ends}` : ''}` }), meter,
-      element('small', { text: `${percent(state.busy[i])} busy · ${stage.threads} thread${stage.threads === 1 ? '' : 's'} · ${bytes(stage.weight_bytes)}` })));
+      element('small', { text: `${percent(state.busy[i])} busy · ${count(stage.threads, 'thread')} · ${bytes(stage.weight_bytes)}` })));
     if (i + 1 < status.stages.length) parts.push(element('div', { class: 'link' },
       `→`, element('br'), stage.round_trip == null ? '' : `${time(stage.round_trip)} there and back`, element('br'), `${stage.credits} credits`));
   });
@@ -174,7 +183,7 @@ function drawMap() {
   const spare = status.nodes - status.stages.length;
   const balance = state.busy.length > 1 && state.busy.every((b) => b != null) && Math.max(...state.busy) > .2
     ? `${status.stages[busiest].node_name} is the busiest stage; the others could take ${percent(1 - state.busy.reduce((a, b) => a + b) / state.busy.length / Math.max(...state.busy))} more of its kind of work. ` : '';
-  $('advice').textContent = `${balance}${status.nodes} node${status.nodes === 1 ? '' : 's'} joined${spare > 0 ? `, ${spare} standing by` : ''} · epoch ${status.epoch}.`;
+  $('advice').textContent = `${balance}${count(status.nodes, 'node')} joined${spare > 0 ? `, ${spare} standing by` : ''} · epoch ${status.epoch}.`;
 }
 const colour = (id) => `hsl(${(id * 47) % 360} 62% 52%)`;
 function canvas(target) {
@@ -257,6 +266,38 @@ function drawCurves() {
   }
 }
 
+function drawRequests() {
+  // What is chosen with the keyboard stays chosen, and what is being pressed stays where it is.
+  if ($('requests').matches(':active')) return;
+  const chosen = document.activeElement, held = chosen?.closest?.('#requests tr')?.dataset.id, all = state.requests || [];
+  const row = (r) => {
+    const ended = element('button', { title: `Cancel ${r.id}`, text: 'Cancel' });
+    ended.addEventListener('click', (event) => { event.stopPropagation(); cancel(r); });
+    const made = element('tr', { 'data-id': r.id, tabindex: 0, class: r.stuck ? 'stuck' : '', 'aria-expanded': r.id === state.open },
+      element('td', { text: r.id, class: 'id' }), element('td', { text: r.state }), element('td', { text: time(r.for_seconds) }),
+      element('td', { text: time(r.age_seconds) }), element('td', { text: number(r.prompt_tokens, 0) }),
+      element('td', { text: number(r.generated_tokens, 0) }), element('td', {}, r.request ? ended : ''));
+    const toggle = () => { state.open = state.open === r.id ? '' : r.id; setTimeout(drawRequests); };
+    made.addEventListener('click', toggle);
+    made.addEventListener('keydown', (event) => { if (event.target === made && event.key === 'Enter') toggle(); });
+    const spent = r.spent.map(([what, seconds]) => `${what} ${time(seconds)}`).join(', ');
+    return r.id === state.open ? [made, element('tr', { class: 'spent' }, element('td', { colspan: 7,
+      text: `${spent || 'nothing yet'}${r.node ? ` · at ${r.node}` : ''}${r.restarts ? ` · computed anew ${r.restarts} times` : ''}` }))] : [made];
+  };
+  const head = element('tr', {}, ...['request', 'state', 'for', 'age', 'prompt', 'answer', ''].map((t) => element('th', { scope: 'col', text: t })));
+  $('requests').replaceChildren(...all.length ? [element('thead', {}, head), element('tbody', {}, ...all.slice(0, SHOWN).flatMap(row))] : []);
+  $('requests-text').textContent = !state.requests ? 'This key may not see the requests of others; an administrator\'s may.'
+    : !all.length ? 'None runs or waits.' : all.length > SHOWN ? `and ${number(all.length - SHOWN, 0)} more` : '';
+  if (held) $('requests').querySelector(`tr[data-id="${CSS.escape(held)}"]${chosen.tagName === 'BUTTON' ? ' button' : ''}`)?.focus();
+}
+async function cancel(request) {
+  try {
+    await ask(`v1/requests/${encodeURIComponent(request.request)}/cancel`, { method: 'POST' });
+  } catch (error) {
+    $('requests-text').textContent = `${request.id}: ${error.message}`;
+  }
+}
+
 // ---- tips
 function tip(event, ...content) {
   const box = $('tip');
@@ -271,7 +312,7 @@ $('timeline').addEventListener('mousemove', (event) => {
   const { offsetX: px, offsetY: py } = event, hit = state.boxes?.find((b) => b.row === Math.floor(py / 30) && px >= b.from && px <= Math.max(b.to, b.from + 3));
   if (!hit) return noTip();
   const s = hit.passage.stages[hit.row];
-  tip(event, `micro-batch ${hit.passage.id}: ${hit.passage.rows} rows, ${hit.passage.positions} positions\nstep ${time(s.step)}, waited ${time(s.wait)}${s.hop ? `, hop ${time(s.hop)}` : ''}\nround trip ${time(hit.passage.round_trip)}`);
+  tip(event, `micro-batch ${hit.passage.id}: ${count(hit.passage.rows, 'row')}, ${count(hit.passage.positions, 'position')}\nstep ${time(s.step)}, waited ${time(s.wait)}${s.hop ? `, hop ${time(s.hop)}` : ''}\nround trip ${time(hit.passage.round_trip)}`);
 });
 $('timeline').addEventListener('mouseleave', noTip);
 
@@ -358,7 +399,7 @@ function login(error) {
 $('login').addEventListener('close', () => {
   const key = $('login-key').value.trim();
   $('login-key').value = '';
-  if (key) { state.key = key; sessionStorage.setItem('millrace-key', key); }
+  if (key) { state.key = key; state.sees = true; sessionStorage.setItem('millrace-key', key); wake(); }
 });
 $('key').addEventListener('click', () => { sessionStorage.removeItem('millrace-key'); login(''); });
 function theme(wanted) { document.documentElement.dataset.theme = wanted; localStorage.setItem('millrace-theme', wanted); draw(); }
@@ -383,9 +424,10 @@ addEventListener('resize', draw);
 
 const kept = localStorage.getItem('millrace-theme');
 if (kept) document.documentElement.dataset.theme = kept;
+let wake = () => {};
 (async () => {
   for (;;) {
     await tick();
-    await new Promise((done) => setTimeout(done, 1000));
+    await new Promise((done) => { wake = done; setTimeout(done, 1000); });
   }
 })();
