@@ -16,6 +16,7 @@ use crate::mixed;
 use crate::prune::{self, Histogram, Pattern};
 use crate::quant::{encode_row, fallback, gptq, integer};
 use crate::report::{StepReport, TensorReport, formats, type_name};
+use crate::sink::check_target;
 use crate::source::{is_head, is_layer_matrix, row_bytes};
 use crate::sparse::race;
 use crate::step::{Needs, Per, parse_type};
@@ -39,7 +40,8 @@ pub struct Settings<'a> {
     pub overwrite: bool,
 }
 
-/// Carries a step out. `progress` gets the bytes of the source's tensors done.
+/// Carries a step out. `progress` gets the bytes of the source's tensors done, of
+/// [`Step::passes`] times all of them.
 ///
 /// # Errors
 /// If settings cannot be, a file cannot be used, or weights are not finite. The target is then as it
@@ -51,7 +53,22 @@ pub fn apply(
     settings: &Settings<'_>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<StepReport, CompressError> {
+    // What cannot be computed is not named by the engine: that knows layers alone.
+    apply_unnamed(source, target, step, settings, progress).map_err(|error| match error {
+        CompressError::Step(_) => source.broken().unwrap_or(error),
+        other => other,
+    })
+}
+
+fn apply_unnamed(
+    source: &Source,
+    target: &Path,
+    step: &Step,
+    settings: &Settings<'_>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<StepReport, CompressError> {
     step.check()?;
+    check_target(&source.path, target, settings.overwrite)?;
     use TensorType::{BF16, F16, F32, Q8_0};
     if !matches!(settings.store, F32 | F16 | BF16 | Q8_0) {
         return Err(CompressError::Settings(format!(
@@ -71,12 +88,14 @@ pub fn apply(
     if step.is_structural() {
         return structure::apply(source, target, step, settings, progress);
     }
-    let types = types(source, step, settings)?;
+    let types = types(source, step, settings, progress)?;
     let slots: Vec<Slot> =
         source.tensors.iter().zip(&types).map(|(t, &dtype)| Slot::of_type(t, dtype)).collect();
     let sink = Sink::create(source, target, settings.overwrite, &slots, &[])?;
-    let job = Job { source, step, settings, types, global: global_threshold(source, step)? };
-    job.run(sink, progress)
+    let global = global_threshold(source, step, progress)?;
+    let first = (step.passes() - 1) * source.weight_bytes();
+    let job = Job { source, step, settings, types, global };
+    job.run(sink, &mut |done| progress(first + done))
 }
 
 /// The type of each tensor.
@@ -84,9 +103,10 @@ fn types(
     source: &Source,
     step: &Step,
     settings: &Settings<'_>,
+    progress: &mut dyn FnMut(u64),
 ) -> Result<Vec<TensorType>, CompressError> {
     if let Step::Mixed { bytes } = step {
-        return mixed::choose(source, *bytes, settings);
+        return mixed::choose(source, *bytes, settings, progress);
     }
     let mut types = Vec::with_capacity(source.tensors.len());
     for tensor in &source.tensors {
@@ -124,13 +144,19 @@ fn stored_as(step: &Step, settings: &Settings<'_>) -> TensorType {
     }
 }
 
-fn global_threshold(source: &Source, step: &Step) -> Result<Option<f32>, CompressError> {
+fn global_threshold(
+    source: &Source,
+    step: &Step,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Option<f32>, CompressError> {
     let Step::Magnitude { sparsity: Some(sparsity), global: true, .. } = step else {
         return Ok(None);
     };
-    let mut all = Histogram::default();
+    let (mut all, mut done) = (Histogram::default(), 0);
     for tensor in source.layer_matrices() {
         all.add(&source.floats(tensor)?);
+        done += tensor.bytes;
+        progress(done);
     }
     all.threshold(*sparsity).map(Some)
 }
@@ -240,7 +266,7 @@ impl Job<'_> {
         let (tensor, dtype) = (&self.source.tensors[index], self.types[index]);
         let head = is_head(tensor) && dtype != tensor.dtype;
         if !head && !is_layer_matrix(tensor) {
-            return self.source.bytes(tensor).map(Err);
+            return self.source.copy(tensor).map(Err);
         }
         let before = self.source.matrix(tensor)?;
         let mut after = before.clone();

@@ -21,7 +21,7 @@ use crate::watch::Watch;
 use crate::{CompressError, Needs, Settings, Source};
 
 /// Positions of a text that are computed together; its parts are sequences of their own.
-const WINDOW: usize = 256;
+pub const CALIBRATION_WINDOW: usize = 256;
 /// Fewer tokens than this say too little about the inputs of a matrix.
 pub const LEAST_TOKENS: usize = 256;
 /// Positions of a KV block.
@@ -88,7 +88,9 @@ impl Calibrator {
         let width = files.config.hidden as usize;
         let mut hidden = vec![0f32; tokens.len() * width];
         let mut stage = Stage::load(&files, Part::Embedding, threads, false)?;
-        for (tokens, out) in tokens.chunks(WINDOW).zip(hidden.chunks_mut(WINDOW * width)) {
+        for (tokens, out) in
+            tokens.chunks(CALIBRATION_WINDOW).zip(hidden.chunks_mut(CALIBRATION_WINDOW * width))
+        {
             stage.step(StageInput::Tokens(tokens), tokens.len(), out)?;
         }
         Ok(Self { files, hidden, tokens: tokens.len(), next: 0, threads, full })
@@ -121,9 +123,9 @@ impl Calibrator {
         let mut stage = Stage::load(&self.files, Part::Layer(self.next), self.threads, self.full)?;
         self.next += 1;
         let width = self.files.config.hidden as usize;
-        let mut out = vec![0f32; WINDOW * width];
+        let mut out = vec![0f32; CALIBRATION_WINDOW * width];
         let mut turned = 0f64;
-        for window in self.hidden.chunks_mut(WINDOW * width) {
+        for window in self.hidden.chunks_mut(CALIBRATION_WINDOW * width) {
             let out = &mut out[..window.len()];
             stage.step(StageInput::Hidden(window), window.len() / width, out)?;
             let rows = window.chunks_exact(width).zip(out.chunks_exact(width));
@@ -189,13 +191,13 @@ impl Stage {
             Part::Layer(layer) => (layer..layer + 1, false),
         };
         let settings = EngineSettings {
-            kv_blocks: WINDOW as u32 / BLOCK,
+            kv_blocks: CALIBRATION_WINDOW as u32 / BLOCK,
             kv_block_size: BLOCK,
             kv_dtype: Dtype::F32,
             activation_dtype: Dtype::F32,
-            max_batch_tokens: WINDOW as u32,
+            max_batch_tokens: CALIBRATION_WINDOW as u32,
             max_num_seqs: 1,
-            max_model_len: WINDOW as u32,
+            max_model_len: CALIBRATION_WINDOW as u32,
         };
         let isa = Isa::detect().map_err(LoadError::Settings)?;
         let spec = StageSpec {

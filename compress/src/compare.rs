@@ -128,17 +128,22 @@ const SAME: f64 = 1e-5;
 /// Nats per token above the best that a plot shows.
 const TALL: f64 = 2.5;
 
-const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1d232b;background:#fff}\
-table{border-collapse:collapse;width:100%;font-size:13px}td,th{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid #e3e7ec}\
-td:first-child,th:first-child{text-align:left}td.failed{text-align:left;white-space:normal}tr.front td:first-child{font-weight:600;color:#0b6e4f}figure{margin:1.5rem 0}\
-svg{width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:#3a4653}.failed{color:#a4262c}";
+const STYLE: &str = ":root{color-scheme:light dark;--back:#fff;--text:#1d232b;--soft:#3a4653;--line:#e3e7ec;--front:#0b6e4f;--point:#6b7c8f;--bad:#a4262c}\
+@media(prefers-color-scheme:dark){:root{--back:#14181d;--text:#e4e8ee;--soft:#aeb9c5;--line:#2c343d;--front:#4cc79a;--point:#8b9aab;--bad:#ff8a8f}}\
+body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:var(--text);background:var(--back)}\
+h1{font-size:1.6rem}h1,p{overflow-wrap:anywhere}.wide{overflow-x:auto}figure{margin:1.5rem 0}\
+table{border-collapse:collapse;width:100%;font-size:13px}td,th{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}\
+td:first-child,th:first-child{text-align:left}td.failed{text-align:left;white-space:normal;color:var(--bad)}tr.front td:first-child{font-weight:600;color:var(--front)}\
+svg{width:100%;min-width:46rem;height:auto}line{stroke:var(--line)}circle{fill:var(--point)}circle.front{fill:var(--front)}polyline{fill:none;stroke:var(--front);stroke-width:1.5}\
+svg text{font:11px system-ui,sans-serif;fill:var(--soft);stroke:var(--back);stroke-width:3px;paint-order:stroke}";
 
 /// One page: a table, and plots of quality against size and of speed against size. Needs nothing from
 /// elsewhere.
 pub fn page(title: &str, entries: &[Entry], remarks: &[String]) -> String {
     let title = escape(title);
     let mut html = format!(
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>{title}</title>\
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width\"><title>{title}</title>\
          <style>{STYLE}</style><h1>{title}</h1>"
     );
     for remark in remarks {
@@ -168,7 +173,17 @@ pub fn page(title: &str, entries: &[Entry], remarks: &[String]) -> String {
     );
     let what = "Speed of decoding one sequence, times the original's (higher is better)";
     html += &plot(what, entries, &decode, &[], &plain);
-    html += "<table><tr><th>model<th>bytes<th>in the file<th>in memory<th>NLL<th>KL<th>same token<th>prompt tok/s<th>times<th>answer tok/s<th>times</tr>";
+    if entries.is_empty() {
+        return html + "</html>\n";
+    }
+    html += &rows(entries, &on_front);
+    html + "<p>Bold: no other takes fewer bytes and is better by NLL (the Pareto front). \
+            Bytes are those of the method's own format; the file may be larger.</p></html>\n"
+}
+
+/// The table, the front's rows marked.
+fn rows(entries: &[Entry], on_front: &[usize]) -> String {
+    let mut html = "<div class=\"wide\"><table><tr><th>model<th>bytes<th>in the file<th>in memory<th>NLL<th>KL<th>same token<th>prompt tok/s<th>times<th>answer tok/s<th>times</tr>".to_owned();
     for (i, e) in entries.iter().enumerate() {
         let name = escape(&e.name);
         if let Some(why) = &e.failed {
@@ -198,8 +213,7 @@ pub fn page(title: &str, entries: &[Entry], remarks: &[String]) -> String {
             times(1)
         );
     }
-    html + "</table><p>Bold: no other takes fewer bytes and is better by NLL (the Pareto front). \
-            Bytes are those of the method's own format; the file may be larger.</p></html>\n"
+    html + "</table></div>"
 }
 
 fn escape(text: &str) -> String {
@@ -242,14 +256,14 @@ fn plot(
     let sx = |x: f64| LEFT + (x - x0) / (x1 - x0) * (W - LEFT - 20.0);
     let sy = |y: f64| H - BOTTOM - (y - y0) / (y1 - y0) * (H - BOTTOM - 20.0);
     let mut svg = format!(
-        "<figure><figcaption>{}</figcaption><svg viewBox=\"0 0 {W} {H}\" role=\"img\">",
+        "<figure><figcaption>{}</figcaption><div class=\"wide\"><svg viewBox=\"0 0 {W} {H}\" role=\"img\">",
         escape(title)
     );
     for i in 0..=5 {
         let (x, v) = (x0 + (x1 - x0) * f64::from(i) / 5.0, y0 + (y1 - y0) * f64::from(i) / 5.0);
         let _ = write!(
             svg,
-            "<line x1=\"{LEFT}\" x2=\"{W}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#e3e7ec\"/>\
+            "<line x1=\"{LEFT}\" x2=\"{W}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>\
              <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{v}</text>\
              <text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{:.0} MB</text>",
             LEFT - 6.0,
@@ -264,16 +278,12 @@ fn plot(
     let mut line: Vec<_> = points.iter().filter(|p| front.contains(&p.0)).collect();
     line.sort_by(|a, b| a.1.total_cmp(&b.1));
     let line: Vec<String> = line.iter().map(|p| format!("{:.1},{:.1}", sx(p.1), sy(p.2))).collect();
-    let _ = write!(
-        svg,
-        "<polyline points=\"{}\" fill=\"none\" stroke=\"#0b6e4f\" stroke-width=\"1.5\"/>",
-        line.join(" ")
-    );
+    let _ = write!(svg, "<polyline points=\"{}\"/>", line.join(" "));
     let mut placed: Vec<(usize, f64, f64)> =
         points.into_iter().map(|(i, x, y)| (i, sx(x), sy(y))).collect();
     // The front is named before all others.
     placed.sort_by_key(|p| !front.contains(&p.0));
-    svg + &marks(entries, &placed, front) + "</svg></figure>"
+    svg + &marks(entries, &placed, front) + "</svg></div></figure>"
 }
 
 /// Points with their names beside them, as far as these find room; all tell them when pointed at.
@@ -283,10 +293,10 @@ fn marks(entries: &[Entry], points: &[(usize, f64, f64)], front: &[usize]) -> St
         points.iter().map(|(_, x, y)| [x - 4.0, y - 4.0, x + 4.0, y + 4.0]).collect();
     for (i, x, y) in points {
         let name = escape(&entries[*i].name);
-        let colour = if front.contains(i) { "#0b6e4f" } else { "#6b7c8f" };
+        let class = if front.contains(i) { " class=\"front\"" } else { "" };
         let _ = write!(
             svg,
-            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"{colour}\"><title>{name}</title></circle>"
+            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\"{class}><title>{name}</title></circle>"
         );
         let columns = entries[*i].name.chars().count();
         if let Some((x, y)) = beside((*x, *y), columns as f64 * GLYPH, &mut taken) {
@@ -356,6 +366,7 @@ mod tests {
         assert!(
             page.contains("good") && page.contains("&lt;b&gt;") && page.contains("no &amp; no")
         );
+        assert!(page.contains("width=device-width") && page.contains("prefers-color-scheme:dark"));
         assert!(
             !page.contains("<b>") && !page.contains("NaN") && page.matches("<svg").count() == 1
         );

@@ -11,7 +11,8 @@ use std::path::Path;
 use millrace_shared::model::{TensorEntry, TensorType};
 
 use crate::apply::{Settings, encode};
-use crate::lowrank::{Factors, Rank, factorise, rank_of};
+use crate::lowrank::{Factors, GRAIN, Rank, factorise, grained, rank_of};
+use crate::mixed::{Price, hull, spend};
 use crate::quant::fallback;
 use crate::report::{StepReport, TensorReport, type_name};
 use crate::source::Kind;
@@ -29,9 +30,6 @@ const GROUPS: [&[&str]; 6] = [
     &["ffn_down"],
 ];
 
-/// Kernels compute with multiples of this.
-const GRAIN: usize = 32;
-
 /// Matrices that are factored together.
 #[derive(Clone, Debug)]
 struct Group {
@@ -46,6 +44,10 @@ struct Group {
 impl Group {
     fn inner_name(&self, source: &Source) -> String {
         source.tensors[self.tensors[0]].name.replace(".weight", "_in.weight")
+    }
+
+    fn with(&self, rank: usize) -> Self {
+        Self { rank, ..self.clone() }
     }
 
     fn pays(&self) -> bool {
@@ -63,7 +65,6 @@ type Each<'a> = dyn FnMut(&[&Group], &Calibration) -> Result<(), CompressError> 
 struct Job<'a> {
     source: &'a Source,
     settings: &'a Settings<'a>,
-    rank: Rank,
     aware: bool,
 }
 
@@ -78,21 +79,26 @@ pub(crate) fn apply(
     settings: &Settings<'_>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<StepReport, CompressError> {
-    let Step::LowRank { energy, size, aware } = step else {
+    let Step::LowRank { rank, energy, size, bytes, aware } = step else {
         unreachable!("invariant: only low rank comes here")
     };
-    let rank = energy.map_or_else(|| Rank::Size(size.unwrap_or(1.0)), Rank::Energy);
-    let job = Job { source, settings, rank, aware: *aware };
+    let job = Job { source, settings, aware: *aware };
     job.check()?;
     let mut groups = groups(source)?;
-    match size {
-        Some(part) => {
-            for g in &mut groups {
-                g.rank = grained(rank_of(*part, g.rows, g.cols) as usize);
-            }
-        }
-        // A file begins with the shapes of all of it, so ranks are found before anything is written.
-        None => job.find_ranks(&mut groups)?,
+    let mut done = 0;
+    for g in &mut groups {
+        let of_size = || grained(rank_of(size.unwrap_or(1.0), g.rows, g.cols) as usize);
+        g.rank = rank.map_or_else(of_size, |r| r as usize);
+    }
+    // A file begins with the shapes of all of it, so ranks are found before anything is written.
+    match (energy, bytes) {
+        (Some(part), _) => job.ranks_by_energy(&mut groups, *part, progress)?,
+        (_, Some(budget)) => job.ranks_by_bytes(&mut groups, *budget, progress)?,
+        _ => {}
+    }
+    if energy.is_some() || bytes.is_some() {
+        done = source.weight_bytes();
+        progress(done);
     }
     groups.retain(Group::pays);
     let (slots, places) = slots(source, &groups, settings.store);
@@ -102,10 +108,9 @@ pub(crate) fn apply(
         bytes_before: source.weight_bytes(),
         ..StepReport::default()
     };
-    let mut done = 0;
     let factored: Vec<usize> = groups.iter().flat_map(|g| g.tensors.clone()).collect();
     for (i, tensor) in source.tensors.iter().enumerate().filter(|(i, _)| !factored.contains(i)) {
-        let bytes = source.bytes(tensor)?;
+        let bytes = source.copy(tensor)?;
         report.bytes_stored += bytes.len() as u64;
         sink.put(places[i], &bytes)?;
         done += tensor.bytes;
@@ -169,19 +174,87 @@ impl Job<'_> {
         Ok(())
     }
 
-    fn find_ranks(&self, groups: &mut [Group]) -> Result<(), CompressError> {
-        let mut ranks = Vec::new();
-        self.each_layer(groups, &mut |mine, calibration| {
-            let found = parallel(mine.len(), self.settings.threads, |i| {
-                self.factors(mine[i], self.rank, calibration).map(|(_, f)| f.rank())
-            });
-            for rank in found {
-                ranks.push(grained(rank?));
-            }
-            Ok(())
-        })?;
+    fn ranks_by_energy(
+        &self,
+        groups: &mut [Group],
+        part: f64,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(), CompressError> {
+        let ranks =
+            self.each_group(groups, Rank::Energy(part), progress, |_, f| grained(f.rank()))?;
         groups.iter_mut().zip(ranks).for_each(|(g, rank)| g.rank = rank);
         Ok(())
+    }
+
+    /// Ranks with which all tensors take at most so many bytes: from the lowest on, the next step up is
+    /// always the one that lowers the sum of squared relative errors most for a byte.
+    fn ranks_by_bytes(
+        &self,
+        groups: &mut [Group],
+        budget: u64,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(), CompressError> {
+        let bytes = |i: &usize| self.source.tensors[*i].bytes;
+        let whole: u64 = groups.iter().flat_map(|g| &g.tensors).map(bytes).sum();
+        let fixed = self.source.weight_bytes() - whole;
+        let least = |g: &Group| self.bytes_of(g, GRAIN).min(g.tensors.iter().map(bytes).sum());
+        let least = fixed + groups.iter().map(least).sum::<u64>();
+        if least > budget {
+            return Err(CompressError::Settings(format!(
+                "the budget of {budget} bytes cannot be met: with ranks of {GRAIN} the tensors take \
+                 {least}; store factors in fewer bits, or drop layers first"
+            )));
+        }
+        let prices = self.each_group(groups, Rank::Exactly(1), progress, |group, factors| {
+            let total: f64 = factors.values.iter().map(|s| s * s).sum();
+            let mut all = Vec::new();
+            for rank in (GRAIN..).step_by(GRAIN).take_while(|&r| group.with(r).pays()) {
+                let lost: f64 = factors.values.iter().skip(rank).map(|s| s * s).sum();
+                let error = lost / total.max(f64::MIN_POSITIVE);
+                all.push(Price { what: rank, bytes: self.bytes_of(group, rank), error });
+            }
+            // As it is: a rank that does not pay.
+            let bytes = group.tensors.iter().map(bytes).sum();
+            all.push(Price { what: group.rows.max(group.cols), bytes, error: 0.0 });
+            all.sort_by_key(|p| p.bytes);
+            hull(all)
+        })?;
+        let chosen = spend(&prices, budget - fixed);
+        for ((group, prices), chosen) in groups.iter_mut().zip(&prices).zip(chosen) {
+            group.rank = prices[chosen].what;
+        }
+        Ok(())
+    }
+
+    /// What `make` makes of each group's factors, in order.
+    fn each_group<T: Send>(
+        &self,
+        groups: &[Group],
+        rank: Rank,
+        progress: &mut dyn FnMut(u64),
+        make: impl Fn(&Group, &Factors) -> T + Sync,
+    ) -> Result<Vec<T>, CompressError> {
+        let (mut all, total) = (Vec::new(), self.source.weight_bytes());
+        self.each_layer(groups, &mut |mine, calibration| {
+            let found = parallel(mine.len(), self.settings.threads, |i| {
+                self.factors(mine[i], rank, calibration).map(|(_, f)| make(mine[i], &f))
+            });
+            for one in found {
+                all.push(one?);
+            }
+            progress(total * all.len() as u64 / groups.len() as u64);
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
+    /// Bytes of a group's factors.
+    fn bytes_of(&self, group: &Group, rank: usize) -> u64 {
+        let of = |cols: usize, rows: usize| {
+            let dtype = fallback(self.settings.store, cols).unwrap_or(TensorType::F16);
+            dtype.bytes_of(cols as u64).unwrap_or(0) * rows as u64
+        };
+        of(group.cols, rank) + of(rank, group.rows)
     }
 
     /// The matrices one below the other, and their factors.
@@ -234,7 +307,7 @@ impl Job<'_> {
             tensors.push((places[i], bytes));
         }
         // Errors are those of what was stored.
-        let after = Factors { a, b, energy: 1.0 }.product();
+        let after = Factors { a, b, energy: 1.0, values: Vec::new() }.product();
         let importance = calibration
             .moments(&self.source.tensors[group.tensors[0]].name)
             .map(crate::hessian::Moments::importance);
@@ -260,11 +333,6 @@ fn report(tensor: &TensorEntry, dtype: TensorType, stored: u64) -> TensorReport 
         sparsity: 0.0,
         zero_tiles: 0.0,
     }
-}
-
-/// To the nearest multiple of what kernels need.
-fn grained(rank: usize) -> usize {
-    ((rank + GRAIN / 2) / GRAIN).max(1) * GRAIN
 }
 
 fn groups(source: &Source) -> Result<Vec<Group>, CompressError> {
@@ -342,14 +410,4 @@ fn notes(report: &mut StepReport, groups: &[Group], source: &Source) {
     report.notes.push(
         "other programs do not know factored matrices: the file is for this engine".to_owned(),
     );
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranks_are_what_kernels_need() {
-        assert_eq!([1, 15, 16, 47, 48, 100].map(grained), [32, 32, 32, 32, 64, 96]);
-    }
 }

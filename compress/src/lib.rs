@@ -31,7 +31,7 @@ pub mod texts;
 mod watch;
 
 pub use apply::{Settings, apply};
-pub use calibrate::{Calibration, Calibrator, LEAST_TOKENS, calibrate};
+pub use calibrate::{CALIBRATION_WINDOW, Calibration, Calibrator, LEAST_TOKENS, calibrate};
 pub use error::CompressError;
 pub use matrix::{Matrix, parallel};
 pub use report::{StepReport, TensorReport};

@@ -9,6 +9,14 @@ use faer::{Mat, MatRef, Side};
 use crate::hessian::Moments;
 use crate::{CompressError, Matrix};
 
+/// Kernels compute with ranks that are multiples of this.
+pub(crate) const GRAIN: usize = 32;
+
+/// To the nearest multiple of what kernels need.
+pub(crate) fn grained(rank: usize) -> usize {
+    ((rank + GRAIN / 2) / GRAIN).max(1) * GRAIN
+}
+
 /// How many singular values stay.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Rank {
@@ -29,6 +37,8 @@ pub struct Factors {
     pub b: Matrix,
     /// Part of the energy that is left.
     pub energy: f64,
+    /// All singular values of what was decomposed, the largest first.
+    pub values: Vec<f64>,
 }
 
 impl Factors {
@@ -116,7 +126,7 @@ pub fn factorise(
         b = turned.transpose().to_owned();
     }
     let b = Mat::from_fn(r, w.cols, |k, j| b[(k, j)] as f32);
-    Ok(Factors { a: row_major(w.rows, r, &a), b: row_major(r, w.cols, &b), energy })
+    Ok(Factors { a: row_major(w.rows, r, &a), b: row_major(r, w.cols, &b), energy, values })
 }
 
 fn kept(values: &[f64], rank: Rank, w: &Matrix) -> usize {
@@ -155,6 +165,11 @@ mod tests {
         assert!(some.rank() < all.rank() && some.energy >= 0.9);
         let error = w.relative_error(&some.product());
         assert!((error - (1.0 - some.energy).sqrt()).abs() < 1e-4, "{error}");
+    }
+
+    #[test]
+    fn ranks_are_what_kernels_need() {
+        assert_eq!([0, 1, 15, 16, 47, 48, 100].map(grained), [32, 32, 32, 32, 32, 64, 96]);
     }
 
     #[test]

@@ -25,16 +25,16 @@ const CHOICES: [TensorType; 6] = [
 /// Types for the embedding and the output matrix: fewer bits hurt the choice among tokens.
 const HEAD_CHOICES: [TensorType; 3] = [TensorType::Q5_0, TensorType::Q6_K, TensorType::Q8_0];
 
-/// What a type costs a matrix.
+/// What a choice (a type, a rank) costs a matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Price {
-    pub(crate) dtype: TensorType,
+pub(crate) struct Price<T> {
+    pub(crate) what: T,
     pub(crate) bytes: u64,
     /// Squared relative error of outputs.
     pub(crate) error: f64,
 }
 
-/// The type of each tensor of the source.
+/// The type of each tensor of the source. `progress` gets the bytes of tensors that were measured.
 ///
 /// # Errors
 /// If the budget is below what the cheapest types take, or the model cannot be read.
@@ -42,6 +42,7 @@ pub(crate) fn choose(
     source: &Source,
     budget: u64,
     settings: &Settings<'_>,
+    progress: &mut dyn FnMut(u64),
 ) -> Result<Vec<TensorType>, CompressError> {
     let fixed = |t: &&TensorEntry| !is_layer_matrix(t) && !is_head(t);
     let fixed: u64 = source.tensors.iter().filter(fixed).map(|t| t.bytes).sum();
@@ -56,6 +57,7 @@ pub(crate) fn choose(
     }
     let mut prices = vec![Vec::new(); source.tensors.len()];
     let mut calibrator = Calibrator::of(source, settings, Needs::Squares)?;
+    let mut done = 0;
     for layer in std::iter::once(None).chain((0..source.config.layers).map(Some)) {
         let seen = match (&mut calibrator, layer) {
             (Some(calibrator), Some(_)) => calibrator.next_layer()?.unwrap_or_default(),
@@ -70,11 +72,13 @@ pub(crate) fn choose(
         });
         for (index, found) in indices.into_iter().zip(found) {
             prices[index] = hull(found?);
+            done += source.tensors[index].bytes;
         }
+        progress(done);
     }
     let chosen = spend(&prices, budget - fixed);
     let types = source.tensors.iter().zip(&prices).zip(chosen);
-    Ok(types.map(|((t, p), c)| p.get(c).map_or(t.dtype, |p| p.dtype)).collect())
+    Ok(types.map(|((t, p), c)| p.get(c).map_or(t.dtype, |p| p.what)).collect())
 }
 
 /// What types take, cheapest first; nothing for tensors that stay as they are.
@@ -100,7 +104,7 @@ fn measure(
     source: &Source,
     tensor: &TensorEntry,
     moments: Option<&Moments>,
-) -> Result<Vec<Price>, CompressError> {
+) -> Result<Vec<Price<TensorType>>, CompressError> {
     let sizes = sizes(tensor);
     if sizes.is_empty() {
         return Ok(Vec::new());
@@ -115,15 +119,16 @@ fn measure(
             Some(squares) => before.weighted_error(&after, squares),
             None => before.relative_error(&after),
         };
-        prices.push(Price { dtype, bytes, error: error * error });
+        prices.push(Price { what: dtype, bytes, error: error * error });
     }
     Ok(prices)
 }
 
-/// Those that no mixture of others beats: from each on, a further byte is worth less and less.
-fn hull(prices: Vec<Price>) -> Vec<Price> {
-    let worth = |a: &Price, b: &Price| (a.error - b.error) / (b.bytes - a.bytes) as f64;
-    let mut kept: Vec<Price> = Vec::new();
+/// Of prices, the cheapest first, those that no mixture of others beats: from each on, a further byte is
+/// worth less and less.
+pub(crate) fn hull<T>(prices: Vec<Price<T>>) -> Vec<Price<T>> {
+    let worth = |a: &Price<T>, b: &Price<T>| (a.error - b.error) / (b.bytes - a.bytes) as f64;
+    let mut kept: Vec<Price<T>> = Vec::new();
     for price in prices {
         if kept.last().is_some_and(|last| price.error >= last.error || price.bytes <= last.bytes) {
             continue;
@@ -140,7 +145,7 @@ fn hull(prices: Vec<Price>) -> Vec<Price> {
 }
 
 /// The place in each list that the budget pays for.
-fn spend(prices: &[Vec<Price>], budget: u64) -> Vec<usize> {
+pub(crate) fn spend<T>(prices: &[Vec<Price<T>>], budget: u64) -> Vec<usize> {
     let mut chosen = vec![0; prices.len()];
     let mut spent: u64 = prices.iter().filter_map(|p| p.first()).map(|p| p.bytes).sum();
     loop {
@@ -162,14 +167,14 @@ mod tests {
 
     use super::*;
 
-    fn list(points: &[(u64, f64)]) -> Vec<Price> {
-        let price = |&(bytes, error)| Price { dtype: TensorType::Q8_0, bytes, error };
+    fn list(points: &[(u64, f64)]) -> Vec<Price<()>> {
+        let price = |&(bytes, error)| Price { what: (), bytes, error };
         points.iter().map(price).collect()
     }
 
     #[test]
     fn what_is_no_bargain_is_left_out() {
-        let bytes = |p: Vec<Price>| p.iter().map(|p| p.bytes).collect::<Vec<_>>();
+        let bytes = |p: Vec<Price<()>>| p.iter().map(|p| p.bytes).collect::<Vec<_>>();
         assert_eq!(bytes(hull(list(&[(1, 9.0), (2, 8.9), (3, 1.0), (4, 2.0)]))), [1, 3]);
         assert_eq!(bytes(hull(list(&[(1, 9.0), (2, 4.0), (3, 1.0)]))), [1, 2, 3]);
     }
@@ -179,7 +184,7 @@ mod tests {
         fn budgets_are_kept_and_more_money_is_never_worse(
             errors in proptest::collection::vec((1.0f64..9.0, 0.1f64..1.0), 1..5), extra in 0u64..40,
         ) {
-            let prices: Vec<Vec<Price>> = errors
+            let prices: Vec<Vec<Price<()>>> = errors
                 .iter()
                 .map(|(a, b)| hull(list(&[(4, *a), (5, a * b), (8, a * b * b * 0.5)])))
                 .collect();

@@ -17,7 +17,7 @@ pub enum Pattern {
     Tensor,
     /// Those of a row.
     Row,
-    /// Two of every four neighbours in a row go, whatever the sparsity asked for.
+    /// Two of every four neighbours in a row go.
     #[serde(rename = "2:4")]
     TwoOfFour,
     /// Blocks of 16 neighbours in a row go as a whole.

@@ -2,7 +2,8 @@
 //!
 //! Each step's result is a model of its own beside the output, `OUT.step1` and so on, with a mark
 //! `OUT.step1.json`: the hash of what it was made of, and its report. A step whose mark is right is
-//! not done again. The last step's result becomes the output; the others go.
+//! not done again. The last step's result becomes the output; the others go. What was done stays in
+//! `OUT.run.json` until whoever judges the output calls [`finished`].
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::apply::{Settings, apply};
 use crate::report::StepReport;
+use crate::sink::check_target;
 use crate::step::{Needs, Step, parse_type};
 use crate::{CompressError, Source};
 
@@ -25,6 +27,9 @@ pub struct Recipe {
     pub output: PathBuf,
     /// A UTF-8 text of what the model will read; without it the program's own.
     pub calibration: Option<PathBuf>,
+    /// Most tokens of it that are read.
+    #[serde(default = "calibration_tokens")]
+    pub calibration_tokens: usize,
     /// A UTF-8 text to judge by; no part of it should be in the calibration text.
     pub evaluation: Option<PathBuf>,
     /// Type of values that have no format of their own: f16, f32 or q8_0.
@@ -37,6 +42,13 @@ pub struct Recipe {
 
 fn f16() -> String {
     "f16".to_owned()
+}
+
+/// Of a calibration text, where nothing else is said.
+pub const CALIBRATION_TOKENS: usize = 8192;
+
+fn calibration_tokens() -> usize {
+    CALIBRATION_TOKENS
 }
 
 impl Recipe {
@@ -108,7 +120,8 @@ pub trait Progress {
     fn advance(&mut self, done: u64);
 }
 
-/// Carries a recipe out; `output` is where its result goes.
+/// Carries a recipe out; `output` is where its result goes. Where an earlier run made just that result,
+/// and nobody has called [`finished`], nothing is done again.
 ///
 /// # Errors
 /// Those of its steps. The steps before are kept, the output is as it was.
@@ -119,12 +132,17 @@ pub fn run(
     settings: &Settings<'_>,
     progress: &mut dyn Progress,
 ) -> Result<RunReport, CompressError> {
-    if output.exists() && !settings.overwrite {
-        return Err(TargetError::Exists(output.to_owned()).into());
-    }
+    // Whether it may be replaced is known once it is known whose it is.
+    check_target(model, output, true)?;
     let source = provenance(model)?;
     let ids: Vec<u8> = settings.calibration.iter().flat_map(|t| t.to_le_bytes()).collect();
     let calibration = recipe.needs_calibration().then(|| blake3::hash(&ids).to_hex().to_string());
+    if let Some(report) = unfinished(recipe, &source, calibration.as_ref(), output) {
+        return Ok(report);
+    }
+    if output.exists() && !settings.overwrite {
+        return Err(TargetError::Exists(output.to_owned()).into());
+    }
     let (mut current, mut of) = (model.to_owned(), source.blake3.clone());
     let (mut steps, mut resumed, mut made) = (Vec::new(), 0, Vec::new());
     for (i, step) in recipe.steps.iter().enumerate() {
@@ -145,7 +163,8 @@ pub fn run(
             None => {
                 let _ = fs::remove_file(&mark_path);
                 let source = Source::open(&current)?;
-                progress.begin(i + 1, recipe.steps.len(), &step.describe(), source.weight_bytes());
+                let bytes = source.weight_bytes() * step.passes();
+                progress.begin(i + 1, recipe.steps.len(), &step.describe(), bytes);
                 let settings = Settings { known: None, overwrite: true, ..*settings };
                 let report = apply(&source, &path, step, &settings, &mut |b| progress.advance(b))?;
                 let mark = Mark { of: of.clone(), report };
@@ -158,24 +177,52 @@ pub fn run(
         current.clone_from(&path);
         made.push((path, mark_path));
     }
-    if output.is_dir() {
-        fs::remove_dir_all(output).map_err(io_error("replace", output))?;
-    }
-    fs::rename(&current, output).map_err(io_error("write", output))?;
+    let result = Provenance { path: output.to_owned(), ..provenance(&current)? };
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    let recipe = recipe.clone();
+    let report = RunReport { recipe, source, result, calibration, steps, resumed, version };
+    replace(output, &current, &report)?;
     for (path, mark) in made {
         // What is left of steps is of no use, and no harm.
         let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         let _ = fs::remove_file(mark);
     }
-    Ok(RunReport {
-        recipe: recipe.clone(),
-        source,
-        result: provenance(output)?,
-        calibration,
-        steps,
-        resumed,
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-    })
+    Ok(report)
+}
+
+/// The last step's result becomes the output; what was done is written first.
+fn replace(output: &Path, last: &Path, report: &RunReport) -> Result<(), TargetError> {
+    let kept = beside(output, "run.json");
+    let json = serde_json::to_vec(report).expect("invariant: reports can be written");
+    fs::write(&kept, json).map_err(io_error("write", &kept))?;
+    if output.is_dir() {
+        fs::remove_dir_all(output).map_err(io_error("replace", output))?;
+    }
+    fs::rename(last, output).map_err(io_error("write", output))
+}
+
+/// What an earlier run did, where it made the output of this recipe and was then cut off.
+fn unfinished(
+    recipe: &Recipe,
+    source: &Provenance,
+    calibration: Option<&String>,
+    output: &Path,
+) -> Option<RunReport> {
+    let kept: RunReport =
+        serde_json::from_slice(&fs::read(beside(output, "run.json")).ok()?).ok()?;
+    let same = kept.recipe == *recipe
+        && kept.source.blake3 == source.blake3
+        && kept.calibration.as_ref() == calibration
+        && kept.version == env!("CARGO_PKG_VERSION");
+    let whole = same && provenance(output).ok()?.blake3 == kept.result.blake3;
+    let resumed = kept.steps.len();
+    if whole { Some(RunReport { resumed, ..kept }) } else { None }
+}
+
+/// The output is judged and told of: another run of the recipe begins anew.
+pub fn finished(output: &Path) {
+    // Where it stays, the next run has less to do.
+    let _ = fs::remove_file(beside(output, "run.json"));
 }
 
 fn beside(output: &Path, what: &str) -> PathBuf {

@@ -1,10 +1,11 @@
 //! Writes a model tensor by tensor, in any order, into a [`Target`]: what was there stays until
 //! [`Sink::finish`].
 
-use std::os::unix::fs::FileExt;
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use millrace_engine::target::{Target, io_error};
+use millrace_engine::target::{Target, TargetError, io_error};
 use millrace_shared::model::gguf::{Gguf, Metadata, Value};
 use millrace_shared::model::{FolderSource, TensorEntry, TensorType};
 
@@ -65,9 +66,9 @@ impl Sink {
             }
             Kind::Folder(folder) => {
                 let (head, entries, len) = lay_out_folder(folder, slots, changes)?;
-                let ours = |path: &Path| path.join(FolderSource::config_name()).is_file();
                 let config = config(folder, slots)?;
-                let target = Target::folder(folder, path, (overwrite, &ours), &config, len)?;
+                let ours = (overwrite, &is_model as &dyn Fn(&Path) -> bool);
+                let target = Target::folder(folder, path, ours, &config, len)?;
                 (target, head, entries, len)
             }
         };
@@ -106,6 +107,46 @@ impl Sink {
         self.target.finish()?;
         Ok(self.len)
     }
+}
+
+fn is_model(folder: &Path) -> bool {
+    folder.join(FolderSource::config_name()).is_file()
+}
+
+/// Before any work: whether a model made of `source` can be put at `path`. A file takes the place of a
+/// file alone, a folder that of a model's folder alone, and nothing that of the source.
+///
+/// # Errors
+/// Says which of these it is, or that the folder it is to lie in is not there.
+pub(crate) fn check_target(
+    source: &Path,
+    path: &Path,
+    overwrite: bool,
+) -> Result<(), CompressError> {
+    let refused = |why: &str| {
+        let path = path.display();
+        Err(CompressError::Settings(format!("{path} {why}: give the result another name")))
+    };
+    let parent = path.parent().filter(|p| *p != Path::new("")).unwrap_or_else(|| Path::new("."));
+    if !parent.is_dir() {
+        let parent = parent.display();
+        return Err(CompressError::Settings(format!("there is no folder {parent}: make it first")));
+    }
+    let Ok(there) = fs::metadata(path) else { return Ok(()) };
+    let own = fs::metadata(source).map_err(io_error("read", source))?;
+    if (own.dev(), own.ino()) == (there.dev(), there.ino()) {
+        return Err(TargetError::SameFile(path.to_owned()).into());
+    }
+    match (own.is_dir(), there.is_dir()) {
+        (false, true) => return refused("is a folder, which a file does not replace"),
+        (true, false) => return refused("is no folder, and a folder does not replace it"),
+        (true, true) if !is_model(path) => {
+            return refused("is a folder without a model, which is not replaced");
+        }
+        (false, false) if !there.is_file() => return refused("is no ordinary file"),
+        _ => {}
+    }
+    if overwrite { Ok(()) } else { Err(TargetError::Exists(path.to_owned()).into()) }
 }
 
 /// The file up to the first tensor, where tensors lie, and its length.

@@ -102,6 +102,34 @@ impl Source {
         Ok(bytes)
     }
 
+    /// As [`Source::bytes`], of a tensor that goes into another file as it is: it is looked through.
+    ///
+    /// # Errors
+    /// If it cannot be read, or a value is NaN or infinite. Values of types that are not known here
+    /// are not looked at.
+    pub(crate) fn copy(&self, tensor: &TensorEntry) -> Result<Vec<u8>, CompressError> {
+        let bytes = self.bytes(tensor)?;
+        let cols = tensor.dims[0] as usize;
+        let row_bytes = row_bytes(tensor.dtype, cols, &tensor.name)?;
+        let mut floats = vec![0f32; cols];
+        for (row, raw) in bytes.chunks_exact(row_bytes.max(1)).enumerate() {
+            if !dequantise_row(tensor.dtype, raw, &mut floats) {
+                break;
+            }
+            finite(tensor, row, &floats)?;
+        }
+        Ok(bytes)
+    }
+
+    /// What of a model keeps it from being computed, if it is a value that is NaN or infinite.
+    pub(crate) fn broken(&self) -> Option<CompressError> {
+        let bad = |t: &TensorEntry| match self.copy(t) {
+            Err(e @ CompressError::Weight { .. }) => Some(e),
+            _ => None,
+        };
+        self.tensors.iter().find_map(bad)
+    }
+
     /// All elements of a tensor of a readable type, as f32; `dims[0]` lie together.
     ///
     /// # Errors
@@ -109,10 +137,11 @@ impl Source {
     pub fn floats(&self, tensor: &TensorEntry) -> Result<Vec<f32>, CompressError> {
         let bytes = self.bytes(tensor)?;
         let floats = decode(tensor, &bytes)?;
-        let Some(bad) = floats.iter().position(|x| !x.is_finite()) else { return Ok(floats) };
-        let cols = tensor.dims[0] as usize;
-        let source = BadWeight::NotFinite { column: bad % cols, value: floats[bad] };
-        Err(CompressError::Weight { tensor: tensor.name.clone(), row: bad / cols, source })
+        let rows = floats.chunks(tensor.dims[0].max(1) as usize).enumerate();
+        for (i, row) in rows {
+            finite(tensor, i, row)?;
+        }
+        Ok(floats)
     }
 
     /// A tensor as a matrix: one of three dimensions has the matrices one below the other.
@@ -158,6 +187,12 @@ pub fn is_layer_matrix(tensor: &TensorEntry) -> bool {
 /// Whether a tensor is the embedding or the output matrix.
 pub fn is_head(tensor: &TensorEntry) -> bool {
     tensor.name == "token_embd.weight" || tensor.name == "output.weight"
+}
+
+fn finite(tensor: &TensorEntry, row: usize, weights: &[f32]) -> Result<(), CompressError> {
+    let Some(column) = weights.iter().position(|x| !x.is_finite()) else { return Ok(()) };
+    let source = BadWeight::NotFinite { column, value: weights[column] };
+    Err(CompressError::Weight { tensor: tensor.name.clone(), row, source })
 }
 
 /// The elements of a tensor from its bytes.

@@ -6,6 +6,7 @@ use millrace_shared::model::TensorType;
 use serde::{Deserialize, Serialize};
 
 use crate::CompressError;
+use crate::lowrank::{GRAIN, grained};
 use crate::prune::Pattern;
 use crate::quant::TYPES;
 
@@ -122,10 +123,14 @@ pub enum Step {
     },
     /// Two thin matrices for each.
     LowRank {
+        /// Of all matrices: a multiple of 32.
+        rank: Option<u32>,
         /// Part of the energy that stays.
         energy: Option<f64>,
         /// Part of the weights that stays.
         size: Option<f64>,
+        /// Budget of all tensors, ranks being chosen so that least is lost.
+        bytes: Option<u64>,
         /// For the inputs of the calibration text.
         #[serde(default)]
         aware: bool,
@@ -224,6 +229,17 @@ impl Step {
         }
     }
 
+    /// How often it goes through all tensors: what it tells of its progress are the bytes of all times.
+    pub fn passes(&self) -> u64 {
+        match self {
+            Self::KeepLayers { .. } | Self::LowRank { rank: Some(_), .. } => 1,
+            Self::LowRank { size: Some(_), .. } => 1,
+            Self::Mixed { .. } | Self::Magnitude { global: true, .. } => 2,
+            structural if structural.is_structural() => 2,
+            _ => 1,
+        }
+    }
+
     /// Whether zeros are what it is for.
     pub fn prunes(&self) -> bool {
         matches!(
@@ -260,6 +276,12 @@ impl Step {
             x if (0.0..1.0).contains(&x) => Ok(()),
             _ => bad(format!("{name} = {x} is no part: it goes from 0 to less than 1")),
         };
+        let pruned = |sparsity: f64, pattern: Pattern| match pattern {
+            Pattern::TwoOfFour if sparsity != 0.5 => {
+                bad(format!("two of four are half: 2:4 goes with sparsity = 0.5, not {sparsity}"))
+            }
+            _ => part("sparsity", sparsity),
+        };
         match self {
             Self::Quantise { to, output, gptq, importance } => {
                 let to = parse_type(to)?;
@@ -291,7 +313,7 @@ impl Step {
                     if *global && *pattern != Pattern::Tensor {
                         return bad("global = true goes with no pattern".to_owned());
                     }
-                    part("sparsity", *s)
+                    pruned(*s, *pattern)
                 }
                 (None, Some(t)) if !t.is_finite() || *t < 0.0 => {
                     bad(format!("threshold = {t} is below 0"))
@@ -308,20 +330,29 @@ impl Step {
             Self::Clip { min, max } if !min.is_finite() || !max.is_finite() || min >= max => {
                 bad(format!("clip needs min below max, not {min} and {max}"))
             }
-            Self::Random { sparsity, .. } | Self::Wanda { sparsity, .. } => {
-                part("sparsity", *sparsity)
+            Self::Random { sparsity, pattern, .. } | Self::Wanda { sparsity, pattern } => {
+                pruned(*sparsity, *pattern)
             }
             Self::Sparsegpt { sparsity, pattern } => match pattern {
-                Pattern::Row | Pattern::TwoOfFour => part("sparsity", *sparsity),
+                Pattern::Row | Pattern::TwoOfFour => pruned(*sparsity, *pattern),
                 _ => bad("sparsegpt prunes rows, or 2:4".to_owned()),
             },
-            Self::LowRank { energy, size, .. } => match (energy, size) {
-                (Some(e), None) if *e > 0.0 && *e <= 1.0 => Ok(()),
-                (None, Some(s)) if *s > 0.0 && *s <= 1.0 => Ok(()),
-                (Some(_), None) | (None, Some(_)) => {
+            Self::LowRank { rank, energy, size, bytes, .. } => match (rank, energy, size, bytes) {
+                (Some(r), None, None, None) if *r > 0 && r.is_multiple_of(GRAIN as u32) => Ok(()),
+                (Some(r), None, None, None) => bad(format!(
+                    "rank = {r}: kernels compute with multiples of {GRAIN}: use {}",
+                    grained(*r as usize)
+                )),
+                (None, Some(part), None, None) | (None, None, Some(part), None)
+                    if *part > 0.0 && *part <= 1.0 =>
+                {
+                    Ok(())
+                }
+                (None, Some(_), None, None) | (None, None, Some(_), None) => {
                     bad("a part of energy or size lies above 0, up to 1".to_owned())
                 }
-                _ => bad("low-rank takes energy or size".to_owned()),
+                (None, None, None, Some(_)) => Ok(()),
+                _ => bad("low-rank takes one of rank, energy, size and bytes".to_owned()),
             },
             Self::DropChannels { fraction } => part("fraction", *fraction),
             Self::KeepLayers { layers } if layers.is_empty() => {
@@ -365,10 +396,15 @@ mod tests {
             ("method = \"wanda\", sparsty = 0.5", "sparsty"),
             ("method = \"wanda\", sparsity = 1.5", "sparsity = 1.5"),
             ("method = \"wonder\"", "wonder"),
+            ("method = \"wanda\", sparsity = 0.7, pattern = \"2:4\"", "sparsity = 0.5, not 0.7"),
             ("method = \"quantise\", type = \"q3_z\"", "q3_z"),
             ("method = \"magnitude\"", "threshold"),
             ("method = \"clip\", min = 1.0, max = 0.0", "min below max"),
             ("method = \"low-rank\", size = 2.0", "up to 1"),
+            ("method = \"low-rank\", rank = 0", "use 32"),
+            ("method = \"low-rank\", rank = 100", "use 96"),
+            ("method = \"low-rank\", rank = 64, size = 0.5", "one of rank"),
+            ("method = \"low-rank\"", "one of rank"),
             ("method = \"fixed-point\", fraction_bits = 4, bits = 99", "bits go"),
             ("method = \"binary\", scale = 2", "scale"),
             ("sparsity = 0.5", "method"),

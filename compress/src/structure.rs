@@ -55,7 +55,11 @@ pub(crate) fn apply(
     };
     let seen = match (settings.known, step) {
         (Some(_), _) | (_, Step::KeepLayers { .. }) => Calibration::default(),
-        _ => calibrate(source, settings.calibration, settings.threads, false, &mut |_| {})?,
+        _ => {
+            let (all, layers) = (source.weight_bytes(), u64::from(source.config.layers));
+            let mut told = |done: u32| progress(all * u64::from(done) / layers);
+            calibrate(source, settings.calibration, settings.threads, false, &mut told)?
+        }
     };
     let (news, changes, note) = plan(source, step, settings.known.unwrap_or(&seen))?;
     let Some(Value::Str(arch)) = gguf.metadata.get("general.architecture") else {
@@ -79,7 +83,7 @@ pub(crate) fn apply(
         ..StepReport::default()
     };
     let batch = settings.threads.max(1) * 4;
-    let mut done = 0;
+    let mut done = (step.passes() - 1) * source.weight_bytes();
     for first in (0..news.len()).step_by(batch) {
         let count = batch.min(news.len() - first);
         let made = parallel(count, settings.threads, |i| {
@@ -135,7 +139,7 @@ fn slot(source: &Source, new: &New, store: TensorType) -> Slot {
 fn make(source: &Source, new: &New, dtype: TensorType) -> Result<Vec<u8>, CompressError> {
     let first = &source.tensors[new.from[0]];
     if new.is_copy() {
-        return source.bytes(first);
+        return source.copy(first);
     }
     let mut m = source.matrix(first)?;
     for &other in &new.from[1..] {

@@ -290,6 +290,60 @@ fn factors_compute_what_the_matrices_did() {
     assert!(!twice.exists());
 }
 
+#[test]
+fn ranks_are_those_asked_for_or_what_a_budget_pays_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(dir.path(), None);
+    let target = |i: usize| dir.path().join(format!("{i}.gguf"));
+    // Of 128 x 64 and 64 x 128 weights, rank 32 leaves three quarters; of 64 x 64 nothing.
+    let report = step(&path, &target(0), "method = 'low-rank', rank = 32", &[]).unwrap();
+    let files = ModelFiles::open(&target(0)).unwrap();
+    let dims = |name: &str| files.tensors.iter().find(|t| t.name == name).map(|t| t.dims.clone());
+    assert_eq!(dims("blk.0.ffn_down_in.weight"), Some(vec![FFN, 32]));
+    assert_eq!(dims("blk.0.attn_output_in.weight"), None);
+    let (least, all) = (report.bytes_stored, report.bytes_before);
+    assert!(least < all, "{least} {all}");
+    let mut errors = Vec::new();
+    for (i, budget) in [least, (least + all) / 2, all].into_iter().enumerate() {
+        let text = format!("method = 'low-rank', bytes = {budget}");
+        let report = step(&path, &target(i + 1), &text, &[]).unwrap();
+        assert!(report.bytes_stored <= budget, "{} of {budget}", report.bytes_stored);
+        errors.push(report.error() * report.tensors.len() as f64);
+    }
+    assert!(errors[0] > errors[1] && errors[1] > errors[2] && errors[2] == 0.0, "{errors:?}");
+    let error = step(&path, &target(9), "method = 'low-rank', bytes = 10000", &[]).unwrap_err();
+    assert!(error.to_string().contains("the budget of 10000 bytes cannot be met"), "{error}");
+    assert!(!target(9).exists());
+}
+
+#[test]
+fn progress_is_of_all_that_is_read_and_never_goes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(dir.path(), None);
+    let source = Source::open(&path).unwrap();
+    let calibration = tokens(300);
+    for (i, text) in [
+        "method = 'int8'",
+        "method = 'magnitude', sparsity = 0.5, global = true",
+        "method = 'mixed', bytes = 150000",
+        "method = 'low-rank', size = 0.5",
+        "method = 'low-rank', energy = 0.5",
+        "method = 'drop-layers', count = 1",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (step, mut told) = (Step::parse(text).unwrap(), Vec::new());
+        let target = dir.path().join(format!("{i}.gguf"));
+        let settings = settings(&calibration);
+        apply(&source, &target, &step, &settings, &mut |done| told.push(done)).unwrap();
+        let all = step.passes() * source.weight_bytes();
+        assert!(told.is_sorted() && told.len() > LAYERS as usize, "{text}: {told:?}");
+        let last = *told.last().unwrap();
+        assert!(last <= all && last > all * 3 / 4, "{text}: {last} of {all}");
+    }
+}
+
 /// Logits after every position of a text, as bits, from stages that begin and end with these layers.
 fn through(path: &Path, cuts: &[u32], text: &[u32]) -> Vec<u32> {
     let files = ModelFiles::open(path).expect("a model");
@@ -439,6 +493,69 @@ fn what_cannot_be_done_leaves_everything_as_it_was() {
     assert_eq!(names(dir.path()), ["out.gguf", "tiny.gguf"]);
 }
 
+#[test]
+fn only_files_take_the_place_of_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(dir.path(), None);
+    let forced = |target: &Path| {
+        let source = Source::open(&path).unwrap();
+        let settings = Settings { overwrite: true, ..settings(&[]) };
+        let step = Step::parse("method = 'binary'").unwrap();
+        apply(&source, target, &step, &settings, &mut |_| {}).map_err(|e| e.to_string())
+    };
+    let (folder, socket) = (dir.path().join("folder"), dir.path().join("socket"));
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("thesis"), "long").unwrap();
+    let _listens = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    assert!(forced(&folder).unwrap_err().contains("is a folder, which a file does not replace"));
+    assert!(forced(&socket).unwrap_err().contains("is no ordinary file"));
+    assert!(forced(&dir.path().join("no/x.gguf")).unwrap_err().contains("there is no folder"));
+    assert_eq!(names(&folder), ["thesis"]);
+    assert_eq!(names(dir.path()), ["folder", "socket", "tiny.gguf"]);
+    // Nor do recipes, which have names of their own for what they write.
+    let recipe = |output: &Path| {
+        let text = format!(
+            "model = 'tiny.gguf'\noutput = '{}'\n[[step]]\nmethod = 'binary'\n",
+            output.display()
+        );
+        let file = dir.path().join("r.toml");
+        std::fs::write(&file, text).unwrap();
+        let recipe = Recipe::open(&file).unwrap();
+        let settings = Settings { overwrite: true, ..settings(&[]) };
+        recipe::run(&recipe, &path, output, &settings, &mut Deaf).map_err(|e| e.to_string())
+    };
+    let before = std::fs::read(&path).unwrap();
+    assert!(recipe(&folder).unwrap_err().contains("is a folder, which a file does not replace"));
+    assert!(recipe(&path).unwrap_err().contains("read and written at once"));
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+    assert_eq!(names(dir.path()), ["folder", "r.toml", "socket", "tiny.gguf"]);
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_named_wherever_they_are() {
+    let calibration = tokens(300);
+    for (broken, column) in [("blk.1.ffn_up.weight", 6), ("token_embd.weight", 6)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = model(dir.path(), Some(broken));
+        for (i, text) in [
+            "method = 'magnitude', sparsity = 0.5",
+            "method = 'wanda', sparsity = 0.5",
+            "method = 'low-rank', size = 0.5",
+            "method = 'drop-layers', count = 1",
+            "method = 'keep-layers', layers = [0, 1]",
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let target = dir.path().join(format!("{i}.gguf"));
+            let error = step(&path, &target, text, &calibration).unwrap_err().to_string();
+            let named = format!("tensor '{broken}', row 1: weight {column} is NaN");
+            assert!(error.contains(&named), "{text}: {error}");
+        }
+        assert_eq!(names(dir.path()), ["tiny.gguf"]);
+    }
+}
+
 /// Hears nothing.
 struct Deaf;
 
@@ -466,6 +583,14 @@ fn recipes_go_on_where_they_stopped() {
     assert!(!output.exists() && dir.path().join("out.gguf.step1").exists());
     let report = run("150000").unwrap();
     assert_eq!((report.resumed, report.steps.len()), (1, 2));
+    assert_eq!(names(dir.path()), ["out.gguf", "out.gguf.run.json", "r.toml", "tiny.gguf"]);
+    // Cut off before anybody judged it: it is there, and is not made again.
+    let kept = run("150000").unwrap();
+    assert_eq!((kept.resumed, kept.steps.len(), &kept.result), (2, 2, &report.result));
+    // Another recipe does not take it for its own.
+    assert!(run("140000").unwrap_err().to_string().contains("is there already"));
+    recipe::finished(&output);
+    assert!(run("150000").unwrap_err().to_string().contains("is there already"));
     assert_eq!(names(dir.path()), ["out.gguf", "r.toml", "tiny.gguf"]);
     assert_eq!(
         report.result.blake3,
