@@ -48,9 +48,24 @@ pub(crate) fn report(result: anyhow::Result<()>) -> i32 {
     let Err(error) = result else { return OK };
     let code = exit_code(&error);
     if matches!(code, FAILURE | USAGE) {
-        eprintln!("millrace: error: {error:#}{}", retry_hint(&error));
+        eprintln!("millrace: error: {}{}", told(&error), retry_hint(&error));
     }
     code
+}
+
+/// An error and its causes; what a message has told already is not told again.
+fn told(error: &anyhow::Error) -> String {
+    let mut all = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if all.contains(&cause) {
+            continue;
+        }
+        if !all.is_empty() {
+            all += ": ";
+        }
+        all += &cause;
+    }
+    all
 }
 
 fn exit_code(error: &anyhow::Error) -> i32 {
@@ -91,6 +106,13 @@ mod tests {
         assert_eq!(code(StdoutError(pipe()).into()), OK);
         // A broken connection is a failure, only stdout's reader may leave.
         assert_eq!(code(pipe().into()), FAILURE);
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        let full = || io::Error::other("no space");
+        assert_eq!(told(&anyhow::Error::from(full()).context("while")), "while: no space");
+        assert_eq!(told(&anyhow::Error::from(full()).context("a: no space")), "a: no space");
     }
 
     #[test]

@@ -76,6 +76,54 @@ fn a_step_is_carried_out_and_told() {
 }
 
 #[test]
+fn a_recipe_tells_as_json_and_as_a_page_what_was_made_of_what() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let recipe = "model = 'ones.gguf'\noutput = 'out.gguf'\n[[step]]\nmethod = 'binary'\n\
+                  [[step]]\nmethod = 'quantise'\ntype = 'q4_0'\n";
+    std::fs::write(at("r.toml"), recipe).unwrap();
+    let run = |more: &[&str]| {
+        millrace(dir.path(), &[&["compress", "run", "r.toml", "--no-eval"], more].concat())
+    };
+    let output = run(&[]);
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(stdout.contains("machines of kind cpu-4c-16g"), "{stdout}");
+    let report = std::fs::read(at("out.report.json")).unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
+    assert!(report["before"].is_null() && report["plan"]["after"]["nodes"] == 1, "{report}");
+    let page = std::fs::read_to_string(at("out.report.html")).unwrap();
+    let hash = report["run"]["result"]["blake3"].as_str().unwrap();
+    assert!(
+        page.contains(hash) && page.contains("step 2: method = &quot;quantise&quot;"),
+        "{page}"
+    );
+    assert!(stdout.contains(hash), "{stdout}");
+    assert!(!at("out.gguf.run.json").exists() && !at("out.gguf.step1").exists());
+    fails(&run(&[]), 2, "--force replaces it");
+    assert_eq!(run(&["--force"]).status.code(), Some(0));
+}
+
+#[test]
+fn what_cannot_be_is_told_before_any_work() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path());
+    let apply = |out: &str| {
+        let args = ["compress", "apply", "--force", "ones.gguf", out, "method = 'binary'"];
+        millrace(dir.path(), &args)
+    };
+    std::fs::create_dir(dir.path().join("d")).unwrap();
+    fails(&apply("d"), 2, "d is a folder, which a file does not replace");
+    fails(&apply("no/o.gguf"), 2, "there is no folder no: make it first");
+    fails(&apply("ones.gguf"), 2, "read and written at once");
+    let compare =
+        |args: &[&str]| millrace(dir.path(), &[&["eval", "compare", "ones.gguf"], args].concat());
+    fails(&compare(&["nix.gguf"]), 2, "there is no file 'nix.gguf'");
+    fails(&compare(&["--html", "no/page.html"]), 2, "--html no/page.html");
+}
+
+#[test]
 fn wrong_steps_and_recipes_name_the_key() {
     let dir = tempfile::tempdir().unwrap();
     model(dir.path());
@@ -99,7 +147,7 @@ fn a_full_disk_leaves_the_old_file() {
         .args(["-c", script, env!("CARGO_BIN_EXE_millrace"), "method = 'binary'"])
         .output()
         .expect("a shell");
-    fails(&output, 1, "cannot write");
+    fails(&output, 1, "cannot write out.gguf: File too large (os error 27)\n");
     assert_eq!(std::fs::read(dir.path().join("out.gguf")).unwrap(), b"old");
     let left: Vec<_> = std::fs::read_dir(dir.path())
         .unwrap()

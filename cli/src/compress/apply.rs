@@ -47,7 +47,7 @@ pub(super) fn run(args: &ApplyArgs) -> anyhow::Result<()> {
         overwrite: args.force,
     };
     let mut bar = Bar::default();
-    bar.begin(&step.describe(), source.weight_bytes());
+    bar.begin(&step.describe(), source.weight_bytes() * step.passes());
     let done = apply(&source, &args.target, &step, &settings, &mut |b| bar.advance(b));
     bar.end();
     let report = done.map_err(failed)?;

@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
-use millrace_compress::{CompressError, StepReport, texts};
+use millrace_compress::recipe::CALIBRATION_TOKENS;
+use millrace_compress::{CALIBRATION_WINDOW, CompressError, StepReport, texts};
 use millrace_coordinator::models::{ConsoleProgress, Progress as _};
 use millrace_coordinator::text::TextModel;
 use millrace_engine::target::TargetError;
-use millrace_shared::model::Description;
+use millrace_shared::model::{Description, ModelFiles};
 
-pub(crate) use table::{print as print_entries, write_page};
+pub(crate) use table::{check_page, print as print_entries, short, write_page};
 
 use crate::error::usage;
 use crate::table::Align::{Left, Right};
@@ -74,7 +75,7 @@ pub(crate) struct Common {
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
     /// Most tokens of it that are read
-    #[arg(long, value_name = "TOKENS", default_value_t = 8192)]
+    #[arg(long, value_name = "TOKENS", default_value_t = CALIBRATION_TOKENS)]
     calibration_tokens: usize,
     /// Type of values that have no format of their own: f16, f32 or q8_0
     #[arg(long, value_name = "TYPE", default_value = "f16")]
@@ -95,9 +96,7 @@ impl Common {
             Some(path) => input::text(path)?,
             None => texts::CALIBRATION.to_owned(),
         };
-        let mut ids = tokenize(model, &text)?;
-        ids.truncate(self.calibration_tokens);
-        Ok(ids)
+        calibrating(model, &text, self.calibration_tokens)
     }
 }
 
@@ -105,11 +104,40 @@ pub(crate) fn threads(given: Option<u16>) -> usize {
     given.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from)
 }
 
-/// Token ids of a text, by the model's own tokenizer.
-pub(crate) fn tokenize(model: &Path, text: &str) -> anyhow::Result<Vec<u32>> {
+/// Token ids of a text, by the model's own tokenizer, for windows of so many positions: each begins as
+/// prompts of that model do.
+fn tokenize(model: &Path, text: &str, window: usize) -> anyhow::Result<Vec<u32>> {
     let told = || model.display().to_string();
-    let found = TextModel::of(&Description::open(model)?).with_context(told)?;
-    Ok(found.tokenizer.encode(text, true)?)
+    let tokenizer = TextModel::of(&Description::open(model)?).with_context(told)?.tokenizer;
+    let ids = tokenizer.encode(text, true)?;
+    let bos = tokenizer.bos_id().filter(|_| tokenizer.adds_bos());
+    Ok(windows(ids, bos, window))
+}
+
+/// With `bos` at the beginning of each window.
+fn windows(ids: Vec<u32>, bos: Option<u32>, window: usize) -> Vec<u32> {
+    let Some(bos) = bos else { return ids };
+    let rest = ids.strip_prefix(&[bos]).unwrap_or(&ids);
+    let parts = rest.chunks(window.max(2) - 1);
+    parts.flat_map(|part| std::iter::once(bos).chain(part.iter().copied())).collect()
+}
+
+/// Token ids of a text to judge by, for windows of so many positions.
+pub(crate) fn judged_by(model: &Path, text: &str, window: usize) -> anyhow::Result<Vec<u32>> {
+    // A model with less context has smaller windows.
+    let context = ModelFiles::open(model)?.config.context as usize;
+    let ids = tokenize(model, text, window.min(context))?;
+    match ids.len() {
+        0..=2 => Err(usage("the text to judge by has hardly a token: give a longer one")),
+        _ => Ok(ids),
+    }
+}
+
+/// Token ids of a calibration text, of which so many are read at most.
+fn calibrating(model: &Path, text: &str, most: usize) -> anyhow::Result<Vec<u32>> {
+    let mut ids = tokenize(model, text, CALIBRATION_WINDOW)?;
+    ids.truncate(most);
+    Ok(ids)
 }
 
 /// What no other try can mend exits as wrong usage.
@@ -126,7 +154,7 @@ pub(crate) fn failed(error: CompressError) -> anyhow::Error {
 
 /// A bar for one piece of work after another.
 #[derive(Default)]
-struct Bar(ConsoleProgress);
+pub(crate) struct Bar(ConsoleProgress);
 
 impl Bar {
     fn begin(&mut self, what: &str, total: u64) {
@@ -137,7 +165,12 @@ impl Bar {
         self.0.advance(done);
     }
 
-    fn end(&mut self) {
+    /// A model is read and timed: it takes as long as it takes.
+    pub(crate) fn judging(&mut self, name: &str) {
+        self.0.begin(&format!("judging {name}"), None);
+    }
+
+    pub(crate) fn end(&mut self) {
         self.0.end();
     }
 }
@@ -193,7 +226,10 @@ fn print(report: &StepReport) -> anyhow::Result<()> {
             percent(one.sparsity()),
         ]);
     }
-    output::write(format_args!("{}\n{}", report.step, table))?;
+    output::write(format_args!("{}\n", report.step))?;
+    if !groups.is_empty() {
+        output::write(table)?;
+    }
     output::write(format_args!(
         "all tensors: {} before, {} in the file, {} in the method's own format\n",
         bytes(report.bytes_before),
@@ -205,4 +241,18 @@ fn print(report: &StepReport) -> anyhow::Result<()> {
 
 fn percent(part: f64) -> String {
     format!("{:.2} %", part * 100.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_begin_as_prompts_do() {
+        assert_eq!(windows(vec![5, 6, 7], None, 2), [5, 6, 7]);
+        assert_eq!(windows(vec![5, 6, 7, 8], Some(1), 3), [1, 5, 6, 1, 7, 8]);
+        // Texts that begin so already do it once.
+        assert_eq!(windows(vec![1, 5, 6, 7], Some(1), 4), [1, 5, 6, 7]);
+        assert_eq!(windows(Vec::new(), Some(1), 4), [0u32; 0]);
+    }
 }

@@ -4,21 +4,22 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
-use millrace_compress::compare::{Entry, Original, Terms, judge};
-use millrace_compress::recipe::{self, Recipe, RunReport};
+use millrace_compress::compare::{Entry, Original, Terms, judge, page};
+use millrace_compress::recipe::{self, Provenance, Recipe, RunReport};
 use millrace_compress::{Settings, parse_type, texts};
 use millrace_coordinator::plan::report::PlanReport;
 use millrace_shared::model::Dtype;
 use serde::Serialize;
 
-use super::{Bar, failed, print, table, threads, tokenize};
+use super::{Bar, calibrating, failed, judged_by, print, table, threads};
 use crate::plan::fewest;
+use crate::table::bytes;
 use crate::{input, output};
 
 /// Flags of `compress run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// Recipe: model, output, calibration, evaluation, store, and the steps
+    /// Recipe: model, output, calibration, calibration_tokens, evaluation, store, and the steps
     #[arg(value_name = "RECIPE.toml")]
     recipe: PathBuf,
     /// Replace the recipe's output if it is there
@@ -31,6 +32,9 @@ pub(crate) struct RunArgs {
     /// Streams at once, for the plan
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65536))]
     streams: u32,
+    /// Do not judge the models before and after, for which each is loaded whole
+    #[arg(long)]
+    no_eval: bool,
     /// Threads [default: the cores this process may use]
     #[arg(long, short = 't', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -43,9 +47,10 @@ pub(crate) struct RunArgs {
 #[derive(Serialize)]
 struct Report {
     run: RunReport,
-    before: Entry,
-    after: Entry,
     plan: Plan,
+    /// Not there until they are judged.
+    before: Option<Entry>,
+    after: Option<Entry>,
 }
 
 /// How many machines of a kind suffice, and what the planner predicts for them; estimates from nominal
@@ -92,58 +97,113 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
         None => Ok(own.to_owned()),
     };
     let calibration = match recipe.needs_calibration() {
-        true => tokenize(&model, &read(&recipe.calibration, texts::CALIBRATION)?)?,
+        true => {
+            let text = read(&recipe.calibration, texts::CALIBRATION)?;
+            calibrating(&model, &text, recipe.calibration_tokens)?
+        }
         false => Vec::new(),
     };
-    let tokens = tokenize(&model, &read(&recipe.evaluation, texts::HELD_OUT)?)?;
+    let terms = Terms { window: 512, threads, kv_dtype: Dtype::F16 };
+    let tokens = match args.no_eval {
+        true => Vec::new(),
+        false => {
+            let text = read(&recipe.evaluation, texts::HELD_OUT)?;
+            judged_by(&model, &text, terms.window)?
+        }
+    };
     let output = folder.join(&recipe.output);
     let settings =
         Settings { calibration: &calibration, known: None, store, threads, overwrite: args.force };
     // Before any work: a kind that there is.
-    fewest(&model, &args.node_kind, args.streams)?;
+    let before = Suffices::of(&model, args)?;
     let mut bar = Bar::default();
     let done = recipe::run(&recipe, &model, &output, &settings, &mut bar);
     bar.end();
     let run = done.map_err(failed)?;
-    let report = report(args, run, (&model, &output), &tokens, threads)?;
-    let beside = output.with_extension("report.json");
-    let json = serde_json::to_vec_pretty(&report).context("the report cannot be written")?;
-    std::fs::write(&beside, json).with_context(|| beside.display().to_string())?;
+    let plan = Plan {
+        node_kind: args.node_kind.clone(),
+        streams: args.streams,
+        before,
+        after: Suffices::of(&output, args)?,
+    };
+    let mut report = Report { run, plan, before: None, after: None };
+    // Whatever becomes of the judging, it is known what was made of what.
+    let beside = report.write(&output)?;
+    if !args.no_eval {
+        report.judge((&model, &output), &tokens, terms, &mut bar)?;
+        report.write(&output)?;
+    }
+    recipe::finished(&output);
     if args.json {
         return output::json(&report);
     }
     report.run.steps.iter().try_for_each(print)?;
-    table::print(&[report.before, report.after])?;
-    let plan = &report.plan;
-    output::write(format_args!(
-        "machines of kind {} that hold it with {} streams: before {}; now {}\nreport: {}\n",
-        plan.node_kind,
-        plan.streams,
-        Suffices::told(plan.before.as_ref()),
-        Suffices::told(plan.after.as_ref()),
-        beside.display()
-    ))
+    table::print(&report.entries())?;
+    report.remarks().iter().try_for_each(|told| output::write(format_args!("{told}\n")))?;
+    output::write(format_args!("report: {}, {}\n", beside[0].display(), beside[1].display()))
 }
 
-fn report(
-    args: &RunArgs,
-    run: RunReport,
-    (model, output): (&Path, &Path),
-    tokens: &[u32],
-    threads: usize,
-) -> anyhow::Result<Report> {
-    let terms = Terms { window: 512, threads, kv_dtype: Dtype::F16 };
-    let mut original = Original::open(model, tokens, terms).map_err(failed)?;
-    let before = judge("before", model, tokens, Some(&mut original), terms).map_err(failed)?;
-    let mut after = judge("after", output, tokens, Some(&mut original), terms).map_err(failed)?;
-    if let Some(last) = run.steps.last() {
-        after.format_bytes = last.bytes_format.min(after.file_bytes);
+impl Report {
+    /// Judges both models; the original is loaded first, and stays for comparison.
+    fn judge(
+        &mut self,
+        (model, output): (&Path, &Path),
+        tokens: &[u32],
+        terms: Terms,
+        bar: &mut Bar,
+    ) -> anyhow::Result<()> {
+        bar.judging("the model before");
+        let mut original = Original::open(model, tokens, terms).map_err(failed)?;
+        let before = judge("before", model, tokens, Some(&mut original), terms).map_err(failed)?;
+        bar.judging("the model after");
+        let mut after =
+            judge("after", output, tokens, Some(&mut original), terms).map_err(failed)?;
+        bar.end();
+        if let Some(last) = self.run.steps.last() {
+            after.format_bytes = last.bytes_format.min(after.file_bytes);
+        }
+        (self.before, self.after) = (Some(before), Some(after));
+        Ok(())
     }
-    let plan = Plan {
-        node_kind: args.node_kind.clone(),
-        streams: args.streams,
-        before: Suffices::of(model, args)?,
-        after: Suffices::of(output, args)?,
-    };
-    Ok(Report { run, before, after, plan })
+
+    fn entries(&self) -> Vec<Entry> {
+        self.before.iter().chain(&self.after).cloned().collect()
+    }
+
+    /// Writes it as JSON and as a page; their paths.
+    fn write(&self, output: &Path) -> anyhow::Result<[PathBuf; 2]> {
+        let json = serde_json::to_vec_pretty(self).context("the report cannot be written")?;
+        let name = self.run.recipe.output.display();
+        let html = page(&format!("{name}: what a recipe made"), &self.entries(), &self.remarks());
+        let paths = ["report.json", "report.html"].map(|end| output.with_extension(end));
+        for (path, bytes) in paths.iter().zip([&json[..], html.as_bytes()]) {
+            std::fs::write(path, bytes)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(paths)
+    }
+
+    /// Where the model comes from, what was done, and how many machines it needs.
+    fn remarks(&self) -> Vec<String> {
+        let (run, plan) = (&self.run, &self.plan);
+        let of = |what: &str, p: &Provenance| {
+            let (path, size) = (p.path.display(), bytes(p.bytes));
+            format!("{what}: {path}, {size} of tensors, BLAKE3 {}", p.blake3)
+        };
+        let mut told = vec![of("model", &run.source), of("result", &run.result)];
+        told.extend(run.calibration.as_ref().map(|hash| format!("calibration: BLAKE3 {hash}")));
+        for (i, step) in run.steps.iter().enumerate() {
+            let resumed = if i < run.resumed { ", by an earlier run" } else { "" };
+            let size = bytes(step.bytes_stored);
+            told.push(format!("step {}: {}: {size}{resumed}", i + 1, step.step));
+        }
+        told.push(format!(
+            "machines of kind {} that hold it with {} streams: before {}; now {}",
+            plan.node_kind,
+            plan.streams,
+            Suffices::told(plan.before.as_ref()),
+            Suffices::told(plan.after.as_ref())
+        ));
+        told
+    }
 }

@@ -1,6 +1,6 @@
 //! `millrace compress table`: every method at two settings, on one model.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
@@ -9,7 +9,8 @@ use millrace_compress::survey::{survey, variants};
 use millrace_compress::{Settings, parse_type, texts};
 use millrace_shared::model::Dtype;
 
-use super::{Common, failed, tokenize};
+use super::{Common, failed, judged_by};
+use crate::error::usage;
 use crate::table::Align::{Left, Right};
 use crate::table::{Table, bytes};
 use crate::{input, output};
@@ -41,18 +42,19 @@ pub(crate) struct TableArgs {
 
 pub(super) fn run(args: &TableArgs) -> anyhow::Result<()> {
     let chosen = variants(args.only.as_deref()).map_err(failed)?;
+    check_page(args.html.as_deref())?;
     let model = input::model(&args.model)?;
     let text = match &args.file {
         Some(path) => input::text(path)?,
         None => texts::HELD_OUT.to_owned(),
     };
-    let tokens = tokenize(&model, &text)?;
+    let terms = Terms { window: 512, threads: args.common.threads(), kv_dtype: Dtype::F16 };
+    let tokens = judged_by(&model, &text, terms.window)?;
     let calibration = args.common.calibration(&model)?;
     let threads = args.common.threads();
     let store = parse_type(&args.common.store).map_err(failed)?;
     let settings =
         Settings { calibration: &calibration, known: None, store, threads, overwrite: true };
-    let terms = Terms { window: 512, threads, kv_dtype: Dtype::F16 };
     let (mut done, begun) = (0, Instant::now());
     let mut each = |entry: &Entry, of: usize| {
         done += 1;
@@ -65,13 +67,28 @@ pub(super) fn run(args: &TableArgs) -> anyhow::Result<()> {
     };
     let how = (terms, args.state.as_deref());
     let entries = survey(&model, &chosen, &tokens, &settings, how, &mut each).map_err(failed)?;
-    write_page(args.html.as_deref(), &format!("Compressing {}", args.model), &entries)?;
+    write_page(args.html.as_deref(), &format!("Compressing {}", short(&model)), &entries)?;
     if args.json { output::json(&entries) } else { print(&entries) }
+}
+
+/// What a model is called: its file's name.
+pub(crate) fn short(path: &Path) -> String {
+    path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+/// Before any work: whether a page can be where it is wanted.
+pub(crate) fn check_page(path: Option<&Path>) -> anyhow::Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    let folder = path.parent().filter(|p| *p != Path::new("")).unwrap_or_else(|| Path::new("."));
+    match folder.is_dir() && !path.is_dir() {
+        true => Ok(()),
+        false => Err(usage(format!("--html {}: there can be no such file", path.display()))),
+    }
 }
 
 /// Writes the page, if one is wanted.
 pub(crate) fn write_page(
-    path: Option<&std::path::Path>,
+    path: Option<&Path>,
     title: &str,
     entries: &[Entry],
 ) -> anyhow::Result<()> {
@@ -81,7 +98,7 @@ pub(crate) fn write_page(
         "Speeds are those of this machine at that moment, and of the file as it is stored; beside them how many times as fast as the original, both timed in turns.",
     ];
     std::fs::write(path, page(title, entries, &remarks.map(str::to_owned)))
-        .map_err(|e| crate::error::usage(format!("cannot write {}: {e}", path.display())))
+        .map_err(|e| usage(format!("cannot write {}: {e}", path.display())))
 }
 
 /// The table.

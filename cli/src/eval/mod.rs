@@ -15,7 +15,7 @@ pub(crate) enum EvalCommand {
     Logits(Box<logits::LogitsArgs>),
     /// Size, memory, speed and quality of models side by side: likelihood of a text, and how far each is
     /// from the first (KL divergence); --html makes a page with plots
-    #[command(alias = "kl")]
+    #[command(visible_alias = "kl")]
     Compare(Box<models::CompareArgs>),
     /// Tasks with a choice or an exact answer
     Tasks(Box<models::TasksArgs>),

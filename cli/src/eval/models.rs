@@ -11,7 +11,7 @@ use millrace_compress::{CompressError, tasks, texts};
 use millrace_coordinator::text::TextModel;
 use millrace_shared::model::{Description, Dtype};
 
-use crate::compress::{failed, threads, tokenize};
+use crate::compress::{Bar, check_page, failed, judged_by, short, threads};
 use crate::{compress, input, output};
 
 /// Flags that all have.
@@ -90,17 +90,22 @@ pub(super) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
         Some(path) => input::text(path)?,
         None => texts::HELD_OUT.to_owned(),
     };
-    let first = input::model(&args.models[0])?;
-    let tokens = tokenize(&first, &text)?;
+    check_page(args.html.as_deref())?;
+    // Before any work: models that there are.
+    let paths: Vec<PathBuf> =
+        args.models.iter().map(|name| input::model(name)).collect::<Result<_, _>>()?;
     let terms = args.common.terms();
-    let mut original = Original::open(&first, &tokens, terms).map_err(failed)?;
+    let tokens = judged_by(&paths[0], &text, terms.window)?;
+    let mut bar = Bar::default();
+    bar.judging(&args.models[0]);
+    let mut original = Original::open(&paths[0], &tokens, terms).map_err(failed)?;
     let mut entries: Vec<Entry> = Vec::new();
-    for name in &args.models {
-        let path = input::model(name)?;
-        let short = path.file_stem().map_or_else(|| name.clone(), |n| n.to_string_lossy().into());
-        let judged = judge(&short, &path, &tokens, Some(&mut original), terms);
+    for (name, path) in args.models.iter().zip(&paths) {
+        bar.judging(name);
+        let judged = judge(&short(path), path, &tokens, Some(&mut original), terms);
         entries.push(judged.map_err(failed).with_context(|| name.clone())?);
     }
+    bar.end();
     compress::write_page(args.html.as_deref(), "Models compared", &entries)?;
     if args.common.json { output::json(&entries) } else { compress::print_entries(&entries) }
 }
