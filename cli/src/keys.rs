@@ -76,9 +76,9 @@ fn table(keys: &[KeyInfo]) -> Table {
             info.key.name.clone(),
             info.key.scope.to_string(),
             limits(info.key.limits),
-            date(info.created),
-            info.last_used.map_or_else(|| "never".to_owned(), date),
-            info.key.expires.map_or_else(|| "never".to_owned(), date),
+            output::date(info.created),
+            info.last_used.map_or_else(|| "never".to_owned(), output::date),
+            info.key.expires.map_or_else(|| "never".to_owned(), output::date),
         ]);
     }
     table
@@ -93,38 +93,4 @@ fn limits(limits: KeyLimits) -> String {
     ];
     let all: Vec<String> = all.into_iter().flatten().collect();
     if all.is_empty() { "none".to_owned() } else { all.join(", ") }
-}
-
-/// A day and a minute, UTC, of Unix seconds (the civil-from-days algorithm of Howard Hinnant,
-/// "chrono-compatible low-level date algorithms").
-fn date(seconds: u64) -> String {
-    let (days, rest) = (seconds / 86_400, seconds % 86_400);
-    let z = days + 719_468;
-    let (era, day_of_era) = (z / 146_097, z % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02} {:02}:{:02}Z", rest / 3600, rest % 3600 / 60)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dates() {
-        for (seconds, text) in [
-            (0, "1970-01-01 00:00Z"),
-            (951_782_400, "2000-02-29 00:00Z"),
-            (1_709_251_199, "2024-02-29 23:59Z"),
-            (1_800_000_000, "2027-01-15 08:00Z"),
-            (4_102_444_800, "2100-01-01 00:00Z"),
-        ] {
-            assert_eq!(date(seconds), text);
-        }
-    }
 }

@@ -43,6 +43,7 @@ mod serving;
 mod table;
 mod target;
 mod tokenize;
+mod tokens;
 mod top;
 mod up;
 
@@ -131,6 +132,8 @@ enum Command {
     Nodes(nodes::NodesArgs),
     /// List, make and revoke the API keys of a running cluster
     Keys(keys::KeysArgs),
+    /// List, make and revoke the tokens with which nodes join a running cluster
+    Tokens(tokens::TokensArgs),
     /// Try the network ways between all members of a running cluster
     Doctor(nodes::DoctorArgs),
     /// Watch a running cluster: stages, links, KV cache, requests
@@ -178,6 +181,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Quantize(args) => quantize::run(*args).await,
         Command::Nodes(args) => nodes::run(args).await,
         Command::Keys(args) => keys::run(args).await,
+        Command::Tokens(args) => tokens::run(args).await,
         Command::Doctor(args) => nodes::doctor(args).await,
         Command::Top(args) => top::run(args).await,
         Command::Completions(args) => completions::run(&args),

@@ -8,6 +8,7 @@ use std::io::{self, IsTerminal, Write};
 
 use clap::ValueEnum;
 use serde::Serialize;
+use time::OffsetDateTime;
 
 /// How a command prints its result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -49,6 +50,15 @@ pub(crate) fn write(text: impl fmt::Display) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A day and a minute, UTC, of Unix seconds; the number itself where no calendar has it.
+pub(crate) fn date(seconds: u64) -> String {
+    let at = i64::try_from(seconds).ok().and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok());
+    let Some(at) = at else { return seconds.to_string() };
+    let (year, month, day) = at.to_calendar_date();
+    let (month, hour, minute) = (u8::from(month), at.hour(), at.minute());
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}Z")
+}
+
 /// Writes a piece of a streamed answer and shows it at once.
 ///
 /// # Errors
@@ -83,5 +93,22 @@ pub(crate) fn remark(text: &str) {
         eprintln!("\x1b[2m{text}\x1b[0m");
     } else {
         eprintln!("{text}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00Z"),
+            (1_709_251_199, "2024-02-29 23:59Z"),
+            (4_102_444_800, "2100-01-01 00:00Z"),
+            (u64::MAX, "18446744073709551615"),
+        ] {
+            assert_eq!(date(seconds), text);
+        }
     }
 }

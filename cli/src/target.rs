@@ -70,22 +70,22 @@ impl TargetArgs {
 pub(crate) struct RunningArgs {
     /// Talk to the running cluster of this client.toml [env: MILLRACE_CLUSTER]
     /// [default: client.toml in $MILLRACE_DIR or the XDG data folder]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     cluster: Option<PathBuf>,
     /// Address of the QUIC API, instead of the one in client.toml
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, global = true, value_name = "HOST:PORT")]
     connect: Option<String>,
     /// PEM file of the cluster's CA, instead of the one in client.toml
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     ca: Option<PathBuf>,
     /// Trust whom this system trusts, where the coordinator shows its company's certificate
-    #[arg(long, conflicts_with = "ca")]
+    #[arg(long, global = true, conflicts_with = "ca")]
     system_ca: bool,
     /// Name in the coordinator's certificate, where it is its company's [default: the host of --connect]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, global = true, value_name = "NAME")]
     server_name: Option<String>,
     /// File that holds the API key, instead of $MILLRACE_API_KEY or the one in client.toml
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
 }
 
@@ -182,7 +182,7 @@ impl RunningArgs {
     fn config(&self) -> anyhow::Result<ClientConfig> {
         let (path, named) = self.config_path()?;
         let mut config = if path.exists() || named {
-            ClientConfig::load(&path).map_err(|e| usage(format!("{}: {e}", path.display())))?
+            ClientConfig::load(&path).map_err(|e| usage(e.to_string()))?
         } else {
             self.without_file(&path)?
         };

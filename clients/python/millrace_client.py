@@ -20,7 +20,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import AsyncIterator, Optional, Union
 
-ALPN = "millrace-client/10"
+ALPN = "millrace-client/11"
 # Name in the coordinator's certificate, where that is of the cluster's own CA.
 SERVER_NAME = "coordinator.millrace.internal"
 MAX_REPLY_BYTES = 16 << 20

@@ -15,8 +15,8 @@ use millrace_shared::membership::{HEARTBEAT, LEASE};
 use millrace_shared::options::{CacheOptions, EngineOptions, Pin, Replan};
 
 pub use self::folder::{
-    BackupArgs, DirArg, InitArgs, KeyArgs, KeyCommand, RestoreArgs, TokenCommand, backup,
-    create_token, init, key, restore, token,
+    BackupArgs, DirArg, InitArgs, KeyArgs, KeyCommand, RestoreArgs, TokenArgs, TokenCommand,
+    backup, create_token, init, key, restore, token,
 };
 use crate::config::{
     Config, DEFAULT_CLUSTER_PORT, DEFAULT_HTTP_PORT, DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_WAITING,

@@ -1,12 +1,13 @@
 //! Who may do what, and how much: the [`Service`] in front of the real one.
 //!
 //! Knows API keys, what their scopes allow and what their limits leave; counts guesses of keys by
-//! host; makes and revokes keys, and keeps nodes out. It knows nothing of models or schedules. A
+//! host; makes and revokes keys and join tokens, and keeps nodes out. It knows nothing of models or schedules. A
 //! key is looked up at every call, so a revoked one ends with the next call. A host that has sent
 //! too many wrong keys is told to wait with the next wrong one; right ones never wait, for behind one
 //! address there may be many clients, and nobody finds 256 random bits by trying.
 
 mod account;
+mod invitations;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -21,7 +22,9 @@ use millrace_net::revoked::Revocations;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::{NodeId, RequestId};
 use millrace_shared::sampling::SamplingParams;
-use millrace_shared::wire::admin::{AdminReply, AdminRequest, KeyRequest, NodeStatus, Scope};
+use millrace_shared::wire::admin::{
+    AdminReply, AdminRequest, KeyRequest, NodeStatus, Scope, TokenRequest,
+};
 use millrace_shared::wire::rpc::{
     AttachRequest, ClusterStatus, EmbedRequest, GenerateRequest, ModelCard, PositionScore, Prompt,
     ScoreRequest,
@@ -30,6 +33,7 @@ use tokio::time::Instant;
 
 pub use self::account::Accounts;
 use self::account::Holder;
+pub use self::invitations::Invitations;
 use crate::service::{Caller, Embeddings, EventStream, Service};
 use crate::state::unix_now;
 
@@ -45,6 +49,7 @@ pub struct Gate<S> {
     revoked: Arc<Revocations>,
     guesses: Mutex<Budgets>,
     accounts: Arc<Accounts>,
+    invitations: Invitations,
 }
 
 impl<S> fmt::Debug for Gate<S> {
@@ -75,6 +80,7 @@ fn changes_something(request: &AdminRequest) -> bool {
     match request {
         R::Cordon { .. } | R::Uncordon { .. } | R::RevokeNode { .. } | R::Drain { .. } => true,
         R::Keys(request) => *request != KeyRequest::List,
+        R::Tokens(request) => *request != TokenRequest::List,
         R::Recut { apply } => *apply,
         R::Nodes | R::Doctor | R::Describe | R::Requests(_) | R::Collect { .. } => false,
     }
@@ -87,9 +93,10 @@ impl<S: Service> Gate<S> {
         keys: Arc<ApiKeyStore>,
         revoked: Arc<Revocations>,
         accounts: Arc<Accounts>,
+        invitations: Invitations,
     ) -> Self {
         let guesses = Mutex::new(Budgets::new(GUESSES));
-        Self { inner, keys, revoked, guesses, accounts }
+        Self { inner, keys, revoked, guesses, accounts, invitations }
     }
 
     /// Looks the key up, and remembers its holder.
@@ -348,6 +355,7 @@ impl<S: Service> Service for Gate<S> {
             }
             match request {
                 AdminRequest::Keys(request) => self.keys(request),
+                AdminRequest::Tokens(request) => self.invitations.answer(request, unix_now()),
                 AdminRequest::RevokeNode { node } => self.revoke_node(key.as_deref(), node).await,
                 other => self.inner.admin(key.as_deref(), other).await,
             }

@@ -22,7 +22,7 @@ use crate::api::http::{HttpConfig, HttpServerHandle};
 use crate::blobs::Blobs;
 use crate::collect::About;
 use crate::config::{Config, host_port};
-use crate::gate::{Accounts, Gate, keep_uses};
+use crate::gate::{Accounts, Gate, Invitations, keep_uses};
 use crate::journal::{Journal, begin_life};
 use crate::metrics::Metrics;
 use crate::models::{ConsoleProgress, NoProgress, Progress, cache_dir, hash_manifest};
@@ -174,7 +174,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         draws: AtomicU64::new(0),
     };
     let (keys, revoked) = (Arc::clone(&dir.keys), Arc::clone(&dir.revoked));
-    let gate = Gate::new(Arc::new(serving), keys, revoked, accounts);
+    let invitations = Invitations::of(&dir, &host_port(&host, quic_addr.port()));
+    let gate = Gate::new(Arc::new(serving), keys, revoked, accounts, invitations);
     actix_rt::spawn(keep_uses(Arc::clone(&dir.keys)));
     let service: Arc<dyn Service> = Arc::new(Counted::new(Arc::new(gate), Arc::clone(&metrics)));
 

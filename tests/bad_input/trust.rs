@@ -134,6 +134,47 @@ fn a_node_is_revoked() {
 }
 
 #[test]
+fn join_tokens_from_afar() {
+    under_attack(async |cluster| {
+        let root = cluster.coordinator.root.clone();
+        let config = cluster.coordinator.dir().join("client.toml");
+        let tokens = async |words: &[&str]| {
+            let mut tokens = command("millrace", &root);
+            tokens.arg("tokens").args(words).arg("--cluster").arg(&config);
+            let output = tokio::task::spawn_blocking(|| run(tokens)).await.unwrap();
+            let text = |bytes| String::from_utf8(bytes).unwrap();
+            (output.status.success(), text(output.stdout), text(output.stderr))
+        };
+        let before = tokens(&["list"]).await.1;
+        let (made, token, said) = tokens(&["create", "--uses", "2", "--expires", "1h"]).await;
+        assert!(made && said.contains("millrace-node run --coordinator"), "{token}{said}");
+        let id = said.split_whitespace().nth(1).unwrap().trim_end_matches(';').to_owned();
+        let token = token.trim().parse().unwrap();
+        let keys = [(); 3].map(|()| NodeKey::generate().unwrap());
+        let joined = request_join(&token, &keys[0]).await.unwrap();
+        let (_, listed, _) = tokens(&[]).await;
+        let line = listed.lines().find(|l| l.starts_with(&id)).unwrap();
+        let counts: Vec<&str> = line.split_whitespace().skip(1).take(2).collect();
+        assert_eq!(counts, ["1", "1"], "one left, one joined: {listed}");
+
+        // Nobody joins with it any more; who did is a member.
+        assert!(tokens(&["revoke", &id]).await.0);
+        for key in &keys[..2] {
+            let refused = request_join(&token, key).await.unwrap_err();
+            assert!(refused.message.contains("unknown join token"), "{refused}");
+        }
+        let public = cluster.coordinator.client.quic.clone();
+        request_renewal(&public, &joined.identity).await.unwrap();
+        assert_eq!(tokens(&["list"]).await.1, before);
+        let (again, _, said) = tokens(&["revoke", &id]).await;
+        assert!(!again && said.contains("no join token has the id"), "{said}");
+        let (many, _, said) = tokens(&["create", "--uses", "1001"]).await;
+        assert!(!many && said.contains("1001 is not in 1..=1000"), "{said}");
+        cluster.is_unharmed("a revoked join token").await;
+    });
+}
+
+#[test]
 fn keys_from_afar() {
     under_attack(async |cluster| {
         let greedy = |n| ask::greedy(n);

@@ -7,10 +7,11 @@ use anyhow::{Context as _, anyhow};
 use clap::{Args, Subcommand};
 use millrace_shared::dirs;
 use millrace_shared::names::env;
-use millrace_shared::wire::admin::{KeyInfo, KeyLimits, NewKey, Scope};
+use millrace_shared::wire::admin::{KeyInfo, KeyLimits, NewKey, Scope, TokenInfo};
 
 use super::{duration, host};
 use crate::config::{DEFAULT_HTTP_PORT, DEFAULT_QUIC_PORT, host_port, own_address};
+use crate::gate::Invitations;
 use crate::state::{ClusterDir, unix_now};
 
 /// The cluster's folder.
@@ -75,13 +76,32 @@ pub enum TokenCommand {
     Create {
         #[command(flatten)]
         dir: DirArg,
-        /// Nodes that may join with it
-        #[arg(long, default_value_t = 1)]
-        uses: u32,
-        /// How long it is valid: 30m, 24h, 7d
-        #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
-        expires: Duration,
+        #[command(flatten)]
+        token: TokenArgs,
     },
+    /// List join tokens
+    List {
+        #[command(flatten)]
+        dir: DirArg,
+    },
+    /// Make a join token invalid; nodes that joined with it stay
+    Revoke {
+        #[command(flatten)]
+        dir: DirArg,
+        /// As `list` shows it
+        id: String,
+    },
+}
+
+/// What a new join token is to be.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct TokenArgs {
+    /// Nodes that may join with it, 1 to 1000
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub uses: u32,
+    /// How long it is valid: 30m, 24h, 7d
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
+    pub expires: Duration,
 }
 
 /// Commands about API keys.
@@ -169,14 +189,40 @@ pub fn init(args: &InitArgs) -> anyhow::Result<String> {
     ))
 }
 
-/// Makes a join token.
+/// Makes, lists or revokes join tokens.
 ///
 /// # Errors
-/// If the folder is not a cluster's.
+/// If the folder is not a cluster's, or no token has the id.
 pub fn token(command: &TokenCommand) -> anyhow::Result<String> {
-    let TokenCommand::Create { dir, uses, expires } = command;
-    let dir = ClusterDir::open(&dir.resolve()?)?;
-    create_token(&dir, *uses, *expires)
+    match command {
+        TokenCommand::Create { dir, token } => {
+            create_token(&ClusterDir::open(&dir.resolve()?)?, token.uses, token.expires)
+        }
+        TokenCommand::List { dir } => {
+            let tokens = invitations(&ClusterDir::open(&dir.resolve()?)?).list(unix_now())?;
+            let mut table =
+                format!("{:<14}  {:>4}  {:>6}  expires (Unix time)", "id", "left", "joined");
+            for TokenInfo { id, left, nodes, expires } in tokens {
+                table.push_str(&format!("\n{id:<14}  {left:>4}  {:>6}  {expires}", nodes.len()));
+            }
+            Ok(table)
+        }
+        TokenCommand::Revoke { dir, id } => {
+            let path = dir.resolve()?;
+            if invitations(&ClusterDir::open(&path)?).revoke(id).context("cannot revoke")? {
+                return Ok(format!("nobody joins with the token {id} any more"));
+            }
+            Err(anyhow!(
+                "no join token has the id '{id}': 'millrace-coordinator token list --dir {}' shows them",
+                path.display()
+            ))
+        }
+    }
+}
+
+/// Those of the address in `client.toml`.
+fn invitations(dir: &ClusterDir) -> Invitations {
+    Invitations::of(dir, &dir.client.quic)
 }
 
 /// Makes a join token for the address in `client.toml`.
@@ -184,11 +230,7 @@ pub fn token(command: &TokenCommand) -> anyhow::Result<String> {
 /// # Errors
 /// If it cannot be written.
 pub fn create_token(dir: &ClusterDir, uses: u32, expires: Duration) -> anyhow::Result<String> {
-    let now = unix_now();
-    dir.tokens.purge(now)?;
-    let until = now.saturating_add(expires.as_secs());
-    let token = dir.tokens.create(&dir.client.quic, dir.ca.fingerprint(), uses, until)?;
-    Ok(token.to_string())
+    Ok(invitations(dir).create(uses, expires.as_secs(), unix_now())?.to_string())
 }
 
 /// Writes a backup.

@@ -1,10 +1,12 @@
 //! Keys, their scopes and limits, against a service that answers everything.
 
+use millrace_net::join::JoinToken;
 use millrace_shared::wire::admin::{KeyLimits, NewKey, NodeStatus};
 use millrace_shared::wire::rpc::{Choices, FinishReason, GenerateEvent, Timings, Usage};
 use uuid::Uuid;
 
 use super::*;
+use crate::state::ClusterDir;
 
 /// Answers all requests with two tokens; one node is there.
 struct Open;
@@ -120,9 +122,11 @@ struct Fixture {
 
 fn fixture() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
-    let keys = Arc::new(ApiKeyStore::open(dir.path()).unwrap());
-    let revoked = Arc::new(Revocations::open(dir.path()).unwrap());
-    Fixture { gate: Gate::new(Arc::new(Open), keys, revoked, Arc::default()), _dir: dir }
+    let cluster = ClusterDir::open_or_init(&dir.path().join("c"), "h:8001", "").unwrap();
+    let (keys, revoked) = (Arc::clone(&cluster.keys), Arc::clone(&cluster.revoked));
+    let invitations = Invitations::of(&cluster, "h:8001");
+    let gate = Gate::new(Arc::new(Open), keys, revoked, Arc::default(), invitations);
+    Fixture { gate, _dir: dir }
 }
 
 impl Fixture {
@@ -186,6 +190,40 @@ async fn keys_are_made_and_revoked_from_afar() {
     assert_eq!(again.code, ErrorCode::NotFound);
     let wrong = ask(KeyRequest::Create(NewKey::new("a\u{1b}b", Scope::Read))).await.unwrap_err();
     assert_eq!(wrong.code, ErrorCode::InvalidArgument);
+}
+
+#[tokio::test]
+async fn join_tokens_are_made_listed_and_revoked_from_afar() {
+    let f = fixture();
+    let (_, admin) = f.key(Scope::Admin, KeyLimits::default());
+    let (_, other) = f.key(Scope::Generate, KeyLimits::default());
+    let ask = async |request| f.gate.admin(Some(&admin), AdminRequest::Tokens(request)).await;
+    let create = |uses, seconds| TokenRequest::Create { uses, seconds };
+    let denied = f.gate.admin(Some(&other), AdminRequest::Tokens(create(1, 60))).await;
+    assert_eq!(denied.unwrap_err().code, ErrorCode::PermissionDenied);
+
+    let Ok(AdminReply::NewToken { info, token }) = ask(create(3, 60)).await else {
+        panic!("no token")
+    };
+    let joined: JoinToken = token.parse().unwrap();
+    assert_eq!((joined.addr.as_str(), joined.expires), ("h:8001", info.expires));
+    let tokens = &f.gate.invitations;
+    assert!(tokens.list(info.expires - 1).unwrap().contains(&info));
+    let Ok(AdminReply::Tokens(all)) = ask(TokenRequest::List).await else { panic!("no list") };
+    assert_eq!(all, std::slice::from_ref(&info));
+    assert!(!format!("{all:?}").contains(&joined.secret_text()));
+
+    let revoke = TokenRequest::Revoke { id: info.id };
+    assert_eq!(ask(revoke.clone()).await, Ok(AdminReply::Tokens(vec![])));
+    assert_eq!(ask(revoke).await.unwrap_err().code, ErrorCode::NotFound);
+    for wrong in [create(0, 60), create(1001, 60), create(1, 0)] {
+        assert_eq!(ask(wrong).await.unwrap_err().code, ErrorCode::InvalidArgument);
+    }
+    // As long as can be said, and no longer.
+    let Ok(AdminReply::NewToken { info, .. }) = ask(create(1, u64::MAX)).await else {
+        panic!("no token")
+    };
+    assert_eq!(info.expires, u64::MAX);
 }
 
 #[tokio::test]

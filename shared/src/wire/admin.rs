@@ -1,5 +1,5 @@
 //! What operators ask of a running cluster: its nodes, who may be used, new cuts, edges, API keys,
-//! requests.
+//! join tokens, requests.
 //! Part of the client API; a call needs the key of an administrator.
 
 use std::fmt;
@@ -54,6 +54,40 @@ pub enum AdminRequest {
         /// What this node knows, by its name or id; of the coordinator itself where none is named.
         node: Option<String>,
     },
+    /// Join tokens: answer `Tokens`, or `NewToken` where one was made.
+    Tokens(TokenRequest),
+}
+
+/// What is asked about join tokens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TokenRequest {
+    /// All that have not expired.
+    List,
+    /// Make one.
+    Create {
+        /// Nodes that may join with it, 1 to 1000.
+        uses: u32,
+        /// How long it is valid.
+        seconds: u64,
+    },
+    /// Nobody joins with it any more; nodes that did stay.
+    Revoke {
+        /// As `List` shows it.
+        id: String,
+    },
+}
+
+/// What is known of a join token; never its secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenInfo {
+    /// Name of the token for `revoke`.
+    pub id: String,
+    /// Nodes that may still join with it.
+    pub left: u32,
+    /// Nodes that have.
+    pub nodes: Vec<NodeId>,
+    /// Unix seconds from which on it is not valid.
+    pub expires: u64,
 }
 
 /// Most bytes of what one member hands over.
@@ -241,6 +275,15 @@ pub enum AdminReply {
         info: KeyInfo,
         /// What its holder sends.
         secret: String,
+    },
+    /// All join tokens that have not expired, the one that expires first before others.
+    Tokens(Vec<TokenInfo>),
+    /// A join token was made; it is shown this once.
+    NewToken {
+        /// What is known of it.
+        info: TokenInfo,
+        /// What a node joins with.
+        token: String,
     },
 }
 

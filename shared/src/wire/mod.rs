@@ -19,7 +19,7 @@ pub mod status;
 /// ALPN between cluster members; mutual TLS.
 pub const ALPN_CLUSTER: &[u8] = b"millrace-cluster/8";
 /// ALPN of clients; server-authenticated TLS and an API key.
-pub const ALPN_CLIENT: &[u8] = b"millrace-client/10";
+pub const ALPN_CLIENT: &[u8] = b"millrace-client/11";
 /// ALPN of joining nodes.
 pub const ALPN_JOIN: &[u8] = b"millrace-join/3";
 

@@ -53,7 +53,9 @@ impl Handler<Admin> for Cluster {
             AdminRequest::Collect { node: None } => {
                 Err(refused("what the coordinator knows is not the cluster's to tell".into()))
             }
-            AdminRequest::Keys(_) => Err(refused("keys are not the cluster's business".into())),
+            AdminRequest::Keys(_) | AdminRequest::Tokens(_) => {
+                Err(refused("who may come in is not the cluster's business".into()))
+            }
             AdminRequest::Doctor => {
                 let waiting = self.examine();
                 self.advance(ctx);

@@ -5,12 +5,14 @@
 //! contender, also across processes, so the command line can create tokens beside a running
 //! server. The secret itself is never stored. Time is an argument.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use millrace_shared::id::NodeId;
+use millrace_shared::wire::admin::TokenInfo;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
@@ -19,6 +21,8 @@ use crate::{NetError, private_file};
 
 /// Most uses of one token; each is a small file.
 const MAX_USES: u32 = 1000;
+/// A token is called by so many digits of its secret's hash.
+const ID_DIGITS: usize = 12;
 
 /// Why a token is refused.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +59,7 @@ enum State {
 
 #[derive(Clone, Debug)]
 struct Slot {
+    hash: String,
     index: u32,
     path: PathBuf,
     state: State,
@@ -94,6 +99,62 @@ impl TokenStore {
             private_file::write(&path, expires.to_string().as_bytes())?;
         }
         Ok(JoinToken { addr: addr.to_owned(), ca_sha256, secret, expires })
+    }
+
+    /// What [`TokenStore::list`] calls a token.
+    pub fn id(token: &JoinToken) -> String {
+        id_of(&hash_of(&token.secret))
+    }
+
+    /// All tokens, the one that expires first before others.
+    ///
+    /// # Errors
+    /// If the folder cannot be read.
+    pub fn list(&self) -> Result<Vec<TokenInfo>, NetError> {
+        let mut tokens = BTreeMap::<String, TokenInfo>::new();
+        for slot in self.slots("")? {
+            // A record that vanishes or changes name meanwhile is seen with the next look.
+            let Ok(expires) = expiry(&slot.path) else { continue };
+            let id = id_of(&slot.hash);
+            let new = || TokenInfo { id, left: 0, nodes: Vec::new(), expires };
+            let token = tokens.entry(slot.hash).or_insert_with(new);
+            match slot.state {
+                State::Free => token.left += 1,
+                State::Spent { node, .. } => token.nodes.push(node),
+            }
+        }
+        let mut tokens: Vec<TokenInfo> = tokens.into_values().collect();
+        tokens.sort_by_key(|t| t.expires);
+        Ok(tokens)
+    }
+
+    /// Makes a token invalid, whose id [`TokenStore::list`] tells; whether there was one. Nodes that
+    /// joined with it stay.
+    ///
+    /// # Errors
+    /// If the folder cannot be read, or a record not be deleted.
+    pub fn revoke(&self, id: &str) -> Result<bool, NetError> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found = false;
+        // One that another process spends meanwhile has another name then: look again.
+        for _ in 0..=MAX_USES {
+            let mut slots = self.slots("")?;
+            slots.retain(|s| id_of(&s.hash) == id);
+            if slots.is_empty() {
+                break;
+            }
+            found = true;
+            for slot in slots {
+                match fs::remove_file(&slot.path) {
+                    Err(e) if e.kind() != ErrorKind::NotFound => {
+                        return Err(NetError::file(&slot.path, e));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        self.sync()?;
+        Ok(found)
     }
 
     /// Spends a use for the key with this SHA-256 (of its SubjectPublicKeyInfo), or finds the use
@@ -183,9 +244,9 @@ impl TokenStore {
             let path = entry.map_err(failed)?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             if name.starts_with(prefix)
-                && let Some((index, state)) = parse(&name)
+                && let Some((hash, index, state)) = parse(&name)
             {
-                slots.push(Slot { index, path, state });
+                slots.push(Slot { hash, index, path, state });
             }
         }
         slots.sort_by_key(|s| s.index);
@@ -207,15 +268,20 @@ fn hash_of(secret: &[u8; 32]) -> String {
     private_file::hex(&Sha256::digest(secret))
 }
 
-fn parse(name: &str) -> Option<(u32, State)> {
-    let (_, rest) = name.split_once('-')?;
+fn id_of(hash: &str) -> String {
+    hash.chars().take(ID_DIGITS).collect()
+}
+
+fn parse(name: &str) -> Option<(String, u32, State)> {
+    let (hash, rest) = name.split_once('-')?;
+    let hash = hash.to_owned();
     let (index, rest) = rest.split_once('.')?;
     let index = index.parse().ok()?;
     if rest == "free" {
-        return Some((index, State::Free));
+        return Some((hash, index, State::Free));
     }
     let (key, node) = rest.strip_suffix(".spent")?.split_once('.')?;
-    Some((index, State::Spent { key: key.to_owned(), node: node.parse().ok()? }))
+    Some((hash, index, State::Spent { key: key.to_owned(), node: node.parse().ok()? }))
 }
 
 fn bound(slots: &[Slot], key: &str) -> Option<NodeId> {
@@ -277,6 +343,29 @@ mod tests {
         assert_eq!(store.purge(NOW).unwrap(), 3);
         assert_eq!(fs::read_dir(dir.path().join("tokens")).unwrap().count(), 0);
         assert!(store.create("h:1", [0; 32], 0, NOW).is_err());
+    }
+
+    #[test]
+    fn listed_and_revoked() {
+        let (dir, store) = store();
+        let later = store.create("h:1", [0; 32], 3, NOW + 20).unwrap();
+        let sooner = store.create("h:1", [0; 32], 1, NOW + 10).unwrap();
+        let node = store.spend(&later.secret, [1; 32], NOW).unwrap();
+        let all = store.list().unwrap();
+        let told: Vec<_> = all.iter().map(|t| (t.left, t.nodes.clone(), t.expires)).collect();
+        assert_eq!(told, [(1, vec![], NOW + 10), (2, vec![node], NOW + 20)]);
+        let secrets = [&later, &sooner].map(|t| private_file::hex(&t.secret));
+        assert!(all.iter().all(|t| secrets.iter().all(|s| !s.contains(&t.id))), "{all:?}");
+
+        assert!(!store.revoke("").unwrap() && !store.revoke(&all[1].id[1..]).unwrap());
+        // By another process than the one that serves.
+        assert!(TokenStore::open(dir.path()).unwrap().revoke(&all[1].id).unwrap());
+        assert_eq!(store.list().unwrap(), all[..1]);
+        for key in [[1; 32], [2; 32]] {
+            assert!(matches!(store.spend(&later.secret, key, NOW), Err(SpendError::Unknown)));
+        }
+        store.spend(&sooner.secret, [1; 32], NOW).unwrap();
+        assert!(!store.revoke(&all[1].id).unwrap(), "it is gone already");
     }
 
     #[test]
