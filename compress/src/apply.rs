@@ -420,6 +420,13 @@ impl Job<'_> {
         if beyond > 0 {
             report.notes.push(format!("{beyond} weights were beyond the range of the integers"));
         }
+        let blind = report.tensors.iter().filter(|t| t.output_error.is_none());
+        let blind = blind.filter(|t| t.name.starts_with("blk.")).count();
+        if blind > 0 && self.step.needs() > Needs::Nothing {
+            report.notes.push(format!(
+                "{blind} matrices were rounded as if all inputs were alike: what experts see is not known"
+            ));
+        }
         let other: Vec<&TensorReport> = report
             .tensors
             .iter()

@@ -2,7 +2,7 @@
 //!
 //! A line is `{"prompt": .., "choices": [..], "answer": 0}`: right if the choice of that number has
 //! the greatest mean log-probability of its tokens. Or `{"prompt": .., "answer": " text"}`: right if the
-//! greedy continuation begins with that text.
+//! greedy continuation begins with that text, white space before it aside.
 
 use serde::{Deserialize, Serialize};
 
@@ -69,40 +69,65 @@ pub fn parse(text: &str) -> Result<Vec<Task>, CompressError> {
     Ok(tasks)
 }
 
-/// Tries all tasks. `encode` gives a text's token ids.
+/// How texts become tokens, and tokens text.
+pub struct Codec<'a> {
+    /// Token ids of a prompt, with what the model's prompts begin with.
+    pub prompt: &'a dyn Fn(&str) -> Result<Vec<u32>, CompressError>,
+    /// Token ids of what follows it.
+    pub encode: &'a dyn Fn(&str) -> Result<Vec<u32>, CompressError>,
+    /// Text of token ids.
+    pub decode: &'a dyn Fn(&[u32]) -> String,
+}
+
+/// Tries all tasks.
 ///
 /// # Errors
 /// If a task does not fit the model's window, or the model fails.
-pub fn run(
-    judge: &mut Judge,
-    tasks: &[Task],
-    encode: &dyn Fn(&str) -> Result<Vec<u32>, CompressError>,
-) -> Result<Score, CompressError> {
+pub fn run(judge: &mut Judge, tasks: &[Task], codec: &Codec<'_>) -> Result<Score, CompressError> {
     let mut score = Score { right: 0, of: tasks.len() };
     for task in tasks {
-        let prompt = encode(&task.prompt)?;
+        let prompt = (codec.prompt)(&task.prompt)?;
         let right = match &task.answer {
-            Answer::Exact(text) => {
-                let wanted = encode(text)?;
-                judge.greedy(&prompt, wanted.len(), &|_| false)? == wanted
-            }
-            Answer::Choice(answer) => {
-                let mut best = (f64::INFINITY, 0);
-                for (i, choice) in task.choices.iter().enumerate() {
-                    let choice = encode(choice)?;
-                    let tokens = [&prompt[..], &choice].concat();
-                    let nll =
-                        judge.continuation(&tokens, prompt.len())? / choice.len().max(1) as f64;
-                    if nll < best.0 {
-                        best = (nll, i);
-                    }
-                }
-                best.1 == *answer
-            }
+            Answer::Exact(text) => continues(judge, &prompt, text, codec)?,
+            Answer::Choice(answer) => choice(judge, &prompt, &task.choices, codec)? == *answer,
         };
         score.right += usize::from(right);
     }
     Ok(score)
+}
+
+/// Whether the greedy continuation begins with a text, however it is cut into tokens.
+fn continues(
+    judge: &mut Judge,
+    prompt: &[u32],
+    text: &str,
+    codec: &Codec<'_>,
+) -> Result<bool, CompressError> {
+    let wanted = text.trim_start();
+    // A token has a byte at least, but for few; white space may come first.
+    let most = wanted.len() + 2;
+    let said = |ids: &[u32]| (codec.decode)(ids).trim_start().to_owned();
+    let answer = judge.greedy(prompt, most, &|ids| said(ids).len() >= wanted.len())?;
+    Ok(said(&answer).starts_with(wanted))
+}
+
+/// The place of the choice with the greatest mean log-probability of its tokens.
+fn choice(
+    judge: &mut Judge,
+    prompt: &[u32],
+    choices: &[String],
+    codec: &Codec<'_>,
+) -> Result<usize, CompressError> {
+    let mut best = (f64::INFINITY, 0);
+    for (i, choice) in choices.iter().enumerate() {
+        let choice = (codec.encode)(choice)?;
+        let tokens = [prompt, &choice].concat();
+        let nll = judge.continuation(&tokens, prompt.len())? / choice.len().max(1) as f64;
+        if nll < best.0 {
+            best = (nll, i);
+        }
+    }
+    Ok(best.1)
 }
 
 #[cfg(test)]
@@ -111,7 +136,19 @@ mod tests {
 
     #[test]
     fn the_tasks_that_come_along_are_sound() {
-        assert_eq!(parse(crate::texts::TASKS).unwrap().len(), 20);
+        for (name, text) in crate::texts::TASKS {
+            let tasks = parse(text).unwrap();
+            assert!(tasks.len() >= 12, "{name}");
+            let mut prompts: Vec<&str> = tasks.iter().map(|t| &*t.prompt).collect();
+            prompts.sort_unstable();
+            prompts.dedup();
+            assert_eq!(prompts.len(), tasks.len(), "{name}");
+            // Who always takes the same place has not half of them right.
+            for place in 0..4 {
+                let there = tasks.iter().filter(|t| t.answer == Answer::Choice(place)).count();
+                assert!(there * 2 <= tasks.len(), "{name}: {place}");
+            }
+        }
     }
 
     #[test]

@@ -7,11 +7,14 @@ use anyhow::Context;
 use clap::Args;
 use millrace_compress::compare::{Entry, Original, Terms, judge};
 use millrace_compress::judge::{Judge, Speed};
+use millrace_compress::tasks::{Codec, Score, Task};
 use millrace_compress::{CompressError, tasks, texts};
 use millrace_coordinator::text::TextModel;
 use millrace_shared::model::{Description, Dtype};
+use serde::Serialize;
 
 use crate::compress::{Bar, check_page, failed, judged_by, short, threads};
+use crate::error::usage;
 use crate::{compress, input, output};
 
 /// Flags that all have.
@@ -67,10 +70,13 @@ pub(crate) struct TasksArgs {
     /// Path or catalogue name
     #[arg(value_name = "MODEL")]
     model: String,
-    /// JSONL: {"prompt", "choices", "answer": number} or {"prompt", "answer": "text"} [default: twenty
-    /// easy ones of this program's]
-    #[arg(long, short, value_name = "FILE")]
+    /// JSONL: {"prompt", "choices", "answer": number from 0} or {"prompt", "answer": "text"} [default:
+    /// sixty easy ones of this program's, in four sets]
+    #[arg(long, short, value_name = "FILE", conflicts_with = "set")]
     file: Option<PathBuf>,
+    /// One of this program's sets alone: facts, words, reading or sequences
+    #[arg(long, value_name = "NAME")]
+    set: Option<String>,
     #[command(flatten)]
     common: Common,
 }
@@ -110,22 +116,63 @@ pub(super) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
     if args.common.json { output::json(&entries) } else { compress::print_entries(&entries) }
 }
 
+/// What `eval tasks --json` prints.
+#[derive(Serialize)]
+struct Sets {
+    right: usize,
+    of: usize,
+    sets: Vec<Set>,
+}
+
+#[derive(Serialize)]
+struct Set {
+    name: String,
+    #[serde(flatten)]
+    score: Score,
+}
+
+/// Names and tasks.
+fn sets(args: &TasksArgs) -> anyhow::Result<Vec<(String, Vec<Task>)>> {
+    if let Some(path) = &args.file {
+        let all = tasks::parse(&input::text(path)?).map_err(failed)?;
+        return Ok(vec![(short(path), all)]);
+    }
+    let wanted = |name: &str| args.set.as_ref().is_none_or(|set| set == name);
+    let mut found = Vec::new();
+    for (name, text) in texts::TASKS.into_iter().filter(|(name, _)| wanted(name)) {
+        found.push((name.to_owned(), tasks::parse(text).map_err(failed)?));
+    }
+    if found.is_empty() {
+        return Err(usage("--set: there are facts, words, reading and sequences"));
+    }
+    Ok(found)
+}
+
 pub(super) fn tasks(args: &TasksArgs) -> anyhow::Result<()> {
-    let text = match &args.file {
-        Some(path) => input::text(path)?,
-        None => texts::TASKS.to_owned(),
-    };
-    let all = tasks::parse(&text).map_err(failed)?;
+    let sets = sets(args)?;
     let (path, mut judge) = args.common.open(&args.model)?;
     let tokenizer = TextModel::of(&Description::open(&path)?)?.tokenizer;
     let encode = |text: &str| {
         tokenizer.encode(text, true).map_err(|e| CompressError::settings(e.to_string()))
     };
-    let score = tasks::run(&mut judge, &all, &encode).map_err(failed)?;
-    if args.common.json {
-        return output::json(&score);
+    let prompt = |text: &str| {
+        tokenizer.encode_prompt(text).map_err(|e| CompressError::settings(e.to_string()))
+    };
+    let decode = |ids: &[u32]| tokenizer.decode(ids, true);
+    let codec = Codec { prompt: &prompt, encode: &encode, decode: &decode };
+    let mut all = Sets { right: 0, of: 0, sets: Vec::new() };
+    for (name, tasks) in sets {
+        let score = tasks::run(&mut judge, &tasks, &codec).map_err(failed)?;
+        (all.right, all.of) = (all.right + score.right, all.of + score.of);
+        all.sets.push(Set { name, score });
     }
-    output::write(format_args!("{} of {} tasks right\n", score.right, score.of))
+    if args.common.json {
+        return output::json(&all);
+    }
+    for Set { name, score } in &all.sets {
+        output::write(format_args!("{name}: {} of {} right\n", score.right, score.of))?;
+    }
+    output::write(format_args!("{} of {} tasks right\n", all.right, all.of))
 }
 
 pub(super) fn speed(args: &SpeedArgs) -> anyhow::Result<()> {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use futures::{StreamExt, TryStreamExt, stream};
+use millrace_compress::texts;
 use millrace_shared::wire::rpc::{PositionScore, Prompt, ScoreRequest};
 use serde::Serialize;
 
@@ -21,9 +22,9 @@ const WINDOWS_IN_FLIGHT: usize = 4;
 /// Flags of `eval nll`.
 #[derive(Debug, Args)]
 pub(crate) struct NllArgs {
-    /// UTF-8 text to score; - reads stdin
+    /// UTF-8 text to score; - reads stdin [default: held-out documents of this program's]
     #[arg(long, short, value_name = "FILE")]
-    file: PathBuf,
+    file: Option<PathBuf>,
     /// Tokens per window [default: the smaller of 2048 and the model's context]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(2..))]
     context: Option<u32>,
@@ -46,7 +47,10 @@ pub(crate) struct Likelihood {
 }
 
 pub(super) async fn run(args: NllArgs) -> anyhow::Result<()> {
-    let text = input::text(&args.file)?;
+    let text = match &args.file {
+        Some(path) => input::text(path)?,
+        None => texts::HELD_OUT.to_owned(),
+    };
     let result = likelihood(&args.target, text, args.context).await?;
     match args.output {
         TextOrJson::Json => output::json(&result),
