@@ -248,7 +248,8 @@ fn plot(
         .filter_map(|(i, e)| y(e).map(|y| (i, (e.format_bytes as f64 / 1e6).log10(), y)))
         .filter(|p| p.1.is_finite() && p.2.is_finite())
         .collect();
-    if points.is_empty() {
+    // One alone has nothing beside it.
+    if points.len() < 2 {
         return String::new();
     }
     let ((x0, x1), (y0, y1)) =
@@ -259,13 +260,16 @@ fn plot(
         "<figure><figcaption>{}</figcaption><div class=\"wide\"><svg viewBox=\"0 0 {W} {H}\" role=\"img\">",
         escape(title)
     );
+    // As many decimals as tell neighbours apart.
+    let narrowest = 10f64.powf(x0 + (x1 - x0) / 5.0) - 10f64.powf(x0);
+    let decimals = (-narrowest.log10()).ceil().clamp(0.0, 3.0) as usize;
     for i in 0..=5 {
         let (x, v) = (x0 + (x1 - x0) * f64::from(i) / 5.0, y0 + (y1 - y0) * f64::from(i) / 5.0);
         let _ = write!(
             svg,
             "<line x1=\"{LEFT}\" x2=\"{W}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>\
              <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{v}</text>\
-             <text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{:.0} MB</text>",
+             <text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{:.decimals$} MB</text>",
             LEFT - 6.0,
             sy(v) + 4.0,
             sx(x),
@@ -352,6 +356,22 @@ mod tests {
         assert_eq!(starts[..4], expected.map(Some));
         assert_eq!(starts[4], None, "all places are taken");
         assert_eq!(beside((W - 10.0, 300.0), 60.0, &mut taken).map(|s| s.0), Some(W - 77.0));
+    }
+
+    #[test]
+    fn sizes_that_differ_little_are_told_apart() {
+        let ticks = |bytes: [u64; 2]| {
+            let page = page("T", &[entry("a", bytes[0], 3.0), entry("b", bytes[1], 2.0)], &[]);
+            let found = page.split(" MB</text>").filter_map(|part| part.rsplit_once('>'));
+            found.map(|(_, tick)| tick.to_owned()).take(6).collect::<Vec<_>>()
+        };
+        for bytes in [[95_200_000, 96_600_000], [40_000_000, 540_000_000], [9_000_000, 9_030_000]] {
+            let mut all = ticks(bytes);
+            assert_eq!(all.len(), 6);
+            all.dedup();
+            assert_eq!(all.len(), 6, "{all:?}");
+        }
+        assert!(!page("T", &[entry("a", 1, 3.0)], &[]).contains("<svg"));
     }
 
     #[test]
