@@ -7,7 +7,6 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use millrace_engine::cpu::{ZERO_TILE, ZEROS_WORTH, ZEROS_WORTH_FEW};
 use millrace_engine::quantize::BadWeight;
 use millrace_shared::model::{TensorEntry, TensorType};
 
@@ -15,7 +14,7 @@ use crate::hessian::{Compensation, Moments};
 use crate::mixed;
 use crate::prune::{self, Histogram, Pattern};
 use crate::quant::{encode_row, fallback, gptq, integer};
-use crate::report::{StepReport, TensorReport, formats, type_name};
+use crate::report::{StepReport, TensorReport, formats, skipped, type_name};
 use crate::sink::check_target;
 use crate::source::{is_head, is_layer_matrix, row_bytes};
 use crate::sparse::race;
@@ -136,7 +135,7 @@ fn head_type(to: TensorType, output: Option<&str>) -> Result<TensorType, Compres
     }
 }
 
-/// Q8_0 holds integers of eight bits with a scale of f16 exactly.
+/// Q8_0 holds integers of eight bits with a scale of f16 exactly, if its blocks have that scale.
 fn stored_as(step: &Step, settings: &Settings<'_>) -> TensorType {
     match step {
         Step::Int8 { affine: false, .. } | Step::Binary { .. } => TensorType::Q8_0,
@@ -168,6 +167,17 @@ struct Job<'a> {
     settings: &'a Settings<'a>,
     types: Vec<TensorType>,
     global: Option<f32>,
+}
+
+/// What changing a matrix told.
+#[derive(Default)]
+struct Changed {
+    /// Bytes of the method's own format; 0: those of the file.
+    bytes_format: u64,
+    /// Weights that were out of range.
+    beyond: u64,
+    /// Of integers that are whole multiples of it: one, or one for each row.
+    scales: Vec<f32>,
 }
 
 /// A changed matrix.
@@ -273,13 +283,15 @@ impl Job<'_> {
         let moments = calibration.moments(&tensor.name);
         let importance = moments.map(Moments::importance);
         let factor = calibration.key(&tensor.name).and_then(|key| factors.get(key));
-        let mut bytes_format = 0;
-        let mut beyond = 0;
+        let mut changed = Changed::default();
         if !head {
-            (bytes_format, beyond) =
-                self.change(&mut after, &tensor.name, importance.as_deref(), factor)?;
+            changed = self.change(&mut after, &tensor.name, importance.as_deref(), factor)?;
         }
-        let bytes = self.encode(tensor, dtype, &mut after, importance.as_deref(), factor)?;
+        let Changed { bytes_format, beyond, scales } = changed;
+        let bytes = match dtype {
+            TensorType::Q8_0 if !scales.is_empty() => integer::as_q8_0(&after, &scales),
+            _ => self.encode(tensor, dtype, &mut after, importance.as_deref(), factor)?,
+        };
         let report = TensorReport {
             name: tensor.name.clone(),
             from: type_name(tensor.dtype),
@@ -298,15 +310,14 @@ impl Job<'_> {
         Ok(Ok(Done { bytes, report, beyond, sample }))
     }
 
-    /// Changes values; the bytes of the method's own format (0: those of the file), and weights that
-    /// were out of range.
+    /// Changes values.
     fn change(
         &self,
         m: &mut Matrix,
         name: &str,
         importance: Option<&[f32]>,
         factor: Option<&Compensation>,
-    ) -> Result<(u64, u64), CompressError> {
+    ) -> Result<Changed, CompressError> {
         let (n, rows) = (m.data.len() as u64, m.rows as u64);
         let unknown = || {
             CompressError::Settings(format!(
@@ -314,24 +325,26 @@ impl Job<'_> {
             ))
         };
         let pattern = match self.step {
-            Step::Quantise { .. } | Step::Mixed { .. } => return Ok((0, 0)),
+            Step::Quantise { .. } | Step::Mixed { .. } => return Ok(Changed::default()),
             Step::Int8 { per, affine } => {
-                integer::int8(m, *per == Per::Row, *affine);
-                let scales = if *per == Per::Row { rows } else { 1 };
-                return Ok((n + scales * if *affine { 4 } else { 2 }, 0));
+                let scales = integer::int8(m, *per == Per::Row, *affine);
+                let parts = if *per == Per::Row { rows } else { 1 };
+                let bytes_format = n + parts * if *affine { 4 } else { 2 };
+                return Ok(Changed { bytes_format, scales, ..Changed::default() });
             }
             Step::FixedPoint { fraction_bits, bits, wrap } => {
                 let beyond = integer::fixed_point(m, *fraction_bits, *bits, *wrap);
-                return Ok(((n * u64::from(*bits)).div_ceil(8) + 1, beyond));
+                let bytes_format = (n * u64::from(*bits)).div_ceil(8) + 1;
+                return Ok(Changed { bytes_format, beyond, ..Changed::default() });
             }
             Step::Binary { per } => {
-                integer::binary(m, *per == Per::Row);
-                let scales = if *per == Per::Row { rows } else { 1 };
-                return Ok((n.div_ceil(8) + 2 * scales, 0));
+                let scales = integer::binary(m, *per == Per::Row);
+                let bytes_format = n.div_ceil(8) + 2 * scales.len() as u64;
+                return Ok(Changed { bytes_format, scales, ..Changed::default() });
             }
             Step::Clip { min, max } => {
                 prune::clip(m, *min, *max);
-                return Ok((0, 0));
+                return Ok(Changed::default());
             }
             Step::SignedThreshold { theta } => {
                 prune::signed_threshold(m, *theta);
@@ -367,13 +380,13 @@ impl Job<'_> {
             _ => unreachable!("invariant: structural steps go elsewhere"),
         };
         let nonzero = m.nonzero();
-        let bytes = match pattern {
+        let bytes_format = match pattern {
             Pattern::TwoOfFour => formats::two_of_four(n),
             Pattern::Block => formats::blocks(n, nonzero),
             Pattern::Tile => formats::tiles(n, nonzero),
             _ => formats::sparse(rows, n, nonzero),
         };
-        Ok((bytes, 0))
+        Ok(Changed { bytes_format, ..Changed::default() })
     }
 
     /// The bytes of a matrix, which holds afterwards what they say.
@@ -445,31 +458,6 @@ impl Job<'_> {
             ));
         }
     }
-}
-
-/// What the engine makes of zeros.
-fn skipped(report: &StepReport) -> String {
-    let [rows, columns] = ZERO_TILE;
-    let part = |tensors: &mut dyn Iterator<Item = &TensorReport>| {
-        tensors.map(|t| t.elements as f64 * t.zero_tiles).sum::<f64>()
-            / report.tensors.iter().map(|t| t.elements as f64).sum::<f64>().max(1.0)
-    };
-    let of_all = part(&mut report.tensors.iter().filter(|t| t.zero_tiles >= ZEROS_WORTH));
-    if of_all > 0.0 {
-        return format!(
-            "{:.1} % of the weights lie in tiles of {rows} rows and {columns} columns that are all \
-             zeros, which the engine passes over: with prompts, and where they are {:.0} % of a \
-             matrix with single tokens too",
-            of_all * 100.0,
-            ZEROS_WORTH_FEW * 100.0
-        );
-    }
-    format!(
-        "the engine is no faster for these zeros: it passes over tiles of {rows} rows and {columns} \
-         columns, where {:.1} % of a matrix lie in such; here it is {:.2} % (pattern = 'tile' makes them)",
-        ZEROS_WORTH * 100.0,
-        part(&mut report.tensors.iter()) * 100.0
-    )
 }
 
 /// A matrix as bytes of a type; it holds afterwards what they say.

@@ -1,5 +1,6 @@
 //! What steps did, for people and for programs.
 
+use millrace_engine::cpu::{ZERO_TILE, ZEROS_WORTH, ZEROS_WORTH_FEW};
 use millrace_shared::model::TensorType;
 use serde::{Deserialize, Serialize};
 
@@ -107,6 +108,31 @@ pub(crate) mod formats {
     pub(crate) fn sparse(rows: u64, elements: u64, nonzero: u64) -> u64 {
         bitmap(elements, nonzero).min(csr(rows, nonzero)).min(2 * elements)
     }
+}
+
+/// What the engine makes of zeros.
+pub(crate) fn skipped(report: &StepReport) -> String {
+    let [rows, columns] = ZERO_TILE;
+    let part = |tensors: &mut dyn Iterator<Item = &TensorReport>| {
+        tensors.map(|t| t.elements as f64 * t.zero_tiles).sum::<f64>()
+            / report.tensors.iter().map(|t| t.elements as f64).sum::<f64>().max(1.0)
+    };
+    let of_all = part(&mut report.tensors.iter().filter(|t| t.zero_tiles >= ZEROS_WORTH));
+    if of_all > 0.0 {
+        return format!(
+            "{:.1} % of the weights lie in tiles of {rows} rows and {columns} columns that are all \
+             zeros, which the engine passes over: with prompts, and where they are {:.0} % of a \
+             matrix with single tokens too",
+            of_all * 100.0,
+            ZEROS_WORTH_FEW * 100.0
+        );
+    }
+    format!(
+        "the engine is no faster for these zeros: it passes over tiles of {rows} rows and {columns} \
+         columns, where {:.1} % of a matrix lie in such; here it is {:.2} % (pattern = 'tile' makes them)",
+        ZEROS_WORTH * 100.0,
+        part(&mut report.tensors.iter()) * 100.0
+    )
 }
 
 /// A type as reports name it.

@@ -4,22 +4,46 @@
 use crate::Matrix;
 
 /// Eight-bit integers `-127..=127` (symmetric, `scale * q`) or `0..=255` (affine, `scale * q + min`),
-/// with one scale for each row or for the matrix. A symmetric scale is rounded to f16, so that Q8_0
-/// holds the result exactly.
-pub fn int8(m: &mut Matrix, per_row: bool, affine: bool) {
+/// with one scale for each row or for the matrix. A symmetric scale is rounded to f16, so that
+/// [`as_q8_0`] holds the result exactly. Returns the symmetric scales, one for each part.
+pub fn int8(m: &mut Matrix, per_row: bool, affine: bool) -> Vec<f32> {
     let width = if per_row { m.cols } else { m.data.len() };
+    let mut scales = Vec::new();
     for part in m.data.chunks_mut(width.max(1)) {
-        if affine { int8_affine(part) } else { int8_symmetric(part) }
+        match affine {
+            true => int8_affine(part),
+            false => scales.push(int8_symmetric(part)),
+        }
     }
+    scales
 }
 
-fn int8_symmetric(x: &mut [f32]) {
+fn int8_symmetric(x: &mut [f32]) -> f32 {
     let most = x.iter().fold(0f32, |m, x| m.max(x.abs()));
     let scale = half::f16::from_f32(most / 127.0).to_f32();
-    if scale == 0.0 {
-        return x.fill(0.0);
+    match scale == 0.0 {
+        true => x.fill(0.0),
+        false => x
+            .iter_mut()
+            .for_each(|x| *x = scale * (*x / scale).round_ties_even().clamp(-127.0, 127.0)),
     }
-    x.iter_mut().for_each(|x| *x = scale * (*x / scale).round_ties_even().clamp(-127.0, 127.0));
+    scale
+}
+
+/// Blocks of Q8_0 with exactly these weights: whole multiples, up to 127, of their scale (of f16). There
+/// is one scale for all, or one for each row, whose weights are whole blocks of 32. A block's own scale
+/// would be another, and round them once more.
+pub(crate) fn as_q8_0(m: &Matrix, scales: &[f32]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(m.data.len() / 32 * 34);
+    for i in 0..m.rows {
+        let scale = scales[i.min(scales.len() - 1)];
+        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / f64::from(scale) };
+        for block in m.row(i).chunks(32) {
+            bytes.extend(half::f16::from_f32(scale).to_le_bytes());
+            bytes.extend(block.iter().map(|x| (f64::from(*x) * inverse).round() as i8 as u8));
+        }
+    }
+    bytes
 }
 
 fn int8_affine(x: &mut [f32]) {
@@ -57,14 +81,17 @@ pub fn fixed_point(m: &mut Matrix, fraction_bits: i32, bits: u32, wrap: bool) ->
 
 /// The sign of each weight times the mean magnitude of its row, or of all of the matrix (rounded to
 /// f16); zero counts as positive. Least squared error among matrices of that form (Rastegari et al.,
-/// XNOR-Net, 2016).
-pub fn binary(m: &mut Matrix, per_row: bool) {
+/// XNOR-Net, 2016). Returns the magnitudes, one for each part.
+pub fn binary(m: &mut Matrix, per_row: bool) -> Vec<f32> {
     let together = if per_row { m.cols } else { m.data.len() }.max(1);
+    let mut scales = Vec::new();
     for part in m.data.chunks_mut(together) {
         let mean = part.iter().map(|x| f64::from(x.abs())).sum::<f64>() / part.len() as f64;
         let scale = half::f16::from_f64(mean).to_f32();
         part.iter_mut().for_each(|x| *x = if *x < 0.0 { -scale } else { scale });
+        scales.push(scale);
     }
+    scales
 }
 
 #[cfg(test)]
@@ -120,6 +147,27 @@ mod tests {
             let scale = whole.data[0].abs();
             prop_assert!(whole.data.iter().all(|x| x.abs() == scale));
             prop_assert!(error(&m.data, scale) <= error(&m.data, other) + 2e-3);
+        }
+    }
+
+    #[test]
+    fn q8_0_holds_integers_as_they_are() {
+        use millrace_engine::cpu::dequantise_row;
+        use millrace_shared::model::TensorType;
+
+        // Rows of unlike sizes; in most blocks no weight comes near the greatest of its row.
+        let at = |i: usize| {
+            ((i * 7919 % 1013) as f32 / 506.0 - 1.0) * if i.is_multiple_of(97) { 2.0 } else { 0.3 }
+        };
+        let size = |i: usize| [1.0, 1e-3, 1e-5, 0.0][i / 96];
+        let m = Matrix::new(4, 96, (0..384).map(|i| at(i) * size(i)).collect());
+        for (signs, per_row) in [(false, true), (false, false), (true, true), (true, false)] {
+            let mut q = m.clone();
+            let scales = if signs { binary(&mut q, per_row) } else { int8(&mut q, per_row, false) };
+            let bytes = as_q8_0(&q, &scales);
+            let mut back = vec![0f32; 384];
+            assert!(dequantise_row(TensorType::Q8_0, &bytes, &mut back));
+            assert_eq!(back, q.data, "{signs} {per_row}");
         }
     }
 
