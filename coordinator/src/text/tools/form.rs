@@ -10,6 +10,7 @@ use millrace_shared::sampling::Grammar;
 use millrace_shared::wire::rpc::{Conversation, ToolChoice};
 use serde_json::{Value, json};
 
+use super::closed::closed;
 use super::{CallStyle, Tool};
 use crate::text::Tokenizer;
 use crate::text::grammar::tight;
@@ -29,19 +30,16 @@ pub(super) fn grammar(
 ) -> Result<Option<Grammar>, Status> {
     let (callable, most): (Vec<&Tool>, usize) = match (&conversation.tool_choice, &asked) {
         (ToolChoice::None, _) | (ToolChoice::Auto, None) => return Ok(asked),
-        (ToolChoice::Required | ToolChoice::Named(_), Some(_)) => {
-            let why = "requires a call, which cannot have the form that is asked for besides: \
-                       leave one of them out";
-            return Err(Status::invalid("tool_choice", why));
-        }
-        (ToolChoice::Named(name), None) => {
+        (ToolChoice::Named(name), _) => {
             (tools.iter().filter(|tool| tool.name == *name).collect(), 1)
         }
         (ToolChoice::Required | ToolChoice::Auto, _) => (tools.iter().collect(), MOST),
     };
     let most = if conversation.single_call { 1 } else { most };
     let mut lark = String::new();
-    let answer = match asked {
+    // Where a call is required, no other answer is left to have a form.
+    let other = asked.filter(|_| conversation.tool_choice == ToolChoice::Auto);
+    let answer = match other {
         None => "",
         Some(asked) => {
             let _ = writeln!(lark, "answer: %json {}", schema_of(asked)?);
@@ -54,7 +52,7 @@ pub(super) fn grammar(
     let _ = writeln!(lark, "call: {}", names.join(" | "));
     for (i, tool) in callable.into_iter().enumerate() {
         let _ = writeln!(lark, "call{i}: {}", call(how, &tool.name, i));
-        let _ = writeln!(lark, "args{i}: %json {}", tight(tool.parameters()));
+        let _ = writeln!(lark, "args{i}: %json {}", tight(closed(tool.parameters())));
     }
     Ok(Some(Grammar::Lark(lark)))
 }

@@ -6,6 +6,7 @@
 //! read by a [`CallParser`], a function of the request and the tokens alone: calls have the same ids
 //! at every reading. Not here: who runs a tool.
 
+mod closed;
 mod form;
 mod parser;
 mod reader;

@@ -116,13 +116,15 @@ fn a_form_or_a_call() {
         }
     }
     assert!(said > 0 && called > 0, "{said} and {called}");
-    let refused = |choice, asked| {
-        plan(&conversation(choice), Some(asked), CallStyle::Tagged, &tokenizer).unwrap_err()
-    };
-    let error = refused(ToolChoice::Required, Grammar::JsonObject);
-    assert_eq!(error.param.as_deref(), Some("tool_choice"), "{error}");
-    let error = refused(ToolChoice::Auto, Grammar::Regex("a".into()));
+    let regex = Some(Grammar::Regex("a".into()));
+    let error = plan(&auto, regex, CallStyle::Tagged, &tokenizer).unwrap_err();
     assert_eq!(error.param.as_deref(), Some("grammar"), "{error}");
+    // A call that is required leaves no other answer to have the form.
+    for choice in [ToolChoice::Required, ToolChoice::Named("count".into())] {
+        let required = conversation(choice);
+        let with = |asked| plan(&required, asked, CallStyle::Tagged, &tokenizer).unwrap();
+        assert_eq!(with(asked.clone()), with(None));
+    }
     // Nothing is in the way where none is called.
     let none = conversation(ToolChoice::None);
     assert_eq!(plan(&none, asked.clone(), CallStyle::Json, &tokenizer).unwrap(), (None, asked));
