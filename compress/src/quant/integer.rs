@@ -5,7 +5,7 @@ use crate::Matrix;
 
 /// Eight-bit integers `-127..=127` (symmetric, `scale * q`) or `0..=255` (affine, `scale * q + min`),
 /// with one scale for each row or for the matrix. A symmetric scale is rounded to f16, so that
-/// [`as_q8_0`] holds the result exactly. Returns the symmetric scales, one for each part.
+/// `as_q8_0` holds the result exactly. Returns the symmetric scales, one for each part.
 pub fn int8(m: &mut Matrix, per_row: bool, affine: bool) -> Vec<f32> {
     let width = if per_row { m.cols } else { m.data.len() };
     let mut scales = Vec::new();
