@@ -40,14 +40,6 @@ class Chat(ChatModelIntegrationTests):
     def test_agent_loop(self, model):
         super().test_agent_loop(model)
 
-    @pytest.mark.xfail(reason="The model may take another number than the one that it is told.", strict=False)
-    def test_tool_calling(self, model):
-        super().test_tool_calling(model)
-
-    @pytest.mark.xfail(reason="The model may take another number than the one that it is told.", strict=False)
-    async def test_tool_calling_async(self, model):
-        await super().test_tool_calling_async(model)
-
 
 class TestChatCompletions(Chat):
     @property
