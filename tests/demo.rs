@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use harness::processes::{Process, command, run};
+use harness::processes::{Process, command, succeeds};
 use harness::{alone, model_arg, wait_for};
 use nix::sys::signal::Signal;
 
@@ -11,11 +11,7 @@ fn demo(flags: &[&str]) -> (String, String) {
     let home = tempfile::tempdir().unwrap();
     let mut demo = command("millrace", home.path());
     demo.arg("demo").args(["--model", model_arg(), "--max-tokens", "40"]).args(flags);
-    let output = run(demo);
-    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
-    let (out, err) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{out}\n{err}");
-    (out, err)
+    succeeds(demo)
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use harness::processes::{Coordinator, Process, command, run};
+use harness::processes::{Coordinator, Process, command, succeeds};
 use harness::{alone, http, model_arg, program, wait_for};
 
 /// What sets a machine up, talks to an orchestrator, or is a screen. A test of the command line's parses
@@ -74,12 +74,7 @@ fn its_commands_do_what_it_says() {
             added = Some(node);
             continue;
         }
-        let output = run(shell(&line, &cluster));
-        let (out, err) = (
-            String::from_utf8_lossy(&output.stdout).into_owned(),
-            String::from_utf8_lossy(&output.stderr).into_owned(),
-        );
-        assert!(output.status.success(), "{page_line}\n{out}\n{err}");
+        let (out, _) = succeeds(shell(&line, &cluster));
         match page_line.as_str() {
             l if l.starts_with("millrace-coordinator token create") => {
                 out.trim().clone_into(&mut token);
@@ -103,7 +98,7 @@ fn its_commands_do_what_it_says() {
     let asked = http::post(cluster.http(), "/v1/completions", key, body);
     assert_eq!(asked.status, 200, "{}", asked.text());
     wait_for("one node", || {
-        let nodes = run(shell("millrace nodes", &cluster));
-        (!String::from_utf8_lossy(&nodes.stdout).contains("gpu-2")).then_some(())
+        let (nodes, _) = succeeds(shell("millrace nodes", &cluster));
+        (!nodes.contains("gpu-2")).then_some(())
     });
 }

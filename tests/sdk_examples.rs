@@ -4,17 +4,13 @@
 use std::path::Path;
 
 use harness::alone;
-use harness::processes::{Coordinator, Process, command, run};
+use harness::processes::{Coordinator, Process, command, run, succeeds};
 
 /// Runs an example to its end; what it printed on its two outputs.
 fn example(name: &str, home: &Path, words: &[&str]) -> (String, String) {
     let mut example = command(&format!("examples/{name}"), home);
     example.args(words);
-    let output = run(example);
-    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
-    let (out, err) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{name} {words:?}:\n{out}\n{err}");
-    (out, err)
+    succeeds(example)
 }
 
 #[test]

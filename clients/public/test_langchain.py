@@ -10,12 +10,16 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests, Embeddi
 from cluster import NAME, PATIENCE
 
 
-class Chat(ChatModelIntegrationTests):
-    """What the two APIs have in common."""
+class Served:
+    """Tests that know where the cluster is."""
 
     @pytest.fixture(autouse=True)
     def _served(self, cluster):
-        self.cluster = cluster
+        self.where = {"model": NAME, "base_url": cluster.url + "/v1", "api_key": cluster.key}
+
+
+class Chat(Served, ChatModelIntegrationTests):
+    """What the two APIs have in common."""
 
     @property
     def chat_model_class(self):
@@ -24,9 +28,8 @@ class Chat(ChatModelIntegrationTests):
     @property
     def chat_model_params(self):
         # Small models call again and again where they may, and repeat themselves where nothing is against it.
-        return {"model": NAME, "base_url": self.cluster.url + "/v1", "api_key": self.cluster.key, "timeout": PATIENCE,
-                "temperature": 0, "max_tokens": 256, "model_kwargs": {"parallel_tool_calls": False},
-                "extra_body": {"frequency_penalty": 0.5}}
+        return {**self.where, "timeout": PATIENCE, "temperature": 0, "max_tokens": 256,
+                "model_kwargs": {"parallel_tool_calls": False}, "extra_body": {"frequency_penalty": 0.5}}
 
     @property
     def supports_json_mode(self):
@@ -54,11 +57,7 @@ class TestResponses(Chat):
         return {**super().chat_model_params, "use_responses_api": True}
 
 
-class TestEmbeddings(EmbeddingsIntegrationTests):
-    @pytest.fixture(autouse=True)
-    def _served(self, cluster):
-        self.cluster = cluster
-
+class TestEmbeddings(Served, EmbeddingsIntegrationTests):
     @property
     def embeddings_class(self):
         return OpenAIEmbeddings
@@ -66,4 +65,4 @@ class TestEmbeddings(EmbeddingsIntegrationTests):
     @property
     def embedding_model_params(self):
         # Else it sends the ids of OpenAI's own tokenizer.
-        return {"model": NAME, "base_url": self.cluster.url + "/v1", "api_key": self.cluster.key, "check_embedding_ctx_length": False}
+        return {**self.where, "check_embedding_ctx_length": False}

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-/// A curl line and five lines of Python that work when pasted, and where a browser finds the dashboard. The key is read from `client.toml`
-/// rather than printed: what is on a screen ends up in logs. `http`: the API's URL; `ca`: whom to
+/// A curl line and five lines of Python that work when pasted, and where a browser finds the
+/// dashboard. The key is read from `client.toml` rather than printed: what is on a screen ends up in logs. `http`: the API's URL; `ca`: whom to
 /// trust where HTTPS shows a certificate of the cluster's own.
 pub fn paste_lines(http: &str, model: &str, config: &Path, ca: Option<&Path>) -> String {
     let config = config.display().to_string();

@@ -50,6 +50,20 @@ pub fn run(mut command: Command) -> Output {
     }
 }
 
+/// Runs a command to its end, which must be a success; what it printed on its two outputs.
+///
+/// # Panics
+/// If it fails, or as [`run`].
+#[track_caller]
+pub fn succeeds(command: Command) -> (String, String) {
+    let what = format!("{command:?}");
+    let output = run(command);
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    let (out, err) = (text(output.stdout), text(output.stderr));
+    assert!(output.status.success(), "{what}\n{out}\n{err}");
+    (out, err)
+}
+
 /// Checks that a command failed with status 1 and said so on stderr.
 #[track_caller]
 pub fn fails_with(output: &Output, parts: &[&str]) {

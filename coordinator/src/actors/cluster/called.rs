@@ -15,6 +15,17 @@ impl Called {
         self.0.insert(node, name.to_owned());
     }
 
+    /// The name of a node.
+    pub(super) fn of(&self, node: NodeId) -> Option<&str> {
+        self.0.get(&node).map(String::as_str)
+    }
+
+    /// The name of the node whose id is in the text.
+    pub(super) fn mentioned(&self, text: &str) -> Option<&str> {
+        let named = self.0.iter().find(|(node, _)| text.contains(&node.to_string()));
+        named.map(|(_, name)| name.as_str())
+    }
+
     /// The text with names in place of ids. An id that is nobody's stays.
     pub(super) fn in_names(&self, text: &str) -> String {
         self.0
@@ -39,5 +50,8 @@ mod tests {
         let named =
             format!("node gpu-b was lost: no heartbeat; gpu-a, {stranger} are there, gpu-b is not");
         assert_eq!(called.in_names(&text), named);
+        assert_eq!((called.of(b), called.of(stranger)), (Some("gpu-b"), None));
+        assert_eq!(called.mentioned(&format!("no answer of {b}")), Some("gpu-b"));
+        assert_eq!(called.mentioned(&format!("no answer of {stranger}")), None);
     }
 }

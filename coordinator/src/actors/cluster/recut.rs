@@ -120,7 +120,7 @@ impl Cluster {
     }
 
     pub(super) fn name_of(&self, id: NodeId) -> String {
-        self.members.get(&id).map_or_else(|| id.to_string(), |m| m.hello.name.clone())
+        self.called.of(id).map_or_else(|| id.to_string(), str::to_owned)
     }
 
     /// Whether every node has memory for its old stage and its new one.

@@ -195,20 +195,10 @@ impl Cluster {
 
     /// An edge broke, as one of its ends says; the other end is named in what it says.
     pub(super) fn note_lost_edge(&mut self, reporter: NodeId, message: &str) {
-        let mut what = format!("{} lost an edge ({message})", self.name_of(reporter));
-        let mut node = None;
-        for id in self
-            .members
-            .keys()
-            .chain(self.plan.iter().flat_map(|p| p.assignments.iter().map(|(id, _)| id)))
-        {
-            let text = id.to_string();
-            if what.contains(&text) {
-                what = what.replace(&text, &self.name_of(*id));
-                node = node.or_else(|| Some(self.name_of(*id)));
-            }
-        }
-        let node = node.or_else(|| Some(self.name_of(reporter)));
+        let other = self.called.mentioned(message).map(str::to_owned);
+        let node = other.or_else(|| Some(self.name_of(reporter)));
+        let what = self.called.in_names(message);
+        let what = format!("{} lost an edge ({what})", self.name_of(reporter));
         self.note_trouble(Certainty::Link, node, what);
     }
 }

@@ -16,20 +16,20 @@ const ADDS: [&str; 7] =
 /// itself what else there may be. One that is put together of several objects stays as it is: each
 /// part of it would forbid what the others name.
 pub(super) fn closed(mut schema: Value) -> Value {
-    if !merges(&schema) {
+    if !merges(&mut schema) {
         close(&mut schema);
     }
     schema
 }
 
 /// Whether some object of it takes its properties from several places.
-fn merges(schema: &Value) -> bool {
+fn merges(schema: &mut Value) -> bool {
     let Value::Object(object) = schema else { return false };
     let has = |key: &str| object.contains_key(key);
     has("allOf")
         || has("not")
         || (has("properties") && ADDS.iter().any(|key| has(key)))
-        || parts(object).any(merges)
+        || parts(object).into_iter().any(merges)
 }
 
 fn close(schema: &mut Value) {
@@ -37,32 +37,23 @@ fn close(schema: &mut Value) {
     if object.contains_key("properties") && SAID.iter().all(|key| !object.contains_key(*key)) {
         object.insert("additionalProperties".into(), Value::Bool(false));
     }
-    for (key, value) in object {
-        match (key.as_str(), value) {
-            ("properties" | "$defs" | "definitions", Value::Object(named)) => {
-                named.values_mut().for_each(close);
-            }
-            ("anyOf" | "oneOf" | "prefixItems", Value::Array(list)) => {
-                list.iter_mut().for_each(close);
-            }
-            ("items" | "additionalProperties", value) => close(value),
-            _ => {}
-        }
-    }
+    parts(object).into_iter().for_each(close);
 }
 
 /// The schemas that one is made of.
-fn parts(object: &Map<String, Value>) -> impl Iterator<Item = &Value> {
-    object.iter().flat_map(|(key, value)| -> Box<dyn Iterator<Item = &Value>> {
+fn parts(object: &mut Map<String, Value>) -> Vec<&mut Value> {
+    let mut found = Vec::new();
+    for (key, value) in object {
         match (key.as_str(), value) {
             ("properties" | "$defs" | "definitions", Value::Object(named)) => {
-                Box::new(named.values())
+                found.extend(named.values_mut());
             }
-            ("anyOf" | "oneOf" | "prefixItems", Value::Array(list)) => Box::new(list.iter()),
-            ("items" | "additionalProperties", value) => Box::new(std::iter::once(value)),
-            _ => Box::new(std::iter::empty()),
+            ("anyOf" | "oneOf" | "prefixItems", Value::Array(list)) => found.extend(list),
+            ("items" | "additionalProperties", value) => found.push(value),
+            _ => {}
         }
-    })
+    }
+    found
 }
 
 #[cfg(test)]
