@@ -19,10 +19,10 @@ use crate::sink::check_target;
 use crate::source::{is_head, is_layer_matrix, row_bytes};
 use crate::sparse::race;
 use crate::step::{Needs, Per, parse_type};
-use crate::structure;
 use crate::{
     Calibration, Calibrator, CompressError, Matrix, Sink, Slot, Source, Step, factor, parallel,
 };
+use crate::{storage, structure};
 
 /// How steps are carried out.
 #[derive(Clone, Copy, Debug)]
@@ -83,6 +83,9 @@ fn apply_unnamed(
     }
     if matches!(step, Step::LowRank { .. }) {
         return factor::apply(source, target, step, settings, progress);
+    }
+    if let Step::Storage { .. } = step {
+        return storage::apply(source, target, step, settings, progress);
     }
     if step.is_structural() {
         return structure::apply(source, target, step, settings, progress);
@@ -198,7 +201,7 @@ impl Job<'_> {
         let source = self.source;
         let mut report = StepReport {
             step: self.step.describe(),
-            bytes_before: source.weight_bytes(),
+            bytes_before: source.stored_bytes,
             ..StepReport::default()
         };
         let (mut done, mut beyond, mut sample) = (0, 0, None);
@@ -411,23 +414,23 @@ impl Job<'_> {
 
     fn notes(&self, report: &mut StepReport, beyond: u64, sample: Option<&Matrix>) {
         if report.bytes_format != report.bytes_stored {
-            report.notes.push(format!(
-                "GGUF has no such format: the file holds the values as {}, {} bytes; the format \
-                 itself would take {}",
-                report.tensors.first().map_or("floats", |t| t.to.as_str()),
-                report.bytes_stored,
-                report.bytes_format
-            ));
+            let stored = report.tensors.first().map_or("floats", |t| t.to.as_str());
+            let (bytes, format) = (report.bytes_stored, report.bytes_format);
+            report.notes.push(match self.step.prunes() {
+                true => format!(
+                    "the file holds zeros as {stored} too, {bytes} bytes: about {format} without \
+                     them (method = 'storage')"
+                ),
+                false => format!(
+                    "GGUF has no such format: the file holds the values as {stored}, {bytes} bytes; \
+                     the format itself would take {format}"
+                ),
+            });
         }
         if report.sparsity() > 0.05 && self.step.prunes() {
             report.notes.push(skipped(report));
             if let Some(sample) = sample {
-                let race = race(sample);
-                report.notes.push(format!(
-                    "one product of {} x {} weights here, in f32: {:.2} times the dense speed as CSR, \
-                     {:.2} as blocks of 16",
-                    sample.rows, sample.cols, race.csr, race.blocks
-                ));
+                report.notes.push(race(sample).told(sample));
             }
         }
         if beyond > 0 {

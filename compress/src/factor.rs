@@ -105,7 +105,7 @@ pub(crate) fn apply(
     let mut sink = Sink::create(source, target, settings.overwrite, &slots, &[])?;
     let mut report = StepReport {
         step: step.describe(),
-        bytes_before: source.weight_bytes(),
+        bytes_before: source.stored_bytes,
         ..StepReport::default()
     };
     let factored: Vec<usize> = groups.iter().flat_map(|g| g.tensors.clone()).collect();

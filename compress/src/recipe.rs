@@ -244,7 +244,7 @@ pub(crate) fn provenance(path: &Path) -> Result<Provenance, CompressError> {
         file_read.map_err(io_error("read", file))?;
     }
     let blake3 = hash.finalize().to_hex().to_string();
-    Ok(Provenance { path: path.to_owned(), blake3, bytes: source.weight_bytes() })
+    Ok(Provenance { path: path.to_owned(), blake3, bytes: source.stored_bytes })
 }
 
 #[cfg(test)]

@@ -7,7 +7,9 @@ use std::path::Path;
 
 use millrace_engine::target::{Target, TargetError, io_error};
 use millrace_shared::model::gguf::{Gguf, Metadata, Value};
-use millrace_shared::model::{FolderSource, TensorEntry, TensorType};
+use millrace_shared::model::{
+    FolderSource, SPARSE_SHAPES, SPARSE_TENSORS, TensorEntry, TensorType,
+};
 
 use crate::source::Kind;
 use crate::{CompressError, Source};
@@ -158,6 +160,8 @@ fn lay_out(
     changes: &[(&str, Value)],
 ) -> Result<Layout, CompressError> {
     let mut metadata = metadata.clone();
+    // What is written has its zeros, unless the changes say otherwise.
+    metadata.remove(&[SPARSE_TENSORS, SPARSE_SHAPES]);
     for (key, value) in changes {
         metadata.set(*key, value.clone());
     }

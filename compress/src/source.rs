@@ -1,18 +1,23 @@
 //! A model as a list of tensors that are read one at a time, as f32.
 //!
 //! A GGUF file, or a folder of safetensors that is not quantised. Names are GGUF's. Every value read
-//! is checked to be finite, so that no method has to ask.
+//! is checked to be finite, so that no method has to ask. Matrices that the file keeps without their
+//! zeros are read with them.
 
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use millrace_engine::TensorSource;
 use millrace_engine::cpu::dequantise_row;
+use millrace_engine::model::Source as EngineSource;
 use millrace_engine::quantize::BadWeight;
 use millrace_engine::target::io_error;
 use millrace_shared::model::gguf::{Gguf, GgufError};
 use millrace_shared::model::{
     Description, FolderSource, ModelConfig, ModelFileError, ModelFiles, TensorEntry, TensorType,
+    is_sparse,
 };
 
 use crate::{CompressError, Matrix};
@@ -26,13 +31,17 @@ const KEPT: [&str; 3] =
 pub struct Source {
     /// Dimensions.
     pub config: ModelConfig,
-    /// As they lie in the files.
+    /// As they lie in the files, but with their zeros.
     pub tensors: Vec<TensorEntry>,
+    /// Bytes of all tensors in the files.
+    pub stored_bytes: u64,
     /// Where it is.
     pub path: PathBuf,
     pub(crate) kind: Kind,
     paths: Vec<PathBuf>,
     files: Vec<File>,
+    /// Those that the file keeps without their zeros.
+    sparse: HashMap<String, EngineSource>,
 }
 
 /// Of which format.
@@ -48,14 +57,18 @@ impl Source {
     /// # Errors
     /// If there is no sound model, or a folder's matrices are quantised.
     pub fn open(path: &Path) -> Result<Self, CompressError> {
-        let config = ModelFiles::open(path)?.config;
-        let (kind, tensors, paths) = match Description::open(path)? {
+        let model = ModelFiles::open(path)?;
+        let mut sparse = HashMap::new();
+        let (kind, tensors, paths) = match &model.description {
             Description::Gguf(gguf) => {
-                let tensors = gguf.tensors.clone();
-                (Kind::Gguf(gguf), tensors, vec![path.to_owned()])
+                if is_sparse(&gguf.metadata) {
+                    sparse = without_zeros(&model)?;
+                }
+                let tensors = with_zeros(&gguf.tensors, &sparse);
+                (Kind::Gguf(gguf.clone()), tensors, vec![path.to_owned()])
             }
             Description::Folder(folder) => {
-                let folder = FolderSource::open(&folder).map_err(ModelFileError::from)?;
+                let folder = FolderSource::open(folder).map_err(ModelFileError::from)?;
                 if let Some(why) = &folder.fixed {
                     let path = path.display();
                     return Err(CompressError::Settings(format!(
@@ -68,7 +81,12 @@ impl Source {
         };
         let open = |path: &PathBuf| File::open(path).map_err(io_error("open", path));
         let files = paths.iter().map(open).collect::<Result<_, _>>()?;
-        Ok(Self { config, tensors, path: path.to_owned(), kind, paths, files })
+        let stored_bytes = match &kind {
+            Kind::Gguf(gguf) => gguf.tensors.iter().map(|t| t.bytes).sum(),
+            Kind::Folder(_) => tensors.iter().map(|t| t.bytes).sum(),
+        };
+        let (config, path) = (model.config, path.to_owned());
+        Ok(Self { config, tensors, stored_bytes, path, kind, paths, files, sparse })
     }
 
     /// The files with tensors.
@@ -76,7 +94,7 @@ impl Source {
         &self.paths
     }
 
-    /// Bytes of all tensors.
+    /// Bytes of all tensors with their zeros.
     pub fn weight_bytes(&self) -> u64 {
         self.tensors.iter().map(|t| t.bytes).sum()
     }
@@ -97,6 +115,10 @@ impl Source {
     pub fn bytes(&self, tensor: &TensorEntry) -> Result<Vec<u8>, CompressError> {
         let file = usize::from(tensor.file);
         let mut bytes = vec![0; tensor.bytes as usize];
+        if let Some(sparse) = self.sparse.get(&tensor.name) {
+            sparse.open()?.read(0, &mut bytes)?;
+            return Ok(bytes);
+        }
         let read = self.files[file].read_exact_at(&mut bytes, tensor.offset);
         read.map_err(io_error("read", &self.paths[file]))?;
         Ok(bytes)
@@ -174,6 +196,34 @@ impl Source {
             Kind::Folder(_) => Ok(ModelFiles::open(&self.path)?),
         }
     }
+}
+
+/// The matrices that a file keeps without their zeros.
+fn without_zeros(files: &ModelFiles) -> Result<HashMap<String, EngineSource>, CompressError> {
+    let source = |t: &TensorEntry| TensorSource {
+        entry: t.clone(),
+        path: files.path_of(t).to_owned(),
+        offset: t.offset,
+    };
+    let all: Vec<TensorSource> = files.tensors.iter().map(source).collect();
+    let sparse = EngineSource::of_tensors(&all)?.into_iter();
+    let sparse = sparse.filter(|s| matches!(s, EngineSource::Sparse(_)));
+    Ok(sparse.map(|s| (s.entry().name.clone(), s)).collect())
+}
+
+/// A file's tensors as if those had their zeros.
+fn with_zeros(tensors: &[TensorEntry], sparse: &HashMap<String, EngineSource>) -> Vec<TensorEntry> {
+    let parts = sparse.values().filter_map(EngineSource::tensors).flatten();
+    let parts: HashSet<&str> = parts.map(|t| t.name.as_str()).collect();
+    let whole = tensors.iter().filter_map(|tensor| match sparse.get(&tensor.name) {
+        Some(source) => {
+            let dims = source.entry().dims.clone();
+            let bytes = tensor.dtype.bytes_of(dims.iter().product()).unwrap_or(0);
+            Some(TensorEntry { dims, bytes, ..tensor.clone() })
+        }
+        None => Some(tensor.clone()).filter(|t| !parts.contains(t.name.as_str())),
+    });
+    whole.collect()
 }
 
 /// Whether methods change a tensor: a matrix of a layer, but for routers.

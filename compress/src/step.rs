@@ -21,6 +21,36 @@ pub enum Per {
     Tensor,
 }
 
+/// How files keep matrices of layers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Form {
+    /// Each in the one that takes the fewest bytes.
+    #[default]
+    Auto,
+    /// With their zeros.
+    Dense,
+    /// A column for each value.
+    Csr,
+    /// A bit for each weight.
+    Bitmask,
+    /// Tiles of 16 rows that are not all zeros.
+    Tiles,
+}
+
+impl Form {
+    /// As recipes spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Dense => "dense",
+            Self::Csr => "csr",
+            Self::Bitmask => "bitmask",
+            Self::Tiles => "tiles",
+        }
+    }
+}
+
 /// One thing to do.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "method", rename_all = "kebab-case", deny_unknown_fields)]
@@ -165,6 +195,12 @@ pub enum Step {
         /// How many.
         hidden: u32,
     },
+    /// Zeros are left out of the file.
+    Storage {
+        /// How.
+        #[serde(default)]
+        form: Form,
+    },
 }
 
 fn row() -> Pattern {
@@ -234,7 +270,7 @@ impl Step {
         match self {
             Self::KeepLayers { .. } | Self::LowRank { rank: Some(_), .. } => 1,
             Self::LowRank { size: Some(_), .. } => 1,
-            Self::Mixed { .. } | Self::Magnitude { global: true, .. } => 2,
+            Self::Mixed { .. } | Self::Storage { .. } | Self::Magnitude { global: true, .. } => 2,
             structural if structural.is_structural() => 2,
             _ => 1,
         }
@@ -407,6 +443,7 @@ mod tests {
             ("method = \"low-rank\"", "one of rank"),
             ("method = \"fixed-point\", fraction_bits = 4, bits = 99", "bits go"),
             ("method = \"binary\", scale = 2", "scale"),
+            ("method = \"storage\", form = \"coo\"", "coo"),
             ("sparsity = 0.5", "method"),
         ];
         for (text, named) in cases {

@@ -78,7 +78,7 @@ pub(crate) fn apply(
     let mut sink = Sink::create(source, target, settings.overwrite, &slots, &changes)?;
     let mut report = StepReport {
         step: step.describe(),
-        bytes_before: source.weight_bytes(),
+        bytes_before: source.stored_bytes,
         notes: vec![note],
         ..StepReport::default()
     };

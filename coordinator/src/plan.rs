@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use millrace_shared::id::{Epoch, NodeId, PipelineId, StageIndex};
 use millrace_shared::model::{
-    Dtype, ModelConfig, ModelManifest, StageTensors, numerics_id, stage_tensors,
+    Dtype, ModelConfig, ModelManifest, SparseForms, StageTensors, numerics_id, stage_tensors,
 };
 use millrace_shared::options::{EngineKind, MicroBatches, Pin, PrefixCache, Replan};
 use millrace_shared::partition::{
@@ -178,7 +178,9 @@ impl Plan {
     /// Bytes of weights and cache of a stage, on a node that keeps weights so.
     pub fn stage_bytes(&self, stage: usize, kept: Kept) -> u64 {
         let Some((_, a)) = self.assignments.get(stage) else { return 0 };
-        let weights: u64 = a.tensors.iter().map(|t| costs::in_memory(t, kept)).sum();
+        let forms = SparseForms::of_tensors(&a.tensors);
+        let weights = a.tensors.iter().map(|t| costs::in_memory(t, forms.of(t), kept));
+        let weights: u64 = weights.sum();
         let positions = u64::from(a.settings.kv_blocks) * u64::from(a.settings.kv_block_size);
         let layers = u64::from(a.end_layer - a.first_layer);
         weights + layers * positions * a.config.kv_bytes_per_position(a.settings.kv_dtype)

@@ -43,6 +43,8 @@ STEP is a line of TOML, as in a recipe's [[step]]:
   method = \"keep-layers\", layers = [0, 1, 5]
   method = \"drop-channels\", fraction = 0.1
   method = \"width\", hidden = 512
+  method = \"storage\"                           leaves zeros out of the file, each matrix in the smallest
+                                               form; form = \"csr\" \"bitmask\" \"tiles\" or \"dense\"
 
 Methods without a GGUF type of their own are written as if: the file holds the values that such a
 format would give, as f16 (--store) or q8_0, and is larger than the format; the report tells both.";

@@ -6,8 +6,8 @@
 
 use millrace_engine::cpu::packed_bytes;
 use millrace_shared::model::{
-    Dtype, ModelConfig, StageTensors, TensorEntry, TensorType, head_name, stage_tensors,
-    typical_name,
+    Dtype, ModelConfig, SparseForm, SparseForms, StageTensors, TensorEntry, TensorType, head_name,
+    stage_tensors, typical_name,
 };
 use millrace_shared::options::{Role, TorchKept};
 use millrace_shared::partition::{Curve, ModelCosts, NodeCosts};
@@ -51,7 +51,8 @@ impl ModelParts<'_> {
 
     /// Bytes of a stage in memory.
     pub fn memory_bytes(&self, stage: &StageTensors, kept: Kept) -> u64 {
-        self.part(stage, |tensor| in_memory(tensor, kept))
+        let forms = SparseForms::of_tensors(self.tensors);
+        self.part(stage, |tensor| in_memory(tensor, forms.of(tensor), kept))
     }
 
     /// What the planner needs for nodes that keep weights as they will, and the same nodes with memory to
@@ -165,13 +166,21 @@ fn part_needed(table: &ModelCosts, model: &ModelCosts) -> f64 {
     parts.map(|(needed, most)| needed as f64 / most as f64).fold(1e-9, f64::max)
 }
 
-/// Bytes of a tensor in memory.
-pub(super) fn in_memory(tensor: &TensorEntry, kept: Kept) -> u64 {
+/// Bytes of a tensor in memory, of a matrix that its file keeps in that form.
+pub(super) fn in_memory(tensor: &TensorEntry, form: Option<SparseForm>, kept: Kept) -> u64 {
     if let Some(torch) = kept {
         return torch.tensor_bytes(tensor);
     }
-    match tensor.dims[..] {
-        [cols, rows] => packed_bytes(tensor.dtype, rows, cols).unwrap_or(tensor.bytes),
+    match (form, &tensor.dims[..]) {
+        // It is part of the matrix beside it.
+        _ if tensor.is_part() => 0,
+        // As many tiles as the file has.
+        (Some(SparseForm::Tiles), &[cols, rows]) => {
+            let all = tensor.dtype.bytes_of(cols.saturating_mul(rows)).unwrap_or(0).max(1);
+            let packed = packed_bytes(tensor.dtype, rows, cols).unwrap_or(all);
+            (u128::from(packed) * u128::from(tensor.bytes) / u128::from(all)) as u64
+        }
+        (_, &[cols, rows]) => packed_bytes(tensor.dtype, rows, cols).unwrap_or(tensor.bytes),
         _ => tensor.bytes,
     }
 }

@@ -87,7 +87,9 @@ impl ModelFiles {
             });
         }
         let config = gguf.config()?;
-        let tensors = super::split::split(&config, gguf.tensors.clone())
+        let mut tensors = gguf.tensors.clone();
+        let sparse = super::sparse::with_zeros(&config, &gguf.metadata, &mut tensors)?;
+        let tensors = super::split::split(&config, tensors, &sparse)
             .map_err(|(tensor, problem)| GgufError::Tensor { tensor, problem })?;
         let (paths, description) = (vec![path.to_owned()], Description::Gguf(Box::new(gguf)));
         Ok(Self { config, tensors, paths, description })

@@ -9,6 +9,7 @@ mod layers;
 mod limits;
 pub mod manifest;
 mod rope;
+mod sparse;
 mod split;
 mod types;
 
@@ -19,4 +20,8 @@ pub use folder::{FolderError, FolderSource, model_folder};
 pub use layers::{StageTensors, embedding_name, head_name, stage_tensors, typical_name};
 pub use manifest::{ModelManifest, numerics_id};
 pub use rope::{LongFactors, RopeConfig, RopeScaling, RopeStyle};
+pub use sparse::{
+    Places, SPARSE_SHAPES, SPARSE_TENSORS, SparseForm, SparseForms, TILE_ROWS, is_sparse,
+    sparse_keys,
+};
 pub use types::{Dtype, TensorEntry, TensorType};

@@ -2,18 +2,21 @@
 //! other in a matrix, and matrices in a tensor of three dimensions, so that each part is a matrix of
 //! its own at some offset, and nothing is copied.
 
+use std::collections::HashSet;
+
 use super::{ModelConfig, TensorEntry};
 
 /// A part: its name, and its rows.
 type Part = (String, u64);
 
-/// The tensors with each part as one of its own, in the same order.
+/// The tensors with each part as one of its own, in the same order; `sparse` are kept without zeros.
 ///
 /// # Errors
-/// If a matrix does not have the rows of its parts.
+/// If a matrix does not have the rows of its parts, or is sparse.
 pub(super) fn split(
     config: &ModelConfig,
     tensors: Vec<TensorEntry>,
+    sparse: &HashSet<String>,
 ) -> Result<Vec<TensorEntry>, (String, String)> {
     let mut all = Vec::with_capacity(tensors.len());
     for tensor in tensors {
@@ -32,6 +35,10 @@ pub(super) fn split(
             all.push(tensor);
             continue;
         };
+        if sparse.contains(&tensor.name) {
+            let problem = "it holds several matrices, which cannot be without their zeros";
+            return Err((tensor.name, problem.to_owned()));
+        }
         let rows: u64 = parts.iter().map(|(_, rows)| rows).sum();
         let shape = match slices {
             None => vec![rows],

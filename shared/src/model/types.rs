@@ -141,8 +141,18 @@ tensor_types! {
     INT4 = 1007, "INT4", 32, 24;
 }
 
-/// What else belongs to a quantised matrix `NAME.weight` of a folder: `NAME.scales` and so on.
-const PARTS: [&str; 3] = ["scales", "qzeros", "g_idx"];
+/// What else belongs to a matrix `NAME.weight`: `NAME.scales` and so on of a quantised one of a folder,
+/// and what [`super::SparseForm::parts`] names.
+const PARTS: [&str; 8] = [
+    "scales",
+    "qzeros",
+    "g_idx",
+    "columns",
+    "bitmask",
+    "row_starts",
+    "tile_columns",
+    "tile_starts",
+];
 
 impl TensorType {
     /// Bytes of `elements` elements; `None` where they do not fill whole blocks or overflow.
@@ -258,7 +268,8 @@ impl TensorEntry {
         self.dims.iter().product()
     }
 
-    /// Whether it is a part of a quantised matrix, see [`TensorType::parts`].
+    /// Whether it says no more than how a matrix beside it is read, see [`TensorType::parts`] and
+    /// [`super::SparseForm::parts`].
     pub fn is_part(&self) -> bool {
         self.name.rsplit_once('.').is_some_and(|(_, kind)| PARTS.contains(&kind))
     }

@@ -15,7 +15,7 @@ use std::time::Instant;
 use super::backend::{Matrices, Vector};
 use super::buffer::{ALIGN, Arena, Buf, Frozen};
 use super::mapping::{Mapping, has_huge_pages};
-use super::pack::{Layout, Packed, Packing, kind_of};
+use super::pack::{Kept, Layout, Packed, Packing, kind_of};
 use super::pool::Pool;
 use super::store::{self, HEADER_BYTES, Key, Saver, Store, Stored, Unsaved};
 use crate::cache::InUse;
@@ -55,11 +55,26 @@ struct Plan<'a> {
 
 enum PartPlan<'a> {
     Vector(&'a Source, f32, usize),
-    /// Each with its place in the piece.
-    Matrices(Vec<(usize, Layout, &'a Source)>),
+    Matrices(Vec<MatrixPlan<'a>>),
     /// One that lies column by column.
     Transposed(Layout, &'a Source),
 }
+
+struct MatrixPlan<'a> {
+    /// Its place in the piece.
+    at: usize,
+    layout: Layout,
+    source: &'a Source,
+    /// What of it is in memory, if not all.
+    kept: Option<Kept>,
+}
+
+impl MatrixPlan<'_> {
+    fn bytes(&self) -> u64 {
+        self.kept.as_ref().map_or_else(|| self.layout.bytes(), |kept| kept.bytes(&self.layout))
+    }
+}
+
 /// Loads `pieces`, packed with `r` rows per group. `progress` gets the bytes done so far, as they are
 /// in the model's file.
 ///
@@ -123,10 +138,14 @@ impl<'a> Plan<'a> {
                     let mut matrices = Vec::with_capacity(sources.len());
                     for source in sources {
                         let layout = layout(source, r)?;
-                        source_bytes += (layout.rows * layout.row_bytes()) as u64;
-                        matrices.push((take(layout.bytes())?, layout, *source));
+                        let tiles = source.tiles()?;
+                        let kept = tiles.map(|tiles| Kept::of_tiles(&layout, &tiles));
+                        let mut plan = MatrixPlan { at: 0, layout, source, kept };
+                        source_bytes += source.entry().bytes;
+                        plan.at = take(plan.bytes())?;
+                        matrices.push(plan);
                     }
-                    let at = matrices.first().map_or(0, |m| m.0);
+                    let at = matrices.first().map_or(0, |m| m.at);
                     parts.push((at, PartPlan::Matrices(matrices)));
                 }
                 Part::Transposed(source) => {
@@ -223,8 +242,12 @@ fn finish(
             parts.push(match part {
                 PartPlan::Vector(_, _, len) => LoadedPart::Vector(Vector(data.part(at, len))),
                 PartPlan::Matrices(matrices) => {
-                    let packed = |(at, layout, _): (usize, Layout, &Source)| {
-                        Packed::new(layout, data.part(at, layout.bytes() as usize))
+                    let packed = |plan: MatrixPlan<'_>| {
+                        let data = data.part(plan.at, plan.bytes() as usize);
+                        match plan.kept {
+                            None => Packed::new(plan.layout, data),
+                            Some(kept) => Packed::without_zeros(plan.layout, data, kept),
+                        }
                     };
                     LoadedPart::Matrices(Matrices(matrices.into_iter().map(packed).collect()))
                 }

@@ -22,8 +22,7 @@ use super::buffer::Frozen;
 use super::kernels::format::{Format, Kind, with_format};
 #[cfg(test)]
 use crate::LoadError;
-use kept::Kept;
-pub(crate) use kept::Run;
+pub(crate) use kept::{Kept, Run};
 pub use kept::{ZERO_TILE, ZEROS_WORTH, ZEROS_WORTH_FEW};
 use rows::{Stored, pack_floats, pack_quants, with_stored};
 
@@ -63,11 +62,13 @@ pub(crate) struct Packed {
     pub(crate) cols: usize,
     /// Rows per group.
     pub(crate) r: usize,
-    /// Bytes of one group of rows.
+    /// Bytes of one group of rows; a mean where zeros are left out.
     pub(crate) group_bytes: usize,
     pub(crate) data: Frozen<u8>,
     /// Blocks that are not zeros, where many are.
     kept: Option<Kept>,
+    /// Bytes of a block.
+    block_bytes: usize,
 }
 
 /// What matrices of a file's type are packed as; `None` where the engine has nothing for it.
@@ -123,6 +124,11 @@ impl Layout {
     /// Groups of rows.
     pub(crate) fn groups(&self) -> usize {
         self.rows.div_ceil(self.r)
+    }
+
+    /// Bytes of 32 columns of one group of rows.
+    pub(crate) fn block_bytes(&self) -> usize {
+        self.group_bytes / (self.cols / 32).max(1)
     }
 
     /// Bytes of the packed matrix; the greatest number where they overflow.
@@ -233,10 +239,28 @@ fn dequantise_blocks<S: Stored>(row: &[u8], out: &mut [f32]) {
 impl Packed {
     /// A matrix that was packed so.
     pub(crate) fn new(layout: Layout, data: Frozen<u8>) -> Self {
-        let Layout { kind, rows, cols, r, group_bytes, .. } = layout;
         assert_eq!(data.len() as u64, layout.bytes(), "invariant: all groups");
         let kept = Kept::find(&layout, &data);
-        Self { kind, rows, cols, r, group_bytes, data, kept }
+        Self::of(layout, data, kept)
+    }
+
+    /// A matrix of which only `kept` was packed.
+    pub(crate) fn without_zeros(layout: Layout, data: Frozen<u8>, kept: Kept) -> Self {
+        assert_eq!(data.len() as u64, kept.bytes(&layout), "invariant: all that is kept");
+        let group_bytes = (data.len() / layout.groups().max(1)).max(1);
+        Self { group_bytes, ..Self::of(layout, data, Some(kept)) }
+    }
+
+    fn of(layout: Layout, data: Frozen<u8>, kept: Option<Kept>) -> Self {
+        let Layout { kind, rows, cols, r, group_bytes, .. } = layout;
+        let block_bytes = layout.block_bytes();
+        Self { kind, rows, cols, r, group_bytes, data, kept, block_bytes }
+    }
+
+    /// Where a group of rows begins.
+    pub(crate) fn group_at(&self, group: usize) -> usize {
+        let start = self.kept.as_ref().and_then(|kept| kept.start(group));
+        start.map_or(group * self.group_bytes, |blocks| blocks as usize * self.block_bytes)
     }
 
     /// The runs of blocks of a group that products with so many columns read; `all` are those of a
@@ -249,7 +273,8 @@ impl Packed {
     /// The same matrix, of which products read every block.
     #[cfg(test)]
     pub(crate) fn with_zeros(mut self) -> Self {
-        assert!(self.kept.take().is_some(), "it has blocks of zeros");
+        let kept = self.kept.take();
+        assert!(kept.is_some_and(|kept| kept.start(0).is_none()), "it has blocks of zeros");
         self
     }
 
@@ -275,7 +300,7 @@ impl Packed {
         self.rows.div_ceil(self.r)
     }
 
-    /// Row `row`, dequantised, into `out` of `cols`.
+    /// Row `row`, dequantised, into `out` of `cols`; all of its blocks are in memory.
     pub(crate) fn unpack(&self, row: usize, out: &mut [f32]) {
         let (r, lane) = (self.r, row % self.r);
         let group = &self.data[row / r * self.group_bytes..][..self.group_bytes];

@@ -104,7 +104,7 @@ impl Joined {
     fn read_floats(&self, some: Rows, cols: usize, out: &mut [u8]) -> Result<(), LoadError> {
         let mut bytes = vec![0; some.count * cols];
         Part::open(&self.matrix)?.read(some.first * cols, &mut bytes)?;
-        let mut scales = Part::open(&self.scales)?;
+        let scales = Part::open(&self.scales)?;
         let blocks = self.matrix.entry.dtype == TensorType::F8_E4M3_B128;
         let first = some.first / TILE;
         let scales = if blocks {
@@ -172,7 +172,7 @@ impl Joined {
 
     /// Quants of some rows, a byte each, row by row.
     fn quants(&self, some: Rows, cols: usize) -> Result<Vec<u8>, LoadError> {
-        let mut file = Part::open(&self.matrix)?;
+        let file = Part::open(&self.matrix)?;
         let mut out = vec![0u8; some.count * cols];
         if self.matrix.entry.dtype == TensorType::AWQ_4 {
             let words = some.words();
@@ -203,7 +203,7 @@ impl Joined {
         if groups == 0 || !cols.is_multiple_of(groups) || !alike {
             return Err(self.wrong("its scales and zeros are not of the same groups of its inputs"));
         }
-        let mut file = Part::open(&self.scales)?;
+        let file = Part::open(&self.scales)?;
         let mut all = Vec::with_capacity(groups * some.count);
         for group in 0..groups {
             all.extend(file.floats(group * some.rows + some.first, some.count)?);
@@ -220,7 +220,7 @@ impl Joined {
             TensorType::GPTQ_4 | TensorType::GPTQ_4_ACT => (&PLAIN, 1),
             _ => (&PLAIN, 0),
         };
-        let mut file = Part::open(zeros)?;
+        let file = Part::open(zeros)?;
         let mut all = Vec::with_capacity(groups * some.count);
         let words = some.words();
         for group in 0..groups {
@@ -268,13 +268,13 @@ impl Rows {
 }
 
 /// An open tensor.
-struct Part<'a> {
+pub(super) struct Part<'a> {
     file: File,
     source: &'a TensorSource,
 }
 
 impl<'a> Part<'a> {
-    fn open(source: &'a TensorSource) -> Result<Self, LoadError> {
+    pub(super) fn open(source: &'a TensorSource) -> Result<Self, LoadError> {
         let file = File::open(&source.path)
             .map_err(|e| LoadError::Io { path: source.path.clone(), source: e })?;
         Ok(Self { file, source })
@@ -282,31 +282,42 @@ impl<'a> Part<'a> {
 
     /// Reads inside the tensor alone: what lies beyond it in the file is somebody else's.
     fn read(&self, offset: usize, bytes: &mut [u8]) -> Result<(), LoadError> {
-        let entry = &self.source.entry;
-        if (offset + bytes.len()) as u64 > entry.bytes {
-            return Err(LoadError::Settings(format!(
-                "tensor '{}' of {} bytes is too small for its matrix",
-                entry.name, entry.bytes
-            )));
-        }
+        self.check(offset, bytes.len())?;
         self.file
             .read_exact_at(bytes, self.source.offset.saturating_add(offset as u64))
             .map_err(|e| LoadError::Io { path: self.source.path.clone(), source: e })
     }
 
-    fn words(&mut self, first: usize, count: usize) -> Result<Vec<u32>, LoadError> {
-        let mut bytes = vec![0; count * 4];
-        self.read(first * 4, &mut bytes)?;
+    fn check(&self, offset: usize, count: usize) -> Result<(), LoadError> {
+        let entry = &self.source.entry;
+        if offset.checked_add(count).is_some_and(|end| end as u64 <= entry.bytes) {
+            return Ok(());
+        }
+        Err(LoadError::Settings(format!(
+            "tensor '{}' of {} bytes is too small for its matrix",
+            entry.name, entry.bytes
+        )))
+    }
+
+    /// Bytes of the tensor alone.
+    pub(super) fn bytes(&self, offset: usize, count: usize) -> Result<Vec<u8>, LoadError> {
+        // Looked at before memory is taken.
+        self.check(offset, count)?;
+        let mut bytes = vec![0; count];
+        self.read(offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    pub(super) fn words(&self, first: usize, count: usize) -> Result<Vec<u32>, LoadError> {
+        let bytes = self.bytes(first * 4, count * 4)?;
         let word = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
         Ok(bytes.chunks_exact(4).map(word).collect())
     }
 
-    fn floats(&mut self, first: usize, count: usize) -> Result<Vec<f32>, LoadError> {
+    fn floats(&self, first: usize, count: usize) -> Result<Vec<f32>, LoadError> {
         let dtype = self.source.entry.dtype;
         let size = dtype.block_bytes() as usize;
-        let mut bytes = vec![0; count * size];
-        self.read(first * size, &mut bytes)?;
-        Ok(floats(dtype, &bytes).collect())
+        Ok(floats(dtype, &self.bytes(first * size, count * size)?).collect())
     }
 }
 

@@ -10,6 +10,7 @@ mod joined;
 mod layer;
 pub mod observed;
 mod source;
+mod sparse;
 mod tables;
 pub mod weights;
 
@@ -21,6 +22,7 @@ use millrace_shared::wire::control::EngineSettings;
 pub use batch::{Batch, Output, Span};
 pub use decoder::Decoder;
 pub use source::{Reader, Source};
+pub use sparse::Tiles;
 pub use tables::BlockTables;
 pub use weights::{LoadedPart, LoadedParts, Part, Piece};
 

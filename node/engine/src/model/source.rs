@@ -5,9 +5,10 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use half::{bf16, f16};
-use millrace_shared::model::{TensorEntry, TensorType};
+use millrace_shared::model::{SparseForms, TensorEntry, TensorType};
 
 use super::joined::Joined;
+use super::sparse::{Sparse, Tiles};
 use crate::{LoadError, TensorSource};
 
 /// Bytes of one tensor.
@@ -19,6 +20,8 @@ pub enum Source {
     Synthetic(TensorEntry),
     /// In several tensors.
     Joined(Box<Joined>),
+    /// Without its zeros.
+    Sparse(Box<Sparse>),
 }
 
 impl Source {
@@ -32,13 +35,17 @@ impl Source {
             .filter(|t| t.entry.is_part())
             .map(|t| (t.entry.name.as_str(), t))
             .collect();
+        let forms = SparseForms::of_tensors(tensors.iter().map(|t| &t.entry));
         let whole = tensors.iter().filter(|t| !t.entry.is_part());
         whole
             .map(|tensor| {
+                let find = |name: &str| parts.get(name).map(|&part| part.clone());
+                if let Some(form) = forms.of(&tensor.entry) {
+                    return Ok(Self::Sparse(Box::new(Sparse::new(tensor, form, find)?)));
+                }
                 if tensor.entry.dtype.parts().is_empty() {
                     return Ok(Self::File(tensor.clone()));
                 }
-                let find = |name: &str| parts.get(name).map(|&part| part.clone());
                 Ok(Self::Joined(Box::new(Joined::new(tensor, find)?)))
             })
             .collect()
@@ -50,6 +57,7 @@ impl Source {
             Self::File(source) => Some(vec![&source.entry]),
             Self::Synthetic(_) => None,
             Self::Joined(joined) => Some(joined.parts().map(|part| &part.entry).collect()),
+            Self::Sparse(sparse) => Some(sparse.parts().map(|part| &part.entry).collect()),
         }
     }
 
@@ -59,6 +67,7 @@ impl Source {
             Self::File(source) => &source.entry,
             Self::Synthetic(entry) => entry,
             Self::Joined(joined) => joined.entry(),
+            Self::Sparse(sparse) => sparse.entry(),
         }
     }
 
@@ -75,6 +84,7 @@ impl Source {
             }
             Self::Synthetic(_) => Reader::Synthetic(0x9e37_79b9_7f4a_7c15),
             Self::Joined(joined) => Reader::Joined(joined),
+            Self::Sparse(sparse) => Reader::Sparse(sparse),
         })
     }
 
@@ -86,6 +96,17 @@ impl Source {
         let mut floats = vec![0.0; self.entry().elements() as usize];
         self.open()?.read_floats(self.entry().dtype, &mut floats)?;
         Ok(floats)
+    }
+
+    /// Which tiles there are, of a matrix that is kept in tiles.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or places of tiles are not as they are to be.
+    pub fn tiles(&self) -> Result<Option<Tiles>, LoadError> {
+        match self {
+            Self::Sparse(sparse) => sparse.tiles(),
+            _ => Ok(None),
+        }
     }
 
     /// Inputs and outputs of a matrix.
@@ -125,6 +146,8 @@ pub enum Reader<'a> {
     Synthetic(u64),
     /// Whole rows can be read, no columns.
     Joined(&'a Joined),
+    /// The same.
+    Sparse(&'a Sparse),
 }
 
 impl Reader<'_> {
@@ -154,6 +177,7 @@ impl Reader<'_> {
             Self::File(_, source) => source.entry.dtype.block_bytes() as usize,
             Self::Synthetic(_) => return self.read(0, bytes),
             Self::Joined(joined) => joined.entry().dtype.block_bytes() as usize,
+            Self::Sparse(sparse) => sparse.entry().dtype.block_bytes() as usize,
         };
         let columns = bytes.len() / (height * element).max(1);
         let mut line = vec![0; columns * element];
@@ -176,6 +200,7 @@ impl Reader<'_> {
                 .read_exact_at(bytes, source.offset.saturating_add(offset))
                 .map_err(|e| LoadError::Io { path: source.path.clone(), source: e }),
             Self::Joined(joined) => joined.read(offset, bytes),
+            Self::Sparse(sparse) => sparse.read(offset, bytes),
             Self::Synthetic(state) => {
                 for chunk in bytes.chunks_mut(8) {
                     *state ^= *state << 13;

@@ -107,6 +107,11 @@ impl<'a> Sources<'a> {
         if !entry.dtype.is_supported() || (dims.len() == 1 && !is_float(entry.dtype)) {
             return Err(unsupported(source));
         }
+        if matches!(source, Source::Sparse(_)) && !name.starts_with("blk.") {
+            return Err(LoadError::Settings(format!(
+                "tensor '{name}' is kept without its zeros: only matrices of layers can be"
+            )));
+        }
         if !dims[0].is_multiple_of(entry.dtype.block_elements()) {
             return Err(LoadError::Settings(format!(
                 "rows of tensor '{name}' ({} elements) are no whole {} blocks",

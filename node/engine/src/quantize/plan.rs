@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use millrace_shared::model::gguf::Gguf;
 use millrace_shared::model::{
-    Description, FolderSource, ModelFileError, TensorEntry, TensorType, embedding_name,
+    Description, FolderSource, ModelFileError, TensorEntry, TensorType, embedding_name, is_sparse,
 };
 
 use super::{Options, QuantizeError, Requantise, Rounding, TYPES, default_output};
@@ -93,6 +93,12 @@ pub fn plan_of(source: &Path, options: &Options) -> Result<Plan, QuantizeError> 
 /// # Errors
 /// If a wanted type is none of [`TYPES`], or a matrix cannot be converted.
 pub fn plan(gguf: &Gguf, source: &Path, options: &Options) -> Result<Plan, QuantizeError> {
+    if is_sparse(&gguf.metadata) {
+        let why = "its matrices are kept without their zeros; `millrace compress apply IN OUT \
+                   'method = \"storage\", form = \"dense\"'` gives them back"
+            .to_owned();
+        return Err(QuantizeError::Fixed { path: source.to_owned(), why });
+    }
     let types = target_types(&gguf.tensors, options)?;
     let mut metadata = gguf.metadata.clone();
     metadata.set("general.file_type", file_type(options.to));

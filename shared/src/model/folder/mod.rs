@@ -10,7 +10,7 @@ mod names;
 mod quantized;
 mod rope;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -101,7 +101,7 @@ pub(super) fn open(folder: &Path) -> Result<Opened, FolderError> {
             "'tie_word_embeddings' is false, but the files have no tensor 'lm_head.weight'";
         return Err(wrong(problem.to_owned()));
     }
-    let tensors = super::split::split(&config, tensors)
+    let tensors = super::split::split(&config, tensors, &HashSet::new())
         .map_err(|(tensor, problem)| FolderError::new(folder, format!("{tensor}: {problem}")))?;
     check(&config, &tensors, &paths)?;
     Ok((config, tensors, paths))

@@ -4,6 +4,7 @@ use super::{Gguf, GgufError};
 use crate::model::limits::{
     MAX_CONTEXT, MAX_EXPERTS, MAX_FFN, MAX_HEAD_DIM, MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_VOCAB,
 };
+use crate::model::sparse::sparse_parts;
 use crate::model::{
     Experts, Family, Features, ModelConfig, RopeConfig, RopeScaling, Window, embedding_name,
 };
@@ -37,8 +38,9 @@ impl Gguf {
 
     /// Every tensor must have a place in the graph: ignoring one would give wrong answers.
     fn check_graph(&self, config: &ModelConfig) -> Result<(), GgufError> {
+        let parts = sparse_parts(&self.metadata);
         for t in &self.tensors {
-            if !config.has_place(&t.name) {
+            if !config.has_place(&t.name) && !parts.contains(&t.name) {
                 return Err(GgufError::Tensor {
                     tensor: super::clip(&t.name),
                     problem: format!(

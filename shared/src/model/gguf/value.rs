@@ -196,6 +196,13 @@ impl Metadata {
         }
     }
 
+    /// Takes keys away.
+    pub fn remove(&mut self, keys: &[&str]) {
+        self.entries.retain(|(key, _)| !keys.contains(&key.as_str()));
+        let places = self.entries.iter().enumerate().map(|(i, (key, _))| (key.clone(), i));
+        self.index = places.collect();
+    }
+
     /// All, in file order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Value)> {
         self.entries.iter().map(|(k, v)| (k.as_str(), v))

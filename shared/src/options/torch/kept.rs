@@ -92,10 +92,9 @@ impl TorchKept {
 
     /// Bytes of a tensor of a model.
     pub fn tensor_bytes(self, tensor: &TensorEntry) -> u64 {
-        // The parts of a matrix that a checkpoint keeps as several tensors lie in the matrix.
-        let part = [".scales", ".qzeros", ".g_idx"].iter().any(|end| tensor.name.ends_with(end));
         match tensor.dims[..] {
-            _ if part => 0,
+            // The parts of a matrix that a checkpoint keeps as several tensors lie in the matrix.
+            _ if tensor.is_part() => 0,
             [cols, rows] => self.matrix_bytes(Role::of(&tensor.name), rows, cols),
             _ => tensor.elements().saturating_mul(4),
         }

@@ -162,7 +162,7 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile<'_>) {
     unsafe {
         let mut acc = [_mm256_setzero_ps(); N];
         for run in t.runs {
-            let mut w = t.w.add(run.first as usize * F::block_bytes(ROWS));
+            let mut w = t.w.add(run.at as usize * F::block_bytes(ROWS));
             for b in run.blocks() {
                 let dot = dots::<F, N>(w.add(F::quants_at(ROWS)), t.q.add(b * 32), t.blocks * 32);
                 let d = scale::<F>(w);

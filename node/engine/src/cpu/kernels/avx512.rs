@@ -111,7 +111,7 @@ unsafe fn columns<F: Format, const N: usize>(t: &Tile<'_>) {
     unsafe {
         let mut acc = [_mm512_setzero_ps(); N];
         for run in t.runs {
-            let mut w = t.w.add(run.first as usize * F::block_bytes(ROWS));
+            let mut w = t.w.add(run.at as usize * F::block_bytes(ROWS));
             for b in run.blocks() {
                 let quads = quads::<F>(w.add(F::quants_at(ROWS)));
                 let d = scale::<F>(w);
@@ -185,7 +185,7 @@ unsafe fn column<F: Format>(t: &Tile<'_>) {
     unsafe {
         let mut acc = [_mm256_setzero_ps(); 2];
         for run in t.runs {
-            let mut w = t.w.add(run.first as usize * F::block_bytes(ROWS));
+            let mut w = t.w.add(run.at as usize * F::block_bytes(ROWS));
             for b in run.blocks() {
                 let x = t.q.add(b * 32);
                 let sums = *t.sums.add(b);

@@ -220,14 +220,14 @@ unsafe fn panel_rows(
     // Columns in tiles of nearly equal width.
     let tiles = panel.len().div_ceil(widest);
     let blocks = x.width / 32;
-    let all = [Run { first: 0, count: blocks as u32 }];
+    let all = [Run { first: 0, count: blocks as u32, at: 0 }];
     for (nth, g) in groups.enumerate() {
         for i in 0..tiles {
             let start = panel.start + panel.len() * i / tiles;
             let cols = panel.start + panel.len() * (i + 1) / tiles - start;
             // SAFETY: offsets are of a group, of existing columns and of their outputs.
             unsafe {
-                let group = w.data.as_ptr().add(g * w.group_bytes);
+                let group = w.data.as_ptr().add(w.group_at(g));
                 let at = (start - panel.start) * to.stride + nth * w.r;
                 let mut tile = Tile {
                     w: group,
@@ -302,11 +302,13 @@ unsafe fn float_columns<V: Lanes, const N: usize>(t: &Tile<'_>, x: *const f32, k
         let width = t.blocks * 32;
         let mut acc = [V::splat(0.0); N];
         for run in t.runs {
-            for k in run.blocks().start * 32..run.blocks().end * 32 {
+            let start = run.at as usize * 32;
+            for (at, k) in (run.blocks().start * 32..run.blocks().end * 32).enumerate() {
+                let at = (start + at) * 16;
                 let w = match kind {
-                    Kind::F32 => V::load(t.w.cast::<f32>().add(k * 16)),
-                    Kind::F16 => V::load_f16(t.w.cast::<u16>().add(k * 16)),
-                    _ => V::load_bf16(t.w.cast::<u16>().add(k * 16)),
+                    Kind::F32 => V::load(t.w.cast::<f32>().add(at)),
+                    Kind::F16 => V::load_f16(t.w.cast::<u16>().add(at)),
+                    _ => V::load_bf16(t.w.cast::<u16>().add(at)),
                 };
                 for (c, acc) in acc.iter_mut().enumerate() {
                     *acc = w.fma(V::splat(*x.add(c * width + k)), *acc);

@@ -38,9 +38,9 @@ mod tests;
 use crate::Isa;
 use crate::cpu::pack::Run;
 
-/// One group of rows times some columns. A tile kernel may read all blocks of the group at `w`, and
-/// of as many columns (`blocks` apart) as it is told, and writes `rows` outputs per column, `stride`
-/// apart. It multiplies the blocks of `runs`; all others are zeros.
+/// One group of rows times some columns. A tile kernel may read what `runs` name of the group at `w`,
+/// and all of as many columns (`blocks` apart) as it is told, and writes `rows` outputs per column,
+/// `stride` apart. It multiplies the blocks of `runs`; all others are zeros.
 struct Tile<'a> {
     w: *const u8,
     runs: &'a [Run],

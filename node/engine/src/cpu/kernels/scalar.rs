@@ -16,12 +16,12 @@ fn f16_at(p: *const u8, i: usize) -> f32 {
 pub(super) unsafe fn tile<F: Format>(t: &Tile<'_>, cols: usize, r: usize) {
     for c in 0..cols {
         let mut acc = [0f32; 16];
-        for b in t.runs.iter().flat_map(|run| run.blocks()) {
-            // SAFETY: block `b` of column `c` and of the group exist.
+        for (b, at) in t.runs.iter().flat_map(|run| run.blocks().zip(run.at as usize..)) {
+            // SAFETY: block `b` of column `c` exists, and what the group has for it at `at`.
             unsafe {
                 let x = t.q.add((c * t.blocks + b) * 32);
                 let i = c * t.blocks + b;
-                let w = t.w.add(b * F::block_bytes(r));
+                let w = t.w.add(at * F::block_bytes(r));
                 block::<F>(
                     w,
                     r,

@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use super::{PartPlan, Plan};
+use super::{MatrixPlan, PartPlan, Plan};
 use crate::LoadError;
 use crate::cpu::buffer::Shared;
-use crate::cpu::pack::Layout;
+use crate::cpu::pack::{Kept, Layout};
 use crate::cpu::pool::Pool;
 use crate::cpu::store::{HEADER_BYTES, Stored};
 use crate::model::Source;
@@ -31,8 +31,7 @@ pub(super) enum Work<'a> {
         at: usize,
     },
     Pack {
-        layout: &'a Layout,
-        source: &'a Source,
+        matrix: Matrix<'a>,
         transposed: bool,
         first: usize,
         rows: usize,
@@ -48,6 +47,15 @@ pub(super) enum Work<'a> {
     Check {
         data: &'a [u8],
     },
+}
+
+/// A matrix that is to be packed.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a> {
+    layout: &'a Layout,
+    source: &'a Source,
+    /// What of it is in memory, if not all.
+    kept: Option<&'a Kept>,
 }
 
 pub(super) struct Unit<'a> {
@@ -95,12 +103,14 @@ pub(super) fn units<'a>(plans: &'a [Plan<'a>]) -> Vec<Unit<'a>> {
                         add(work, len * 4, source.entry().bytes);
                     }
                     PartPlan::Matrices(matrices) => {
-                        matrices.iter().for_each(|(at, layout, source)| {
-                            pack_units((layout, source, false), plan.at + at, &mut add);
-                        });
+                        for MatrixPlan { at, layout, source, kept } in matrices {
+                            let what = Matrix { layout, source, kept: kept.as_ref() };
+                            pack_units(what, false, plan.at + at, &mut add);
+                        }
                     }
                     PartPlan::Transposed(layout, source) => {
-                        pack_units((layout, source, true), plan.at + at, &mut add);
+                        let what = Matrix { layout, source, kept: None };
+                        pack_units(what, true, plan.at + at, &mut add);
                     }
                 }
             }
@@ -110,20 +120,27 @@ pub(super) fn units<'a>(plans: &'a [Plan<'a>]) -> Vec<Unit<'a>> {
 }
 
 fn pack_units<'a>(
-    (layout, source, transposed): (&'a Layout, &'a Source, bool),
+    matrix: Matrix<'a>,
+    transposed: bool,
     at: usize,
     add: &mut impl FnMut(Work<'a>, usize, u64),
 ) {
+    let Matrix { layout, source, kept } = matrix;
     let row_bytes = layout.row_bytes();
     let unit = if transposed { TRANSPOSE_BYTES } else { PACK_BYTES };
     let groups = (unit / (row_bytes * layout.r).max(1)).max(1);
+    let place = |group: usize| match kept.and_then(|kept| kept.start(group)) {
+        Some(blocks) => blocks as usize * layout.block_bytes(),
+        None => group * layout.group_bytes,
+    };
+    let file_bytes = u128::from(source.entry().bytes);
     for group in (0..layout.groups()).step_by(groups) {
         let groups = groups.min(layout.groups() - group);
         let first = group * layout.r;
         let rows = (groups * layout.r).min(layout.rows - first);
-        let at = at + group * layout.group_bytes;
-        let work = Work::Pack { layout, source, transposed, first, rows, at };
-        add(work, groups * layout.group_bytes, (rows * row_bytes) as u64);
+        let bytes = place(group + groups) - place(group);
+        let work = Work::Pack { matrix, transposed, first, rows, at: at + place(group) };
+        add(work, bytes, (file_bytes * rows as u128 / layout.rows as u128) as u64);
     }
 }
 
@@ -189,7 +206,8 @@ impl Unit<'_> {
                 }
                 Ok(())
             }
-            Work::Pack { layout, source, transposed, first, rows, at } => {
+            Work::Pack { matrix, transposed, first, rows, at } => {
+                let Matrix { layout, source, kept } = matrix;
                 let started = Instant::now();
                 let row_bytes = layout.row_bytes();
                 buffer.resize((rows * row_bytes).max(buffer.len()), 0);
@@ -199,7 +217,10 @@ impl Unit<'_> {
                 } else {
                     source.open()?.read((first * row_bytes) as u64, bytes)?;
                 }
-                layout.pack(bytes, part(at));
+                match kept {
+                    None => layout.pack(bytes, part(at)),
+                    Some(kept) => kept.pack(layout, first / layout.r, bytes, part(at)),
+                }
                 nanos.fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
                 Ok(())
             }

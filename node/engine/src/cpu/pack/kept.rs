@@ -1,11 +1,13 @@
-//! Blocks of a packed matrix that are all zeros: found once when it is loaded, and passed over by every
-//! product.
+//! Blocks of a packed matrix that are all zeros, which every product passes over.
 //!
 //! A block of one group of rows times 32 inputs adds exactly nothing where all its weights are zero,
-//! so results are the same bits as with it. The layout stays as it is: what is not read costs no time.
+//! so results are the same bits as with it. Of a matrix that its file keeps in tiles, only those are in
+//! memory, one after the other. Of others zeros are found once when they are loaded, and the layout
+//! stays as it is: what is not read costs no time.
 
 use super::{FLOAT_ROWS, Layout};
 use crate::cpu::kernels::format::{Format, Kind, with_format};
+use crate::model::Tiles;
 
 /// Rows and columns, from the first ones on, that products pass over where all of such a tile is zero,
 /// on every instruction set.
@@ -26,6 +28,8 @@ const SAMPLE: usize = 64;
 pub(crate) struct Run {
     pub(crate) first: u32,
     pub(crate) count: u32,
+    /// Where they lie, in blocks from the group's beginning.
+    pub(crate) at: u32,
 }
 
 impl Run {
@@ -43,6 +47,9 @@ pub(crate) struct Kept {
     starts: Box<[u32]>,
     /// Whether a few columns are faster for it too.
     for_few: bool,
+    /// Where each group begins in memory, in blocks, and where the last one ends; empty where zeros are
+    /// there too.
+    groups: Box<[u64]>,
 }
 
 impl Kept {
@@ -70,7 +77,7 @@ impl Kept {
                 kept += 1;
                 match &mut last {
                     Some(run) if run.blocks().end == b => run.count += 1,
-                    _ => runs.extend(last.replace(Run { first: b as u32, count: 1 })),
+                    _ => runs.extend(last.replace(Run { first: b as u32, count: 1, at: b as u32 })),
                 }
             }
             runs.extend(last);
@@ -78,7 +85,64 @@ impl Kept {
         }
         let (runs, starts) = (runs.into_boxed_slice(), starts.into_boxed_slice());
         let for_few = (groups * blocks - kept) as f64 >= ZEROS_WORTH_FEW * (groups * blocks) as f64;
-        worth(groups * blocks - kept, groups).then_some(Self { runs, starts, for_few })
+        worth(groups * blocks - kept, groups).then_some(Self {
+            runs,
+            starts,
+            for_few,
+            groups: Box::default(),
+        })
+    }
+
+    /// Of a matrix of which only these tiles are to be in memory.
+    pub(crate) fn of_tiles(layout: &Layout, tiles: &Tiles) -> Self {
+        let (mut runs, mut starts, mut groups) = (Vec::<Run>::new(), vec![0], vec![0]);
+        let width = (tiles.width / 32) as u32;
+        let mut end = 0u64;
+        for g in 0..layout.groups() {
+            let row = g * layout.r / FLOAT_ROWS;
+            let columns = tiles.starts[row] as usize..tiles.starts[row + 1] as usize;
+            let mut at = 0;
+            let mut last: Option<Run> = None;
+            for first in tiles.columns[columns].iter().map(|column| column * width) {
+                match &mut last {
+                    Some(run) if run.first + run.count == first => run.count += width,
+                    _ => runs.extend(last.replace(Run { first, count: width, at })),
+                }
+                at += width;
+            }
+            runs.extend(last);
+            starts.push(runs.len() as u32);
+            end += u64::from(at);
+            groups.push(end);
+        }
+        Self { runs: runs.into(), starts: starts.into(), for_few: true, groups: groups.into() }
+    }
+
+    /// Where a group begins in memory, in blocks (the one after the last: where that ends); `None` where
+    /// zeros are there too.
+    pub(crate) fn start(&self, g: usize) -> Option<u64> {
+        self.groups.get(g).copied()
+    }
+
+    /// Bytes in memory of a matrix without its zeros.
+    pub(crate) fn bytes(&self, layout: &Layout) -> u64 {
+        self.groups.last().map_or(0, |&blocks| blocks.saturating_mul(layout.block_bytes() as u64))
+    }
+
+    /// Packs whole groups from `first` on, see [`Layout::pack`], but for their zeros.
+    pub(crate) fn pack(&self, layout: &Layout, first: usize, rows: &[u8], mut out: &mut [u8]) {
+        let block = layout.block_bytes();
+        let mut group = vec![0; layout.group_bytes];
+        for (g, rows) in (first..).zip(rows.chunks(layout.r * layout.row_bytes())) {
+            group.fill(0);
+            layout.pack(rows, &mut group);
+            for run in self.group(g) {
+                let from = &group[run.first as usize * block..][..run.count as usize * block];
+                let (to, rest) = std::mem::take(&mut out).split_at_mut(from.len());
+                to.copy_from_slice(from);
+                out = rest;
+            }
+        }
     }
 
     /// Whether so many columns are faster for it.
@@ -143,7 +207,8 @@ mod tests {
     #[test]
     fn what_is_not_zero_is_kept_in_runs() {
         let kept = found(2, |g, b| g == 1 || b == 0 || b == 4).unwrap();
-        assert_eq!(kept.group(0), [Run { first: 1, count: 3 }, Run { first: 5, count: 3 }]);
+        let run = |first| Run { first, count: 3, at: first };
+        assert_eq!(kept.group(0), [run(1), run(5)]);
         assert_eq!(kept.group(1), []);
     }
 
