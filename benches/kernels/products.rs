@@ -7,7 +7,7 @@ use millrace_engine::TensorSource;
 use millrace_engine::cpu::limits::uncached_bytes;
 use millrace_engine::cpu::{CpuBackend, ZERO_TILE};
 use millrace_engine::model::{Backend, LoadedPart, Part, Source};
-use millrace_shared::model::{Activation, TensorType};
+use millrace_shared::model::{Activation, Places, SparseForm, TensorEntry, TensorType};
 
 use crate::{Bench, Tensor, Work, entry, new_backend, tensor, vector};
 
@@ -156,8 +156,9 @@ pub(crate) fn products(c: &mut Criterion, bench: &mut Bench) {
     }
 }
 
-/// A matrix in a file, of which tiles of 16 rows and 32 inputs are zeros, in no pattern.
-fn with_zeros(dtype: TensorType, part: f64, path: &Path) -> Source {
+/// A matrix in a file, of which tiles of 16 rows and 32 inputs are zeros, in no pattern: with these, and
+/// without.
+fn with_zeros(dtype: TensorType, part: f64, path: &Path) -> [(&'static str, Source); 2] {
     let Source::Synthetic(entry) = entry("zeros", dtype, &[ZEROS_SIZE, ZEROS_SIZE]) else {
         unreachable!("entries of benches are made up")
     };
@@ -177,11 +178,30 @@ fn with_zeros(dtype: TensorType, part: f64, path: &Path) -> Source {
             }
         }
     }
-    std::fs::write(path, bytes).expect("a file for a measurement");
-    Source::File(TensorSource { entry, path: path.to_owned(), offset: 0 })
+    let size = ZEROS_SIZE as u64;
+    // Of these types whatever is zero is nothing but zeros.
+    let zero = |line: &[u8]| line.iter().all(|byte| *byte == 0);
+    let places = Places::find(SparseForm::Tiles, dtype, [size, size], &bytes, zero);
+    let places = places.expect("whole tiles");
+    let data = places.encode(&bytes).expect("few tiles");
+    let mut file = bytes;
+    let mut tensors = vec![TensorSource { entry: entry.clone(), path: path.to_owned(), offset: 0 }];
+    let names = ["weight", SparseForm::Tiles.parts()[0], SparseForm::Tiles.parts()[1]];
+    for ((name, (dtype, dims)), data) in names.into_iter().zip(places.shapes()).zip(data) {
+        let (offset, bytes) = (file.len() as u64, data.len() as u64);
+        // What is kept has the shape that it has with its zeros.
+        let dims = if name == "weight" { vec![size, size] } else { dims };
+        let name = format!("blk.0.tiles.{name}");
+        let entry = TensorEntry { name, dtype, dims, offset, bytes, ..entry.clone() };
+        tensors.push(TensorSource { entry, path: path.to_owned(), offset });
+        file.extend(data);
+    }
+    std::fs::write(path, file).expect("a file for a measurement");
+    let mut sources = Source::of_tensors(&tensors).expect("all parts").into_iter();
+    ["zeros", "tiles"].map(|name| (name, sources.next().expect("both")))
 }
 
-/// Products with matrices that have tiles of zeros, in bytes of all of the matrix: more than its share
+/// Products with matrices that have tiles of zeros, or that are kept without, in bytes of all of the matrix: more than its share
 /// of memory's limit is what passing over them brings.
 pub(crate) fn zeros(c: &mut Criterion, bench: &mut Bench) {
     let (isa, threads) = (bench.limits.isa, bench.limits.threads);
@@ -189,26 +209,29 @@ pub(crate) fn zeros(c: &mut Criterion, bench: &mut Bench) {
     for dtype in ZEROS.0 {
         let mut group = c.benchmark_group(format!("{} with zeros", dtype.as_str()));
         for part in ZEROS.1 {
-            let source = with_zeros(dtype, part, &folder.path().join("matrix"));
-            let bytes = source.entry().bytes as usize;
-            let copies = uncached_bytes().div_ceil(bytes).max(2);
-            let mut loaded: Option<Product> = None;
-            for columns in ZEROS_COLUMNS {
-                let macs = ZEROS_SIZE * ZEROS_SIZE * columns;
-                let (int8_macs, float_macs) =
-                    if dtype == TensorType::F16 { (0, macs) } else { (macs, 0) };
-                let work = Work { int8_macs, float_macs, bytes, set: bytes * copies };
-                let name = format!("zeros {:.1} % x{columns}", part * 100.0);
-                let make = |loaded: Option<Product>| {
-                    let sources = std::slice::from_ref(&source);
-                    let new = || Product::new(new_backend(isa, threads), sources, copies);
-                    let mut product = loaded.unwrap_or_else(new);
-                    product.set_columns(columns, ZEROS_SIZE);
-                    product
-                };
-                bench.measure(&mut group, (dtype.as_str(), &name), &work, &mut loaded, make, |p| {
-                    p.turn(What::Linear);
-                });
+            for (how, source) in with_zeros(dtype, part, &folder.path().join("matrix")) {
+                let all = dtype.bytes_of((ZEROS_SIZE * ZEROS_SIZE) as u64).unwrap_or(0) as usize;
+                let bytes = source.entry().bytes as usize;
+                let copies = uncached_bytes().div_ceil(bytes).max(2);
+                let mut loaded: Option<Product> = None;
+                for columns in ZEROS_COLUMNS {
+                    let macs = ZEROS_SIZE * ZEROS_SIZE * columns;
+                    let (int8_macs, float_macs) =
+                        if dtype == TensorType::F16 { (0, macs) } else { (macs, 0) };
+                    let work = Work { int8_macs, float_macs, bytes: all, set: bytes * copies };
+                    let name = format!("{how} {:.1} % x{columns}", part * 100.0);
+                    let make = |loaded: Option<Product>| {
+                        let sources = std::slice::from_ref(&source);
+                        let new = || Product::new(new_backend(isa, threads), sources, copies);
+                        let mut product = loaded.unwrap_or_else(new);
+                        product.set_columns(columns, ZEROS_SIZE);
+                        product
+                    };
+                    let name = (dtype.as_str(), &*name);
+                    bench.measure(&mut group, name, &work, &mut loaded, make, |p| {
+                        p.turn(What::Linear);
+                    });
+                }
             }
         }
         group.finish();

@@ -117,6 +117,7 @@ impl Report {
             .map_err(String::clone)
             .and_then(|f| f.check_supported_types().map(|()| *f).map_err(|e| e.to_string()));
         let files = subject.files.as_ref().ok();
+        let whole = tensors.iter().filter(|t| !t.is_part());
         let unsupported = tensors.iter().filter(|t| !t.dtype.is_supported() && !t.is_part());
         let (format, file_bytes) = match subject.description {
             Some(Description::Gguf(gguf)) => ("gguf", gguf.file_len),
@@ -128,7 +129,7 @@ impl Report {
             format,
             file_bytes,
             tensors: tensors.len(),
-            parameters: tensors.iter().map(TensorEntry::elements).sum(),
+            parameters: whole.map(TensorEntry::elements).sum(),
             family: files
                 .map(|f| f.config.family.as_str().to_owned())
                 .or_else(|| architecture(subject.description)),
@@ -155,7 +156,7 @@ impl Report {
             let engine = match row.computed_as {
                 Some(own) if own == row.name => "cpu".to_owned(),
                 Some(other) => format!("cpu, as {other}"),
-                None if row.parts => "cpu, in quantised matrices".to_owned(),
+                None if row.parts => "cpu, in the matrices beside them".to_owned(),
                 None => "unsupported".to_owned(),
             };
             let numbers = [row.tensors as u64, row.elements, row.bytes].map(|n| n.to_string());

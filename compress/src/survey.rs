@@ -82,6 +82,47 @@ const VARIANTS: &[(&str, &[&str])] = &[
     ("wanda blocks 50 %", &["method = 'wanda', sparsity = 0.5, pattern = 'block'"]),
     ("wanda tiles 50 %", &["method = 'wanda', sparsity = 0.5, pattern = 'tile'"]),
     ("wanda tiles 75 %", &["method = 'wanda', sparsity = 0.75, pattern = 'tile'"]),
+    (
+        "wanda 50 % as bitmask",
+        &["method = 'wanda', sparsity = 0.5", "method = 'storage', form = 'bitmask'"],
+    ),
+    (
+        "wanda 2:4 as bitmask",
+        &[
+            "method = 'wanda', sparsity = 0.5, pattern = '2:4'",
+            "method = 'storage', form = 'bitmask'",
+        ],
+    ),
+    (
+        "wanda 75 % as csr",
+        &["method = 'wanda', sparsity = 0.75", "method = 'storage', form = 'csr'"],
+    ),
+    (
+        "wanda 90 % as csr",
+        &["method = 'wanda', sparsity = 0.9", "method = 'storage', form = 'csr'"],
+    ),
+    (
+        "wanda tiles 50 % as tiles",
+        &[
+            "method = 'wanda', sparsity = 0.5, pattern = 'tile'",
+            "method = 'storage', form = 'tiles'",
+        ],
+    ),
+    (
+        "wanda tiles 75 % as tiles",
+        &[
+            "method = 'wanda', sparsity = 0.75, pattern = 'tile'",
+            "method = 'storage', form = 'tiles'",
+        ],
+    ),
+    (
+        "wanda tiles 50 % + q8_0 as tiles",
+        &[
+            "method = 'wanda', sparsity = 0.5, pattern = 'tile'",
+            "method = 'quantise', type = 'q8_0'",
+            "method = 'storage', form = 'tiles'",
+        ],
+    ),
     ("svd 80 %", &["method = 'low-rank', size = 0.8"]),
     ("svd 50 %", &["method = 'low-rank', size = 0.5"]),
     ("svd aware 80 %", &["method = 'low-rank', size = 0.8, aware = true"]),
@@ -272,7 +313,8 @@ fn make(
             let _ = std::fs::remove_file(&current);
         }
         made.format_bytes = report.bytes_format;
-        made.errors = (report.error() > 0.0).then(|| (report.error(), report.output_error()));
+        let errors = (report.error() > 0.0).then(|| (report.error(), report.output_error()));
+        made.errors = errors.or(made.errors);
         current = target;
     }
     Ok((current, made))
