@@ -89,6 +89,39 @@ fn pruned() {
     assert_eq!(files.config.layers, 30);
 }
 
+/// Files without their zeros serve what the files with them do, to the bit.
+#[test]
+fn without_zeros() {
+    let _turn = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let mut cases = fixtures::references();
+    cases.truncate(2);
+    let tiles = "method = 'magnitude', sparsity = 0.5, pattern = 'tile'";
+    let eight = "method = 'quantise', type = 'q8_0'";
+    let dense = made(dir.path(), "dense", &[tiles, eight], &cases);
+    let (scores, answers) = said(&dense, 3, &cases);
+    let all = ModelFiles::open(&dense).unwrap().weight_bytes();
+    // Weights that share a scale cannot be kept one by one: those are floats.
+    let floats = "method = 'quantise', type = 'f32'";
+    for (form, steps) in [("tiles", &[][..]), ("csr", &[floats]), ("bitmask", &[floats])] {
+        let storage = format!("method = 'storage', form = '{form}'");
+        let first = [tiles, eight];
+        let steps: Vec<&str> = first.iter().chain(steps).copied().chain([&*storage]).collect();
+        let sparse = made(dir.path(), form, &steps, &cases);
+        let files = ModelFiles::open(&sparse).unwrap();
+        assert!(files.tensors.iter().any(|t| t.is_part()), "{form}");
+        if form == "tiles" {
+            assert!(files.weight_bytes() < all * 2 / 3, "{} of {all}", files.weight_bytes());
+            let (same, answered) = said(&sparse, 3, &cases);
+            assert_eq!((bits(&same), &answered), (bits(&scores), &answers), "{form}");
+            continue;
+        }
+        // Products with floats round nothing: other bits than those in eight, the same at any cut.
+        let (one, three) = (said(&sparse, 1, &cases), said(&sparse, 3, &cases));
+        assert_eq!((bits(&one.0), one.1), (bits(&three.0), three.1), "{form}");
+    }
+}
+
 /// Factors of some layers alone: decompositions take their time.
 #[test]
 fn factored() {
