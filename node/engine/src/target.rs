@@ -1,15 +1,25 @@
-//! A model that is being written: a file or folder that has another name until it is whole.
+//! A model that is being written: a file that has no name until it is whole.
 //!
 //! What was at the target stays there until [`Target::finish`]: a full disk, an error or a kill leave it
-//! alone, and what was written goes away. What is written is the caller's.
+//! alone, and what was written goes away. What is written is the caller's. Where the file system has no
+//! files without names, it has another one meanwhile, which a kill leaves behind.
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use millrace_shared::model::FolderSource;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, renameat2};
+use nix::unistd::linkat;
 use tempfile::{NamedTempFile, TempDir};
+
+/// Whoever may read the folder reads a model.
+const FILE_MODE: u32 = 0o644;
+/// Where the system lists a process's open files.
+const OWN_FILES: &str = "/proc/self/fd";
 
 /// Why there is nothing new at a target.
 #[derive(Debug, thiserror::Error)]
@@ -58,8 +68,24 @@ pub struct Target {
 
 #[derive(Debug)]
 enum Part {
-    File(NamedTempFile),
-    Folder(TempDir, File),
+    File(Weights),
+    Folder(Weights, Small),
+}
+
+/// What is written, and what it is called meanwhile.
+#[derive(Debug)]
+enum Weights {
+    /// Nothing: it goes with whoever writes it, however that ends.
+    Unnamed(File),
+    /// Where the file system has no files without names.
+    Named(NamedTempFile),
+}
+
+/// What lies beside the weights in a folder.
+#[derive(Debug)]
+struct Small {
+    config: Vec<u8>,
+    others: Vec<PathBuf>,
 }
 
 impl Target {
@@ -77,16 +103,15 @@ impl Target {
         if path.is_dir() {
             return Err(TargetError::Exists(path.to_owned()));
         }
-        let made =
-            builder(0o644).tempfile_in(parent).map_err(io_error("make a file in", parent))?;
-        Ok(Self { part: Part::File(made), path: path.to_owned(), overwrite })
+        let part = Part::File(Weights::begin(parent)?);
+        Ok(Self { part, path: path.to_owned(), overwrite })
     }
 
     /// Begins a folder with everything of a source's but its weights: `config` is its description,
     /// `needed` are the bytes of the weights. A folder is replaced only if `ours` says so of it.
     ///
     /// # Errors
-    /// As [`Target::file`], or if a small file cannot be copied.
+    /// As [`Target::file`].
     pub fn folder(
         source: &FolderSource,
         path: &Path,
@@ -98,32 +123,15 @@ impl Target {
         if path.exists() && !ours(path) {
             return Err(TargetError::Exists(path.to_owned()));
         }
-        let made =
-            builder(0o755).tempdir_in(parent).map_err(io_error("make a folder in", parent))?;
-        for path in &source.others {
-            let name = path.file_name().unwrap_or_default();
-            fs::copy(path, made.path().join(name)).map_err(io_error("copy", path))?;
-        }
-        let at = made.path().join(FolderSource::config_name());
-        fs::write(&at, config).map_err(io_error("write", &at))?;
-        let weights = made.path().join(FolderSource::weights_name());
-        let file = File::create_new(&weights).map_err(io_error("write", &weights))?;
-        Ok(Self { part: Part::Folder(made, file), path: path.to_owned(), overwrite })
+        let small = Small { config: config.to_owned(), others: source.others.clone() };
+        let part = Part::Folder(Weights::begin(parent)?, small);
+        Ok(Self { part, path: path.to_owned(), overwrite })
     }
 
     /// The file of weights.
     pub fn weights(&self) -> &File {
         match &self.part {
-            Part::File(file) => file.as_file(),
-            Part::Folder(_, file) => file,
-        }
-    }
-
-    /// Where the weights are while they are written.
-    pub fn weights_path(&self) -> PathBuf {
-        match &self.part {
-            Part::File(file) => file.path().to_owned(),
-            Part::Folder(folder, _) => folder.path().join(FolderSource::weights_name()),
+            Part::File(weights) | Part::Folder(weights, _) => weights.file(),
         }
     }
 
@@ -135,37 +143,123 @@ impl Target {
     /// Gives it its name, once all of it is on the disk.
     ///
     /// # Errors
-    /// If the disk is full, or something came to the target that may not be replaced.
+    /// If the disk is full, a small file cannot be copied, or something came to the target that may not
+    /// be replaced.
     pub fn finish(self) -> Result<(), TargetError> {
         let path = &self.path;
         self.weights().sync_all().map_err(io_error("write", path))?;
         match self.part {
-            Part::File(file) => {
-                let kept = match self.overwrite {
-                    true => file.persist(path),
-                    false => file.persist_noclobber(path),
-                };
-                kept.map_err(|e| match e.error.kind() {
+            Part::File(weights) => {
+                weights.persist(path, self.overwrite).map_err(|e| match e.kind() {
                     io::ErrorKind::AlreadyExists => TargetError::Exists(path.clone()),
-                    _ => io_error("write", path)(e.error),
+                    _ => io_error("write", path)(e),
                 })?;
             }
-            Part::Folder(made, _) => {
+            Part::Folder(weights, small) => {
+                // Of a writer that is killed from here on, this folder may stay.
+                let made = small.write(parent(path))?;
+                let at = made.path().join(FolderSource::weights_name());
+                weights.persist(&at, false).map_err(io_error("write", &at))?;
                 sync_folder(made.path());
-                // Nothing good goes for a copy that somebody removed meanwhile.
-                let weights = made.path().join(FolderSource::weights_name());
-                fs::metadata(&weights).map_err(io_error("find", &weights))?;
-                if path.exists() {
-                    fs::remove_dir_all(path).map_err(io_error("replace", path))?;
-                }
-                fs::rename(made.path(), path).map_err(io_error("write", path))?;
-                // It is not there any more under its first name.
-                let _ = made.keep();
+                place(made, path)?;
             }
         }
         sync_folder(parent(path));
         Ok(())
     }
+}
+
+impl Weights {
+    /// An empty file in a folder.
+    fn begin(folder: &Path) -> Result<Self, TargetError> {
+        let failed = io_error("make a file in", folder);
+        match unnamed(folder) {
+            Ok(Some(file)) => Ok(Self::Unnamed(file)),
+            Ok(None) => builder(FILE_MODE).tempfile_in(folder).map(Self::Named).map_err(failed),
+            Err(e) => Err(failed(e)),
+        }
+    }
+
+    fn file(&self) -> &File {
+        match self {
+            Self::Unnamed(file) => file,
+            Self::Named(file) => file.as_file(),
+        }
+    }
+
+    /// Gives it a name, in the place of another file of that name if it may.
+    fn persist(self, path: &Path, overwrite: bool) -> io::Result<()> {
+        let named = match self {
+            Self::Unnamed(file) if !overwrite => return Ok(link(&file, path)?),
+            // No call gives a name that is taken: it gets one of its own first.
+            Self::Unnamed(file) => {
+                let at = |at: &Path| Ok(link(&file, at)?);
+                builder(FILE_MODE).make_in(parent(path), at)?.into_temp_path()
+            }
+            Self::Named(file) => file.into_temp_path(),
+        };
+        match overwrite {
+            true => Ok(named.persist(path)?),
+            false => Ok(named.persist_noclobber(path)?),
+        }
+    }
+}
+
+impl Small {
+    /// A folder beside the target with all of it.
+    fn write(&self, beside: &Path) -> Result<TempDir, TargetError> {
+        let made =
+            builder(0o755).tempdir_in(beside).map_err(io_error("make a folder in", beside))?;
+        for path in &self.others {
+            let name = path.file_name().unwrap_or_default();
+            fs::copy(path, made.path().join(name)).map_err(io_error("copy", path))?;
+        }
+        let at = made.path().join(FolderSource::config_name());
+        fs::write(&at, &self.config).map_err(io_error("write", &at))?;
+        Ok(made)
+    }
+}
+
+/// Gives a folder its name; what was there goes away afterwards.
+fn place(made: TempDir, path: &Path) -> Result<(), TargetError> {
+    if path.exists() {
+        // What was there has the other's name then, and goes away with it.
+        if exchange(made.path(), path).is_ok() {
+            return Ok(());
+        }
+        fs::remove_dir_all(path).map_err(io_error("replace", path))?;
+    }
+    fs::rename(made.path(), path).map_err(io_error("write", path))?;
+    // It is not there any more under its first name.
+    let _ = made.keep();
+    Ok(())
+}
+
+/// A file without a name; `None` where the system or the file system has none.
+fn unnamed(folder: &Path) -> io::Result<Option<File>> {
+    if !Path::new(OWN_FILES).is_dir() {
+        return Ok(None);
+    }
+    let mut options = File::options();
+    options.read(true).write(true).mode(FILE_MODE).custom_flags(OFlag::O_TMPFILE.bits());
+    match options.open(folder) {
+        Ok(file) => Ok(Some(file)),
+        Err(e) => match e.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::ENOENT | Errno::EINVAL) => Ok(None),
+            _ => Err(e),
+        },
+    }
+}
+
+/// Gives a file without a name one that is not taken.
+fn link(file: &File, path: &Path) -> Result<(), Errno> {
+    let own = format!("{OWN_FILES}/{}", file.as_raw_fd());
+    linkat(AT_FDCWD, &*own, AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW)
+}
+
+/// Two folders get each other's names at once.
+fn exchange(a: &Path, b: &Path) -> Result<(), Errno> {
+    renameat2(AT_FDCWD, a, AT_FDCWD, b, RenameFlags::RENAME_EXCHANGE)
 }
 
 fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
@@ -208,4 +302,44 @@ fn check<'a>(
         return Ok(folder);
     }
     Err(TargetError::NoSpace { folder: folder.to_owned(), free, needed })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+
+    use super::*;
+
+    /// Both kinds of files, with and without something in their place.
+    #[test]
+    fn files_get_their_names_with_and_without_one_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let begin = |named: bool| match named {
+            true => Weights::Named(builder(FILE_MODE).tempfile_in(dir.path()).unwrap()),
+            false => {
+                Weights::Unnamed(unnamed(dir.path()).unwrap().expect("a file system with them"))
+            }
+        };
+        let path = dir.path().join("model");
+        for (i, named) in [true, false].into_iter().enumerate() {
+            for (there, overwrite) in [(false, false), (true, false), (true, true)] {
+                let before = fs::read(&path).ok();
+                let weights = begin(named);
+                weights.file().write_all(&[i as u8, u8::from(overwrite)]).unwrap();
+                let done = weights.persist(&path, overwrite);
+                assert_eq!(before.is_some(), there);
+                if there && !overwrite {
+                    assert_eq!(done.unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+                    assert_eq!(fs::read(&path).ok(), before);
+                } else {
+                    done.unwrap();
+                    let mut found = Vec::new();
+                    File::open(&path).unwrap().read_to_end(&mut found).unwrap();
+                    assert_eq!(found, [i as u8, u8::from(overwrite)]);
+                }
+                assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing beside it");
+            }
+            fs::remove_file(&path).unwrap();
+        }
+    }
 }
