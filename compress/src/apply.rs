@@ -20,7 +20,8 @@ use crate::source::{is_head, is_layer_matrix, row_bytes};
 use crate::sparse::race;
 use crate::step::{Needs, Per, parse_type};
 use crate::{
-    Calibration, Calibrator, CompressError, Matrix, Sink, Slot, Source, Step, factor, parallel,
+    Calibration, Calibrator, Changes, CompressError, Matrix, Sink, Slot, Source, Step, factor,
+    parallel,
 };
 use crate::{storage, structure};
 
@@ -93,7 +94,7 @@ fn apply_unnamed(
     let types = types(source, step, settings, progress)?;
     let slots: Vec<Slot> =
         source.tensors.iter().zip(&types).map(|(t, &dtype)| Slot::of_type(t, dtype)).collect();
-    let sink = Sink::create(source, target, settings.overwrite, &slots, &[])?;
+    let sink = Sink::create(source, target, settings.overwrite, &slots, &Changes::default())?;
     let global = global_threshold(source, step, progress)?;
     let first = (step.passes() - 1) * source.weight_bytes();
     let job = Job { source, step, settings, types, global };

@@ -15,9 +15,9 @@ use crate::lowrank::{Factors, GRAIN, Rank, factorise, grained, rank_of};
 use crate::mixed::{Price, hull, spend};
 use crate::quant::fallback;
 use crate::report::{StepReport, TensorReport, type_name};
-use crate::source::Kind;
 use crate::{
-    Calibration, Calibrator, CompressError, Matrix, Needs, Sink, Slot, Source, Step, parallel,
+    Calibration, Calibrator, Changes, CompressError, Matrix, Needs, Sink, Slot, Source, Step,
+    parallel,
 };
 
 /// Matrices of a layer that share their input, as files have them.
@@ -102,7 +102,7 @@ pub(crate) fn apply(
     }
     groups.retain(Group::pays);
     let (slots, places) = slots(source, &groups, settings.store);
-    let mut sink = Sink::create(source, target, settings.overwrite, &slots, &[])?;
+    let mut sink = Sink::create(source, target, settings.overwrite, &slots, &Changes::default())?;
     let mut report = StepReport {
         step: step.describe(),
         bytes_before: source.stored_bytes,
@@ -141,9 +141,9 @@ pub(crate) fn apply(
 impl Job<'_> {
     fn check(&self) -> Result<(), CompressError> {
         let f = &self.source.config.features;
-        if f.experts.is_some() || f.transposed || !matches!(self.source.kind, Kind::Gguf(_)) {
+        if f.experts.is_some() || f.transposed {
             return Err(CompressError::settings(
-                "low rank needs a GGUF file of a model without experts: convert a folder first",
+                "low rank needs a model without experts, whose matrices lie row by row",
             ));
         }
         // Some families' files have several matrices in one.

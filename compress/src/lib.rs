@@ -36,6 +36,6 @@ pub use calibrate::{CALIBRATION_WINDOW, Calibration, Calibrator, LEAST_TOKENS, c
 pub use error::CompressError;
 pub use matrix::{Matrix, parallel};
 pub use report::{StepReport, TensorReport};
-pub use sink::{Sink, Slot};
+pub use sink::{Changes, Sink, Slot};
 pub use source::{Source, is_head, is_layer_matrix};
 pub use step::{Form, Needs, Per, Step, parse_type};

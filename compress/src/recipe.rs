@@ -9,6 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use millrace_engine::target::{TargetError, io_error};
+use millrace_shared::model::ModelFiles;
 use serde::{Deserialize, Serialize};
 
 use crate::apply::{Settings, apply};
@@ -237,14 +238,14 @@ fn found(path: &Path, mark: &Path, of: &str) -> Option<StepReport> {
 }
 
 pub(crate) fn provenance(path: &Path) -> Result<Provenance, CompressError> {
-    let source = Source::open(path)?;
+    let files = ModelFiles::open(path)?;
     let mut hash = blake3::Hasher::new();
-    for file in source.paths() {
+    for file in &files.paths {
         let file_read = fs::File::open(file).and_then(|f| hash.update_reader(f).map(|_| ()));
         file_read.map_err(io_error("read", file))?;
     }
     let blake3 = hash.finalize().to_hex().to_string();
-    Ok(Provenance { path: path.to_owned(), blake3, bytes: source.stored_bytes })
+    Ok(Provenance { path: path.to_owned(), blake3, bytes: files.weight_bytes() })
 }
 
 #[cfg(test)]

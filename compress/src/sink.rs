@@ -8,7 +8,7 @@ use std::path::Path;
 use millrace_engine::target::{Target, TargetError, io_error};
 use millrace_shared::model::gguf::{Gguf, Metadata, Value};
 use millrace_shared::model::{
-    FolderSource, SPARSE_SHAPES, SPARSE_TENSORS, TensorEntry, TensorType,
+    FolderShape, FolderSource, SPARSE_SHAPES, SPARSE_TENSORS, TensorEntry, TensorType,
 };
 
 use crate::source::Kind;
@@ -47,19 +47,27 @@ pub struct Sink {
     len: u64,
 }
 
+/// What else is different in a model: whatever its format, or keys of GGUF files.
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    /// Dimensions.
+    pub shape: FolderShape,
+    /// Keys of GGUF's metadata.
+    pub keys: Vec<(&'static str, Value)>,
+}
+
 impl Sink {
-    /// Makes room for these tensors, and writes everything but them. `changes` to metadata are made
-    /// in GGUF files; a folder keeps its shapes.
+    /// Makes room for these tensors, and writes everything but them.
     ///
     /// # Errors
-    /// If the target is there and may not be replaced or is the source, the disk is too small, or the
-    /// tensors cannot be laid out.
+    /// If the target is there and may not be replaced or is the source, the disk is too small, the
+    /// tensors cannot be laid out, or a change cannot be made.
     pub fn create(
         source: &Source,
         path: &Path,
         overwrite: bool,
         slots: &[Slot],
-        changes: &[(&str, Value)],
+        changes: &Changes,
     ) -> Result<Self, CompressError> {
         let (target, head, entries, len) = match &source.kind {
             Kind::Gguf(gguf) => {
@@ -67,8 +75,9 @@ impl Sink {
                 (Target::file(&source.path, path, overwrite, len)?, head, entries, len)
             }
             Kind::Folder(folder) => {
-                let (head, entries, len) = lay_out_folder(folder, slots, changes)?;
-                let config = config(folder, slots)?;
+                let (head, entries, len) = lay_out_folder(folder, slots)?;
+                let config = folder.config(is_own(slots), &changes.shape);
+                let config = config.map_err(CompressError::Settings)?;
                 let ours = (overwrite, &is_model as &dyn Fn(&Path) -> bool);
                 let target = Target::folder(folder, path, ours, &config, len)?;
                 (target, head, entries, len)
@@ -157,13 +166,27 @@ type Layout = (Vec<u8>, Vec<TensorEntry>, u64);
 fn lay_out(
     metadata: &Metadata,
     slots: &[Slot],
-    changes: &[(&str, Value)],
+    changes: &Changes,
 ) -> Result<Layout, CompressError> {
     let mut metadata = metadata.clone();
     // What is written has its zeros, unless the changes say otherwise.
     metadata.remove(&[SPARSE_TENSORS, SPARSE_SHAPES]);
-    for (key, value) in changes {
+    for (key, value) in &changes.keys {
         metadata.set(*key, value.clone());
+    }
+    if !changes.shape.dimensions.is_empty() {
+        let Some(Value::Str(arch)) = metadata.get("general.architecture").cloned() else {
+            return Err(CompressError::settings("the file does not name its architecture"));
+        };
+        for (key, n) in &changes.shape.dimensions {
+            let key = format!("{arch}.{key}");
+            if let Some(Value::Array(_)) = metadata.get(&key) {
+                return Err(CompressError::Settings(format!(
+                    "'{key}' differs from layer to layer"
+                )));
+            }
+            metadata.set(key, *n);
+        }
     }
     metadata.set("general.quantization_version", 2u32);
     metadata.set("general.file_type", file_type(slots));
@@ -192,34 +215,15 @@ fn file_type(slots: &[Slot]) -> u32 {
     most.filter(|(dtype, _)| weights(*dtype) > weights(TensorType::F32)).map_or(0, |(_, n)| *n)
 }
 
-fn lay_out_folder(
-    folder: &FolderSource,
-    slots: &[Slot],
-    changes: &[(&str, Value)],
-) -> Result<Layout, CompressError> {
-    let same = slots.len() == folder.tensors.len()
-        && slots.iter().zip(&folder.tensors).all(|(s, t)| s.dims == t.dims && s.name == t.name);
-    if !same || !changes.is_empty() {
-        return Err(CompressError::settings(
-            "steps that change the shape of a model need a GGUF file: convert the folder first",
-        ));
-    }
-    let types: Vec<TensorType> = slots.iter().map(|s| s.dtype).collect();
-    let (head, entries) = folder.lay_out(&types);
+fn lay_out_folder(folder: &FolderSource, slots: &[Slot]) -> Result<Layout, CompressError> {
+    let slots = slots.iter().map(|s| (s.name.clone(), s.dtype, s.dims.clone()));
+    let (head, entries) = folder.lay_out(slots).map_err(CompressError::Settings)?;
     let len = entries.last().map_or(head.len() as u64, |t| t.offset + t.bytes);
     Ok((head, entries, len))
 }
 
-/// The folder's description; where all is floats, other libraries read it like any folder of floats.
-fn config(folder: &FolderSource, slots: &[Slot]) -> Result<Vec<u8>, CompressError> {
+/// Whether only this engine reads a folder with these tensors; any library reads matrices of floats.
+fn is_own(slots: &[Slot]) -> bool {
     let floats = |s: &Slot| matches!(s.dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16);
-    if !slots.iter().all(floats) {
-        return Ok(folder.config.clone());
-    }
-    let mut json: serde_json::Value = serde_json::from_slice(&folder.config)
-        .map_err(|e| CompressError::Settings(format!("config.json: {e}")))?;
-    if let Some(map) = json.as_object_mut() {
-        map.remove("quantization_config");
-    }
-    Ok(serde_json::to_vec_pretty(&json).expect("invariant: JSON can be written"))
+    !slots.iter().all(|s| floats(s) && !s.name.ends_with("_in.weight"))
 }

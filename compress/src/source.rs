@@ -89,11 +89,6 @@ impl Source {
         Ok(Self { config, tensors, stored_bytes, path, kind, paths, files, sparse })
     }
 
-    /// The files with tensors.
-    pub fn paths(&self) -> &[PathBuf] {
-        &self.paths
-    }
-
     /// Bytes of all tensors with their zeros.
     pub fn weight_bytes(&self) -> u64 {
         self.tensors.iter().map(|t| t.bytes).sum()

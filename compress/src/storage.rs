@@ -8,7 +8,6 @@
 use std::path::Path;
 
 use millrace_engine::cpu::dequantise_row;
-use millrace_shared::model::gguf::Value;
 use millrace_shared::model::{Places, SparseForm, TensorEntry, TensorType, sparse_keys};
 
 use crate::apply::Settings;
@@ -16,7 +15,7 @@ use crate::report::{StepReport, TensorReport, type_name};
 use crate::source::{Kind, decode, is_layer_matrix};
 use crate::sparse::race;
 use crate::step::Form;
-use crate::{CompressError, Matrix, Sink, Slot, Source, Step, parallel, prune};
+use crate::{Changes, CompressError, Matrix, Sink, Slot, Source, Step, parallel, prune};
 
 /// How a matrix is to be kept, and where its tensors go.
 #[derive(Clone, Copy)]
@@ -65,9 +64,11 @@ pub(crate) fn apply(
             progress(done);
         }
     }
-    let keys = sparse_keys(&sparse);
-    let keys: &[(&str, Value)] = if sparse.is_empty() { &[] } else { &keys };
-    let mut sink = Sink::create(source, target, settings.overwrite, &slots, keys)?;
+    let mut changes = Changes::default();
+    if !sparse.is_empty() {
+        changes.keys = sparse_keys(&sparse).into();
+    }
+    let mut sink = Sink::create(source, target, settings.overwrite, &slots, &changes)?;
     let mut report = StepReport {
         step: step.describe(),
         bytes_before: source.stored_bytes,

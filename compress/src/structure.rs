@@ -6,14 +6,14 @@
 
 use std::path::Path;
 
-use millrace_shared::model::gguf::Value;
-use millrace_shared::model::{ModelConfig, TensorType};
+use millrace_shared::model::{FolderShape, ModelConfig, TensorType};
 
 use crate::apply::{Settings, encode};
 use crate::quant::fallback;
 use crate::report::{StepReport, TensorReport, type_name};
-use crate::source::Kind;
-use crate::{Calibration, CompressError, Matrix, Sink, Slot, Source, Step, calibrate, parallel};
+use crate::{
+    Calibration, Changes, CompressError, Matrix, Sink, Slot, Source, Step, calibrate, parallel,
+};
 
 /// Widths that the engine's kernels compute with are multiples of this.
 const GRAIN: usize = 32;
@@ -34,9 +34,6 @@ impl New {
     }
 }
 
-/// A change of metadata: the key after the architecture's name.
-type Change = (&'static str, u32);
-
 /// Carries a structural step out.
 ///
 /// # Errors
@@ -48,11 +45,6 @@ pub(crate) fn apply(
     settings: &Settings<'_>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<StepReport, CompressError> {
-    let Kind::Gguf(gguf) = &source.kind else {
-        return Err(CompressError::settings(
-            "steps that change the shape of a model need a GGUF file: convert the folder first",
-        ));
-    };
     let seen = match (settings.known, step) {
         (Some(_), _) | (_, Step::KeepLayers { .. }) => Calibration::default(),
         _ => {
@@ -61,20 +53,9 @@ pub(crate) fn apply(
             calibrate(source, settings.calibration, settings.threads, false, &mut told)?
         }
     };
-    let (news, changes, note) = plan(source, step, settings.known.unwrap_or(&seen))?;
-    let Some(Value::Str(arch)) = gguf.metadata.get("general.architecture") else {
-        return Err(CompressError::settings("the file does not name its architecture"));
-    };
-    let changes: Vec<(String, Value)> =
-        changes.iter().map(|(key, n)| (format!("{arch}.{key}"), Value::from(*n))).collect();
-    if let Some((key, _)) =
-        changes.iter().find(|(k, _)| matches!(gguf.metadata.get(k), Some(Value::Array(_))))
-    {
-        return Err(CompressError::Settings(format!("'{key}' differs from layer to layer")));
-    }
+    let (news, shape, note) = plan(source, step, settings.known.unwrap_or(&seen))?;
     let slots: Vec<Slot> = news.iter().map(|new| slot(source, new, settings.store)).collect();
-    let changes: Vec<(&str, Value)> =
-        changes.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
+    let changes = Changes { shape, ..Changes::default() };
     let mut sink = Sink::create(source, target, settings.overwrite, &slots, &changes)?;
     let mut report = StepReport {
         step: step.describe(),
@@ -157,8 +138,8 @@ fn make(source: &Source, new: &New, dtype: TensorType) -> Result<Vec<u8>, Compre
     encode(&first.name, dtype, &mut m, None, None)
 }
 
-/// Tensors, metadata, and what to tell.
-type Shape = (Vec<New>, Vec<Change>, String);
+/// Tensors, dimensions, and what to tell.
+type Shape = (Vec<New>, FolderShape, String);
 
 fn plan(source: &Source, step: &Step, seen: &Calibration) -> Result<Shape, CompressError> {
     let layers = source.config.layers;
@@ -170,18 +151,18 @@ fn plan(source: &Source, step: &Step, seen: &Calibration) -> Result<Shape, Compr
                     layers - 1
                 )));
             }
-            Ok(layers_of(source, &kept.iter().map(|&l| vec![l]).collect::<Vec<_>>()))
+            layers_of(source, &kept.iter().map(|&l| vec![l]).collect::<Vec<_>>())
         }
         Step::DropLayers { count } => {
             check_left(*count, layers, "layers")?;
             let gone = lowest(&seen.influence, *count as usize);
             let kept: Vec<Vec<u32>> =
                 (0..layers).filter(|l| !gone.contains(&(*l as usize))).map(|l| vec![l]).collect();
-            Ok(layers_of(source, &kept))
+            layers_of(source, &kept)
         }
         Step::MergeLayers { count } => {
             check_left(*count, layers / 2 + 1, "pairs of layers")?;
-            Ok(layers_of(source, &merged(&seen.influence, *count as usize)))
+            layers_of(source, &merged(&seen.influence, *count as usize))
         }
         Step::DropHeads { count } => heads(source, *count, seen),
         Step::DropChannels { fraction } => channels(source, *fraction, seen),
@@ -236,7 +217,19 @@ fn merged(influence: &[f64], count: usize) -> Vec<Vec<u32>> {
 }
 
 /// A model whose layers are (means of) layers of the source.
-fn layers_of(source: &Source, layers: &[Vec<u32>]) -> Shape {
+fn layers_of(source: &Source, layers: &[Vec<u32>]) -> Result<Shape, CompressError> {
+    let firsts: Vec<u32> = layers.iter().map(|l| l[0]).collect();
+    let sees = |layer: u32| source.config.window(layer).is_some();
+    let of_number = source.config.features.window.as_ref().is_some_and(|w| w.every > 0);
+    if let Some((new, old)) = (0..).zip(&firsts).find(|&(new, &old)| sees(new) != sees(old))
+        && of_number
+    {
+        return Err(CompressError::Settings(format!(
+            "layer {old} would become layer {new}: which layers of {} see a window alone goes by their \
+             numbers, so keep-layers is to keep that rhythm",
+            source.config.family.as_str()
+        )));
+    }
     let find = |name: &str| source.tensors.iter().position(|t| t.name == name);
     let mut news = Vec::new();
     for (i, tensor) in source.tensors.iter().enumerate() {
@@ -255,7 +248,8 @@ fn layers_of(source: &Source, layers: &[Vec<u32>]) -> Shape {
     let told: Vec<String> =
         layers.iter().map(|l| l.iter().map(u32::to_string).collect::<Vec<_>>().join("+")).collect();
     let note = format!("layers of the original: {}", told.join(" "));
-    (news, vec![("block_count", layers.len() as u32)], note)
+    let dimensions = vec![("block_count", layers.len() as u32)];
+    Ok((news, FolderShape { dimensions, layers: Some(firsts) }, note))
 }
 
 /// All tensors, cut by a rule: the rows and columns that stay, by name.
@@ -334,7 +328,7 @@ fn heads(source: &Source, count: u32, seen: &Calibration) -> Result<Shape, Compr
         }
     });
     let left = c.kv_heads - count;
-    let changes = vec![
+    let dimensions = vec![
         ("attention.head_count", left * group as u32),
         ("attention.head_count_kv", left),
         ("attention.key_length", c.head_dim),
@@ -342,7 +336,7 @@ fn heads(source: &Source, count: u32, seen: &Calibration) -> Result<Shape, Compr
         ("rope.dimension_count", c.rope.dim),
     ];
     let note = format!("{} of {} query heads stay in each layer", left * group as u32, c.heads);
-    Ok((news, changes, note))
+    Ok((news, FolderShape { dimensions, layers: None }, note))
 }
 
 fn channels(source: &Source, fraction: f64, seen: &Calibration) -> Result<Shape, CompressError> {
@@ -365,7 +359,8 @@ fn channels(source: &Source, fraction: f64, seen: &Calibration) -> Result<Shape,
         }
     });
     let note = format!("{left} of {ffn} inner channels stay in each layer");
-    Ok((news, vec![("feed_forward_length", left as u32)], note))
+    let dimensions = vec![("feed_forward_length", left as u32)];
+    Ok((news, FolderShape { dimensions, layers: None }, note))
 }
 
 fn width(source: &Source, hidden: usize, seen: &Calibration) -> Result<Shape, CompressError> {
@@ -395,14 +390,14 @@ fn width(source: &Source, hidden: usize, seen: &Calibration) -> Result<Shape, Co
             _ => (None, kept()),
         }
     });
-    let changes = vec![
+    let dimensions = vec![
         ("embedding_length", hidden as u32),
         ("attention.key_length", c.head_dim),
         ("attention.value_length", c.head_dim),
         ("rope.dimension_count", c.rope.dim),
     ];
     let note = format!("{hidden} of {} elements of the residual stream stay", c.hidden);
-    Ok((news, changes, note))
+    Ok((news, FolderShape { dimensions, layers: None }, note))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use millrace_compress::{CompressError, Settings, Source, Step, apply, calibrate}
 use millrace_engine::target::TargetError;
 use millrace_shared::model::ModelFiles;
 use tiny::{
-    FFN, HIDDEN, LAYERS, TERMS, VOCAB, model, names, settings, step, through, tokens, write,
+    Deaf, FFN, HIDDEN, LAYERS, TERMS, VOCAB, model, names, settings, step, through, tokens, write,
 };
 
 #[test]
@@ -392,13 +392,6 @@ fn weights_that_are_no_numbers_are_named_wherever_they_are() {
 }
 
 /// Hears nothing.
-struct Deaf;
-
-impl recipe::Progress for Deaf {
-    fn begin(&mut self, _: usize, _: usize, _: &str, _: u64) {}
-    fn advance(&mut self, _: u64) {}
-}
-
 #[test]
 fn recipes_go_on_where_they_stopped() {
     let dir = tempfile::tempdir().unwrap();

@@ -16,7 +16,7 @@ mod types;
 pub use config::ModelConfig;
 pub use family::{Activation, Experts, Family, Features, Window};
 pub use files::{Description, ModelFileError, ModelFiles};
-pub use folder::{FolderError, FolderSource, model_folder};
+pub use folder::{FolderError, FolderShape, FolderSource, model_folder};
 pub use layers::{StageTensors, embedding_name, head_name, stage_tensors, typical_name};
 pub use manifest::{ModelManifest, numerics_id};
 pub use rope::{LongFactors, RopeConfig, RopeScaling, RopeStyle};

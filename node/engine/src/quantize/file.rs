@@ -99,9 +99,9 @@ impl Plan {
         let needed = self.target_len();
         let part = match &self.folder {
             None => Target::file(&self.sources[0], target, overwrite, needed)?,
-            Some(source) => {
+            Some((source, config)) => {
                 let replace = (overwrite, &FolderSource::is_copy as &dyn Fn(&Path) -> bool);
-                Target::folder(source, target, replace, &source.config, needed)?
+                Target::folder(source, target, replace, config, needed)?
             }
         };
         let mut job =

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use millrace_shared::model::gguf::Gguf;
 use millrace_shared::model::{
-    Description, FolderSource, ModelFileError, TensorEntry, TensorType, embedding_name, is_sparse,
+    Description, FolderShape, FolderSource, ModelFileError, TensorEntry, TensorType,
+    embedding_name, is_sparse,
 };
 
 use super::{Options, QuantizeError, Requantise, Rounding, TYPES, default_output};
@@ -44,8 +45,8 @@ pub struct Plan {
     pub(super) len: u64,
     /// The files that tensors are read from.
     pub(super) sources: Vec<PathBuf>,
-    /// Where the source is a folder, so is the copy.
-    pub(super) folder: Option<FolderSource>,
+    /// Where the source is a folder, so is the copy; with this `config.json`.
+    pub(super) folder: Option<(FolderSource, Vec<u8>)>,
     pub(super) rounding: Rounding,
 }
 
@@ -67,7 +68,8 @@ impl Plan {
 
     /// Every file that the copy depends on.
     pub fn files(&self) -> Vec<PathBuf> {
-        self.folder.as_ref().map_or_else(|| self.sources.clone(), FolderSource::all_files)
+        let folder = self.folder.as_ref();
+        folder.map_or_else(|| self.sources.clone(), |(folder, _)| folder.all_files())
     }
 
     /// Length of the new file of weights.
@@ -132,13 +134,17 @@ pub fn plan_folder(folder: &Path, options: &Options) -> Result<Plan, QuantizeErr
             *dtype = tensor.dtype;
         }
     }
-    let (head, tensors) = source.lay_out(&types);
+    let slots = source.tensors.iter().zip(types);
+    let slots = slots.map(|(t, dtype)| (t.name.clone(), dtype, t.dims.clone()));
+    let failed = |why| QuantizeError::Fixed { path: folder.to_owned(), why };
+    let (head, tensors) = source.lay_out(slots).map_err(failed)?;
+    let config = source.config(true, &FolderShape::default()).map_err(failed)?;
     Ok(Plan {
         len: tensors.last().map_or(head.len() as u64, |t| t.offset + t.bytes),
         tensors: pairs(&source.tensors, &tensors),
         head,
         sources: source.paths.clone(),
-        folder: Some(source),
+        folder: Some((source, config)),
         rounding: options.rounding,
     })
 }

@@ -1,4 +1,5 @@
-//! A copy of a folder with other types of matrices: how it is laid out. Nothing is written here.
+//! A copy of a folder with other types of matrices, or other shapes: how it is laid out. Nothing is
+//! written here.
 //!
 //! The copy has one safetensors file, `config.json` with a mark that other libraries refuse, and the
 //! rest of the small files (tokenizer, chat template, generation settings) as they are. A quantised
@@ -14,6 +15,20 @@ use crate::model::{TensorEntry, TensorType};
 
 /// Kinds of files that belong to a model beside its weights.
 const KEPT: [&str; 4] = ["json", "jinja", "model", "txt"];
+/// Dimensions as GGUF's keys have them behind the architecture's name, and as `config.json` has them;
+/// what it has no key for follows from the others.
+const SHAPE: [(&str, Option<&str>); 8] = [
+    ("block_count", Some("num_hidden_layers")),
+    ("embedding_length", Some("hidden_size")),
+    ("feed_forward_length", Some("intermediate_size")),
+    ("attention.head_count", Some("num_attention_heads")),
+    ("attention.head_count_kv", Some("num_key_value_heads")),
+    ("attention.key_length", Some("head_dim")),
+    ("attention.value_length", None),
+    ("rope.dimension_count", None),
+];
+/// Lists with a value for each layer.
+const LISTS: [&str; 2] = ["layer_types", "no_rope_layers"];
 
 /// A folder to be copied.
 #[derive(Clone, Debug)]
@@ -27,11 +42,19 @@ pub struct FolderSource {
     pub tensors: Vec<TensorEntry>,
     /// The small files that go along as they are.
     pub others: Vec<PathBuf>,
-    /// `config.json` of the copy.
-    pub config: Vec<u8>,
     /// Why its matrices cannot be given other types, if so.
     pub fixed: Option<String>,
     names: Vec<String>,
+    config: Value,
+}
+
+/// Other dimensions of a copy.
+#[derive(Clone, Debug, Default)]
+pub struct FolderShape {
+    /// By GGUF's keys behind the architecture's name.
+    pub dimensions: Vec<(&'static str, u32)>,
+    /// Which layers of the original its layers are like, where they are not the same.
+    pub layers: Option<Vec<u32>>,
 }
 
 impl FolderSource {
@@ -41,11 +64,10 @@ impl FolderSource {
     /// If it is no sound model of a known family.
     pub fn open(folder: &Path) -> Result<Self, FolderError> {
         let (model, _, paths) = super::open(folder)?;
-        let mut json = super::read_json(&folder.join(CONFIG))?;
-        let scheme = quantized::scheme(&json, folder)?;
-        let own = json.get("quantization_config").is_some_and(|q| !q.is_null());
+        let config = super::read_json(&folder.join(CONFIG))?;
+        let scheme = quantized::scheme(&config, folder)?;
+        let own = config.get("quantization_config").is_some_and(|q| !q.is_null());
         let fixed = match scheme {
-            Scheme::Plain if own => Some("its matrices are quantised already".to_owned()),
             Scheme::Plain if model.features.transposed => {
                 Some(format!("matrices of {} lie the other way round", model.family.as_str()))
             }
@@ -60,28 +82,105 @@ impl FolderSource {
                 all_names.push(name);
             }
         }
-        json["quantization_config"] = json!({ "quant_method": OWN });
-        let config = serde_json::to_vec_pretty(&json).expect("invariant: JSON can be written");
+        // A copy of floats with that mark is one with matrices that others do not know.
+        let floats = tensors.iter().all(|t| is_float(t.dtype));
+        let quantised = (own && !floats).then(|| "its matrices are quantised already".to_owned());
+        let fixed = fixed.or(quantised);
         let others = others(folder).map_err(|e| FolderError::new(folder, e.to_string()))?;
         let folder = folder.to_owned();
-        Ok(Self { folder, paths, tensors, others, config, fixed, names: all_names })
+        Ok(Self { folder, paths, tensors, others, fixed, names: all_names, config })
     }
 
-    /// The beginning of the copy's file, up to the first tensor's bytes, and where its tensors are to
-    /// lie, one after the other.
+    /// `config.json` of a copy with those dimensions; `own`: with a mark that other libraries refuse.
+    ///
+    /// # Errors
+    /// Names a dimension that has no key, or a list that is not one of layers.
+    pub fn config(&self, own: bool, shape: &FolderShape) -> Result<Vec<u8>, String> {
+        let mut json = self.config.clone();
+        if let Some(map) = json.as_object_mut() {
+            map.remove("quantization_config");
+        }
+        if own {
+            json["quantization_config"] = json!({ "quant_method": OWN });
+        }
+        // Of a model that also sees, the text part.
+        let text = json.get("text_config").is_some_and(Value::is_object);
+        let text = if text { &mut json["text_config"] } else { &mut json };
+        for (key, n) in &shape.dimensions {
+            match SHAPE.iter().find(|(ours, _)| ours == key) {
+                Some((_, Some(theirs))) => text[*theirs] = Value::from(*n),
+                Some((_, None)) => {}
+                None => return Err(format!("{CONFIG} has no key for '{key}'")),
+            }
+        }
+        if let Some(layers) = &shape.layers {
+            for key in LISTS {
+                let Some(Value::Array(list)) = text.get(key) else { continue };
+                let new = layers.iter().map(|&l| list.get(l as usize).cloned());
+                let new: Option<Vec<Value>> = new.collect();
+                let new =
+                    new.ok_or_else(|| format!("'{key}' of {CONFIG} is shorter than the model"));
+                text[key] = Value::Array(new?);
+            }
+        }
+        Ok(serde_json::to_vec_pretty(&json).expect("invariant: JSON can be written"))
+    }
+
+    /// The name of a tensor in the files: its own, that of the same tensor of another layer, or, of the
+    /// thin matrix before factored ones, that of the first of these.
+    fn name_of(&self, canonical: &str) -> Option<String> {
+        let own = |name: &str| {
+            self.tensors.iter().position(|t| t.name == name).map(|i| self.names[i].clone())
+        };
+        if let Some(name) = own(canonical) {
+            return Some(name);
+        }
+        let (layer, rest) = canonical.strip_prefix("blk.")?.split_once('.')?;
+        let (rest, inner) = match rest.strip_suffix("_in.weight") {
+            Some(rest) => (format!("{rest}.weight"), true),
+            None => (rest.to_owned(), false),
+        };
+        let like = |t: &&TensorEntry| {
+            let parts = t.name.strip_prefix("blk.").and_then(|name| name.split_once('.'));
+            parts.is_some_and(|(_, other)| other == rest)
+        };
+        let name = own(&self.tensors.iter().find(like)?.name)?;
+        // The layer is the first number in it.
+        let is_number = |part: &&str| part.parse::<u32>().is_ok();
+        let number = name.split('.').position(|part| is_number(&part))?;
+        let parts = name.split('.').enumerate();
+        let parts: Vec<&str> = parts.map(|(i, p)| if i == number { layer } else { p }).collect();
+        let name = parts.join(".");
+        match inner {
+            true => Some(format!("{}_in.weight", name.strip_suffix(".weight")?)),
+            false => Some(name),
+        }
+    }
+
+    /// The beginning of the copy's file, up to the first tensor's bytes, and where its tensors (name,
+    /// type, dimensions fastest first) are to lie, one after the other.
+    ///
+    /// # Errors
+    /// Names a tensor that the folder has nothing like.
     ///
     /// # Panics
     /// If a type does not fit a tensor: rows are to be whole blocks.
-    pub fn lay_out(&self, types: &[TensorType]) -> (Vec<u8>, Vec<TensorEntry>) {
+    pub fn lay_out(
+        &self,
+        slots: impl IntoIterator<Item = (String, TensorType, Vec<u64>)>,
+    ) -> Result<(Vec<u8>, Vec<TensorEntry>), String> {
         let mut header = Map::new();
         header.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
         let (mut tensors, mut at) = (Vec::new(), 0);
-        for ((entry, name), &dtype) in self.tensors.iter().zip(&self.names).zip(types) {
-            let bytes = dtype.bytes_of(entry.elements());
+        for (canonical, dtype, dims) in slots {
+            let bytes = dtype.bytes_of(dims.iter().product());
             let bytes = bytes.expect("invariant: whoever chose the types looked at the rows");
-            let mut shape: Vec<u64> = entry.dims.iter().rev().copied().collect();
-            let (mut name, mut kind) = (name.clone(), dtype.as_str());
-            if !matches!(dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16) {
+            let mut shape: Vec<u64> = dims.iter().rev().copied().collect();
+            let named = self.name_of(&canonical);
+            let mut name =
+                named.ok_or_else(|| format!("the folder has nothing like '{canonical}'"))?;
+            let mut kind = dtype.as_str();
+            if !is_float(dtype) {
                 let row = shape.pop().and_then(|cols| dtype.bytes_of(cols));
                 shape.push(row.expect("invariant: whole rows"));
                 let stem = name.strip_suffix(".weight").unwrap_or(&name);
@@ -89,8 +188,19 @@ impl FolderSource {
                 kind = "U8";
             }
             let place = json!({ "dtype": kind, "shape": shape, "data_offsets": [at, at + bytes] });
-            header.insert(name, place);
-            tensors.push(TensorEntry { dtype, file: 0, offset: at, bytes, ..entry.clone() });
+            if header.insert(name, place).is_some() {
+                return Err(format!("'{canonical}' is there twice"));
+            }
+            let (file, hash) = (0, [0; 32]);
+            tensors.push(TensorEntry {
+                name: canonical,
+                dtype,
+                dims,
+                file,
+                offset: at,
+                bytes,
+                hash,
+            });
             at += bytes;
         }
         let mut header = Value::Object(header).to_string().into_bytes();
@@ -98,7 +208,7 @@ impl FolderSource {
         let mut head = (header.len() as u64).to_le_bytes().to_vec();
         head.extend(header);
         tensors.iter_mut().for_each(|t| t.offset += head.len() as u64);
-        (head, tensors)
+        Ok((head, tensors))
     }
 
     /// Name of the copy's file of weights.
@@ -121,6 +231,10 @@ impl FolderSource {
     pub fn all_files(&self) -> Vec<PathBuf> {
         [&[self.folder.join(CONFIG)], &self.paths[..], &self.others[..]].concat()
     }
+}
+
+fn is_float(dtype: TensorType) -> bool {
+    matches!(dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16)
 }
 
 /// Small files beside the weights, by name.

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Dtype, Metadata};
 use serde_json::Value;
 
-pub use copy::FolderSource;
+pub use copy::{FolderShape, FolderSource};
 
 use super::{ModelConfig, TensorEntry, TensorType, head_name};
 
@@ -132,6 +132,11 @@ fn check(
             if config.features.transposed {
                 dims.reverse();
             }
+            // Of a factored one the thin one before it has the inputs.
+            if let Some(inner) = inner(&by_name, layer, &name) {
+                wanted.push((inner.name.clone(), vec![dims[0], inner.dims[1]]));
+                dims[0] = inner.dims[1];
+            }
             wanted.push((format!("blk.{layer}.{name}.weight"), dims.to_vec()));
         }
         for (name, len) in config.layer_vectors() {
@@ -157,6 +162,21 @@ fn check(
         }
     }
     Ok(())
+}
+
+/// The thin matrix before a factored one and those that share its input.
+fn inner<'a>(
+    by_name: &BTreeMap<&str, &'a TensorEntry>,
+    layer: u32,
+    matrix: &str,
+) -> Option<&'a TensorEntry> {
+    let first: &[&str] = match matrix {
+        "attn_k" | "attn_v" => &["attn_q"],
+        "ffn_up" => &["ffn_gate", "ffn_up"],
+        own => &[own],
+    };
+    let find = |first: &&str| by_name.get(&*format!("blk.{layer}.{first}_in.weight"));
+    first.iter().find_map(find).copied().filter(|inner| inner.dims.len() == 2)
 }
 
 /// A file of JSON.

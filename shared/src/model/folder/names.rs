@@ -131,11 +131,16 @@ pub(super) fn canonical(config: &ModelConfig, name: &str) -> Option<String> {
             (_, "gate_up_proj" | "down_proj") => (rest, "weight"),
             parts => parts,
         };
+        // The thin matrix before factored ones, in copies that Millrace made.
+        let (stem, inner) = match stem.strip_suffix("_in") {
+            Some(stem) => (stem, "_in"),
+            None => (stem, ""),
+        };
         let ours = match layer_names(config).find(|(theirs, _)| *theirs == stem) {
             Some((_, ours)) => (*ours).to_owned(),
             None => of_expert(stem)?,
         };
-        Some(format!("blk.{layer}.{ours}.{kind}"))
+        Some(format!("blk.{layer}.{ours}{inner}.{kind}"))
     };
     Some(in_layer().unwrap_or_else(|| clip(name)))
 }

@@ -1,0 +1,203 @@
+//! Steps from folder to folder make the models that they make from file to file.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "../../node/engine/tests/families/case.rs"]
+mod case;
+#[path = "../../node/engine/tests/families/gguf.rs"]
+mod gguf;
+mod tiny;
+
+use std::path::Path;
+
+use case::Case;
+use millrace_compress::compare::judge;
+use millrace_compress::recipe::{self, Recipe};
+use millrace_compress::{Settings, Source, StepReport};
+use millrace_engine::quantize::{self, Options};
+use millrace_shared::model::{FolderSource, ModelFiles, TensorType};
+use serde_json::Value;
+use tiny::{Deaf, TERMS, names, settings, step, through};
+
+/// Its vocabulary has 64 tokens.
+fn tokens(n: u32) -> Vec<u32> {
+    (0..n).map(|i| (i * 37 + i * i % 11) % 64).collect()
+}
+
+fn config(folder: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+}
+
+fn made(from: &Path, to: &Path, text: &str) -> StepReport {
+    step(from, to, text, &tokens(300)).unwrap_or_else(|e| panic!("{text}: {e}"))
+}
+
+/// Logits of both, from one stage, and of the folder from two too.
+fn alike(folder: &Path, file: &Path, what: &str) {
+    let layers = ModelFiles::open(folder).unwrap().config.layers;
+    let text = tokens(30);
+    let [a, b] = [folder, file].map(|path| through(path, &[0, layers], &text));
+    assert!(!a.is_empty() && a.len() == b.len(), "{what}");
+    assert!(a == through(folder, &[0, 1, layers], &text), "{what} at two stages");
+    let float = |bits: &u32| f64::from(f32::from_bits(*bits));
+    let size = b.iter().map(float).fold(1e-9, |m: f64, x| m.max(x.abs()));
+    let worst = a.iter().zip(&b).map(|(a, b)| (float(a) - float(b)).abs()).fold(0.0, f64::max);
+    // Halves of rotated heads lie in another order, so sums round otherwise.
+    assert!(worst < 5e-3 * size, "{what}: {worst} of {size}");
+}
+
+/// What both have that no order of rows changes.
+fn same_weights(folder: &Path, file: &Path, what: &str) {
+    let (a, b) = (Source::open(folder).unwrap(), Source::open(file).unwrap());
+    assert_eq!(a.tensors.len(), b.tensors.len(), "{what}");
+    for tensor in &b.tensors {
+        let other = a.tensor(&tensor.name).unwrap();
+        assert_eq!(other.dims, tensor.dims, "{what}: {}", tensor.name);
+        if tensor.name.contains("attn_q") || tensor.name.contains("attn_k") {
+            continue;
+        }
+        assert!(a.floats(other).unwrap() == b.floats(tensor).unwrap(), "{what}: {}", tensor.name);
+    }
+}
+
+#[test]
+fn shapes_change_as_those_of_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let case = Case::read("llama");
+    // As published, in several files.
+    let folder = case.folder(TensorType::F32, 2);
+    let file = gguf::write(&case, dir.path());
+    alike(folder.path(), &file, "the original");
+    for (i, (text, expected)) in [
+        ("method = 'keep-layers', layers = [1, 0]", ("num_hidden_layers", 2)),
+        ("method = 'drop-layers', count = 1", ("num_hidden_layers", 0)),
+        ("method = 'merge-layers', count = 1", ("num_hidden_layers", 0)),
+        ("method = 'drop-heads', count = 1", ("num_key_value_heads", 1)),
+        ("method = 'drop-channels', fraction = 0.5", ("intermediate_size", 0)),
+        ("method = 'width', hidden = 32", ("hidden_size", 32)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (a, b) = (dir.path().join(format!("{i}")), dir.path().join(format!("{i}.gguf")));
+        let (of_folder, of_file) = (made(folder.path(), &a, text), made(&file, &b, text));
+        assert_eq!(of_folder.notes, of_file.notes, "{text}");
+        let (new, old) = (config(&a), config(folder.path()));
+        assert!(new.get("quantization_config").is_none(), "any library reads it");
+        let (key, value) = expected;
+        match value {
+            0 => assert!(new[key].as_u64() < old[key].as_u64(), "{text}: {}", new[key]),
+            value => assert_eq!(new[key].as_u64(), Some(value), "{text}"),
+        }
+        assert_eq!(
+            (&new["vocab_size"], &new["rms_norm_eps"], &new["model_type"]),
+            (&old["vocab_size"], &old["rms_norm_eps"], &old["model_type"])
+        );
+        // One file has it all, under the names of the library.
+        assert_eq!(names(&a), ["config.json", "model.safetensors", "tokenizer.json"]);
+        let bytes = std::fs::read(a.join("model.safetensors")).unwrap();
+        let written = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let layers = new["num_hidden_layers"].as_u64().unwrap();
+        for layer in 0..layers {
+            let name = format!("model.layers.{layer}.self_attn.q_proj.weight");
+            let heads = new["num_attention_heads"].as_u64().unwrap();
+            let rows = heads * new["head_dim"].as_u64().unwrap_or(16);
+            let shape = written.tensor(&name).unwrap().shape().to_vec();
+            assert_eq!(shape[0] as u64, rows, "{text}");
+            assert_eq!(Some(shape[1] as u64), new["hidden_size"].as_u64(), "{text}");
+        }
+        let beyond = format!("model.layers.{layers}.");
+        assert!(written.names().iter().all(|name| !name.starts_with(&beyond)), "{text}");
+        alike(&a, &b, text);
+        same_weights(&a, &b, text);
+    }
+}
+
+#[test]
+fn factors_are_read_and_computed_and_refused_by_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let case = Case::read("llama");
+    let (folder, file) = (case.folder(TensorType::F32, 1), gguf::write(&case, dir.path()));
+    let at = |name: &str| dir.path().join(name);
+    for text in
+        ["method = 'low-rank', rank = 32", "method = 'low-rank', energy = 0.9, aware = true"]
+    {
+        let (a, b) = (at("factored"), at("factored.gguf"));
+        let (of_folder, of_file) = (made(folder.path(), &a, text), made(&file, &b, text));
+        assert_eq!(of_folder.tensors.len(), of_file.tensors.len(), "{text}");
+        assert!(!of_folder.tensors.is_empty(), "{text}: {:?}", of_folder.notes);
+        assert!(of_folder.notes.iter().any(|note| note.contains("other programs")));
+        assert_eq!(config(&a)["quantization_config"]["quant_method"], "millrace");
+        let files = ModelFiles::open(&a).unwrap();
+        let inner = files.tensors.iter().find(|t| t.name.ends_with("_in.weight")).unwrap();
+        assert!(inner.dims[1].is_multiple_of(32), "{:?}", inner.dims);
+        alike(&a, &b, text);
+        // Floats all the same: further steps go on from there.
+        made(&a, &at("fewer"), "method = 'keep-layers', layers = [0]");
+        made(&b, &at("fewer.gguf"), "method = 'keep-layers', layers = [0]");
+        assert_eq!(config(&at("fewer"))["quantization_config"]["quant_method"], "millrace");
+        let first = through(&at("fewer"), &[0, 1], &tokens(8));
+        assert_eq!(first.len(), through(&at("fewer.gguf"), &[0, 1], &tokens(8)).len());
+        let copy = at("eight");
+        let plan = quantize::plan_of(&a, &Options::new(TensorType::Q8_0)).unwrap();
+        plan.write(&copy, false, 2, &mut |_| {}).unwrap();
+        through(&copy, &[0, 1, files.config.layers], &tokens(8));
+        for path in [&a, &at("fewer"), &copy] {
+            std::fs::remove_dir_all(path).unwrap();
+        }
+        for path in [&b, &at("fewer.gguf")] {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_recipe_goes_from_folder_to_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = Case::read("llama").folder(TensorType::BF16, 1);
+    let path = dir.path().join("recipe.toml");
+    let text = format!(
+        "model = '{}'\noutput = 'small'\n\
+         [[step]]\nmethod = 'wanda'\nsparsity = 0.25\n\
+         [[step]]\nmethod = 'drop-layers'\ncount = 1\n\
+         [[step]]\nmethod = 'low-rank'\nsize = 0.9\n\
+         [[step]]\nmethod = 'quantise'\ntype = 'q8_0'\n",
+        folder.path().display()
+    );
+    std::fs::write(&path, text).unwrap();
+    let recipe = Recipe::open(&path).unwrap();
+    let (calibration, output) = (tokens(300), dir.path().join("small"));
+    let run =
+        |settings: &Settings<'_>| recipe::run(&recipe, folder.path(), &output, settings, &mut Deaf);
+    let report = run(&settings(&calibration)).unwrap();
+    assert_eq!(report.steps.len(), 4);
+    assert!(FolderSource::is_copy(&output));
+    let first = through(&output, &[0, 1, 2], &tokens(20));
+    let entry = judge("small", &output, &tokens(60), None, TERMS).unwrap();
+    assert!(entry.quality.mean_nll.is_finite());
+    recipe::finished(&output);
+    assert_eq!(names(dir.path()), ["recipe.toml", "small"]);
+    // Over itself if asked, and the same again.
+    assert!(run(&settings(&calibration)).unwrap_err().to_string().contains("is there already"));
+    run(&Settings { overwrite: true, ..settings(&calibration) }).unwrap();
+    assert!(through(&output, &[0, 1, 2], &tokens(20)) == first);
+}
+
+/// What a folder cannot have is refused before anything is written.
+#[test]
+fn refusals_leave_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let gemma = Case::read("gemma2").folder(TensorType::F32, 1);
+    let layers = ModelFiles::open(gemma.path()).unwrap().config.layers;
+    assert!(layers >= 2);
+    let target = dir.path().join("x");
+    for (text, named) in [
+        ("method = 'keep-layers', layers = [1, 0]", "layer 1 would become layer 0"),
+        ("method = 'storage'", "only GGUF"),
+        ("method = 'keep-layers', layers = [99]", "no layer 99"),
+    ] {
+        let refused = step(gemma.path(), &target, text, &tokens(300)).unwrap_err().to_string();
+        assert!(refused.contains(named), "{text}: {refused}");
+        assert_eq!(names(dir.path()), Vec::<String>::new());
+    }
+}
