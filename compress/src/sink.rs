@@ -76,7 +76,9 @@ impl Sink {
             }
             Kind::Folder(folder) => {
                 let (head, entries, len) = lay_out_folder(folder, slots)?;
-                let config = folder.config(is_own(slots), &changes.shape);
+                let own = is_own(slots);
+                let floats = (!own).then(|| most_floats(slots)).flatten();
+                let config = folder.config(own, &changes.shape, floats);
                 let config = config.map_err(CompressError::Settings)?;
                 let ours = (overwrite, &is_model as &dyn Fn(&Path) -> bool);
                 let target = Target::folder(folder, path, ours, &config, len)?;
@@ -220,6 +222,15 @@ fn lay_out_folder(folder: &FolderSource, slots: &[Slot]) -> Result<Layout, Compr
     let (head, entries) = folder.lay_out(slots).map_err(CompressError::Settings)?;
     let len = entries.last().map_or(head.len() as u64, |t| t.offset + t.bytes);
     Ok((head, entries, len))
+}
+
+/// The type of floats that most weights have: libraries read all as the one that is stated.
+fn most_floats(slots: &[Slot]) -> Option<TensorType> {
+    let weights = |dtype: &TensorType| -> u64 {
+        let of_type = slots.iter().filter(|s| s.dtype == *dtype);
+        of_type.map(|s| s.dims.iter().product::<u64>()).sum()
+    };
+    [TensorType::F32, TensorType::F16, TensorType::BF16].into_iter().max_by_key(weights)
 }
 
 /// Whether only this engine reads a folder with these tensors; any library reads matrices of floats.

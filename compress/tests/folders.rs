@@ -201,3 +201,80 @@ fn refusals_leave_nothing() {
         assert_eq!(names(dir.path()), Vec::<String>::new());
     }
 }
+
+/// The rows of queries or keys of a GGUF file as folders have them: there the halves of a head follow
+/// each other, here their elements take turns.
+fn halves(rows: &[f32], cols: usize, head_dim: usize) -> Vec<f32> {
+    let order = (0..head_dim).step_by(2).chain((1..head_dim).step_by(2));
+    let heads = rows.chunks(head_dim * cols);
+    heads.flat_map(|h| order.clone().flat_map(|r| h[r * cols..][..cols].to_vec())).collect()
+}
+
+#[test]
+fn heads_are_cut_whole_though_their_rows_lie_otherwise() {
+    let dir = tempfile::tempdir().unwrap();
+    let case = Case::read("llama");
+    let (folder, file) = (case.folder(TensorType::F32, 1), gguf::write(&case, dir.path()));
+    let (a, b) = (dir.path().join("a"), dir.path().join("b.gguf"));
+    for (from, to) in [(folder.path(), &a), (&*file, &b)] {
+        made(from, to, "method = 'drop-heads', count = 1");
+    }
+    let (a, b) = (Source::open(&a).unwrap(), Source::open(&b).unwrap());
+    let dim = b.config.head_dim as usize;
+    let mut compared = 0;
+    for tensor in &b.tensors {
+        let part = tensor.name.split('.').nth(2).unwrap_or_default();
+        if part == "attn_q" || part == "attn_k" {
+            let rows = halves(&b.floats(tensor).unwrap(), tensor.dims[0] as usize, dim);
+            assert!(a.floats(a.tensor(&tensor.name).unwrap()).unwrap() == rows, "{}", tensor.name);
+            compared += 1;
+        }
+    }
+    assert_eq!(compared, 2 * b.config.layers);
+}
+
+#[test]
+fn what_is_stated_of_weights_is_their_type() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = Case::read("llama").folder(TensorType::BF16, 1);
+    let path = folder.path().join("config.json");
+    for (i, key) in ["dtype", "torch_dtype"].into_iter().enumerate() {
+        let mut json = config(folder.path());
+        json[key] = "bfloat16".into();
+        std::fs::write(&path, json.to_string()).unwrap();
+        let at = |name: &str| dir.path().join(format!("{i}-{name}"));
+        made(folder.path(), &at("pruned"), "method = 'magnitude', sparsity = 0.5");
+        assert_eq!(config(&at("pruned"))[key], "float32");
+        made(folder.path(), &at("fewer"), "method = 'keep-layers', layers = [0]");
+        assert_eq!(config(&at("fewer"))[key], "bfloat16");
+    }
+}
+
+#[test]
+fn lists_of_layers_are_cut_or_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = Case::read("llama").folder(TensorType::F32, 1);
+    let path = folder.path().join("config.json");
+    let original = config(folder.path());
+    let layers = original["num_hidden_layers"].as_u64().unwrap() as usize;
+    let with = |key: &str, list: Vec<Value>| {
+        let mut json = original.clone();
+        json[key] = list.into();
+        std::fs::write(&path, json.to_string()).unwrap();
+    };
+    let (target, text) = (dir.path().join("x"), "method = 'keep-layers', layers = [1]");
+    with("layer_types", vec!["full_attention".into(); layers]);
+    made(folder.path(), &target, text);
+    assert_eq!(config(&target)["layer_types"], serde_json::json!(["full_attention"]));
+    std::fs::remove_dir_all(&target).unwrap();
+    for (key, list) in [
+        ("layer_types", vec!["full_attention".into(); layers + 1]),
+        ("dense_layers", vec![0.into(); layers + 3]),
+    ] {
+        with(key, list);
+        let refused = step(folder.path(), &target, text, &[]).unwrap_err().to_string();
+        assert!(refused.contains(&format!("'{key}'")), "{refused}");
+        assert_eq!(names(dir.path()), Vec::<String>::new());
+        std::fs::write(&path, original.to_string()).unwrap();
+    }
+}

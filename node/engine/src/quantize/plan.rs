@@ -138,7 +138,7 @@ pub fn plan_folder(folder: &Path, options: &Options) -> Result<Plan, QuantizeErr
     let slots = slots.map(|(t, dtype)| (t.name.clone(), dtype, t.dims.clone()));
     let failed = |why| QuantizeError::Fixed { path: folder.to_owned(), why };
     let (head, tensors) = source.lay_out(slots).map_err(failed)?;
-    let config = source.config(true, &FolderShape::default()).map_err(failed)?;
+    let config = source.config(true, &FolderShape::default(), None).map_err(failed)?;
     Ok(Plan {
         len: tensors.last().map_or(head.len() as u64, |t| t.offset + t.bytes),
         tensors: pairs(&source.tensors, &tensors),

@@ -27,8 +27,6 @@ const SHAPE: [(&str, Option<&str>); 8] = [
     ("attention.value_length", None),
     ("rope.dimension_count", None),
 ];
-/// Lists with a value for each layer.
-const LISTS: [&str; 2] = ["layer_types", "no_rope_layers"];
 
 /// A folder to be copied.
 #[derive(Clone, Debug)]
@@ -92,10 +90,16 @@ impl FolderSource {
     }
 
     /// `config.json` of a copy with those dimensions; `own`: with a mark that other libraries refuse.
+    /// Where it states the type of the weights, that becomes `floats`.
     ///
     /// # Errors
     /// Names a dimension that has no key, or a list that is not one of layers.
-    pub fn config(&self, own: bool, shape: &FolderShape) -> Result<Vec<u8>, String> {
+    pub fn config(
+        &self,
+        own: bool,
+        shape: &FolderShape,
+        floats: Option<TensorType>,
+    ) -> Result<Vec<u8>, String> {
         let mut json = self.config.clone();
         if let Some(map) = json.as_object_mut() {
             map.remove("quantization_config");
@@ -106,6 +110,7 @@ impl FolderSource {
         // Of a model that also sees, the text part.
         let text = json.get("text_config").is_some_and(Value::is_object);
         let text = if text { &mut json["text_config"] } else { &mut json };
+        let count = text["num_hidden_layers"].as_u64().unwrap_or(0) as usize;
         for (key, n) in &shape.dimensions {
             match SHAPE.iter().find(|(ours, _)| ours == key) {
                 Some((_, Some(theirs))) => text[*theirs] = Value::from(*n),
@@ -114,14 +119,11 @@ impl FolderSource {
             }
         }
         if let Some(layers) = &shape.layers {
-            for key in LISTS {
-                let Some(Value::Array(list)) = text.get(key) else { continue };
-                let new = layers.iter().map(|&l| list.get(l as usize).cloned());
-                let new: Option<Vec<Value>> = new.collect();
-                let new =
-                    new.ok_or_else(|| format!("'{key}' of {CONFIG} is shorter than the model"));
-                text[key] = Value::Array(new?);
-            }
+            cut_lists(text, count, layers)?;
+        }
+        if let Some(name) = floats.and_then(type_name) {
+            state_type(text, name);
+            state_type(&mut json, name);
         }
         Ok(serde_json::to_vec_pretty(&json).expect("invariant: JSON can be written"))
     }
@@ -230,6 +232,45 @@ impl FolderSource {
     /// Every file that the copy depends on.
     pub fn all_files(&self) -> Vec<PathBuf> {
         [&[self.folder.join(CONFIG)], &self.paths[..], &self.others[..]].concat()
+    }
+}
+
+/// Lists with a value for each of `count` layers get those of the layers that are left.
+fn cut_lists(text: &mut Value, count: usize, layers: &[u32]) -> Result<(), String> {
+    let lists = text.as_object_mut().into_iter().flatten();
+    for (key, value) in lists.filter(|(key, _)| key.contains("layer")) {
+        let Value::Array(list) = value else { continue };
+        if list.is_empty() {
+            continue;
+        }
+        if list.len() != count {
+            let len = list.len();
+            return Err(format!(
+                "'{key}' of {CONFIG} lists {len} values, not one for each of {count} layers: it cannot \
+                 be cut with them"
+            ));
+        }
+        *list = layers.iter().map(|&l| list[l as usize].clone()).collect();
+    }
+    Ok(())
+}
+
+/// As `transformers` calls it.
+fn type_name(dtype: TensorType) -> Option<&'static str> {
+    match dtype {
+        TensorType::F32 => Some("float32"),
+        TensorType::F16 => Some("float16"),
+        TensorType::BF16 => Some("bfloat16"),
+        _ => None,
+    }
+}
+
+/// Changes what is stated of the weights' type, where something is.
+fn state_type(json: &mut Value, name: &str) {
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(stated) = json.get_mut(key).filter(|v| v.is_string()) {
+            *stated = name.into();
+        }
     }
 }
 
