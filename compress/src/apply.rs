@@ -419,8 +419,8 @@ impl Job<'_> {
             let (bytes, format) = (report.bytes_stored, report.bytes_format);
             report.notes.push(match self.step.prunes() {
                 true => format!(
-                    "the file holds zeros as {stored} too, {bytes} bytes: about {format} without \
-                     them (method = 'storage')"
+                    "zeros are stored as {stored} too, {bytes} bytes: in a GGUF file it would be about \
+                     {format} without them (method = 'storage')"
                 ),
                 false => format!(
                     "GGUF has no such format: the file holds the values as {stored}, {bytes} bytes; \

@@ -11,6 +11,7 @@ use millrace_shared::model::{FolderShape, ModelConfig, TensorType};
 use crate::apply::{Settings, encode};
 use crate::quant::fallback;
 use crate::report::{StepReport, TensorReport, type_name};
+use crate::source::Kind;
 use crate::{
     Calibration, Changes, CompressError, Matrix, Sink, Slot, Source, Step, calibrate, parallel,
 };
@@ -54,13 +55,15 @@ pub(crate) fn apply(
         }
     };
     let (news, shape, note) = plan(source, step, settings.known.unwrap_or(&seen))?;
+    let mut notes = vec![note];
+    notes.extend(uneven(source, &shape));
     let slots: Vec<Slot> = news.iter().map(|new| slot(source, new, settings.store)).collect();
     let changes = Changes { shape, ..Changes::default() };
     let mut sink = Sink::create(source, target, settings.overwrite, &slots, &changes)?;
     let mut report = StepReport {
         step: step.describe(),
         bytes_before: source.stored_bytes,
-        notes: vec![note],
+        notes,
         ..StepReport::default()
     };
     let batch = settings.threads.max(1) * 4;
@@ -98,6 +101,22 @@ pub(crate) fn apply(
     sink.finish()?;
     report.bytes_format = report.bytes_stored;
     Ok(report)
+}
+
+/// What other libraries may have against a folder of that shape.
+fn uneven(source: &Source, shape: &FolderShape) -> Option<String> {
+    let new = |key: &str, old: u32| {
+        shape.dimensions.iter().find(|(known, _)| *known == key).map_or(old, |(_, n)| *n)
+    };
+    let hidden = new("embedding_length", source.config.hidden);
+    let heads = new("attention.head_count", source.config.heads);
+    let folder = matches!(source.kind, Kind::Folder(_));
+    (folder && !hidden.is_multiple_of(heads)).then(|| {
+        format!(
+            "transformers refuses some families whose hidden size ({hidden}) is no multiple of their \
+             {heads} heads; this engine does not mind"
+        )
+    })
 }
 
 fn slot(source: &Source, new: &New, store: TensorType) -> Slot {

@@ -5,13 +5,18 @@ use std::path::Path;
 
 use millrace_shared::model::gguf::{Array, Gguf, GgufError, GgufWriter, Value};
 use millrace_shared::model::{
-    Dtype, ModelFiles, ModelManifest, RopeScaling, RopeStyle, TensorType, numerics_id,
-    stage_tensors,
+    Dtype, ModelFiles, ModelManifest, RopeScaling, RopeStyle, SparseForm, SparseForms, TILE_ROWS,
+    TensorType, numerics_id, sparse_keys, stage_tensors,
 };
 use millrace_shared::wire::control::EngineSettings;
 
 /// A sound model of one layer: 64 wide, 2 heads, vocabulary of 32.
 fn writer() -> GgufWriter<'static> {
+    writer_without("")
+}
+
+/// The same without a tensor of that name.
+fn writer_without(missing: &str) -> GgufWriter<'static> {
     let mut w = GgufWriter::new();
     w.set("general.architecture", "llama")
         .set("llama.block_count", 1u32)
@@ -38,7 +43,7 @@ fn writer() -> GgufWriter<'static> {
         ("blk.0.ffn_down.weight", &[96, 64], TensorType::Q8_0),
         ("rope_freqs.weight", &[16], TensorType::F32),
     ];
-    for (name, dims, dtype) in matrices {
+    for (name, dims, dtype) in matrices.into_iter().filter(|(name, ..)| *name != missing) {
         let bytes = dtype.bytes_of(dims.iter().product()).unwrap();
         w.tensor(name, dtype, dims, vec![7u8; bytes as usize]).unwrap();
     }
@@ -387,4 +392,72 @@ fn manifests_hash_what_computes() {
     assert_ne!(first, id("cpu 2", Dtype::F16, Dtype::F32));
     assert_ne!(first, id("cpu 1", Dtype::F32, Dtype::F32));
     assert_ne!(first, id("cpu 1", Dtype::F16, Dtype::Bf16));
+}
+
+/// Values, places and starts of `blk.0.attn_v.weight`, in that form, of 64 columns and 32 rows.
+fn without_zeros(form: SparseForm) -> Vec<(String, TensorType, Vec<u64>)> {
+    let [index, starts] = form.parts();
+    let names = ["weight", index, starts].map(|end| format!("blk.0.attn_v.{end}"));
+    let shapes = form.shapes(TensorType::F16, [64, 32], (3, 3 * TILE_ROWS));
+    names.into_iter().zip(shapes).map(|(name, (dtype, dims))| (name, dtype, dims)).collect()
+}
+
+fn sparse_file(
+    tensors: &[(String, TensorType, Vec<u64>)],
+    keys: &[(&str, Value)],
+) -> Result<ModelFiles, GgufError> {
+    let mut w = writer_without("blk.0.attn_v.weight");
+    for (name, dtype, dims) in tensors {
+        let bytes = dtype.bytes_of(dims.iter().product()).unwrap();
+        w.tensor(name, *dtype, dims, vec![0u8; bytes as usize]).unwrap();
+    }
+    for (key, value) in keys {
+        w.set(*key, value.clone());
+    }
+    ModelFiles::of_gguf(parse(&w.to_bytes())?, Path::new("sparse.gguf"))
+}
+
+#[test]
+fn matrices_without_their_zeros_have_the_shape_that_is_stated() {
+    let name = || "blk.0.attn_v.weight".to_owned();
+    let keys = sparse_keys(&[(name(), [64, 32])]);
+    for form in SparseForm::ALL {
+        let good = without_zeros(form);
+        let files = sparse_file(&good, &keys).unwrap();
+        let tensor = files.tensor("blk.0.attn_v.weight").unwrap();
+        assert_eq!(tensor.dims, [64, 32]);
+        assert_eq!(SparseForms::of_tensors(&files.tensors).of(tensor), Some(form));
+        assert_eq!(files.tensors.iter().filter(|t| t.is_part()).count(), 2);
+        files.check_supported_types().unwrap();
+
+        let refused = |tensors: &[(String, TensorType, Vec<u64>)], keys: &[(&str, Value)], part| {
+            let message = sparse_file(tensors, keys).unwrap_err().to_string();
+            assert!(message.contains(part), "{}: '{part}' is not in: {message}", form.as_str());
+        };
+        refused(&good[..2], &keys, "there is no");
+        refused(&good[..1], &keys, "cannot be a matrix without its zeros");
+        refused(&good, &[], "no place in the llama graph");
+        refused(&good, &keys[..1], "one of two u64 for each");
+        refused(&good, &sparse_keys(&[(name(), [64, 33])]), "does not fit");
+        refused(&good, &sparse_keys(&[(name(), [0, 32])]), "does not fit");
+        refused(&good, &sparse_keys(&[(name(), [u64::MAX, 2])]), "does not fit");
+        refused(&good, &sparse_keys(&[(name(), [64, 32]), (name(), [64, 32])]), "does not fit");
+        let other = "token_embd.weight".to_owned();
+        refused(&good, &sparse_keys(&[(other, [64, 32])]), "no place in the llama graph");
+        for i in 0..3 {
+            let mut bad = good.clone();
+            bad[i].1 = TensorType::I64;
+            refused(&bad, &keys, "does not fit");
+            // Whether there are as many bits as values is seen when they are read.
+            if i > 0 || form != SparseForm::Bitmask {
+                let mut bad = good.clone();
+                *bad[i].2.last_mut().unwrap() += 1;
+                refused(&bad, &keys, "does not fit");
+            }
+        }
+    }
+    let mut two = without_zeros(SparseForm::Csr);
+    two.extend(without_zeros(SparseForm::Tiles).split_off(1));
+    let message = sparse_file(&two, &keys).unwrap_err().to_string();
+    assert!(message.contains("cannot be a matrix without its zeros"), "{message}");
 }

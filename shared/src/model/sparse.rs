@@ -320,7 +320,10 @@ fn check(form: SparseForm, shape: [u64; 2], parts: [&TensorEntry; 3]) -> Result<
         || (columns.is_multiple_of(form.width(dtype))
             && tile_rows <= kept.saturating_mul(TILE_ROWS));
     let all = columns.checked_mul(rows).filter(|&n| n < 1 << 40);
-    if all.is_none_or(|all| all == 0 || kept > all) || !fits || (!tiles && !is_float(dtype)) {
+    if all.is_none_or(|all| all == 0 || kept > all)
+        || !fits
+        || !(is_float(dtype) || tiles && dtype.is_supported())
+    {
         return Err(values.name.clone());
     }
     let expected = form.shapes(dtype, shape, (kept, tile_rows));
@@ -370,7 +373,7 @@ mod tests {
                 assert!(checked(&parts).is_err(), "{form:?} part {i}");
                 parts[i].dims = good;
             }
-            parts[0].dtype = TensorType::Q6_K;
+            parts[0].dtype = TensorType::I64;
             assert!(checked(&parts).is_err(), "{form:?} of another type");
         }
     }

@@ -3,8 +3,10 @@
 use std::path::Path;
 
 use millrace_coordinator::text::ChatTemplate;
-use millrace_shared::model::ModelFiles;
+use millrace_engine::TensorSource;
+use millrace_engine::model::Source;
 use millrace_shared::model::gguf::Gguf;
+use millrace_shared::model::{ModelFiles, SparseForm, TILE_ROWS, TensorEntry, TensorType};
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
 use millrace_shared::wire::control::{BlobRequest, CoordinatorMessage, NodeMessage};
 use millrace_shared::wire::data::{
@@ -96,6 +98,48 @@ fn folder() -> tempfile::TempDir {
     memory.or_else(|_| tempfile::tempdir()).expect("a folder")
 }
 
+/// What says where the values of a matrix lie, and these, read to the end.
+fn sparse() -> impl Fn(&[u8]) -> bool {
+    let path = folder();
+    move |bytes| {
+        let Some((&kind, rest)) = bytes.split_first() else { return false };
+        let form = SparseForm::ALL[usize::from(kind) % SparseForm::ALL.len()];
+        let (dtype, shape) = corpus::sparse_shape(form);
+        let of = |(dtype, dims): &(TensorType, Vec<u64>)| {
+            dtype.bytes_of(dims.iter().product()).unwrap_or(0)
+        };
+        // Where the last row ends says how many places there are; values are the rest.
+        let [_, _, starts] = form.shapes(dtype, shape, (1, 1)).map(|shape| of(&shape));
+        let end = rest.get(..starts as usize).and_then(<[u8]>::last_chunk);
+        let kept = end.map_or(0, |end| u32::from_le_bytes(*end));
+        let kept = u64::from(kept).clamp(1, shape[0] * shape[1]);
+        let mut shapes = form.shapes(dtype, shape, (kept, kept * TILE_ROWS));
+        let index = of(&shapes[1]);
+        let values = (rest.len() as u64).saturating_sub(starts + index);
+        let offsets = [starts + index, starts, 0];
+        shapes[0].1 = shape.to_vec();
+        let at = path.path().join("matrix");
+        std::fs::write(&at, rest).expect("written");
+        let [places, begins] = form.parts();
+        let parts = ["weight", places, begins].into_iter().zip(shapes);
+        let sizes = [values, index, starts].into_iter().zip(offsets);
+        let sources = parts.zip(sizes).map(|((end, (dtype, dims)), (bytes, offset))| {
+            let name = format!("blk.0.ffn_up.{end}");
+            let entry = TensorEntry { name, dtype, dims, file: 0, offset, bytes, hash: [0; 32] };
+            TensorSource { entry, path: at.clone(), offset }
+        });
+        let sources: Vec<TensorSource> = sources.collect();
+        let Ok(all) = Source::of_tensors(&sources) else { return false };
+        let [matrix] = &all[..] else { return false };
+        let tiles = matrix.tiles().is_ok();
+        let mut out = vec![1; dtype.bytes_of(shape[0] * shape[1]).unwrap_or(0) as usize];
+        let read = matrix.open().and_then(|mut reader| reader.read(0, &mut out));
+        // Who computes with tiles alone finds what is wrong with them too.
+        assert!(tiles || read.is_err(), "tiles that cannot be were read");
+        read.is_ok()
+    }
+}
+
 /// A folder's weights file, in a folder of its own.
 fn safetensors() -> impl Fn(&[u8]) -> bool {
     let folder = folder();
@@ -168,6 +212,7 @@ fn files() -> Vec<Target> {
             memory: (4 << 20, 512),
             ..target("text of gguf", corpus::gguf(), text_model)
         },
+        target("sparse matrix", corpus::sparse(), sparse()),
         Target {
             words: corpus::JSON_WORDS,
             mend: Some(mend_safetensors),

@@ -2,8 +2,8 @@
 //! one to another.
 
 use millrace_shared::id::SequenceId;
-use millrace_shared::model::TensorType;
 use millrace_shared::model::gguf::GgufWriter;
+use millrace_shared::model::{Places, SparseForm, TensorType};
 use millrace_shared::pooling::Pooling;
 use millrace_shared::sampling::{SamplingParams, TokenMask};
 use millrace_shared::wire::data::{
@@ -64,6 +64,30 @@ pub(super) fn gguf() -> Vec<Vec<u8>> {
         other.tensor(&name, kind, &[256], vec![3; bytes]).expect("a tensor");
     }
     vec![model.to_bytes(), other.to_bytes(), GgufWriter::new().to_bytes()]
+}
+
+/// Shape and type of the matrices of [`sparse`].
+pub(super) fn sparse_shape(form: SparseForm) -> (TensorType, [u64; 2]) {
+    match form {
+        SparseForm::Tiles => (TensorType::Q8_0, [64, 40]),
+        SparseForm::Csr | SparseForm::Bitmask => (TensorType::F16, [64, 20]),
+    }
+}
+
+/// Matrices without their zeros: the number of the form, where rows begin, where values lie, values.
+pub(super) fn sparse() -> Vec<Vec<u8>> {
+    let one = |(kind, form): (u8, SparseForm)| {
+        let (dtype, shape) = sparse_shape(form);
+        let unit = dtype.bytes_of(form.width(dtype)).unwrap_or(1) as usize;
+        let bytes = dtype.bytes_of(shape[0] * shape[1]).unwrap_or(0) as usize;
+        let part = |i: usize| u8::from((i / unit * 7 + i / 500).is_multiple_of(3));
+        let dense: Vec<u8> = (0..bytes).map(part).collect();
+        let zero = |line: &[u8]| line.iter().all(|byte| *byte == 0);
+        let places = Places::find(form, dtype, shape, &dense, zero).expect("a matrix");
+        let [values, index, starts] = places.encode(&dense).expect("few values");
+        [vec![kind], starts, index, values].concat()
+    };
+    (0..).zip(SparseForm::ALL).map(one).collect()
 }
 
 /// A safetensors file: the length of its header, the header, and what it announces.
