@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use millrace_shared::model::{FolderShape, ModelConfig, TensorType};
+use millrace_shared::model::{FolderShape, ModelConfig, TensorEntry, TensorType};
 
 use crate::apply::{Settings, encode};
 use crate::quant::fallback;
@@ -276,7 +276,7 @@ fn cut(
     source: &Source,
     rule: impl Fn(&str) -> (Option<Vec<usize>>, Option<Vec<usize>>),
 ) -> Vec<New> {
-    let one = |(i, t): (usize, &millrace_shared::model::TensorEntry)| {
+    let one = |(i, t): (usize, &TensorEntry)| {
         let (rows, cols) = rule(&t.name);
         New { name: t.name.clone(), from: vec![i], rows, cols }
     };
@@ -293,6 +293,30 @@ fn check_plain(config: &ModelConfig) -> Result<(), CompressError> {
         )));
     }
     Ok(())
+}
+
+/// That what is to be cut is a matrix: of factors, inputs and outputs are not those of the matrix.
+fn check_whole(source: &Source) -> Result<(), CompressError> {
+    match source.tensors.iter().find(|t| t.name.ends_with("_in.weight")) {
+        None => Ok(()),
+        Some(one) => Err(CompressError::Settings(format!(
+            "tensor '{}' is a factor: cut the model first, and factor what is left",
+            one.name
+        ))),
+    }
+}
+
+/// That each matrix is a tensor of its own: some families' files have several in one.
+fn check_apart(source: &Source) -> Result<(), CompressError> {
+    let files = source.files()?;
+    let apart = |t: &&TensorEntry| !files.tensors.iter().any(|known| known.name == t.name);
+    match source.tensors.iter().find(apart) {
+        None => Ok(()),
+        Some(one) => Err(CompressError::Settings(format!(
+            "tensor '{}' holds several matrices, which cannot be cut; drop-layers works",
+            one.name
+        ))),
+    }
 }
 
 /// How much each input of a matrix adds to its outputs: `E[x_j^2] sum_i w_ij^2`.
@@ -321,6 +345,8 @@ fn others(n: usize, gone: &[usize]) -> Vec<usize> {
 fn heads(source: &Source, count: u32, seen: &Calibration) -> Result<Shape, CompressError> {
     let c = &source.config;
     check_plain(c)?;
+    check_whole(source)?;
+    check_apart(source)?;
     check_left(count, c.kv_heads, "KV heads of a layer")?;
     let (kv, dim) = (c.kv_heads as usize, c.head_dim as usize);
     let group = (c.heads / c.kv_heads) as usize;
@@ -361,6 +387,8 @@ fn heads(source: &Source, count: u32, seen: &Calibration) -> Result<Shape, Compr
 fn channels(source: &Source, fraction: f64, seen: &Calibration) -> Result<Shape, CompressError> {
     let c = &source.config;
     check_plain(c)?;
+    check_whole(source)?;
+    check_apart(source)?;
     let ffn = c.ffn as usize;
     let left = (((1.0 - fraction) * ffn as f64 / GRAIN as f64).round() as usize).max(1) * GRAIN;
     let mut kept = Vec::new();
@@ -385,6 +413,7 @@ fn channels(source: &Source, fraction: f64, seen: &Calibration) -> Result<Shape,
 fn width(source: &Source, hidden: usize, seen: &Calibration) -> Result<Shape, CompressError> {
     let c = &source.config;
     check_plain(c)?;
+    check_whole(source)?;
     if hidden == 0 || hidden >= c.hidden as usize || !hidden.is_multiple_of(GRAIN) {
         return Err(CompressError::Settings(format!(
             "hidden = {hidden}: a narrower model has a multiple of 32 below {}",

@@ -278,3 +278,31 @@ fn lists_of_layers_are_cut_or_named() {
         std::fs::write(&path, original.to_string()).unwrap();
     }
 }
+
+#[test]
+fn what_is_no_matrix_of_its_own_is_not_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let steps = ["drop-heads', count = 1", "drop-channels', fraction = 0.5", "width', hidden = 32"];
+    let refused = |from: &Path, text: &str, said: &str| {
+        let before = names(dir.path());
+        let error = step(from, &at("x"), &format!("method = '{text}"), &tokens(300)).unwrap_err();
+        assert!(error.to_string().contains(said), "{text}: {error}");
+        assert_eq!(names(dir.path()), before);
+    };
+    let case = Case::read("llama");
+    let (folder, file) = (case.folder(TensorType::F32, 1), gguf::write(&case, dir.path()));
+    for (from, name) in [(folder.path(), "factored"), (&*file, "factored.gguf")] {
+        made(from, &at(name), "method = 'low-rank', rank = 32");
+        for text in steps {
+            refused(&at(name), text, "is a factor");
+        }
+    }
+    let case = Case::read("phi3");
+    let (folder, file) = (case.folder(TensorType::F32, 1), gguf::write(&case, dir.path()));
+    for from in [folder.path(), &*file] {
+        for text in &steps[..2] {
+            refused(from, text, "holds several matrices");
+        }
+    }
+}
