@@ -240,7 +240,10 @@ fn layers_of(source: &Source, layers: &[Vec<u32>]) -> Result<Shape, CompressErro
     let firsts: Vec<u32> = layers.iter().map(|l| l[0]).collect();
     let sees = |layer: u32| source.config.window(layer).is_some();
     let of_number = source.config.features.window.as_ref().is_some_and(|w| w.every > 0);
-    if let Some((new, old)) = (0..).zip(&firsts).find(|&(new, &old)| sees(new) != sees(old))
+    let of = |(new, all): (u32, &Vec<u32>)| {
+        all.iter().find(|&&old| sees(new) != sees(old)).map(|&old| (new, old))
+    };
+    if let Some((new, old)) = (0..).zip(layers).find_map(of)
         && of_number
     {
         return Err(CompressError::Settings(format!(

@@ -306,3 +306,20 @@ fn what_is_no_matrix_of_its_own_is_not_cut() {
         }
     }
 }
+
+/// A thin matrix that belongs to none would be ignored.
+#[test]
+fn stray_factors_have_no_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = Case::read("llama").folder(TensorType::F32, 1);
+    let target = dir.path().join("x");
+    made(folder.path(), &target, "method = 'low-rank', rank = 32");
+    let weights = target.join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    let at = bytes.windows(9).position(|w| w == b"q_proj_in").unwrap();
+    let mut stray = bytes;
+    stray[at] = b'k';
+    std::fs::write(&weights, stray).unwrap();
+    let message = ModelFiles::open(&target).unwrap_err().to_string();
+    assert!(message.contains("k_proj_in") && message.contains("no place"), "{message}");
+}

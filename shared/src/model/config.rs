@@ -146,8 +146,9 @@ impl ModelConfig {
             return match rest.strip_suffix(".weight") {
                 Some("attn_qkv") => true,
                 Some(matrix) => {
-                    // Before factored matrices there is a thin one.
-                    let matrix = matrix.strip_suffix("_in").unwrap_or(matrix);
+                    if let Some(first) = matrix.strip_suffix("_in") {
+                        return self.has_inner(first);
+                    }
                     self.plain_matrices().iter().any(|(name, _)| *name == matrix)
                         || self.is_of_experts(matrix)
                         || self.layer_vectors().iter().any(|(vector, _)| *vector == rest)
@@ -156,6 +157,21 @@ impl ModelConfig {
             };
         }
         false
+    }
+
+    /// Whether a thin matrix may lie before that one (and those that share its input), where they are
+    /// factored.
+    fn has_inner(&self, first: &str) -> bool {
+        let f = &self.features;
+        match first {
+            "attn_q" => !f.fused_qkv,
+            "attn_qkv" => f.fused_qkv,
+            "attn_output" => true,
+            "ffn_gate" => !f.ungated && f.experts.is_none(),
+            "ffn_up" => f.ungated && f.experts.is_none(),
+            "ffn_down" => f.experts.is_none(),
+            _ => false,
+        }
     }
 
     fn has_place_outside(&self, name: &str) -> bool {
