@@ -185,7 +185,7 @@ fn inspect_knows_the_parts_of_quantised_matrices() {
     let dir = tempfile::tempdir().expect("a folder");
     let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/testdata/formats/awq-32");
     let output = succeeds(&millrace(dir.path(), &["inspect", "--brief", model]));
-    assert!(output.contains("cpu, in quantised matrices"), "{output}");
+    assert!(output.contains("cpu, in the matrices beside them"), "{output}");
     assert!(!output.contains("unsupported"), "{output}");
 }
 

@@ -1,5 +1,6 @@
 //! [`CpuEngine`]: the engine seam over [`Decoder`] and [`CpuBackend`].
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use super::backend::CpuBackend;
 use super::experts::Routes;
 use super::kernels::best::Best;
 use super::kernels::{group_rows, paged};
-use super::pack::{Layout, kind_of};
+use super::load::MatrixPlan;
 use super::store::cache_of;
 use super::{memory, numerics_revision};
 use crate::cache::InUse;
@@ -144,18 +145,7 @@ impl Engine for CpuEngine {
 
 /// Whether everything the stage will allocate fits in what is free, before any of it is touched.
 fn check_memory(spec: &StageSpec, sources: &[Source]) -> Result<(), LoadError> {
-    let entries: Vec<TensorEntry> = sources.iter().map(|s| s.entry().clone()).collect();
-    let part = StageTensors { layers: spec.layers.clone(), embed: spec.embed, head: spec.head };
-    let r = group_rows(spec.isa);
-    let weights: u64 = stage_tensors(&spec.config, &entries, &part)
-        .iter()
-        .map(|t| match (kind_of(t.dtype), t.dims.as_slice()) {
-            (Some(kind), &[cols, rows]) if rows < 1 << 40 && cols < 1 << 40 => {
-                Layout::new(kind, (rows as usize, cols as usize), r).bytes()
-            }
-            _ => t.dims.iter().fold(4, |n: u64, &d| n.saturating_mul(d)),
-        })
-        .fold(0, u64::saturating_add);
+    let weights = weight_bytes(spec, sources);
     let kv = kv_bytes(&spec.config, &spec.settings, spec.layers.len() as u64);
     let needed = weights.saturating_add(kv).saturating_add(scratch_bytes(spec));
     match memory::available_bytes() {
@@ -169,6 +159,21 @@ fn check_memory(spec: &StageSpec, sources: &[Source]) -> Result<(), LoadError> {
         }),
         _ => Ok(()),
     }
+}
+
+/// Weights of a stage in memory. What cannot be loaded is said when it is.
+fn weight_bytes(spec: &StageSpec, sources: &[Source]) -> u64 {
+    let entries: Vec<TensorEntry> = sources.iter().map(|s| s.entry().clone()).collect();
+    let part = StageTensors { layers: spec.layers.clone(), embed: spec.embed, head: spec.head };
+    let needed = stage_tensors(&spec.config, &entries, &part);
+    let needed: HashSet<&str> = needed.iter().map(|t| t.name.as_str()).collect();
+    let r = group_rows(spec.isa);
+    let bytes = |source: &Source| match MatrixPlan::new(source, r) {
+        Ok(matrix) => matrix.bytes(),
+        Err(_) => source.entry().dims.iter().fold(4, |n: u64, &d| n.saturating_mul(d)),
+    };
+    let needed = sources.iter().filter(|s| needed.contains(s.entry().name.as_str()));
+    needed.map(bytes).fold(0, u64::saturating_add)
 }
 
 fn kv_bytes(config: &ModelConfig, settings: &EngineSettings, layers: u64) -> u64 {

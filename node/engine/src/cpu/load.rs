@@ -60,7 +60,8 @@ enum PartPlan<'a> {
     Transposed(Layout, &'a Source),
 }
 
-struct MatrixPlan<'a> {
+/// A matrix that is to be packed.
+pub(super) struct MatrixPlan<'a> {
     /// Its place in the piece.
     at: usize,
     layout: Layout,
@@ -69,8 +70,19 @@ struct MatrixPlan<'a> {
     kept: Option<Kept>,
 }
 
-impl MatrixPlan<'_> {
-    fn bytes(&self) -> u64 {
+impl<'a> MatrixPlan<'a> {
+    /// At the beginning of a piece, in groups of `r` rows.
+    ///
+    /// # Errors
+    /// If it is no matrix, of a type that is unsupported, or its tiles are not as they are to be.
+    pub(super) fn new(source: &'a Source, r: usize) -> Result<Self, LoadError> {
+        let layout = layout(source, r)?;
+        let kept = source.tiles()?.map(|tiles| Kept::of_tiles(&layout, &tiles));
+        Ok(Self { at: 0, layout, source, kept })
+    }
+
+    /// Bytes in memory.
+    pub(super) fn bytes(&self) -> u64 {
         self.kept.as_ref().map_or_else(|| self.layout.bytes(), |kept| kept.bytes(&self.layout))
     }
 }
@@ -137,10 +149,7 @@ impl<'a> Plan<'a> {
                 Part::Matrices(sources) => {
                     let mut matrices = Vec::with_capacity(sources.len());
                     for source in sources {
-                        let layout = layout(source, r)?;
-                        let tiles = source.tiles()?;
-                        let kept = tiles.map(|tiles| Kept::of_tiles(&layout, &tiles));
-                        let mut plan = MatrixPlan { at: 0, layout, source, kept };
+                        let mut plan = MatrixPlan::new(source, r)?;
                         source_bytes += source.entry().bytes;
                         plan.at = take(plan.bytes())?;
                         matrices.push(plan);
@@ -264,4 +273,47 @@ fn finish(
     let saver = store.filter(|_| !unsaved.is_empty());
     let saver = saver.map(|store| Saver::start(store, unsaved));
     Loaded { parts, bytes, report, saver, held: InUse::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use millrace_shared::model::{Places, SparseForm, TensorEntry, TensorType};
+
+    use super::*;
+    use crate::TensorSource;
+
+    /// What a stage is to have room for: of a matrix in tiles only these, of others all.
+    #[test]
+    fn tiles_take_the_memory_of_what_is_kept() {
+        let (dtype, shape) = (TensorType::F16, [64u64, 48]);
+        // Two of six tiles.
+        let there = |i: usize| matches!((i / 64 / 16, i % 64 / 32), (0, 1) | (2, 0));
+        let dense: Vec<u8> =
+            (0..64 * 48).flat_map(|i| if there(i) { [0, 0x3c] } else { [0, 0] }).collect();
+        let zero = |line: &[u8]| line.iter().all(|byte| *byte == 0);
+        let bytes_as = |form: SparseForm| {
+            let places = Places::find(form, dtype, shape, &dense, zero).unwrap();
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            let mut offset = 0;
+            let names = ["weight", form.parts()[0], form.parts()[1]];
+            let mut sources = Vec::new();
+            let parts = places.shapes().into_iter().zip(places.encode(&dense).unwrap());
+            for (end, ((dtype, dims), data)) in names.into_iter().zip(parts) {
+                file.write_all(&data).unwrap();
+                let (name, bytes) = (format!("blk.0.ffn_up.{end}"), data.len() as u64);
+                let dims = if end == "weight" { shape.to_vec() } else { dims };
+                let entry =
+                    TensorEntry { name, dtype, dims, file: 0, offset, bytes, hash: [0; 32] };
+                sources.push(TensorSource { entry, path: file.path().to_owned(), offset });
+                offset += bytes;
+            }
+            let sources = Source::of_tensors(&sources).unwrap();
+            MatrixPlan::new(&sources[0], 16).unwrap().bytes()
+        };
+        let all = 2 * 64 * 48;
+        let forms = [SparseForm::Csr, SparseForm::Bitmask, SparseForm::Tiles];
+        assert_eq!(forms.map(bytes_as), [all, all, all / 3]);
+    }
 }
