@@ -289,6 +289,7 @@ fn known<'a>(
 /// What making a variant told.
 struct Made {
     format_bytes: u64,
+    /// Of weights and of outputs, against the original: where one step alone loses something.
     errors: Option<(f64, Option<f64>)>,
 }
 
@@ -300,6 +301,7 @@ fn make(
 ) -> Result<(std::path::PathBuf, Made), CompressError> {
     let mut current = model.to_owned();
     let mut made = Made { format_bytes: u64::MAX, errors: None };
+    let mut lossy = 0;
     for (i, step) in variant.steps.iter().enumerate() {
         let source = Source::open(&current)?;
         let target = folder.join(format!("{i}.gguf"));
@@ -313,10 +315,14 @@ fn make(
             let _ = std::fs::remove_file(&current);
         }
         made.format_bytes = report.bytes_format;
-        let errors = (report.error() > 0.0).then(|| (report.error(), report.output_error()));
-        made.errors = errors.or(made.errors);
+        if report.error() > 0.0 {
+            lossy += 1;
+            made.errors = Some((report.error(), report.output_error()));
+        }
         current = target;
     }
+    // Each step's is against the model before it: together they say nothing of the original.
+    made.errors = made.errors.filter(|_| lossy == 1);
     Ok((current, made))
 }
 
