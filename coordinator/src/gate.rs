@@ -34,8 +34,9 @@ use tokio::time::Instant;
 pub use self::account::Accounts;
 use self::account::Holder;
 pub use self::invitations::Invitations;
-use crate::service::{Caller, Embeddings, EventStream, Service};
+use crate::service::{Caller, Embeddings, EventStream, Framing, Meter, Service};
 use crate::state::unix_now;
+use crate::text::TokenizerInfo;
 
 /// Wrong keys from one host: a person who mistypes is not kept waiting, a search is.
 const GUESSES: Rate = Rate { burst: 20.0, per_second: 0.5 };
@@ -134,10 +135,15 @@ impl<S: Service> Gate<S> {
         Err(status)
     }
 
-    /// The holder of a key that was shown before, and that may use the model.
+    /// The holder of a key that was shown before.
+    fn shown(&self, client: u64) -> Result<Arc<Holder>, Status> {
+        let holder = self.accounts.of(client);
+        holder.ok_or_else(|| unauthenticated("the API key is not valid"))
+    }
+
+    /// The same, if it may use the model.
     fn known(&self, caller: &mut Caller) -> Result<Arc<Holder>, Status> {
-        let holder = self.accounts.of(caller.client);
-        let holder = holder.ok_or_else(|| unauthenticated("the API key is not valid"))?;
+        let holder = self.shown(caller.client)?;
         let scope = holder.scope();
         if scope < Scope::Generate {
             return Err(lacks(scope, Scope::Generate));
@@ -289,8 +295,17 @@ impl<S: Service> Service for Gate<S> {
         .boxed()
     }
 
-    fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {
-        self.inner.tokenize(model, prompt)
+    fn admit(&self, caller: Caller) -> Result<Option<Box<dyn Meter>>, Status> {
+        let pass = self.shown(caller.client)?.admit(1, Instant::now())?;
+        Ok(Some(Box::new(pass)))
+    }
+
+    fn tokenize(&self, model: &str, prompt: &Prompt, framing: Framing) -> Result<Vec<u32>, Status> {
+        self.inner.tokenize(model, prompt, framing)
+    }
+
+    fn tokenizer_info(&self) -> TokenizerInfo {
+        self.inner.tokenizer_info()
     }
 
     fn detokenize(&self, ids: &[u32]) -> Result<String, Status> {

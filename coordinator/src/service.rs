@@ -26,6 +26,7 @@ pub(crate) use self::stream::{Departure, Play, Ranked};
 pub use self::stream::{EventStream, Meter, Origin};
 use crate::request::Vectors;
 use crate::spans::Parent;
+use crate::text::TokenizerInfo;
 
 /// Texts that were accepted and become vectors. Dropping it cancels that.
 #[derive(Debug)]
@@ -60,6 +61,16 @@ impl Embeddings {
         let embedded = |(prompt_tokens, vector)| Embedded { prompt_tokens, vector };
         Ok(self.prompt_tokens.into_iter().zip(vectors).map(embedded).collect())
     }
+}
+
+/// What stands around a text that becomes ids.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Framing {
+    /// What the model expects of prompts: the token that begins texts, where it wants one.
+    #[default]
+    Prompt,
+    /// Nothing.
+    Bare,
 }
 
 /// Who asks, and how urgently.
@@ -159,11 +170,26 @@ pub trait Service: Send + Sync + 'static {
         async { Err(Status::new(ErrorCode::Unimplemented, "embeddings are not made here")) }.boxed()
     }
 
+    /// Counts a call that computes without the model (text to ids and back) in what its key may do.
+    /// What comes back is held until the call is answered.
+    ///
+    /// # Errors
+    /// If the key may not, or its limits leave no room.
+    fn admit(&self, caller: Caller) -> Result<Option<Box<dyn Meter>>, Status> {
+        let _ = caller;
+        Ok(None)
+    }
+
     /// Text or conversation to ids. An empty model name means the only one served.
     ///
     /// # Errors
     /// If the model is unknown or the conversation cannot be rendered.
-    fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status>;
+    fn tokenize(&self, model: &str, prompt: &Prompt, framing: Framing) -> Result<Vec<u32>, Status>;
+
+    /// The tokenizer's markup, and the template of conversations.
+    fn tokenizer_info(&self) -> TokenizerInfo {
+        TokenizerInfo::default()
+    }
 
     /// Ids to text.
     ///

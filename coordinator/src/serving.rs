@@ -28,7 +28,8 @@ use crate::actors::cluster::{Admin, GetStatus};
 use crate::actors::{Batcher, Cluster};
 use crate::collect::{self, About};
 use crate::metrics::Metrics;
-use crate::service::{Caller, Embeddings, EventStream, Service};
+use crate::service::{Caller, Embeddings, EventStream, Framing, Service};
+use crate::text::TokenizerInfo;
 use crate::whereabouts;
 
 /// What is served and by whom.
@@ -166,14 +167,19 @@ impl Service for Serving {
         self.vectors(request, caller).boxed()
     }
 
-    fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {
+    fn tokenize(&self, model: &str, prompt: &Prompt, framing: Framing) -> Result<Vec<u32>, Status> {
         self.prompts.check_model(model)?;
-        self.prompts.ids(prompt)
+        self.prompts.ids(prompt, framing)
     }
 
     fn detokenize(&self, ids: &[u32]) -> Result<String, Status> {
         self.prompts.check_ids("tokens", ids)?;
         Ok(self.prompts.text.tokenizer.decode(ids, false))
+    }
+
+    fn tokenizer_info(&self) -> TokenizerInfo {
+        let model_max_length = Some(self.prompts.card.max_model_len);
+        TokenizerInfo { model_max_length, ..TokenizerInfo::of(&self.prompts.text) }
     }
 
     fn sampling(&self) -> SamplingParams {

@@ -837,16 +837,31 @@ fn models_and_tokens() {
     for body in [json!({"prompt": "hi"}), json!({"content": "hi", "model": MODEL})] {
         assert_eq!(post(s.addr, "/tokenize", &body).json(), expected);
     }
-    let body = json!({"messages": [{"role": "user", "content": "hi"}], "add_special_tokens": true});
+    let body = json!({"messages": [{"role": "user", "content": "hi"}], "return_token_strs": true});
     let answer = post(s.addr, "/tokenize", &body);
     assert_eq!(answer.json()["tokens"], json!([2]));
-    assert_eq!(answer.headers["x-millrace-ignored"], "add_special_tokens");
+    assert_eq!(answer.headers["x-millrace-ignored"], "return_token_strs");
+    for (special, expected) in
+        [(json!(true), json!([1, 94])), (json!(null), json!([1, 94])), (json!(false), json!([94]))]
+    {
+        let answer =
+            post(s.addr, "/tokenize", &json!({"prompt": "^", "add_special_tokens": special}));
+        assert_eq!(answer.json()["tokens"], expected, "{special}");
+    }
+    assert_eq!(get(s.addr, "/tokenizer_info").json()["eos_token"], "</s>");
     assert_eq!(post(s.addr, "/tokenize", &json!({"model": "other", "prompt": "x"})).status, 404);
     assert_eq!(post(s.addr, "/tokenize", &json!({})).json()["error"]["param"], "prompt");
     let answer = post(s.addr, "/detokenize", &json!({"tokens": [7, 8]}));
     assert_eq!(answer.json(), json!({"prompt": "<7><8>", "content": "<7><8>"}));
     let answer = post(s.addr, "/detokenize", &json!({"tokens": [7000]}));
     expect_error(&answer, 400, "invalid_request_error", json!("tokens"), "invalid_argument");
+    s.fake.cuts.store(false, Ordering::Relaxed);
+    for (path, body) in
+        [("/tokenize", json!({"prompt": "x"})), ("/detokenize", json!({"tokens": [7]}))]
+    {
+        let answer = post(s.addr, path, &body);
+        assert_eq!((answer.status, &answer.headers["retry-after"][..]), (429, "3"), "{path}");
+    }
 }
 
 #[test]

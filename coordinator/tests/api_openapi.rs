@@ -110,6 +110,7 @@ fn answers_have_the_fields_of_their_schemas() {
         "/ready",
         "/live",
         "/version",
+        "/tokenizer_info",
         "/v1/models",
         "/v1/cluster",
         "/v1/cluster/timeline",

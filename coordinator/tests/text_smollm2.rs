@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use millrace_coordinator::models::{NoProgress, resolve};
-use millrace_coordinator::text::{ChatMessage, ChatTemplate, Detokenizer, Tokenizer};
+use millrace_coordinator::text::{
+    ChatMessage, ChatTemplate, Detokenizer, TextModel, Tokenizer, TokenizerInfo,
+};
 use millrace_shared::model::gguf::Gguf;
 use serde_json::Value;
 
@@ -50,6 +52,15 @@ fn fixtures_hold() {
         seen += 1;
     }
     assert!(seen >= 20, "fixtures are missing");
+}
+
+#[test]
+fn what_clients_are_told_of_it() {
+    let info = TokenizerInfo::of(&TextModel::from_gguf(&model()).unwrap());
+    let some = |text: &str| Some(text.to_owned());
+    assert_eq!((info.bos_token, info.eos_token), (some("<|im_start|>"), some("<|im_end|>")));
+    assert!(info.additional_special_tokens.contains(&"<|endoftext|>".to_owned()));
+    assert!(info.chat_template.unwrap().contains("add_generation_prompt") && !info.add_bos_token);
 }
 
 #[test]

@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::stream::{FuturesUnordered, StreamExt};
-use millrace_net::rpc_server::{BodyPermit, IncomingCall, ReplySender, accept_call};
+use millrace_net::room::Room;
+use millrace_net::rpc_server::{IncomingCall, ReplySender, accept_call};
 use millrace_net::{Connection, IncomingStream, NetError, timing};
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
@@ -21,7 +22,7 @@ use millrace_shared::wire::rpc::{
     GenerateEvent, META_KEEP_ALIVE, META_PRIORITY, META_REQUEST_ID, Method, Reply,
 };
 
-use crate::service::{Caller, EventStream, Service};
+use crate::service::{Caller, EventStream, Framing, Service};
 use crate::spans::Parent;
 
 /// Longest time that a request goes on by itself.
@@ -182,7 +183,7 @@ fn caller(call: &IncomingCall) -> Result<Caller, Status> {
 
 /// Sends all replies but the last. The outer error is the network's, the inner one the caller's.
 async fn answer(
-    (method, room): (Method, BodyPermit),
+    (method, room): (Method, Room),
     (key, caller): (Option<String>, Caller),
     replies: &mut ReplySender,
     (service, connection): (&Arc<dyn Service>, &Connection),
@@ -286,14 +287,22 @@ async fn unary(
             return Ok(chunks.map(|chunk| Reply::Embeddings(chunk.to_vec())).collect());
         }
         Method::Tokenize(request) => {
-            let service = Arc::clone(service);
-            let ids = blocking(move || service.tokenize(&request.model, &request.prompt)).await?;
+            let (service, pass) = (Arc::clone(service), service.admit(caller)?);
+            let ids = blocking(move || {
+                let _pass = pass;
+                service.tokenize(&request.model, &request.prompt, Framing::Prompt)
+            });
+            let ids = ids.await?;
             check_size(ids.len(), MAX_REPLY_IDS, "ids")?;
             Reply::Tokens(ids)
         }
         Method::Detokenize { ids } => {
-            let service = Arc::clone(service);
-            let text = blocking(move || service.detokenize(&ids)).await?;
+            let (service, pass) = (Arc::clone(service), service.admit(caller)?);
+            let text = blocking(move || {
+                let _pass = pass;
+                service.detokenize(&ids)
+            });
+            let text = text.await?;
             check_size(text.len(), MAX_REPLY_BYTES - 64, "bytes")?;
             Reply::Text(text)
         }

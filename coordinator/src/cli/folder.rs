@@ -144,13 +144,13 @@ pub struct KeyArgs {
     /// How long it is valid: 12h, 90d [default: until it is revoked]
     #[arg(long, value_name = "TIME", value_parser = duration)]
     expires: Option<Duration>,
-    /// Continuations and scorings a minute
+    /// Requests a minute: continuations, scorings, vectors, texts to tokens and back
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     requests_per_minute: Option<u32>,
     /// Tokens of prompts and answers a minute
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     tokens_per_minute: Option<u32>,
-    /// Continuations and scorings at once
+    /// Requests at once
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     concurrent: Option<u32>,
 }

@@ -71,7 +71,7 @@ impl Service for Open {
         .boxed()
     }
 
-    fn tokenize(&self, _: &str, _: &Prompt) -> Result<Vec<u32>, Status> {
+    fn tokenize(&self, _: &str, _: &Prompt, _: Framing) -> Result<Vec<u32>, Status> {
         Ok(Vec::new())
     }
 
@@ -224,6 +224,25 @@ async fn join_tokens_are_made_listed_and_revoked_from_afar() {
         panic!("no token")
     };
     assert_eq!(info.expires, u64::MAX);
+}
+
+#[test]
+fn texts_are_cut_into_tokens_within_the_limits() {
+    let f = fixture();
+    let limits =
+        KeyLimits { concurrent: Some(1), requests_per_minute: Some(2), ..KeyLimits::default() };
+    // Of any scope.
+    let (_, key) = f.key(Scope::Read, limits);
+    let caller = Caller { client: Caller::client_of(Some(&key)), ..Caller::default() };
+    assert_eq!(f.gate.admit(caller.clone()).unwrap_err().code, ErrorCode::Unauthenticated);
+    f.gate.authenticate(Some(&key)).unwrap();
+    let pass = f.gate.admit(caller.clone()).unwrap();
+    let refused = f.gate.admit(caller.clone()).unwrap_err();
+    assert!(refused.message.contains("1 requests at once"), "{refused}");
+    drop(pass);
+    drop(f.gate.admit(caller.clone()).unwrap());
+    let refused = f.gate.admit(caller).unwrap_err();
+    assert!(refused.message.contains("2 requests a minute"), "{refused}");
 }
 
 #[tokio::test]

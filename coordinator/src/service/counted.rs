@@ -14,8 +14,9 @@ use millrace_shared::wire::rpc::{
     ScoreRequest,
 };
 
-use super::{Caller, Embeddings, EventStream, Service};
+use super::{Caller, Embeddings, EventStream, Framing, Meter, Service};
 use crate::metrics::Metrics;
+use crate::text::TokenizerInfo;
 
 /// A service whose refusals are counted. What it admits is for the scheduler's side to count.
 #[derive(Debug)]
@@ -104,8 +105,17 @@ impl<S: Service> Service for Counted<S> {
         self.inner.embed(request, caller).map(count).boxed()
     }
 
-    fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {
-        self.inner.tokenize(model, prompt)
+    fn admit(&self, caller: Caller) -> Result<Option<Box<dyn Meter>>, Status> {
+        let refused = |status: &Status| self.metrics.on_refused(status.code);
+        self.inner.admit(caller).inspect_err(refused)
+    }
+
+    fn tokenize(&self, model: &str, prompt: &Prompt, framing: Framing) -> Result<Vec<u32>, Status> {
+        self.inner.tokenize(model, prompt, framing)
+    }
+
+    fn tokenizer_info(&self) -> TokenizerInfo {
+        self.inner.tokenizer_info()
     }
 
     fn detokenize(&self, ids: &[u32]) -> Result<String, Status> {

@@ -7,6 +7,7 @@ use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::sampling::Grammar;
 use millrace_shared::wire::rpc::{ChatMessage, Conversation, ModelCard, Prompt, ToolCall};
 
+use crate::service::Framing;
 use crate::text::rules::{Fitted, Overflow, Overlong, PromptRules, TextRules, Touched};
 use crate::text::{CallForm, Matcher, TextModel};
 
@@ -223,14 +224,15 @@ impl Prompts {
         compiled.map(Some).map_err(|e| Status::invalid("grammar", e.to_string()))
     }
 
-    pub(super) fn ids(&self, prompt: &Prompt) -> Result<Vec<u32>, Status> {
-        match self.prepare(prompt)? {
-            Prepared::Ids(ids) => Ok(ids),
-            Prepared::Text(param, text) => self
-                .text
-                .tokenizer
-                .encode_prompt(&text)
-                .map_err(|e| Status::invalid(param, e.to_string())),
-        }
+    pub(super) fn ids(&self, prompt: &Prompt, framing: Framing) -> Result<Vec<u32>, Status> {
+        let tokenizer = &self.text.tokenizer;
+        let (param, ids) = match (self.prepare(prompt)?, framing) {
+            (Prepared::Ids(ids), _) => return Ok(ids),
+            (Prepared::Text(param, text), Framing::Prompt) => {
+                (param, tokenizer.encode_prompt(&text))
+            }
+            (Prepared::Text(param, text), Framing::Bare) => (param, tokenizer.encode(&text, true)),
+        };
+        ids.map_err(|e| Status::invalid(param, e.to_string()))
     }
 }

@@ -25,6 +25,8 @@ const PROBE: &str = "probe_of_tools";
 /// A model's chat template.
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
+    source: Arc<str>,
+    eos: String,
     rendering: Rendering,
     dialect: Dialect,
 }
@@ -68,6 +70,7 @@ impl ChatTemplate {
     /// # Errors
     /// If it is not valid.
     pub fn new(source: &str, bos: String, eos: String) -> Result<Self, TextError> {
+        let named = eos.clone();
         let rendering = match renderers::program() {
             None => Rendering::Here(Arc::new(Template::new(source, bos, eos)?)),
             Some(program) => {
@@ -88,7 +91,17 @@ impl ChatTemplate {
             rendering.render(turns, true).is_ok_and(|text| text.contains(PROBE))
         };
         let dialect = Dialect::of(source, tells);
-        Ok(Self { rendering, dialect })
+        Ok(Self { source: source.into(), eos: named, rendering, dialect })
+    }
+
+    /// The template itself.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// What its variable `eos_token` is; empty where the model names none.
+    pub fn eos(&self) -> &str {
+        &self.eos
     }
 
     /// How calls of tools are written.

@@ -145,9 +145,14 @@ impl Tokenizer {
         self.hidden.contains(&id)
     }
 
+    /// Tokens that answers do not show, ascending.
+    pub fn special_ids(&self) -> impl Iterator<Item = u32> {
+        self.hidden.iter().copied()
+    }
+
     /// The token of this text that answers do not show.
     pub fn special_id(&self, text: &str) -> Option<u32> {
-        self.hidden.iter().copied().find(|&id| self.token_bytes(id) == text.as_bytes())
+        self.special_ids().find(|&id| self.token_bytes(id) == text.as_bytes())
     }
 
     /// Ids that end an answer, ascending.

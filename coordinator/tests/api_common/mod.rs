@@ -12,8 +12,9 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use millrace_coordinator::service::{
-    Caller, Embeddings, EventStream, Origin, Service, unknown_request,
+    Caller, Embeddings, EventStream, Framing, Meter, Origin, Service, unknown_request,
 };
+use millrace_coordinator::text::TokenizerInfo;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
 use millrace_shared::wire::admin::{AdminReply, AdminRequest};
@@ -45,6 +46,8 @@ pub struct Script {
 pub struct Fake {
     script: Mutex<Script>,
     pub ready: AtomicBool,
+    /// Whether texts become ids.
+    pub cuts: AtomicBool,
     pub seen: Mutex<Vec<(GenerateRequest, Caller)>>,
     pub cancelled: Mutex<Vec<RequestId>>,
     pub embedded: Mutex<Vec<(EmbedRequest, Caller)>>,
@@ -59,6 +62,7 @@ impl Fake {
         let fake = Self {
             script: Mutex::new(script),
             ready: AtomicBool::new(true),
+            cuts: AtomicBool::new(true),
             seen: Mutex::default(),
             cancelled: Mutex::default(),
             embedded: Mutex::default(),
@@ -270,7 +274,7 @@ impl Service for Fake {
             }
             let mut counts = Vec::new();
             for input in &request.inputs {
-                counts.push(self.tokenize(&request.model, input)?.len() as u32);
+                counts.push(self.tokenize(&request.model, input, Framing::Prompt)?.len() as u32);
             }
             let vector = |&n: &u32| vec![n as f32, 0.1, -1.0 / 3.0, f32::MIN_POSITIVE];
             let (reply, receiver) = oneshot::channel();
@@ -280,12 +284,27 @@ impl Service for Fake {
         .boxed()
     }
 
-    fn tokenize(&self, model: &str, prompt: &Prompt) -> Result<Vec<u32>, Status> {
+    fn admit(&self, _: Caller) -> Result<Option<Box<dyn Meter>>, Status> {
+        match self.cuts.load(Ordering::Relaxed) {
+            true => Ok(None),
+            false => Err(Status::exhausted("this key may have 1 requests a minute", 2500)),
+        }
+    }
+
+    fn tokenizer_info(&self) -> TokenizerInfo {
+        TokenizerInfo { eos_token: Some("</s>".into()), ..TokenizerInfo::default() }
+    }
+
+    /// Of a conversation the lengths of its messages. Texts that start with '^' want token 1 before them.
+    fn tokenize(&self, model: &str, prompt: &Prompt, framing: Framing) -> Result<Vec<u32>, Status> {
         if !model.is_empty() && model != MODEL {
             return Err(unknown(model));
         }
         Ok(match prompt {
-            Prompt::Text(text) => text.bytes().map(u32::from).collect(),
+            Prompt::Text(text) => {
+                let begin = (framing == Framing::Prompt && text.starts_with('^')).then_some(1);
+                begin.into_iter().chain(text.bytes().map(u32::from)).collect()
+            }
             Prompt::Tokens(ids) => ids.clone(),
             Prompt::Chat(c) => c.messages.iter().map(|t| t.content.len() as u32).collect(),
         })

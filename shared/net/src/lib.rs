@@ -11,7 +11,7 @@
 //! [`framed`] puts messages and stage frames on them; [`edge`] adds credits; [`awake`] keeps processors
 //! from sleeping while frames pass; [`burst`] measures ways; [`join`] enrols nodes;
 //! [`certs`] changes certificates in use, [`revoked`] keeps nodes out, [`keys`] keeps API keys; [`client`] and [`rpc_server`] are the two halves of the client API;
-//! [`budget`] bounds how often;
+//! [`budget`] bounds how often, [`room`] how much;
 //! [`timing`] holds every deadline; [`telemetry`] sets logging up.
 //!
 //! # Invariants
@@ -38,6 +38,7 @@ pub mod private_file;
 pub mod pump;
 mod resets;
 pub mod revoked;
+pub mod room;
 pub mod rpc_server;
 pub mod seats;
 pub mod signals;

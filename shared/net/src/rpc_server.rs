@@ -10,19 +10,13 @@ use std::time::Duration;
 use millrace_shared::error::Status;
 use millrace_shared::wire::rpc::{CallHeader, GenerateEvent, Method, Reply};
 use millrace_shared::wire::{MAX_CALL_HEADER_BYTES, MAX_RPC_BYTES, codec};
-use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::error::within;
+use crate::room::Room;
 use crate::{IncomingStream, MessageReceiver, MessageSender, NetError, RecvStream, timing};
 
-/// Bytes of methods that are received, decoded or not yet tokenised at once. Memory belongs to the
-/// process, so this does too. A decoded method takes at most some four times its bytes.
-const BODY_BUDGET: usize = 64 << 20;
-static BODIES: Semaphore = Semaphore::const_new(BODY_BUDGET);
 /// Longer methods are decoded where they hold nobody up.
 const LONG_BODY: usize = 64 << 10;
-/// When to try again, told to clients whose method found no room.
-const RETRY_MS: u32 = 1000;
 
 /// A call whose header has been read.
 #[derive(Debug)]
@@ -30,12 +24,6 @@ pub struct IncomingCall {
     header: CallHeader,
     messages: MessageReceiver,
     out: MessageSender,
-}
-
-/// The room that a method takes up; keep it until the method's text and ids are used up.
-#[derive(Debug)]
-pub struct BodyPermit {
-    _room: SemaphorePermit<'static>,
 }
 
 /// Reads the header of a stream that a client has opened.
@@ -86,7 +74,7 @@ impl IncomingCall {
     ///
     /// # Errors
     /// If it is late, too long or malformed, or finds no room; the client has been told then.
-    pub async fn method(mut self) -> Result<(Method, BodyPermit, ReplySender), NetError> {
+    pub async fn method(mut self) -> Result<(Method, Room, ReplySender), NetError> {
         let received = read_method(&mut self.messages);
         let received = within(timing::FIRST_MESSAGE, "the method of a call", received).await;
         let replies = replies(self.out, self.messages);
@@ -103,14 +91,12 @@ impl IncomingCall {
 /// The inner error is that there is no room.
 async fn read_method(
     messages: &mut MessageReceiver,
-) -> Result<Result<(Method, BodyPermit), Status>, NetError> {
+) -> Result<Result<(Method, Room), Status>, NetError> {
     let len = messages.announced(MAX_RPC_BYTES).await?;
     let len = len.ok_or(NetError::Ended("before the method came"))?;
-    let units = u32::try_from(len).unwrap_or(u32::MAX);
-    let waiting = tokio::time::timeout(timing::BODY_ROOM, BODIES.acquire_many(units));
-    let Ok(Ok(room)) = waiting.await else {
-        let message = "too many large calls at once: try again";
-        return Ok(Err(Status::exhausted(message, RETRY_MS)));
+    let room = match Room::of(len).await {
+        Ok(room) => room,
+        Err(full) => return Ok(Err(full)),
     };
     let body = messages.recv_body(MAX_RPC_BYTES).await?;
     let method = if len > LONG_BODY {
@@ -119,7 +105,7 @@ async fn read_method(
     } else {
         codec::decode(&body)
     };
-    Ok(Ok((method?, BodyPermit { _room: room })))
+    Ok(Ok((method?, room)))
 }
 
 /// Where the replies of one call go. Dropping it without [`ReplySender::done`] or

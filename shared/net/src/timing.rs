@@ -21,7 +21,7 @@ pub const HANDSHAKE: Duration = Duration::from_secs(8);
 /// is one round trip with losses; longer is a peer that holds a slot and says nothing.
 pub const FIRST_MESSAGE: Duration = Duration::from_secs(5);
 
-/// A method that waits for room beside other clients' methods. Below [`FIRST_MESSAGE`], so that the
+/// A request that waits for room beside other clients' requests. Below [`FIRST_MESSAGE`], so that the
 /// client learns what the matter is.
 pub const BODY_ROOM: Duration = Duration::from_secs(3);
 

@@ -313,17 +313,24 @@ fn check(form: SparseForm, shape: [u64; 2], parts: [&TensorEntry; 3]) -> Result<
         SparseForm::Bitmask => values.elements(),
         _ => index.elements(),
     };
-    let tile_rows = values.dims.get(1).copied().unwrap_or(0);
-    // What is kept of the last tiles depends on where they are: it is seen when they are read.
-    let tiles = form == SparseForm::Tiles;
-    let fits = !tiles
-        || (columns.is_multiple_of(form.width(dtype))
-            && tile_rows <= kept.saturating_mul(TILE_ROWS));
     let all = columns.checked_mul(rows).filter(|&n| n < 1 << 40);
-    if all.is_none_or(|all| all == 0 || kept > all)
-        || !fits
-        || !(is_float(dtype) || tiles && dtype.is_supported())
-    {
+    if all.is_none_or(|all| all == 0 || kept > all) {
+        return Err(values.name.clone());
+    }
+    let tile_rows = values.dims.get(1).copied().unwrap_or(0);
+    let tiles = form == SparseForm::Tiles;
+    let fits = !tiles || {
+        // Of the last row of tiles all are lower by as much; how many there are is seen when they are read.
+        let lower = rows.next_multiple_of(TILE_ROWS) - rows;
+        let width = form.width(dtype);
+        let missing = kept.saturating_mul(TILE_ROWS).checked_sub(tile_rows);
+        columns.is_multiple_of(width)
+            && missing.is_some_and(|missing| match lower {
+                0 => missing == 0,
+                _ => missing.is_multiple_of(lower) && missing / lower <= columns / width,
+            })
+    };
+    if !fits || !(is_float(dtype) || tiles && dtype.is_supported()) {
         return Err(values.name.clone());
     }
     let expected = form.shapes(dtype, shape, (kept, tile_rows));
@@ -369,7 +376,7 @@ mod tests {
             assert!(parts[1].is_part() && parts[2].is_part() && !parts[0].is_part());
             for i in 1..3 {
                 let good = parts[i].dims.clone();
-                parts[i].dims[0] += 1;
+                parts[i].dims[0] -= 1;
                 assert!(checked(&parts).is_err(), "{form:?} part {i}");
                 parts[i].dims = good;
             }

@@ -211,11 +211,11 @@ impl FromStr for Scope {
 /// What a key may use up; `None` is as much as there is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyLimits {
-    /// Continuations and scorings a minute.
+    /// Continuations, scorings, vectors, texts to tokens and back, a minute.
     pub requests_per_minute: Option<u32>,
     /// Tokens of prompts and answers a minute.
     pub tokens_per_minute: Option<u32>,
-    /// Continuations and scorings at once.
+    /// Of these, at once.
     pub concurrent: Option<u32>,
 }
 

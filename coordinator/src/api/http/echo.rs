@@ -18,7 +18,7 @@ use super::generation::{Answer, Kind};
 use super::logprobs::prompt_logprobs;
 use super::options::Options;
 use super::types::LogprobsBody;
-use crate::service::{Caller, Service};
+use crate::service::{Caller, Framing, Service};
 
 /// What an answer tells of its prompt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -116,7 +116,7 @@ pub(crate) async fn read(
         let text = text_of(state, &prompt)?;
         let (service, model) = (state.service.clone(), options.model.clone());
         // A long text takes seconds; this thread also serves every stream.
-        let ids = web::block(move || service.tokenize(&model, &prompt)).await;
+        let ids = web::block(move || service.tokenize(&model, &prompt, Framing::Prompt)).await;
         let ids = ids.map_err(|_| super::shutting_down())?.map_err(ApiError::of_model)?;
         let said = Said { text, logprobs: None, ids };
         match top {

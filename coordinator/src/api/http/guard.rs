@@ -1,4 +1,5 @@
-//! What every request passes before its handler: the host check, the key check, the request id.
+//! What every request passes before its handler: the host check, the key check, room for its body,
+//! the request id.
 //!
 //! The host check is the defence against DNS rebinding: a page in a browser on this machine can
 //! make a name of its own point here, but it cannot change the name the browser sends. So only
@@ -13,12 +14,15 @@ use std::time::Duration;
 use actix_web::body::{EitherBody, MessageBody};
 use actix_web::dev::{Payload, ServiceRequest, ServiceResponse};
 use actix_web::error::PayloadError;
-use actix_web::http::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
+use actix_web::http::header::{
+    AUTHORIZATION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
+};
 use actix_web::http::{ConnectionType, Method};
 use actix_web::middleware::Next;
 use actix_web::web::Bytes;
 use actix_web::{Error, HttpMessage as _, ResponseError, web};
 use futures::{Stream, StreamExt as _, stream};
+use millrace_net::room::Room;
 use millrace_net::seats::Seat;
 use millrace_shared::error::{ErrorCode, Status};
 use millrace_shared::id::RequestId;
@@ -27,6 +31,7 @@ use uuid::Uuid;
 
 use super::AppState;
 use super::error::ApiError;
+use super::request::MAX_BODY_BYTES;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id that is echoed.
@@ -44,6 +49,8 @@ pub(crate) struct Place(pub(crate) Option<Seat>);
 #[derive(Clone, Copy, Debug)]
 struct HasKey;
 
+/// From so many bytes on bodies share room.
+const LONG_BODY: usize = 64 << 10;
 /// When to try again, told to hosts that have too many connections.
 const CROWDED_RETRY_MS: u32 = 5000;
 
@@ -168,15 +175,38 @@ pub(crate) async fn check_key<B: MessageBody + 'static>(
 ) -> Result<ServiceResponse<EitherBody<B>>, Error> {
     // Not what a proxy's header says: anybody can send that.
     let from = request.peer_addr().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |peer| peer.ip());
-    match state.service.authenticate_from(bearer(request.headers()), from) {
+    let room = match state.service.authenticate_from(bearer(request.headers()), from) {
         Ok(()) => {
             request.extensions_mut().insert(HasKey);
-            Ok(next.call(request).await?.map_into_left_body())
+            room_for(&request).await
         }
+        Err(status) => Err(status),
+    };
+    match room {
+        // Until the handler has read the body and made of it what it needs.
+        Ok(_room) => Ok(next.call(request).await?.map_into_left_body()),
         Err(status) => {
             let response = ApiError::from(status).error_response();
             Ok(request.into_response(response).map_into_right_body())
         }
+    }
+}
+
+/// Room for the body where it is long; connections are few enough for short ones.
+///
+/// # Errors
+/// As [`Room::of`].
+async fn room_for(request: &ServiceRequest) -> Result<Option<Room>, Status> {
+    let length = request.headers().get(&CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
+    let length: usize = match length {
+        Some(length) => length,
+        None if request.headers().contains_key(&TRANSFER_ENCODING) => MAX_BODY_BYTES,
+        None => 0,
+    };
+    match length {
+        // Longer ones are refused before they are read.
+        LONG_BODY..=MAX_BODY_BYTES => Room::of(length).await.map(Some),
+        _ => Ok(None),
     }
 }
 

@@ -358,6 +358,7 @@ pub const ENDPOINTS: &[Route] = &[
     route_of(Verb::Get, "/v1/models/{id:.+}", Protection::Key, |r| r.to(info::model)),
     route_of(Verb::Post, "/tokenize", Protection::Key, |r| r.to(tokenize::tokenize)),
     route_of(Verb::Post, "/detokenize", Protection::Key, |r| r.to(tokenize::detokenize)),
+    route_of(Verb::Get, "/tokenizer_info", Protection::Key, |r| r.to(tokenize::info)),
 ];
 
 fn routes(config: &mut web::ServiceConfig, public_metrics: bool) {

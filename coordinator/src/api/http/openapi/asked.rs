@@ -331,6 +331,9 @@ pub(super) struct TokenizeRequest {
     content: Option<TextOrIds>,
     /// A conversation, as of chat completions.
     messages: Option<Vec<ChatTurn>>,
+    /// Whether the token that begins texts is put before it where the model wants one; if not said,
+    /// it is.
+    add_special_tokens: Option<bool>,
     model: Option<String>,
 }
 

@@ -7,6 +7,7 @@ use super::super::Verb;
 use super::super::embeddings::EmbeddingList;
 use super::super::types::{Envelope, ModelBody};
 use super::{asked, told};
+use crate::text::TokenizerInfo;
 
 /// The schema of a type.
 type Typed = fn(&mut SchemaGenerator) -> Schema;
@@ -210,6 +211,13 @@ pub(super) const OPERATIONS: &[Operation] = &[
             Some((of::<asked::DetokenizeRequest>, || json!({"tokens": [1, 2, 3]}))),
             Answer::Json(of::<told::Text>),
         ),
+    ),
+    get(
+        "/tokenizer_info",
+        "tokenizerInfo",
+        "model",
+        "The tokenizer's markup and the template of conversations, for clients that render themselves.",
+        Answer::Json(of::<TokenizerInfo>),
     ),
     get(
         "/health",
