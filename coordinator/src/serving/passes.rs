@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::prompts::LONG_TEXT;
 use super::{Prompts, Serving, crossed};
 use crate::actors::batcher::{SubmitEmbed, SubmitScore};
-use crate::service::{Caller, Embeddings};
+use crate::service::{Caller, Embeddings, Framing};
 use crate::text::rules::AnswerRules;
 
 /// Most logits per scored position.
@@ -82,7 +82,7 @@ impl Prompts {
     }
 
     fn text_ids(&self, index: usize, input: &Prompt) -> Result<Vec<u32>, Status> {
-        let ids = self.ids(input).map_err(of_input)?;
+        let ids = self.ids(input, Framing::Prompt).map_err(of_input)?;
         // Texts that are too long are refused, not shortened: a vector is of all of a text.
         let context = self.card.max_model_len;
         let most = self.rules.prompt.limit.map_or(context, |limit| limit.min(context));

@@ -165,12 +165,14 @@ impl Prompts {
         answer: Option<u32>,
     ) -> Result<Read, Status> {
         self.with(prompt, move |all, prompt| {
-            let ids = all.ids(&prompt)?;
+            let ids = all.ids(&prompt, Framing::Prompt)?;
             let Some(limit) = all.limit(answer) else { return Ok(Read { ids, left_out: 0 }) };
             let (how, prompt_is) = (all.rules.prompt.overflow, Overlong { ids, limit });
             let Fitted { ids, left_out } = match &prompt {
                 Prompt::Chat(conversation) => {
-                    let ids_of = |shorter: &Conversation| all.ids(&Prompt::Chat(shorter.clone()));
+                    let ids_of = |shorter: &Conversation| {
+                        all.ids(&Prompt::Chat(shorter.clone()), Framing::Prompt)
+                    };
                     prompt_is.chat(how, conversation, ids_of)?
                 }
                 Prompt::Text(_) | Prompt::Tokens(_) => {
