@@ -132,7 +132,7 @@ pub(crate) fn products(c: &mut Criterion, bench: &mut Bench) {
             let mut loaded: Option<Product> = None;
             for columns in COLUMNS.into_iter().filter(|&n| !head || n <= HEAD_ROWS) {
                 let macs = elements * columns;
-                let float = matches!(dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16);
+                let float = dtype.is_float();
                 let (int8_macs, float_macs) = if float { (0, macs) } else { (macs, 0) };
                 let work = Work { int8_macs, float_macs, bytes, set: bytes * copies };
                 let name = format!("{} x{columns}", shape.name);

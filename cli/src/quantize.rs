@@ -177,7 +177,7 @@ fn explain(error: QuantizeError) -> anyhow::Error {
         QuantizeError::Target(TargetError::Exists(_)) => {
             usage(format!("{error}: --force replaces it"))
         }
-        QuantizeError::Target(TargetError::SameFile(_))
+        QuantizeError::Target(TargetError::SameFile(_) | TargetError::Unnamed(_))
         | QuantizeError::Type(_)
         | QuantizeError::Fixed { .. } => usage(error.to_string()),
         QuantizeError::Quantised { .. } => usage(format!(

@@ -146,10 +146,7 @@ impl Job<'_> {
                 "low rank needs a model without experts, whose matrices lie row by row",
             ));
         }
-        // Some families' files have several matrices in one.
-        let files = self.source.files()?;
-        let apart = |t: &&TensorEntry| !files.tensors.iter().any(|known| known.name == t.name);
-        match self.source.tensors.iter().find(apart) {
+        match self.source.joined()? {
             Some(one) => Err(CompressError::Settings(format!(
                 "tensor '{}' holds several matrices, which cannot be factored",
                 one.name

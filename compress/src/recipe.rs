@@ -8,7 +8,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use millrace_engine::target::{TargetError, io_error};
+use millrace_engine::target::{TargetError, io_error, named, place};
 use millrace_shared::model::ModelFiles;
 use serde::{Deserialize, Serialize};
 
@@ -133,6 +133,8 @@ pub fn run(
     settings: &Settings<'_>,
     progress: &mut dyn Progress,
 ) -> Result<RunReport, CompressError> {
+    // What lies beside it begins with its name.
+    let output = &*named(output)?;
     // Whether it may be replaced is known once it is known whose it is.
     check_target(model, output, true)?;
     let source = provenance(model)?;
@@ -196,10 +198,7 @@ fn replace(output: &Path, last: &Path, report: &RunReport) -> Result<(), TargetE
     let kept = beside(output, "run.json");
     let json = serde_json::to_vec(report).expect("invariant: reports can be written");
     fs::write(&kept, json).map_err(io_error("write", &kept))?;
-    if output.is_dir() {
-        fs::remove_dir_all(output).map_err(io_error("replace", output))?;
-    }
-    fs::rename(last, output).map_err(io_error("write", output))
+    place(last, output)
 }
 
 /// What an earlier run did, where it made the output of this recipe and was then cut off.
@@ -222,8 +221,9 @@ fn unfinished(
 
 /// The output is judged and told of: another run of the recipe begins anew.
 pub fn finished(output: &Path) {
+    let Ok(output) = named(output) else { return };
     // Where it stays, the next run has less to do.
-    let _ = fs::remove_file(beside(output, "run.json"));
+    let _ = fs::remove_file(beside(&output, "run.json"));
 }
 
 fn beside(output: &Path, what: &str) -> PathBuf {

@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use millrace_engine::target::{Target, TargetError, io_error};
+use millrace_engine::target::{Target, TargetError, io_error, named};
 use millrace_shared::model::gguf::{Gguf, Metadata, Value};
 use millrace_shared::model::{
     FolderShape, FolderSource, SPARSE_SHAPES, SPARSE_TENSORS, TensorEntry, TensorType,
@@ -136,6 +136,7 @@ pub(crate) fn check_target(
     path: &Path,
     overwrite: bool,
 ) -> Result<(), CompressError> {
+    let path = &*named(path)?;
     let refused = |why: &str| {
         let path = path.display();
         Err(CompressError::Settings(format!("{path} {why}: give the result another name")))
@@ -235,6 +236,5 @@ fn most_floats(slots: &[Slot]) -> Option<TensorType> {
 
 /// Whether only this engine reads a folder with these tensors; any library reads matrices of floats.
 fn is_own(slots: &[Slot]) -> bool {
-    let floats = |s: &Slot| matches!(s.dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16);
-    !slots.iter().all(|s| floats(s) && !s.name.ends_with("_in.weight"))
+    !slots.iter().all(|s| s.dtype.is_float() && !s.name.ends_with("_in.weight"))
 }

@@ -181,6 +181,27 @@ impl Source {
         name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
     }
 
+    /// The first tensor of several matrices: some families' files have such.
+    ///
+    /// # Errors
+    /// As [`Source::files`].
+    pub(crate) fn joined(&self) -> Result<Option<&TensorEntry>, CompressError> {
+        let apart = self.apart()?;
+        Ok(self.tensors.iter().find(|t| !apart.contains(&t.name)))
+    }
+
+    /// The names of tensors that are one matrix, or vector.
+    ///
+    /// # Errors
+    /// As [`Source::files`].
+    pub(crate) fn apart(&self) -> Result<HashSet<String>, CompressError> {
+        let known = self.files()?.tensors;
+        let known: HashMap<&str, &[u64]> =
+            known.iter().map(|t| (t.name.as_str(), &t.dims[..])).collect();
+        let apart = self.tensors.iter().filter(|t| known.get(&*t.name) == Some(&&t.dims[..]));
+        Ok(apart.map(|t| t.name.clone()).collect())
+    }
+
     /// The directory as the engine reads it.
     ///
     /// # Errors
@@ -248,6 +269,9 @@ pub(crate) fn decode(tensor: &TensorEntry, bytes: &[u8]) -> Result<Vec<f32>, Com
     let cols = tensor.dims[0] as usize;
     let row_bytes = row_bytes(tensor.dtype, cols, &tensor.name)?;
     let mut floats = vec![0f32; tensor.elements() as usize];
+    if floats.is_empty() {
+        return Ok(floats);
+    }
     for (row, out) in bytes.chunks_exact(row_bytes).zip(floats.chunks_exact_mut(cols)) {
         if !dequantise_row(tensor.dtype, row, out) {
             return Err(unreadable(tensor));

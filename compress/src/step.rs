@@ -2,7 +2,7 @@
 //!
 //! A step is a table with `method` and its settings; a key that a method does not know is an error.
 
-use millrace_shared::model::TensorType;
+use millrace_shared::model::{SparseForm, TensorType};
 use serde::{Deserialize, Serialize};
 
 use crate::CompressError;
@@ -39,14 +39,14 @@ pub enum Form {
 }
 
 impl Form {
-    /// As recipes spell it.
-    pub fn as_str(self) -> &'static str {
+    /// The forms without zeros that may be.
+    pub(crate) fn sparse(self) -> &'static [SparseForm] {
         match self {
-            Self::Auto => "auto",
-            Self::Dense => "dense",
-            Self::Csr => "csr",
-            Self::Bitmask => "bitmask",
-            Self::Tiles => "tiles",
+            Self::Auto => &SparseForm::ALL,
+            Self::Dense => &[],
+            Self::Csr => &[SparseForm::Csr],
+            Self::Bitmask => &[SparseForm::Bitmask],
+            Self::Tiles => &[SparseForm::Tiles],
         }
     }
 }

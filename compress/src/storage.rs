@@ -1,10 +1,12 @@
 //! Leaves zeros out of files: each matrix of a layer in the form that takes the fewest bytes, or in one
 //! form.
 //!
-//! Weights are the same bits as before, so a model computes the same. What a form brings: any makes the
+//! Weights have the same values as before, so a model computes the same bits (a zero has no sign
+//! afterwards, and a block of zeros no scale). What a form brings: any makes the
 //! file smaller; tiles make the engine's memory smaller and its products faster, since it computes with
 //! them as they are. Matrices of the other forms have their zeros in memory.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use millrace_engine::cpu::dequantise_row;
@@ -42,7 +44,9 @@ pub(crate) fn apply(
             "only GGUF files leave zeros out: folders of safetensors keep them",
         ));
     }
-    let job = Job { source, form: *form, canonical: canonical(source)? };
+    let transposed = source.config.features.transposed;
+    let apart = if transposed { HashSet::new() } else { source.apart()? };
+    let job = Job { source, form: *form, apart };
     let batch = settings.threads.max(1) * 4;
     let (mut slots, mut choices, mut sparse) = (Vec::new(), Vec::new(), Vec::new());
     let mut done = 0;
@@ -103,14 +107,6 @@ fn names(name: &str, form: SparseForm) -> [String; 3] {
     [name.to_owned(), format!("{stem}{index}"), format!("{stem}{starts}")]
 }
 
-/// The names of tensors that are one matrix, which lies row by row.
-fn canonical(source: &Source) -> Result<Vec<String>, CompressError> {
-    if source.config.features.transposed {
-        return Ok(Vec::new());
-    }
-    Ok(source.files()?.tensors.into_iter().map(|t| t.name).collect())
-}
-
 /// A matrix's tensors, what is told of it, and itself, of the one that is timed.
 struct Made {
     parts: Vec<Vec<u8>>,
@@ -124,38 +120,34 @@ type Shapes = [(TensorType, Vec<u64>); 3];
 struct Job<'a> {
     source: &'a Source,
     form: Form,
-    canonical: Vec<String>,
+    /// Tensors that are one matrix, which lies row by row.
+    apart: HashSet<String>,
 }
 
 impl Job<'_> {
-    /// The forms that may be.
-    fn forms(&self) -> &'static [SparseForm] {
-        match self.form {
-            Form::Auto => &SparseForm::ALL,
-            Form::Dense => &[],
-            Form::Csr => &[SparseForm::Csr],
-            Form::Bitmask => &[SparseForm::Bitmask],
-            Form::Tiles => &[SparseForm::Tiles],
-        }
-    }
-
     /// How a tensor is kept, if without zeros.
     fn choose(&self, tensor: &TensorEntry) -> Result<Option<(SparseForm, Shapes)>, CompressError> {
         let matrix = is_layer_matrix(tensor) && tensor.dims.len() == 2;
-        if !matrix || self.forms().is_empty() || !self.canonical.contains(&tensor.name) {
+        if !matrix || self.form.sparse().is_empty() || !self.apart.contains(&tensor.name) {
             return Ok(None);
         }
         let bytes = self.source.copy(tensor)?;
-        let found = self.forms().iter().filter_map(|&form| places(form, tensor, &bytes));
+        let found = self.form.sparse().iter().filter_map(|&form| places(form, tensor, &bytes));
         let found = found.map(|(form, places)| (form, places.bytes(), places.shapes()));
         let Some((form, least, shapes)) = found.min_by_key(|(_, bytes, _)| *bytes) else {
-            let dtype = tensor.dtype.as_str();
-            return match self.form {
-                Form::Auto => Ok(None),
-                form => Err(CompressError::Settings(format!(
-                    "{} is {dtype}, whose weights have scales in common, and cannot be kept as {}: \
+            let (name, dtype) = (&tensor.name, tensor.dtype);
+            return match (self.form, self.form.sparse()) {
+                (Form::Auto, _) | (_, []) => Ok(None),
+                (Form::Tiles, _) => Err(CompressError::Settings(format!(
+                    "rows of {name} have {} weights, which are no whole tiles of {}: use form = \
+                     \"auto\", which leaves such matrices as they are",
+                    tensor.dims[0],
+                    SparseForm::Tiles.width(dtype)
+                ))),
+                (_, [form, ..]) => Err(CompressError::Settings(format!(
+                    "{name} is {}, whose weights have scales in common, and cannot be kept as {}: \
                      use form = \"tiles\", or store floats first",
-                    tensor.name,
+                    dtype.as_str(),
                     form.as_str()
                 ))),
             };

@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use millrace_shared::model::gguf::gemma_scale;
 use millrace_shared::model::{FolderShape, ModelConfig, TensorEntry, TensorType};
 
 use crate::apply::{Settings, encode};
@@ -55,6 +56,7 @@ pub(crate) fn apply(
         }
     };
     let (news, shape, note) = plan(source, step, settings.known.unwrap_or(&seen))?;
+    check_scale(source, &shape)?;
     let mut notes = vec![note];
     notes.extend(uneven(source, &shape));
     let slots: Vec<Slot> = news.iter().map(|new| slot(source, new, settings.store)).collect();
@@ -103,13 +105,37 @@ pub(crate) fn apply(
     Ok(report)
 }
 
+/// A dimension of the result.
+fn new_of(shape: &FolderShape, key: &str, old: u32) -> u32 {
+    shape.dimensions.iter().find(|(known, _)| *known == key).map_or(old, |(_, n)| *n)
+}
+
+/// That attention goes on as it did: GGUF files of some families have no key for its scale, which
+/// follows from the model's size.
+fn check_scale(source: &Source, shape: &FolderShape) -> Result<(), CompressError> {
+    let c = &source.config;
+    let size = |layers, hidden, heads| gemma_scale(c.family, (layers, hidden, heads, c.head_dim));
+    let before = size(c.layers, c.hidden, c.heads);
+    let after = size(
+        new_of(shape, "block_count", c.layers),
+        new_of(shape, "embedding_length", c.hidden),
+        new_of(shape, "attention.head_count", c.heads),
+    );
+    if before == after || matches!(source.kind, Kind::Folder(_)) {
+        return Ok(());
+    }
+    Err(CompressError::Settings(format!(
+        "a GGUF file of {} has no key for the scale of attention, which readers take from the number of \
+         layers: this one would be read with another; begin with the folder of safetensors, whose \
+         config.json has it",
+        c.family.as_str()
+    )))
+}
+
 /// What other libraries may have against a folder of that shape.
 fn uneven(source: &Source, shape: &FolderShape) -> Option<String> {
-    let new = |key: &str, old: u32| {
-        shape.dimensions.iter().find(|(known, _)| *known == key).map_or(old, |(_, n)| *n)
-    };
-    let hidden = new("embedding_length", source.config.hidden);
-    let heads = new("attention.head_count", source.config.heads);
+    let hidden = new_of(shape, "embedding_length", source.config.hidden);
+    let heads = new_of(shape, "attention.head_count", source.config.heads);
     let folder = matches!(source.kind, Kind::Folder(_));
     (folder && !hidden.is_multiple_of(heads)).then(|| {
         format!(
@@ -311,9 +337,7 @@ fn check_whole(source: &Source) -> Result<(), CompressError> {
 
 /// That each matrix is a tensor of its own: some families' files have several in one.
 fn check_apart(source: &Source) -> Result<(), CompressError> {
-    let files = source.files()?;
-    let apart = |t: &&TensorEntry| !files.tensors.iter().any(|known| known.name == t.name);
-    match source.tensors.iter().find(apart) {
+    match source.joined()? {
         None => Ok(()),
         Some(one) => Err(CompressError::Settings(format!(
             "tensor '{}' holds several matrices, which cannot be cut; drop-layers works",

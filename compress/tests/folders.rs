@@ -12,6 +12,7 @@ use std::path::Path;
 
 use case::Case;
 use millrace_compress::compare::judge;
+use millrace_compress::quant::TYPES;
 use millrace_compress::recipe::{self, Recipe};
 use millrace_compress::{Settings, Source, StepReport};
 use millrace_engine::quantize::{self, Options};
@@ -181,6 +182,99 @@ fn a_recipe_goes_from_folder_to_folder() {
     assert!(run(&settings(&calibration)).unwrap_err().to_string().contains("is there already"));
     run(&Settings { overwrite: true, ..settings(&calibration) }).unwrap();
     assert!(through(&output, &[0, 1, 2], &tokens(20)) == first);
+    recipe::finished(&output);
+    // With a slash behind the name it is the same, and what has no name is refused.
+    let slash = output.join("");
+    let settings = Settings { overwrite: true, ..settings(&calibration) };
+    recipe::run(&recipe, folder.path(), &slash, &settings, &mut Deaf).unwrap();
+    assert!(through(&output, &[0, 1, 2], &tokens(20)) == first);
+    recipe::finished(&slash);
+    assert_eq!(names(dir.path()), ["recipe.toml", "small"]);
+    let nameless = dir.path().join("small/..");
+    let refused = recipe::run(&recipe, folder.path(), &nameless, &settings, &mut Deaf).unwrap_err();
+    assert!(refused.to_string().contains("no name"), "{refused}");
+}
+
+/// Every type that the step makes, alone and as a mixture, is one that the engine reads.
+#[test]
+fn quantised_folders_of_every_type_are_computed_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let case = Case::read("llama");
+    let (folder, file) = (case.folder(TensorType::F32, 1), gguf::write(&case, dir.path()));
+    for dtype in TYPES {
+        let (a, b) = (dir.path().join(dtype.as_str()), dir.path().join("b.gguf"));
+        let text = format!("method = 'quantise', type = '{}'", dtype.as_str().to_ascii_lowercase());
+        made(folder.path(), &a, &text);
+        made(&file, &b, &text);
+        let files = ModelFiles::open(&a).unwrap();
+        let up = files.tensor("blk.0.ffn_up.weight").unwrap();
+        assert_eq!(up.dtype, ModelFiles::open(&b).unwrap().tensor(&up.name).unwrap().dtype);
+        assert!(up.dtype == dtype || up.dims[0] < dtype.block_elements(), "{text}: {:?}", up.dtype);
+        alike(&a, &b, &text);
+        std::fs::remove_file(&b).unwrap();
+    }
+}
+
+/// Weights may come with a shape that nobody writes: no panic, and the tensor's name.
+#[test]
+fn factors_of_no_rank_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = Case::read("llama").folder(TensorType::F32, 1);
+    let target = dir.path().join("x");
+    made(folder.path(), &target, "method = 'low-rank', rank = 32");
+    let weights = target.join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let thin = "model.layers.0.self_attn.q_proj_in.weight";
+    let cut = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
+        let (mut shape, mut data) = (view.shape().to_vec(), view.data().to_vec());
+        if name == thin {
+            shape[0] = 0;
+            data.clear();
+        } else if name == thin.replace("_in", "") {
+            shape[1] = 0;
+            data.clear();
+        }
+        (name, (shape, data))
+    };
+    let all: Vec<_> = read.tensors().into_iter().map(cut).collect();
+    let views = all.iter().map(|(name, (shape, data))| {
+        let view =
+            safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), data);
+        (name, view.unwrap())
+    });
+    std::fs::write(&weights, safetensors::serialize(views, None).unwrap()).unwrap();
+    let message = ModelFiles::open(&target).unwrap_err().to_string();
+    assert!(message.contains(thin) && message.contains("rank 0"), "{message}");
+}
+
+/// Files of Gemma have no key for it: readers go by the model's size.
+#[test]
+fn attention_keeps_its_scale() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let case = Case::read("gemma2");
+    let (folder, file) = (case.folder(TensorType::F32, 1), gguf::write(&case, dir.path()));
+    // In the rhythm of windows: two, or what a list of three layers says.
+    let [many, of_folder] = [2, 3].map(|rhythm| {
+        let order: Vec<String> = (0..46).map(|i| (i % rhythm).to_string()).collect();
+        format!("method = 'keep-layers', layers = [{}]", order.join(", "))
+    });
+    let fewer = "method = 'drop-heads', count = 1";
+    // All heads are as wide as the model as long as there are all of them.
+    made(&file, &at("many.gguf"), &many);
+    made(&file, &at("fewer.gguf"), fewer);
+    let before = names(dir.path());
+    for (from, text) in [("many.gguf", fewer), ("fewer.gguf", &many)] {
+        let refused = step(&at(from), &at("x"), text, &tokens(300)).unwrap_err().to_string();
+        assert!(refused.contains("scale of attention") && refused.contains("gemma2"), "{refused}");
+    }
+    assert_eq!(names(dir.path()), before);
+    // A folder states it.
+    made(folder.path(), &at("fewer"), fewer);
+    made(&at("fewer"), &at("many"), &of_folder);
+    let scale = |path: &Path| ModelFiles::open(path).unwrap().config.features.attention_scale;
+    assert_eq!(scale(&at("many")), scale(folder.path()));
 }
 
 /// What a folder cannot have is refused before anything is written.

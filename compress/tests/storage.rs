@@ -2,6 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../node/engine/tests/families/case.rs"]
+mod case;
+#[path = "../../node/engine/tests/families/gguf.rs"]
+mod gguf;
 mod tiny;
 
 use std::path::Path;
@@ -114,4 +118,22 @@ fn matrices_without_zeros_stay_and_what_cannot_be_is_refused() {
     let message = quantize::plan_of(&at("larger"), &options).unwrap_err().to_string();
     assert!(message.contains("storage") && message.contains("dense"), "{message}");
     assert_eq!(names(dir.path()), before);
+}
+
+/// Some families' files have several matrices in one tensor, which stays as it is.
+#[test]
+fn joined_matrices_stay_and_the_others_are_kept_without_zeros() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = gguf::write(&case::Case::read("phi3"), dir.path());
+    let at = |name: &str| dir.path().join(name);
+    step(&file, &at("pruned"), "method = 'magnitude', sparsity = 0.9", &[]).unwrap();
+    let report = stored(&at("pruned"), &at("small"), "auto");
+    let kept: Vec<&str> = report.tensors.iter().map(|t| t.name.as_str()).collect();
+    let joined = |name: &&str| name.contains("attn_qkv") || name.contains("ffn_up");
+    assert!(!kept.is_empty() && !kept.iter().any(joined), "{kept:?}");
+    let layers = ModelFiles::open(&at("small")).unwrap().config.layers;
+    let text: Vec<u32> = (0..20).collect();
+    let expected = through(&at("pruned"), &[0, layers], &text);
+    assert!(through(&at("small"), &[0, 1, layers], &text) == expected);
+    assert!(report.bytes_stored < report.bytes_before);
 }

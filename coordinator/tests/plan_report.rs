@@ -10,8 +10,9 @@ use millrace_coordinator::plan::costs::ModelParts;
 use millrace_coordinator::plan::kinds;
 use millrace_coordinator::plan::pins::bind;
 use millrace_coordinator::plan::report::{PlanReport, Question};
+use millrace_engine::cpu::packed_bytes;
 use millrace_shared::cluster_file::ClusterFile;
-use millrace_shared::model::Dtype;
+use millrace_shared::model::{Dtype, SparseForm, StageTensors, TILE_ROWS, TensorEntry, TensorType};
 use millrace_shared::partition::{Goal, Problem, Promise, Wish, choose};
 use plan_common::{config, tensors};
 
@@ -182,4 +183,40 @@ fn bad_descriptions_name_line_and_field() {
     let parts = ModelParts { config: &config, tensors: &tensors };
     let message = describe(&parse(&other).unwrap(), &parts).unwrap_err();
     assert!(message.contains("'fast'") && message.contains("millrace-node probe"), "{message}");
+}
+
+/// Of a matrix without its zeros as much is in memory as the engine keeps: its tiles alone, and all of one
+/// whose zeros are put back.
+#[test]
+fn matrices_without_zeros_take_what_the_engine_keeps() {
+    let (config, dense) = (config(), tensors(&config()));
+    let bytes = |tensors: &[TensorEntry]| {
+        let stage = StageTensors { layers: 0..1, embed: false, head: false };
+        ModelParts { config: &config, tensors }.memory_bytes(&stage, None)
+    };
+    let name = "blk.0.ffn_up.weight";
+    let whole = dense.iter().find(|t| t.name == name).unwrap();
+    let (all, [cols, rows]) = (bytes(&dense), [whole.dims[0], whole.dims[1]]);
+    let matrix = packed_bytes(TensorType::F16, rows, cols).unwrap();
+    let others = all - packed_bytes(whole.dtype, rows, cols).unwrap();
+    for form in SparseForm::ALL {
+        // Half of it is left: single weights, or tiles of 16 rows.
+        let width = form.width(TensorType::F16);
+        let lines = rows * cols / 2 / width;
+        let count = if width == 1 { (lines, 0) } else { (lines / TILE_ROWS, lines) };
+        let shapes = form.shapes(TensorType::F16, [cols, rows], count);
+        let parts = ["weight", form.parts()[0], form.parts()[1]];
+        let entry = |(part, (dtype, dims)): (&str, (TensorType, Vec<u64>))| TensorEntry {
+            name: format!("blk.0.ffn_up.{part}"),
+            dtype,
+            bytes: dtype.bytes_of(dims.iter().product()).unwrap(),
+            dims: if part == "weight" { whole.dims.clone() } else { dims },
+            ..whole.clone()
+        };
+        let mut tensors: Vec<TensorEntry> =
+            dense.iter().filter(|t| t.name != name).cloned().collect();
+        tensors.extend(parts.into_iter().zip(shapes).map(entry));
+        let expected = if form == SparseForm::Tiles { matrix / 2 } else { matrix };
+        assert_eq!(bytes(&tensors), others + expected, "{}", form.as_str());
+    }
 }

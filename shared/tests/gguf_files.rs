@@ -3,10 +3,10 @@
 
 use std::path::Path;
 
-use millrace_shared::model::gguf::{Array, Gguf, GgufError, GgufWriter, Value};
+use millrace_shared::model::gguf::{Array, Gguf, GgufError, GgufWriter, Value, gemma_scale};
 use millrace_shared::model::{
-    Dtype, ModelFiles, ModelManifest, RopeScaling, RopeStyle, SparseForm, SparseForms, TILE_ROWS,
-    TensorType, numerics_id, sparse_keys, stage_tensors,
+    Dtype, Family, ModelFiles, ModelManifest, RopeScaling, RopeStyle, SparseForm, SparseForms,
+    TILE_ROWS, TensorType, numerics_id, sparse_keys, stage_tensors,
 };
 use millrace_shared::wire::control::EngineSettings;
 
@@ -438,9 +438,9 @@ fn matrices_without_their_zeros_have_the_shape_that_is_stated() {
         refused(&good[..1], &keys, "cannot be a matrix without its zeros");
         refused(&good, &[], "no place in the llama graph");
         refused(&good, &keys[..1], "one of two u64 for each");
-        refused(&good, &sparse_keys(&[(name(), [64, 33])]), "does not fit");
+        refused(&good, &sparse_keys(&[(name(), [64, 33])]), "no matrix of the model");
         refused(&good, &sparse_keys(&[(name(), [0, 32])]), "does not fit");
-        refused(&good, &sparse_keys(&[(name(), [u64::MAX, 2])]), "does not fit");
+        refused(&good, &sparse_keys(&[(name(), [u64::MAX, 2])]), "no matrix of the model");
         refused(&good, &sparse_keys(&[(name(), [64, 32]), (name(), [64, 32])]), "does not fit");
         let other = "token_embd.weight".to_owned();
         refused(&good, &sparse_keys(&[(other, [64, 32])]), "no place in the llama graph");
@@ -460,4 +460,19 @@ fn matrices_without_their_zeros_have_the_shape_that_is_stated() {
     two.extend(without_zeros(SparseForm::Tiles).split_off(1));
     let message = sparse_file(&two, &keys).unwrap_err().to_string();
     assert!(message.contains("cannot be a matrix without its zeros"), "{message}");
+    // A part that nobody reads.
+    let mut stray = without_zeros(SparseForm::Csr);
+    stray.push(without_zeros(SparseForm::Tiles).remove(2));
+    let message = sparse_file(&stray, &keys).unwrap_err().to_string();
+    assert!(message.contains("kept in another form"), "{message}");
+}
+
+/// Files of Gemma do not state it; the largest of a generation is known by its layers.
+#[test]
+fn the_largest_gemma_scales_attention_by_all_heads_width() {
+    let scale = |family, layers| gemma_scale(family, (layers, 4608, 32, 128));
+    let (all, one) = (Some(1.0 / 12.0), Some(1.0 / 128f32.sqrt()));
+    assert_eq!((scale(Family::Gemma2, 46), scale(Family::Gemma2, 45)), (all, one));
+    assert_eq!((scale(Family::Gemma3, 62), scale(Family::Gemma3, 46)), (all, one));
+    assert_eq!(scale(Family::Llama, 46), None);
 }

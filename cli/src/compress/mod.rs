@@ -148,8 +148,8 @@ pub(crate) fn failed(error: CompressError) -> anyhow::Error {
         CompressError::Target(TargetError::Exists(_)) => {
             usage(format!("{error}: --force replaces it"))
         }
-        CompressError::Target(TargetError::SameFile(_)) => usage(error.to_string()),
-        CompressError::Settings(_) => usage(error.to_string()),
+        CompressError::Target(TargetError::SameFile(_) | TargetError::Unnamed(_))
+        | CompressError::Settings(_) => usage(error.to_string()),
         other => other.into(),
     }
 }

@@ -2,8 +2,11 @@
 //!
 //! What was at the target stays there until [`Target::finish`]: a full disk, an error or a kill leave it
 //! alone, and what was written goes away. What is written is the caller's. Where the file system has no
-//! files without names, it has another one meanwhile, which a kill leaves behind.
+//! files without names, it has another one meanwhile, which a kill leaves behind. A folder changes places
+//! with what was there at once; where the file system cannot do that, what was there steps aside first,
+//! and comes back if its place cannot be taken.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -27,6 +30,9 @@ pub enum TargetError {
     /// There is a file of that name.
     #[error("{0} is there already")]
     Exists(PathBuf),
+    /// The target's path ends in no name.
+    #[error("'{0}' ends in no name: say what the result is to be called")]
+    Unnamed(PathBuf),
     /// Source and target are one.
     #[error("{0} would be read and written at once: give the result another name")]
     SameFile(PathBuf),
@@ -69,7 +75,12 @@ pub struct Target {
 #[derive(Debug)]
 enum Part {
     File(Weights),
-    Folder(Weights, Small),
+    Folder {
+        weights: Weights,
+        small: Small,
+        /// Something was there that may be replaced.
+        replaces: bool,
+    },
 }
 
 /// What is written, and what it is called meanwhile.
@@ -81,11 +92,12 @@ enum Weights {
     Named(NamedTempFile),
 }
 
-/// What lies beside the weights in a folder.
+/// What lies beside the weights in a folder: open from the beginning on, so that it is still there at
+/// the end.
 #[derive(Debug)]
 struct Small {
     config: Vec<u8>,
-    others: Vec<PathBuf>,
+    others: Vec<(OsString, File)>,
 }
 
 impl Target {
@@ -99,12 +111,13 @@ impl Target {
         overwrite: bool,
         needed: u64,
     ) -> Result<Self, TargetError> {
-        let parent = check(source, path, overwrite, needed)?;
+        let path = named(path)?;
+        let parent = check(source, &path, overwrite, needed)?;
         if path.is_dir() {
-            return Err(TargetError::Exists(path.to_owned()));
+            return Err(TargetError::Exists(path));
         }
         let part = Part::File(Weights::begin(parent)?);
-        Ok(Self { part, path: path.to_owned(), overwrite })
+        Ok(Self { part, path, overwrite })
     }
 
     /// Begins a folder with everything of a source's but its weights: `config` is its description,
@@ -119,19 +132,26 @@ impl Target {
         config: &[u8],
         needed: u64,
     ) -> Result<Self, TargetError> {
-        let parent = check(&source.folder, path, overwrite, needed)?;
-        if path.exists() && !ours(path) {
-            return Err(TargetError::Exists(path.to_owned()));
+        let path = named(path)?;
+        let parent = check(&source.folder, &path, overwrite, needed)?;
+        let replaces = path.exists();
+        if replaces && !ours(&path) {
+            return Err(TargetError::Exists(path));
         }
-        let small = Small { config: config.to_owned(), others: source.others.clone() };
-        let part = Part::Folder(Weights::begin(parent)?, small);
-        Ok(Self { part, path: path.to_owned(), overwrite })
+        let open = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_owned();
+            Ok((name, File::open(path).map_err(io_error("read", path))?))
+        };
+        let others = source.others.iter().map(open).collect::<Result<_, _>>()?;
+        let small = Small { config: config.to_owned(), others };
+        let part = Part::Folder { weights: Weights::begin(parent)?, small, replaces };
+        Ok(Self { part, path, overwrite })
     }
 
     /// The file of weights.
     pub fn weights(&self) -> &File {
         match &self.part {
-            Part::File(weights) | Part::Folder(weights, _) => weights.file(),
+            Part::File(weights) | Part::Folder { weights, .. } => weights.file(),
         }
     }
 
@@ -155,13 +175,24 @@ impl Target {
                     _ => io_error("write", path)(e),
                 })?;
             }
-            Part::Folder(weights, small) => {
+            Part::Folder { weights, small, replaces } => {
                 // Of a writer that is killed from here on, this folder may stay.
                 let made = small.write(parent(path))?;
                 let at = made.path().join(FolderSource::weights_name());
                 weights.persist(&at, false).map_err(io_error("write", &at))?;
                 sync_folder(made.path());
-                place(made, path)?;
+                if replaces {
+                    place(made.path(), path)?;
+                } else {
+                    fs::rename(made.path(), path).map_err(|e| match e.kind() {
+                        io::ErrorKind::AlreadyExists
+                        | io::ErrorKind::DirectoryNotEmpty
+                        | io::ErrorKind::NotADirectory => TargetError::Exists(path.clone()),
+                        _ => io_error("write", path)(e),
+                    })?;
+                }
+                // It is not there any more under its first name.
+                let _ = made.keep();
             }
         }
         sync_folder(parent(path));
@@ -207,32 +238,74 @@ impl Weights {
 
 impl Small {
     /// A folder beside the target with all of it.
-    fn write(&self, beside: &Path) -> Result<TempDir, TargetError> {
+    fn write(self, beside: &Path) -> Result<TempDir, TargetError> {
         let made =
             builder(0o755).tempdir_in(beside).map_err(io_error("make a folder in", beside))?;
-        for path in &self.others {
-            let name = path.file_name().unwrap_or_default();
-            fs::copy(path, made.path().join(name)).map_err(io_error("copy", path))?;
+        let write = |name: &OsString, mut from: &mut dyn io::Read| {
+            let at = made.path().join(name);
+            let file = File::options().write(true).create_new(true).mode(FILE_MODE).open(&at);
+            let done = file.and_then(|mut file| {
+                io::copy(&mut from, &mut file)?;
+                file.sync_all()
+            });
+            done.map_err(io_error("write", &at))
+        };
+        for (name, mut file) in self.others {
+            write(&name, &mut file)?;
         }
-        let at = made.path().join(FolderSource::config_name());
-        fs::write(&at, &self.config).map_err(io_error("write", &at))?;
+        write(&FolderSource::config_name().into(), &mut &*self.config)?;
         Ok(made)
     }
 }
 
-/// Gives a folder its name; what was there goes away afterwards.
-fn place(made: TempDir, path: &Path) -> Result<(), TargetError> {
-    if path.exists() {
-        // What was there has the other's name then, and goes away with it.
-        if exchange(made.path(), path).is_ok() {
-            return Ok(());
-        }
-        fs::remove_dir_all(path).map_err(io_error("replace", path))?;
+/// Gives what lies at `made` beside it the name `path`; what was there goes away afterwards.
+///
+/// # Errors
+/// If it cannot have that name: what was there still has it then.
+pub fn place(made: &Path, path: &Path) -> Result<(), TargetError> {
+    place_by(made, path, exchange)
+}
+
+fn place_by(
+    made: &Path,
+    path: &Path,
+    exchange: impl Fn(&Path, &Path) -> Result<(), Errno>,
+) -> Result<(), TargetError> {
+    let renamed = |from: &Path, to: &Path| fs::rename(from, to).map_err(io_error("replace", path));
+    if !path.is_dir() {
+        renamed(made, path)?;
+        sync_folder(parent(path));
+        return Ok(());
     }
-    fs::rename(made.path(), path).map_err(io_error("write", path))?;
-    // It is not there any more under its first name.
-    let _ = made.keep();
+    if exchange(made, path).is_ok() {
+        sync_folder(parent(path));
+        // What was there has the other's name now.
+        let _ = if made.is_dir() { fs::remove_dir_all(made) } else { fs::remove_file(made) };
+        return Ok(());
+    }
+    let beside = builder(0o755).tempdir_in(parent(path)).map_err(io_error("replace", path))?;
+    let aside = beside.path().join("old");
+    renamed(path, &aside)?;
+    if let Err(failed) = renamed(made, path) {
+        if fs::rename(&aside, path).is_err() {
+            let _ = beside.keep();
+        }
+        return Err(failed);
+    }
+    sync_folder(parent(path));
     Ok(())
+}
+
+/// The path without dots and slashes behind its last name.
+///
+/// # Errors
+/// If it has none.
+pub fn named(path: &Path) -> Result<PathBuf, TargetError> {
+    let plain: PathBuf = path.components().collect();
+    match plain.file_name() {
+        Some(_) => Ok(plain),
+        None => Err(TargetError::Unnamed(path.to_owned())),
+    }
 }
 
 /// A file without a name; `None` where the system or the file system has none.
@@ -341,5 +414,34 @@ mod tests {
             }
             fs::remove_file(&path).unwrap();
         }
+    }
+
+    /// With and without a system call that exchanges names; where a name cannot be had, what has it
+    /// keeps it.
+    #[test]
+    fn folders_take_places_and_nothing_is_lost_where_they_cannot() {
+        let home = tempfile::tempdir().unwrap();
+        let (made, path) = (home.path().join("made"), home.path().join("path"));
+        let never = |_: &Path, _: &Path| Err(Errno::EINVAL);
+        let fill = |at: &Path, what: &str| {
+            fs::create_dir(at).unwrap();
+            fs::write(at.join("what"), what).unwrap();
+        };
+        for exchange in [&exchange as &dyn Fn(&Path, &Path) -> Result<(), Errno>, &never] {
+            fill(&path, "old");
+            fill(&made, "new");
+            place_by(&made, &path, exchange).unwrap();
+            assert_eq!(fs::read_to_string(path.join("what")).unwrap(), "new");
+            assert_eq!(fs::read_dir(home.path()).unwrap().count(), 1, "nothing beside it");
+            place_by(&made, &path, exchange).unwrap_err();
+            assert_eq!(fs::read_to_string(path.join("what")).unwrap(), "new");
+            assert_eq!(fs::read_dir(home.path()).unwrap().count(), 1, "nothing beside it");
+            fs::remove_dir_all(&path).unwrap();
+        }
+        for nameless in [".", "..", "/", "a/.."] {
+            let refused = named(Path::new(nameless)).unwrap_err().to_string();
+            assert!(refused.contains("no name"), "{refused}");
+        }
+        assert_eq!(named(Path::new("a/b/./")).unwrap(), Path::new("a/b"));
     }
 }

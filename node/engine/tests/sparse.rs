@@ -150,20 +150,19 @@ fn logits_are_the_same_bits_in_every_form_at_one_stage_and_at_three() {
             assert_eq!(expected.len(), TOKENS.len());
             for form in SparseForm::ALL.into_iter().filter(|f| single || *f == SparseForm::Tiles) {
                 let sparse = model.write(Some(form), home.path());
-                for (ends, isa) in [(&[4][..], Isa::best()), (&[1, 2, 4], Isa::Scalar)] {
-                    let found = model.logits(&sparse, ends, isa);
-                    assert!(
-                        found == expected,
-                        "{} as {} at {ends:?}",
-                        dtype.as_str(),
-                        form.as_str()
-                    );
+                for (ends, isa) in
+                    [(&[4][..], Isa::Avx512), (&[1, 2, 4], Isa::Avx2), (&[1, 2, 4], Isa::Scalar)]
+                {
+                    // What this machine does not run is another's to try.
+                    let found = model.logits(&sparse, ends, isa.min(Isa::best()));
+                    let (dtype, form) = (dtype.as_str(), form.as_str());
+                    assert!(found == expected, "{dtype} as {form} at {ends:?}, {isa}");
                     tried += 1;
                 }
             }
         }
     }
-    assert_eq!(tried, 2 * (3 * 2 * 3 + 5));
+    assert_eq!(tried, 3 * (3 * 2 * 3 + 5));
 }
 
 #[test]

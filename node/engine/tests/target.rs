@@ -131,4 +131,21 @@ fn nothing_is_replaced_unasked() {
     assert!(matches!(&refused, TargetError::Exists(at) if at.ends_with("file")), "{refused}");
     assert_eq!(fs::read_to_string(dir.join("file")).unwrap(), "new");
     assert_eq!(names(&dir), ["file", "source"]);
+    let ours = |_: &Path| true;
+    let target =
+        Target::folder(&source, &dir.join("folder/."), (false, &ours), b"{}", NEEDED).unwrap();
+    // What goes along is known from the beginning on.
+    let known = source.others.iter().map(|path| path.file_name().unwrap()).collect::<Vec<_>>();
+    assert!(!known.is_empty());
+    fs::create_dir(dir.join("folder")).unwrap();
+    fs::write(dir.join("folder/new"), "new").unwrap();
+    let refused = target.finish().unwrap_err();
+    assert!(matches!(&refused, TargetError::Exists(at) if at.ends_with("folder")), "{refused}");
+    assert_eq!(fs::read_to_string(dir.join("folder/new")).unwrap(), "new");
+    assert_eq!(names(&dir), ["file", "folder", "source"]);
+    let target =
+        Target::folder(&source, &dir.join("other"), (false, &ours), b"{}", NEEDED).unwrap();
+    source.others.iter().for_each(|path| fs::remove_file(path).unwrap());
+    target.finish().unwrap();
+    assert!(known.iter().all(|name| dir.join("other").join(name).is_file()));
 }

@@ -37,6 +37,20 @@ pub struct ModelConfig {
     pub features: Features,
 }
 
+/// Greatest rank of factors.
+const MAX_RANK: u64 = 1 << 16;
+
+/// Whether factors may have that rank.
+///
+/// # Errors
+/// What ranks can be.
+pub fn check_rank(rank: u64) -> Result<(), String> {
+    if rank > 0 && rank.is_multiple_of(32) && rank <= MAX_RANK {
+        return Ok(());
+    }
+    Err(format!("has rank {rank}: the kernels compute with multiples of 32, up to {MAX_RANK}"))
+}
+
 /// The matrices of an expert, after `blk.N.` and before the expert's number.
 const EXPERT: [&str; 3] = ["ffn_gate", "ffn_up", "ffn_down"];
 
@@ -163,6 +177,9 @@ impl ModelConfig {
     /// factored.
     fn has_inner(&self, first: &str) -> bool {
         let f = &self.features;
+        if f.transposed {
+            return false;
+        }
         match first {
             "attn_q" => !f.fused_qkv,
             "attn_qkv" => f.fused_qkv,

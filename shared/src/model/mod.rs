@@ -13,7 +13,7 @@ mod sparse;
 mod split;
 mod types;
 
-pub use config::ModelConfig;
+pub use config::{ModelConfig, check_rank};
 pub use family::{Activation, Experts, Family, Features, Window};
 pub use files::{Description, ModelFileError, ModelFiles};
 pub use folder::{FolderError, FolderShape, FolderSource, model_folder};

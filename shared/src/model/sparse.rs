@@ -144,7 +144,7 @@ impl Places {
         let [columns, rows] = shape;
         let width = form.width(dtype);
         let single = width == 1;
-        if !columns.is_multiple_of(width) || (single && !is_float(dtype)) {
+        if !columns.is_multiple_of(width) || (single && !dtype.is_float()) {
             return None;
         }
         let (line, row_bytes) =
@@ -275,6 +275,8 @@ pub(super) fn with_zeros(
     };
     let places: HashMap<String, usize> =
         tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+    let matrices: HashMap<String, [u64; 2]> = config.layer_matrices().into_iter().collect();
+    let mut parts = sparse_parts(metadata);
     for (name, shape) in names.iter().zip(shapes.as_chunks::<2>().0) {
         let bad = |problem: String| GgufError::Tensor { tensor: name.clone(), problem };
         let whole = config.features.transposed || !name.starts_with("blk.");
@@ -292,17 +294,37 @@ pub(super) fn with_zeros(
             let found = places.get(&part).map(|&i| &tensors[i]);
             found.ok_or_else(|| bad(format!("there is no '{part}' beside it")))
         };
+        // Nobody allocates by what a file says alone.
+        if !can_be(&matrices, name, *shape) {
+            return Err(bad(format!("no matrix of the model has the shape {shape:?}")));
+        }
         let [index, starts] = form.parts();
         check(form, *shape, [&tensors[at], find(index)?, find(starts)?]).map_err(|part| {
             bad(format!("'{part}' does not fit its shape {shape:?} as {}", form.as_str()))
         })?;
+        parts.remove(&find(index)?.name);
+        parts.remove(&find(starts)?.name);
         tensors[at].dims = shape.to_vec();
+    }
+    match tensors.iter().find(|t| parts.contains(&t.name)) {
+        None => {}
+        Some(stray) => {
+            let problem = "its matrix is kept in another form".to_owned();
+            return Err(GgufError::Tensor { tensor: stray.name.clone(), problem });
+        }
     }
     Ok(names.iter().cloned().collect())
 }
 
-fn is_float(dtype: TensorType) -> bool {
-    matches!(dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16)
+/// Whether the model has a matrix of that name and shape, `[columns, rows]`: whole, or a factor of no
+/// more than its columns' rank.
+fn can_be(matrices: &HashMap<String, [u64; 2]>, name: &str, [columns, rows]: [u64; 2]) -> bool {
+    let stem = name.strip_prefix("blk.").and_then(|name| name.split_once('.'));
+    let Some(stem) = stem.and_then(|(_, name)| name.strip_suffix(".weight")) else { return false };
+    match stem.strip_suffix("_in") {
+        Some(first) => matrices.get(first).is_some_and(|m| columns == m[0] && rows <= m[0]),
+        None => matrices.get(stem).is_some_and(|m| columns <= m[0] && rows == m[1]),
+    }
 }
 
 /// Whether the tensors of a matrix have shapes that fit each other; else the name of one that does not.
@@ -330,7 +352,7 @@ fn check(form: SparseForm, shape: [u64; 2], parts: [&TensorEntry; 3]) -> Result<
                 _ => missing.is_multiple_of(lower) && missing / lower <= columns / width,
             })
     };
-    if !fits || !(is_float(dtype) || tiles && dtype.is_supported()) {
+    if !fits || !(dtype.is_float() || tiles && dtype.is_supported()) {
         return Err(values.name.clone());
     }
     let expected = form.shapes(dtype, shape, (kept, tile_rows));

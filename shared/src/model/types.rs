@@ -163,6 +163,11 @@ impl TensorType {
         (elements / self.block_elements()).checked_mul(self.block_bytes())
     }
 
+    /// Whether it is plain floats, each for itself.
+    pub fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::BF16)
+    }
+
     /// Whether GGUF files have it.
     pub fn is_ggml(self) -> bool {
         (self as u32) < 1000

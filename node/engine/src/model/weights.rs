@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use millrace_shared::model::{ModelConfig, RopeScaling, TensorType, head_name};
+use millrace_shared::model::{ModelConfig, RopeScaling, check_rank, head_name};
 
 use super::Source;
 use crate::LoadError;
@@ -44,15 +44,8 @@ pub struct Sources<'a> {
 /// What the name of the thin matrix before factored ones has after that of the first of them.
 const INNER: &str = "_in";
 
-/// Greatest rank.
-const MAX_RANK: u64 = 1 << 16;
-
 /// First matrices of those that share their input.
 const PRODUCTS: [&str; 6] = ["attn_q", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
-
-fn is_float(dtype: TensorType) -> bool {
-    matches!(dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16)
-}
 
 impl<'a> Sources<'a> {
     /// Checks that the dimensions suit the kernels.
@@ -104,7 +97,7 @@ impl<'a> Sources<'a> {
                 expected: dims.to_vec(),
             });
         }
-        if !entry.dtype.is_supported() || (dims.len() == 1 && !is_float(entry.dtype)) {
+        if !entry.dtype.is_supported() || (dims.len() == 1 && !entry.dtype.is_float()) {
             return Err(unsupported(source));
         }
         if matches!(source, Source::Sparse(_)) && !name.starts_with("blk.") {
@@ -146,7 +139,7 @@ impl<'a> Sources<'a> {
             )));
         }
         let table = self.find("position_embd.weight", &[hidden, context].map(u64::from))?;
-        if !is_float(table.entry().dtype) {
+        if !table.entry().dtype.is_float() {
             return Err(unsupported(table));
         }
         Ok(Some(Part::Vector(table, 0.0)))
@@ -283,12 +276,7 @@ impl<'a> Layer<'_, 'a> {
             return Ok(vec![self.matrices(names, None)?]);
         };
         let name = format!("blk.{}.{}{INNER}.weight", self.layer, names[0]);
-        if rank == 0 || !rank.is_multiple_of(32) || rank > MAX_RANK {
-            return Err(LoadError::Settings(format!(
-                "tensor '{name}' has rank {rank}: the kernels compute with multiples of 32, up to \
-                 {MAX_RANK}"
-            )));
-        }
+        check_rank(rank).map_err(|e| LoadError::Settings(format!("tensor '{name}' {e}")))?;
         let known = self.matrices.iter().find(|(known, _)| *known == names[0]);
         let cols = known.map_or(0, |(_, dims)| dims[0]);
         let inner = Part::Matrices(vec![self.sources.find(&name, &[cols, rank])?]);
@@ -311,7 +299,7 @@ impl<'a> Layer<'_, 'a> {
             found.push(self.sources.find(&format!("blk.{layer}.{name}.weight"), &dims)?);
         }
         match found[..] {
-            [one] if transposed && is_float(one.entry().dtype) => Ok(Part::Transposed(one)),
+            [one] if transposed && one.entry().dtype.is_float() => Ok(Part::Transposed(one)),
             [one] if transposed => Err(unsupported(one)),
             _ => Ok(Part::Matrices(found)),
         }

@@ -81,7 +81,7 @@ impl FolderSource {
             }
         }
         // A copy of floats with that mark is one with matrices that others do not know.
-        let floats = tensors.iter().all(|t| is_float(t.dtype));
+        let floats = tensors.iter().all(|t| t.dtype.is_float());
         let quantised = (own && !floats).then(|| "its matrices are quantised already".to_owned());
         let fixed = fixed.or(quantised);
         let others = others(folder).map_err(|e| FolderError::new(folder, e.to_string()))?;
@@ -182,7 +182,7 @@ impl FolderSource {
             let mut name =
                 named.ok_or_else(|| format!("the folder has nothing like '{canonical}'"))?;
             let mut kind = dtype.as_str();
-            if !is_float(dtype) {
+            if !dtype.is_float() {
                 let row = shape.pop().and_then(|cols| dtype.bytes_of(cols));
                 shape.push(row.expect("invariant: whole rows"));
                 let stem = name.strip_suffix(".weight").unwrap_or(&name);
@@ -272,10 +272,6 @@ fn state_type(json: &mut Value, name: &str) {
             *stated = name.into();
         }
     }
-}
-
-fn is_float(dtype: TensorType) -> bool {
-    matches!(dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16)
 }
 
 /// Small files beside the weights, by name.

@@ -20,7 +20,7 @@ use serde_json::Value;
 
 pub use copy::{FolderShape, FolderSource};
 
-use super::{ModelConfig, TensorEntry, TensorType, head_name};
+use super::{ModelConfig, TensorEntry, TensorType, check_rank, head_name};
 
 /// Largest file of JSON that is read.
 const MAX_JSON_BYTES: u64 = 64 << 20;
@@ -134,6 +134,12 @@ fn check(
             }
             // Of a factored one the thin one before it has the inputs.
             if let Some(inner) = inner(&by_name, layer, &name) {
+                let rank = inner.dims[1];
+                check_rank(rank).map_err(|problem| {
+                    let name = names::original(config, &inner.name);
+                    let path = &paths[usize::from(inner.file)];
+                    FolderError::new(path, format!("tensor '{name}' {problem}"))
+                })?;
                 wanted.push((inner.name.clone(), vec![dims[0], inner.dims[1]]));
                 dims[0] = inner.dims[1];
             }

@@ -153,6 +153,10 @@ pub(super) fn original(config: &ModelConfig, canonical: &str) -> String {
     let in_layer = || {
         let (layer, rest) = canonical.strip_prefix("blk.")?.split_once('.')?;
         let (stem, kind) = rest.rsplit_once('.')?;
+        let (stem, inner) = match stem.strip_suffix("_in") {
+            Some(stem) => (stem, "_in"),
+            None => (stem, ""),
+        };
         let theirs = match layer_names(config).find(|(_, ours)| *ours == stem) {
             Some((theirs, _)) => (*theirs).to_owned(),
             None => {
@@ -161,7 +165,7 @@ pub(super) fn original(config: &ModelConfig, canonical: &str) -> String {
                 format!("mlp.experts.{expert}.{theirs}")
             }
         };
-        Some(format!("{}{layer}.{theirs}.{kind}", prefix(config)))
+        Some(format!("{}{layer}.{theirs}{inner}.{kind}", prefix(config)))
     };
     in_layer().unwrap_or_else(|| canonical.to_owned())
 }

@@ -227,9 +227,8 @@ fn gptq(v2: bool, act: bool) -> TensorType {
 
 /// How the names of quantised matrices end in a copy that Millrace made.
 fn own_type(kind: &str) -> Option<TensorType> {
-    [TensorType::Q8_0, TensorType::Q4_0, TensorType::Q4_1]
-        .into_iter()
-        .find(|t| t.as_str().to_ascii_lowercase() == kind)
+    let blocks = |t: &TensorType| t.is_ggml() && t.is_supported() && t.block_elements() > 1;
+    TensorType::ALL.iter().copied().filter(blocks).find(|t| t.as_str().to_ascii_lowercase() == kind)
 }
 
 /// Rows of bytes as rows of blocks.
@@ -287,7 +286,7 @@ pub(super) fn check(
 
 fn check_part(matrix: &TensorEntry, part: &str, entry: &TensorEntry) -> Result<(), String> {
     let &[cols, rows] = &matrix.dims[..] else { return Err("it belongs to no matrix".to_owned()) };
-    let float = matches!(entry.dtype, TensorType::F32 | TensorType::F16 | TensorType::BF16);
+    let float = entry.dtype.is_float();
     let shape: Vec<u64> = entry.dims.iter().rev().copied().collect();
     let fits = match (matrix.dtype, part) {
         (TensorType::F8_E4M3, _) => {

@@ -136,31 +136,26 @@ impl Keys<'_> {
     fn features(
         &self,
         rope: &RopeConfig,
-        (layers, hidden, heads, head_dim): (u32, u32, u32, u32),
+        sizes: (u32, u32, u32, u32),
     ) -> Result<Features, GgufError> {
         let window = |every, rope| -> Result<Option<Window>, GgufError> {
             let size = self.opt_u32("attention.sliding_window")?.filter(|&n| n > 0);
             Ok(size.map(|size| Window { size, every, offset: 1, rope }))
         };
-        let usual = Features::of(self.family, hidden);
+        let usual = Features::of(self.family, sizes.1);
         Ok(match self.family {
-            Family::Gemma2 => {
-                // Of its three sizes, the one with 46 layers scales by the width of all heads.
-                let scaled = if layers == 46 { hidden / heads } else { head_dim };
-                Features {
-                    attention_scale: Some(1.0 / (scaled as f32).sqrt()),
-                    attention_softcap: self.opt_f32("attn_logit_softcapping")?.unwrap_or(50.0),
-                    logit_softcap: self.opt_f32("final_logit_softcapping")?.unwrap_or(30.0),
-                    window: window(GEMMA_2_EVERY, None)?,
-                    ..usual
-                }
-            }
+            Family::Gemma2 => Features {
+                attention_scale: gemma_scale(self.family, sizes),
+                attention_softcap: self.opt_f32("attn_logit_softcapping")?.unwrap_or(50.0),
+                logit_softcap: self.opt_f32("final_logit_softcapping")?.unwrap_or(30.0),
+                window: window(GEMMA_2_EVERY, None)?,
+                ..usual
+            },
             Family::Gemma3 => {
-                let scaled = if layers == 62 { hidden / heads } else { head_dim };
                 let base = self.opt_f32("rope.local.freq_base")?.unwrap_or(LOCAL_BASE);
                 let local = RopeConfig { base, scaling: RopeScaling::Linear(1.0), ..*rope };
                 Features {
-                    attention_scale: Some(1.0 / (scaled as f32).sqrt()),
+                    attention_scale: gemma_scale(self.family, sizes),
                     logit_softcap: self.opt_f32("final_logit_softcapping")?.unwrap_or(0.0),
                     window: window(GEMMA_3_EVERY, Some(local))?,
                     ..usual
@@ -275,4 +270,20 @@ impl Keys<'_> {
             e => Err(self.bad(key, format!("{e} is implausible (between 0 and 1)"))),
         }
     }
+}
+
+/// The scale of attention that files of Gemma 2 and 3 do not state, of layers, hidden size, heads and
+/// their width; `None` for other families. Of either's sizes, the largest scales by the width of all
+/// heads: it is known by its layers, as llama.cpp knows it.
+pub fn gemma_scale(
+    family: Family,
+    (layers, hidden, heads, head_dim): (u32, u32, u32, u32),
+) -> Option<f32> {
+    let largest = match family {
+        Family::Gemma2 => 46,
+        Family::Gemma3 => 62,
+        _ => return None,
+    };
+    let scaled = if layers == largest { hidden / heads } else { head_dim };
+    Some(1.0 / (scaled as f32).sqrt())
 }

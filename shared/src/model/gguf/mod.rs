@@ -19,6 +19,7 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
+pub use config::gemma_scale;
 pub use error::GgufError;
 pub use value::{Array, Metadata, Value};
 pub use write::GgufWriter;
