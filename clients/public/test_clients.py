@@ -149,3 +149,33 @@ def test_llm(cluster, tmp_path):
     streamed = llm("-o", "max_tokens", "16", QUESTION)
     assert streamed.strip() and streamed == llm("--no-stream", "-o", "max_tokens", "16", QUESTION)
     City.model_validate_json(llm("-o", "max_tokens", "64", "--schema", json.dumps(City.model_json_schema()), "How warm is it in Rome?"))
+
+
+def test_lm_eval(cluster, tmp_path):
+    """EleutherAI's harness, with the cluster's tokenizer: prompts of text and of ids are as likely."""
+    asked = [("The capital of France is", [" Paris", " London", " Rome"], 0), ("The sun rises in the", [" west", " east", " fridge"], 1),
+             ("Two plus two is", [" four", " nine", " a dog"], 0)]
+    rows = [json.dumps({"question": q, "choices": c, "answer": a}) for q, c, a in asked]
+    (tmp_path / "questions.jsonl").write_text("\n".join(rows))
+    (tmp_path / "questions.yaml").write_text(json.dumps({
+        "task": "questions", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer", "target_delimiter": "", "metric_list": [{"metric": "acc"}]}))
+
+    def likelihoods(ids: bool) -> list[list[float]]:
+        out = tmp_path / f"ids-{ids}"
+        arguments = (f"model={NAME},base_url={url(cluster)}/completions,tokenizer_backend=remote,auth_token={cluster.key},"
+                     f"tokenized_requests={ids},max_length=2048")
+        done = subprocess.run(
+            [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", arguments, "--tasks", "questions",
+             "--include_path", str(tmp_path), "--log_samples", "--output_path", str(out)],
+            env={"OPENAI_API_KEY": cluster.key, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+            capture_output=True, text=True, timeout=4 * PATIENCE)
+        assert done.returncode == 0, done.stderr
+        (samples,) = out.rglob("samples_*.jsonl")
+        found = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+        assert [sample["acc"] for sample in found] == [1.0, 1.0, 1.0]
+        return [[float(answer[0][0]) for answer in sample["resps"]] for sample in found]
+
+    by_text, by_ids = likelihoods(False), likelihoods(True)
+    assert by_text == by_ids and all(value < 0 for answers in by_ids for value in answers)
