@@ -12,7 +12,7 @@ use millrace_engine::model::weights::Sources;
 use millrace_engine::model::{Batch, BlockTables, Decoder, Source as EngineSource};
 use millrace_engine::{Isa, LoadError, StageInput, StageOutput, StageSpec, TensorSource};
 use millrace_shared::id::SequenceId;
-use millrace_shared::model::{Dtype, ModelFiles, StageTensors, stage_tensors};
+use millrace_shared::model::{Dtype, ModelConfig, ModelFiles, StageTensors, stage_tensors};
 use millrace_shared::wire::control::EngineSettings;
 use millrace_shared::wire::data::{Row, StepMeta, TableUpdate, Want};
 
@@ -65,6 +65,11 @@ pub struct Calibrator {
     full: bool,
 }
 
+/// Tokens of a text that a model sees together: fewer if it cannot see so many.
+fn window_of(config: &ModelConfig) -> usize {
+    CALIBRATION_WINDOW.min(config.context.max(1) as usize)
+}
+
 impl Calibrator {
     /// Embeds a text. With `full`, products of inputs are kept, as error compensation and activation
     /// aware factors need them; else only squares.
@@ -88,9 +93,8 @@ impl Calibrator {
         let width = files.config.hidden as usize;
         let mut hidden = vec![0f32; tokens.len() * width];
         let mut stage = Stage::load(&files, Part::Embedding, threads, false)?;
-        for (tokens, out) in
-            tokens.chunks(CALIBRATION_WINDOW).zip(hidden.chunks_mut(CALIBRATION_WINDOW * width))
-        {
+        let window = window_of(&files.config);
+        for (tokens, out) in tokens.chunks(window).zip(hidden.chunks_mut(window * width)) {
             stage.step(StageInput::Tokens(tokens), tokens.len(), out)?;
         }
         Ok(Self { files, hidden, tokens: tokens.len(), next: 0, threads, full })
@@ -123,9 +127,10 @@ impl Calibrator {
         let mut stage = Stage::load(&self.files, Part::Layer(self.next), self.threads, self.full)?;
         self.next += 1;
         let width = self.files.config.hidden as usize;
-        let mut out = vec![0f32; CALIBRATION_WINDOW * width];
+        let positions = window_of(&self.files.config);
+        let mut out = vec![0f32; positions * width];
         let mut turned = 0f64;
-        for window in self.hidden.chunks_mut(CALIBRATION_WINDOW * width) {
+        for window in self.hidden.chunks_mut(positions * width) {
             let out = &mut out[..window.len()];
             stage.step(StageInput::Hidden(window), window.len() / width, out)?;
             let rows = window.chunks_exact(width).zip(out.chunks_exact(width));
@@ -190,14 +195,15 @@ impl Stage {
             Part::Embedding => (0..0, true),
             Part::Layer(layer) => (layer..layer + 1, false),
         };
+        let window = window_of(&files.config) as u32;
         let settings = EngineSettings {
-            kv_blocks: CALIBRATION_WINDOW as u32 / BLOCK,
+            kv_blocks: window.div_ceil(BLOCK),
             kv_block_size: BLOCK,
             kv_dtype: Dtype::F32,
             activation_dtype: Dtype::F32,
-            max_batch_tokens: CALIBRATION_WINDOW as u32,
+            max_batch_tokens: window,
             max_num_seqs: 1,
-            max_model_len: CALIBRATION_WINDOW as u32,
+            max_model_len: window,
         };
         let isa = Isa::detect().map_err(LoadError::Settings)?;
         let spec = StageSpec {

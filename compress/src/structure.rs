@@ -300,28 +300,50 @@ fn layers_of(source: &Source, layers: &[Vec<u32>]) -> Result<Shape, CompressErro
     Ok((news, FolderShape { dimensions, layers: Some(firsts) }, note))
 }
 
-/// All tensors, cut by a rule: the rows and columns that stay, by name.
+/// All tensors, cut by a rule: the rows and columns that stay, by name. A bias has an element for each row
+/// of its matrix.
 fn cut(
     source: &Source,
     rule: impl Fn(&str) -> (Option<Vec<usize>>, Option<Vec<usize>>),
 ) -> Vec<New> {
     let one = |(i, t): (usize, &TensorEntry)| {
-        let (rows, cols) = rule(&t.name);
+        let (rows, cols) = match rule(&t.name) {
+            (rows, _) if t.name.ends_with(".bias") => (None, rows),
+            both => both,
+        };
         New { name: t.name.clone(), from: vec![i], rows, cols }
     };
     source.tensors.iter().enumerate().map(one).collect()
 }
 
-fn check_plain(config: &ModelConfig) -> Result<(), CompressError> {
+/// What a step cuts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    Attention,
+    FeedForward,
+    Both,
+}
+
+/// That the steps know the layers' parts that they cut.
+fn check_plain(config: &ModelConfig, what: Cut) -> Result<(), CompressError> {
     let f = &config.features;
-    if f.experts.is_some() || f.fused_qkv || f.biases || f.qkv_bias || f.transposed || f.ungated {
-        return Err(CompressError::Settings(format!(
-            "{} models cannot be cut this way: only those with gated feed-forward parts, without \
-             experts and biases; drop-layers works",
-            config.family.as_str()
-        )));
+    let attention = f.fused_qkv || f.biases || f.transposed;
+    let feed_forward = f.experts.is_some() || f.biases || f.transposed || f.ungated;
+    let (refused, needs) = match what {
+        Cut::Attention => (attention, "with matrices of their own for q, k and v"),
+        Cut::FeedForward => (feed_forward, "with gated feed-forward parts, without experts"),
+        Cut::Both => (
+            attention || feed_forward,
+            "with matrices of their own for q, k and v, gated feed-forward parts and no experts",
+        ),
+    };
+    if !refused {
+        return Ok(());
     }
-    Ok(())
+    Err(CompressError::Settings(format!(
+        "{} models cannot be cut this way: only those {needs}; drop-layers works",
+        config.family.as_str()
+    )))
 }
 
 /// That what is to be cut is a matrix: of factors, inputs and outputs are not those of the matrix.
@@ -335,9 +357,11 @@ fn check_whole(source: &Source) -> Result<(), CompressError> {
     }
 }
 
-/// That each matrix is a tensor of its own: some families' files have several in one.
-fn check_apart(source: &Source) -> Result<(), CompressError> {
-    match source.joined()? {
+/// That each matrix whose name begins so is a tensor of its own: some families' files have several in one.
+fn check_apart(source: &Source, begin: &str) -> Result<(), CompressError> {
+    let apart = source.apart()?;
+    let part = |t: &&TensorEntry| t.name.split('.').nth(2).is_some_and(|p| p.starts_with(begin));
+    match source.tensors.iter().filter(part).find(|t| !apart.contains(&t.name)) {
         None => Ok(()),
         Some(one) => Err(CompressError::Settings(format!(
             "tensor '{}' holds several matrices, which cannot be cut; drop-layers works",
@@ -371,9 +395,9 @@ fn others(n: usize, gone: &[usize]) -> Vec<usize> {
 
 fn heads(source: &Source, count: u32, seen: &Calibration) -> Result<Shape, CompressError> {
     let c = &source.config;
-    check_plain(c)?;
+    check_plain(c, Cut::Attention)?;
     check_whole(source)?;
-    check_apart(source)?;
+    check_apart(source, "attn")?;
     check_left(count, c.kv_heads, "KV heads of a layer")?;
     let (kv, dim) = (c.kv_heads as usize, c.head_dim as usize);
     let group = (c.heads / c.kv_heads) as usize;
@@ -413,9 +437,9 @@ fn heads(source: &Source, count: u32, seen: &Calibration) -> Result<Shape, Compr
 
 fn channels(source: &Source, fraction: f64, seen: &Calibration) -> Result<Shape, CompressError> {
     let c = &source.config;
-    check_plain(c)?;
+    check_plain(c, Cut::FeedForward)?;
     check_whole(source)?;
-    check_apart(source)?;
+    check_apart(source, "ffn")?;
     let ffn = c.ffn as usize;
     let left = (((1.0 - fraction) * ffn as f64 / GRAIN as f64).round() as usize).max(1) * GRAIN;
     let mut kept = Vec::new();
@@ -439,7 +463,7 @@ fn channels(source: &Source, fraction: f64, seen: &Calibration) -> Result<Shape,
 
 fn width(source: &Source, hidden: usize, seen: &Calibration) -> Result<Shape, CompressError> {
     let c = &source.config;
-    check_plain(c)?;
+    check_plain(c, Cut::Both)?;
     check_whole(source)?;
     if hidden == 0 || hidden >= c.hidden as usize || !hidden.is_multiple_of(GRAIN) {
         return Err(CompressError::Settings(format!(
@@ -461,7 +485,8 @@ fn width(source: &Source, hidden: usize, seen: &Calibration) -> Result<Shape, Co
         let part = name.split('.').nth(if name.starts_with("blk.") { 2 } else { 0 });
         match part {
             Some("attn_output" | "ffn_down") => (kept(), None),
-            Some("rope_freqs" | "attn_q_norm" | "attn_k_norm") => (None, None),
+            Some("attn_q_norm" | "attn_k_norm") => (None, None),
+            Some(factors) if factors.starts_with("rope_") => (None, None),
             _ => (None, kept()),
         }
     });
