@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use millrace_shared::model::gguf::gemma_scale;
-use millrace_shared::model::{FolderShape, ModelConfig, TensorEntry, TensorType};
+use millrace_shared::model::{Family, FolderShape, ModelConfig, TensorEntry, TensorType};
 
 use crate::apply::{Settings, encode};
 use crate::quant::fallback;
@@ -58,7 +58,7 @@ pub(crate) fn apply(
     let (news, shape, note) = plan(source, step, settings.known.unwrap_or(&seen))?;
     check_scale(source, &shape)?;
     let mut notes = vec![note];
-    notes.extend(uneven(source, &shape));
+    notes.extend(elsewhere(source, &shape));
     let slots: Vec<Slot> = news.iter().map(|new| slot(source, new, settings.store)).collect();
     let changes = Changes { shape, ..Changes::default() };
     let mut sink = Sink::create(source, target, settings.overwrite, &slots, &changes)?;
@@ -132,15 +132,25 @@ fn check_scale(source: &Source, shape: &FolderShape) -> Result<(), CompressError
     )))
 }
 
-/// What other libraries may have against a folder of that shape.
-fn uneven(source: &Source, shape: &FolderShape) -> Option<String> {
-    let hidden = new_of(shape, "embedding_length", source.config.hidden);
-    let heads = new_of(shape, "attention.head_count", source.config.heads);
+/// What other programs may have against a model of that shape.
+fn elsewhere(source: &Source, shape: &FolderShape) -> Option<String> {
+    let c = &source.config;
+    let hidden = new_of(shape, "embedding_length", c.hidden);
+    let heads = new_of(shape, "attention.head_count", c.heads);
     let folder = matches!(source.kind, Kind::Folder(_));
-    (folder && !hidden.is_multiple_of(heads)).then(|| {
-        format!(
+    if folder && !hidden.is_multiple_of(heads) {
+        return Some(format!(
             "transformers refuses some families whose hidden size ({hidden}) is no multiple of their \
              {heads} heads; this engine does not mind"
+        ));
+    }
+    let square = matches!(c.family, Family::Qwen2 | Family::Qwen2Moe | Family::Phi3);
+    (!folder && square && heads * c.head_dim != hidden).then(|| {
+        format!(
+            "llama.cpp refuses {} models whose heads ({heads} of {}) are not as wide together as the \
+             hidden size ({hidden}); this engine does not mind",
+            c.family.as_str(),
+            c.head_dim
         )
     })
 }

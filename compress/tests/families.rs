@@ -117,7 +117,7 @@ fn every_step_makes_a_model_of_every_family_or_says_why_not() {
                     match (&found, expected(name, folder, text)) {
                         (Ok(_), None) => {}
                         (Err(said), Some(part)) => {
-                            assert!(said.contains(part), "{name}: {text}: {said}")
+                            assert!(said.contains(part), "{name}: {text}: {said}");
                         }
                         (found, _) => {
                             panic!("{name}, folder: {folder}: {text}: {:?}", found.is_ok())

@@ -417,3 +417,30 @@ fn stray_factors_have_no_place() {
     let message = ModelFiles::open(&target).unwrap_err().to_string();
     assert!(message.contains("k_proj_in") && message.contains("no place"), "{message}");
 }
+
+/// Biases go with the rows of their matrices, and what other programs refuse is told.
+#[test]
+fn biases_are_cut_with_their_heads() {
+    let dir = tempfile::tempdir().unwrap();
+    let case = Case::read("qwen2");
+    let (folder, file) = (case.folder(TensorType::F32, 1), gguf::write(&case, dir.path()));
+    let (a, b) = (dir.path().join("a"), dir.path().join("b.gguf"));
+    let text = "method = 'drop-heads', count = 1";
+    let (of_folder, of_file) = (made(folder.path(), &a, text), made(&file, &b, text));
+    let told = |report: &StepReport| report.notes.iter().any(|n| n.contains("llama.cpp refuses"));
+    assert!(told(&of_file) && !told(&of_folder), "{:?}", of_file.notes);
+    let (old, new) = (Source::open(&file).unwrap(), Source::open(&b).unwrap());
+    for part in ["q", "k", "v"] {
+        let [bias, weight] = ["bias", "weight"]
+            .map(|kind| new.tensor(&format!("blk.0.attn_{part}.{kind}")).unwrap());
+        assert_eq!(bias.dims, [weight.dims[1]]);
+        let before = old.floats(old.tensor(&bias.name).unwrap()).unwrap();
+        let after = new.floats(bias).unwrap();
+        // Whole heads of the old one.
+        let head = new.config.head_dim as usize;
+        for some in after.chunks(head) {
+            assert!(before.chunks(head).any(|one| one == some), "{}", bias.name);
+        }
+        assert!(after.len() < before.len());
+    }
+}
