@@ -1,6 +1,5 @@
 //! Traces of a cluster of processes, as a collector gets them: whose they are, what is in them and what
 //! is not, and that nothing depends on them.
-#![cfg(feature = "otel")]
 #![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
@@ -111,8 +110,6 @@ fn a_trace_goes_through_the_cluster_and_a_lost_collector_stops_nobody() {
     // Without drafts there is a step for each token.
     let extra = ["--kv-cache-tokens", "8192", "--speculate", "off", "--otlp-endpoint", &endpoint];
     let cluster = Coordinator::start(root.path(), 2, &extra);
-    let built = !cluster.process.log().contains("this build has no traces");
-    assert!(built, "build the programs first: cargo build --features otel");
     let _nodes = [cluster.node("first", &[]), cluster.node("second", &[])];
     cluster.wait_ready();
 

@@ -1,34 +1,26 @@
 //! Traces: what happened to a request, for a collector that speaks OpenTelemetry's protocol (OTLP).
 //!
-//! Where the program has the feature `otel` and an endpoint was named, each request that is sampled
-//! has a span, below that of its client (W3C `traceparent`), with the times that it waited, read its
-//! prompt and wrote its answer; and each micro-batch that it was in has a span for every stage, made
-//! of the times that stages report with results, so that nodes know nothing of traces. Elsewhere all
-//! of this is nothing. Prompts and answers are never in a span.
+//! Where an endpoint was named, each request that is sampled has a span, below that of its client (W3C
+//! `traceparent`), with the times that it waited, read its prompt and wrote its answer; and each
+//! micro-batch that it was in has a span for every stage, made of the times that stages report with
+//! results, so that nodes know nothing of traces. Elsewhere all of this is nothing. Prompts and answers
+//! are never in a span.
 
-#[cfg(not(feature = "otel"))]
-mod off;
-#[cfg(feature = "otel")]
 mod otel;
 #[cfg(test)]
-#[cfg(feature = "otel")]
 mod tests;
 
 use clap::Args;
 use millrace_shared::names::env;
 use millrace_shared::wire::rpc::{META_TRACEPARENT, META_TRACESTATE};
 
-#[cfg(not(feature = "otel"))]
-pub use off::{RequestSpan, Spans};
-#[cfg(feature = "otel")]
 pub use otel::{RequestSpan, Spans};
 
 /// Where traces go.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Traces")]
 pub struct TraceArgs {
-    /// Collector of traces, OTLP over HTTP, such as http://127.0.0.1:4318; needs a build with the
-    /// feature otel
+    /// Collector of traces, OTLP over HTTP, such as http://127.0.0.1:4318
     #[arg(long, value_name = "URL", env = env::OTLP_ENDPOINT)]
     pub otlp_endpoint: Option<String>,
 }

@@ -6,7 +6,6 @@
 
 pub mod ask;
 pub mod chaos;
-#[cfg(feature = "otel")]
 pub mod collector;
 pub mod fixtures;
 pub mod frames;

@@ -401,10 +401,8 @@ async fn the_rules_go_through_the_journal() {
 }
 
 /// A request that has been answered so far, for tests of others.
-#[cfg(feature = "otel")]
 pub(crate) struct Spoken(Rig);
 
-#[cfg(feature = "otel")]
 impl Spoken {
     /// Of three prompt tokens.
     pub(crate) fn new() -> Self {
