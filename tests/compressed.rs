@@ -8,8 +8,11 @@ use harness::ask::{self, Answer};
 use harness::fixtures::{self, Reference};
 use harness::local::{Local, Shape};
 use harness::{alone, block_on, model, model_arg, processes};
-use millrace_compress::{Settings, Source, Step, apply};
-use millrace_shared::model::{ModelFiles, TensorType};
+use millrace_compress::compare::Terms;
+use millrace_compress::survey::{survey, variants};
+use millrace_compress::{Settings, Source, Step, apply, texts};
+use millrace_coordinator::text::TextModel;
+use millrace_shared::model::{Description, Dtype, ModelFiles, TensorType};
 use millrace_shared::wire::rpc::{PositionScore, Prompt};
 
 /// Tokens of an answer.
@@ -149,6 +152,47 @@ fn smaller_in_shape() {
     assert_eq!((config.layers, config.kv_heads, config.heads, config.ffn), (9, 2, 6, 1152));
 }
 
+/// Methods that look at what matrices see lose less than their naive counterparts of equal size: on a text
+/// that no calibration saw.
+#[test]
+fn calibrated_methods_are_better_on_text_that_they_did_not_see() {
+    let _turn = alone();
+    let tokenizer = TextModel::of(&Description::open(model()).unwrap()).unwrap().tokenizer;
+    let ids = |text: &str| tokenizer.encode(text, true).unwrap();
+    let (mut calibration, mut held_out) = (ids(texts::CALIBRATION), ids(texts::HELD_OUT));
+    calibration.truncate(2048);
+    held_out.truncate(512);
+    let pairs = [
+        ("q4_0", "q4_0 imatrix"),
+        ("q4_0", "q4_0 gptq"),
+        ("magnitude 50 %", "wanda 50 %"),
+        ("wanda 50 %", "sparsegpt 50 %"),
+        ("svd 80 %", "svd aware 80 %"),
+    ];
+    let is_asked =
+        |name: &str| pairs.iter().any(|(naive, better)| [*naive, better].contains(&name));
+    let mut chosen = variants(model(), None).unwrap();
+    chosen.retain(|v| is_asked(&v.name));
+    let settings = Settings {
+        calibration: &calibration,
+        known: None,
+        store: TensorType::F16,
+        threads: 2,
+        overwrite: true,
+    };
+    let terms = Terms { window: 512, threads: 2, kv_dtype: Dtype::F16 };
+    let all =
+        survey(model(), &chosen, &held_out, &settings, (terms, None), &mut |_, _| {}).unwrap();
+    let kl = |name: &str| {
+        let entry = all.iter().find(|e| e.name == name).unwrap();
+        assert_eq!(entry.failed, None, "{name}");
+        entry.quality.mean_kl.unwrap()
+    };
+    for (naive, better) in pairs {
+        assert!(kl(better) < 0.9 * kl(naive), "{better}: {}, {naive}: {}", kl(better), kl(naive));
+    }
+}
+
 /// The fewest machines before and after are those that `millrace plan` finds.
 #[test]
 fn a_recipe_tells_how_many_machines_suffice() {
@@ -173,7 +217,7 @@ fn a_recipe_tells_how_many_machines_suffice() {
     let [stdout, stderr] =
         [&run.stdout, &run.stderr].map(|b| String::from_utf8_lossy(b).into_owned());
     assert!(run.status.success(), "{stderr}");
-    let report = std::fs::read(path("small.report.json")).unwrap();
+    let report = std::fs::read(path("small.gguf.report.json")).unwrap();
     let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
     let suffice = |when: &str| {
         let plan = &report["plan"][when];

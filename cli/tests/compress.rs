@@ -90,10 +90,10 @@ fn a_recipe_tells_as_json_and_as_a_page_what_was_made_of_what() {
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(stdout.contains("machines of kind cpu-4c-16g"), "{stdout}");
-    let report = std::fs::read(at("out.report.json")).unwrap();
+    let report = std::fs::read(at("out.gguf.report.json")).unwrap();
     let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
     assert!(report["before"].is_null() && report["plan"]["after"]["nodes"] == 1, "{report}");
-    let page = std::fs::read_to_string(at("out.report.html")).unwrap();
+    let page = std::fs::read_to_string(at("out.gguf.report.html")).unwrap();
     let hash = report["run"]["result"]["blake3"].as_str().unwrap();
     assert!(
         page.contains(hash) && page.contains("step 2: method = &quot;quantise&quot;"),
@@ -120,7 +120,17 @@ fn what_cannot_be_is_told_before_any_work() {
     let compare =
         |args: &[&str]| millrace(dir.path(), &[&["eval", "compare", "ones.gguf"], args].concat());
     fails(&compare(&["nix.gguf"]), 2, "there is no file 'nix.gguf'");
-    fails(&compare(&["--html", "no/page.html"]), 2, "--html no/page.html");
+    fails(&compare(&["--html", "no/page.html"]), 2, "cannot write no/page.html");
+    let before = std::fs::read(dir.path().join("ones.gguf")).unwrap();
+    fails(&compare(&["--html", "ones.gguf"]), 2, "ones.gguf is there and is no page");
+    let table = ["compress", "table", "ones.gguf", "--only", "binary row", "--state", "ones.gguf"];
+    fails(&millrace(dir.path(), &table), 2, "ones.gguf is there and is no JSON object");
+    let recipe = "model = 'ones.gguf'\noutput = 'x.gguf'\ncalibration = 't'\nevaluation = 't'\n\
+                  [[step]]\nmethod = 'binary'\n";
+    std::fs::write(dir.path().join("r.toml"), recipe).unwrap();
+    std::fs::write(dir.path().join("t"), "A text.").unwrap();
+    fails(&millrace(dir.path(), &["compress", "run", "r.toml"]), 2, "which flatters");
+    assert_eq!(std::fs::read(dir.path().join("ones.gguf")).unwrap(), before);
 }
 
 #[test]

@@ -10,13 +10,14 @@ use std::path::Path;
 use millrace_engine::quantize::BadWeight;
 use millrace_shared::model::{TensorEntry, TensorType};
 
-use crate::hessian::{Compensation, Moments};
+use crate::hessian::{ALIKE, Compensation, Moments};
+use crate::matrix::Distance;
 use crate::mixed;
 use crate::prune::{self, Histogram, Pattern};
 use crate::quant::{encode_row, fallback, gptq, integer};
 use crate::report::{StepReport, TensorReport, formats, skipped, type_name};
 use crate::sink::check_target;
-use crate::source::{is_head, is_layer_matrix, row_bytes};
+use crate::source::{is_head, is_layer_matrix, matrix_names, row_bytes};
 use crate::sparse::race;
 use crate::step::{Needs, Per, parse_type};
 use crate::{
@@ -184,13 +185,51 @@ struct Changed {
     scales: Vec<f32>,
 }
 
-/// A changed matrix.
+/// A changed matrix, or all of a tensor.
+#[derive(Default)]
 struct Done {
     bytes: Vec<u8>,
-    report: TensorReport,
+    bytes_format: u64,
     beyond: u64,
+    error: Distance,
+    output_error: Option<Distance>,
+    /// Weights that are zero, and those of them that lie in tiles of zeros.
+    zeros: f64,
+    tiles: f64,
     /// The matrix itself, of the one that is timed as a sparse one.
     sample: Option<Matrix>,
+}
+
+impl Done {
+    /// Another matrix of the same tensor.
+    fn add(&mut self, next: Self) {
+        self.bytes.extend(next.bytes);
+        self.bytes_format += next.bytes_format;
+        self.beyond += next.beyond;
+        self.error += next.error;
+        if let (Some(sum), Some(next)) = (&mut self.output_error, next.output_error) {
+            *sum += next;
+        }
+        self.zeros += next.zeros;
+        self.tiles += next.tiles;
+    }
+
+    fn report(&self, tensor: &TensorEntry, dtype: TensorType) -> TensorReport {
+        let elements = tensor.elements();
+        TensorReport {
+            name: tensor.name.clone(),
+            from: type_name(tensor.dtype),
+            to: type_name(dtype),
+            elements,
+            bytes_before: tensor.bytes,
+            bytes_stored: self.bytes.len() as u64,
+            bytes_format: self.bytes_format,
+            error: self.error.relative(),
+            output_error: self.output_error.map(|e| e.relative()),
+            sparsity: self.zeros / elements.max(1) as f64,
+            zero_tiles: self.tiles / elements.max(1) as f64,
+        }
+    }
 }
 
 impl Job<'_> {
@@ -205,7 +244,7 @@ impl Job<'_> {
             bytes_before: source.stored_bytes,
             ..StepReport::default()
         };
-        let (mut done, mut beyond, mut sample) = (0, 0, None);
+        let (mut done, mut beyond, mut blind, mut sample) = (0, 0, 0, None);
         let mut calibrator = Calibrator::of(source, self.settings, self.step.needs())?;
         for layer in std::iter::once(None).chain((0..source.config.layers).map(Some)) {
             let seen = match (&mut calibrator, layer) {
@@ -217,33 +256,45 @@ impl Job<'_> {
             let indices: Vec<usize> =
                 (0..source.tensors.len()).filter(|&i| of_layer(&&source.tensors[i])).collect();
             let factors = self.factors(&indices, calibration)?;
+            let saw_nothing = |name: &String| {
+                calibration.moments(name).is_some_and(|moments| moments.positions == ALIKE)
+            };
+            blind += self.names(&indices).iter().filter(|name| saw_nothing(name)).count();
             let threads = self.settings.threads;
             let changed = parallel(indices.len(), threads, |i| {
                 self.tensor(indices[i], calibration, &factors)
             });
             for (&index, changed) in indices.iter().zip(changed) {
-                let (bytes, tensor) = match changed? {
-                    Ok(done) => {
-                        beyond += done.beyond;
-                        sample = sample.or(done.sample);
-                        report.bytes_format += done.report.bytes_format;
-                        report.tensors.push(done.report);
-                        (done.bytes, index)
+                let tensor = &source.tensors[index];
+                let bytes = match changed? {
+                    Some(changed) => {
+                        report.bytes_format += changed.bytes_format;
+                        report.tensors.push(changed.report(tensor, self.types[index]));
+                        beyond += changed.beyond;
+                        sample = sample.or(changed.sample);
+                        changed.bytes
                     }
-                    Err(copy) => {
+                    None => {
+                        let copy = source.copy(tensor)?;
                         report.bytes_format += copy.len() as u64;
-                        (copy, index)
+                        copy
                     }
                 };
                 report.bytes_stored += bytes.len() as u64;
-                sink.put(tensor, &bytes)?;
-                done += source.tensors[index].bytes;
+                sink.put(index, &bytes)?;
+                done += tensor.bytes;
                 progress(done);
             }
         }
         sink.finish()?;
-        self.notes(&mut report, beyond, sample.as_ref());
+        self.notes(&mut report, (beyond, blind), sample.as_ref());
         Ok(report)
+    }
+
+    /// The names of the matrices that change in those tensors.
+    fn names(&self, indices: &[usize]) -> Vec<String> {
+        let tensors = indices.iter().map(|&i| &self.source.tensors[i]);
+        tensors.filter(|t| is_layer_matrix(t)).flat_map(matrix_names).collect()
     }
 
     /// The compensation of each matrix's inputs, by the name of the moments' first matrix.
@@ -256,8 +307,8 @@ impl Job<'_> {
         if !gptq && !matches!(self.step, Step::Sparsegpt { .. }) {
             return Ok(HashMap::new());
         }
-        let names = indices.iter().map(|&i| &self.source.tensors[i]).filter(|t| is_layer_matrix(t));
-        let mut keys: Vec<&str> = names.filter_map(|t| calibration.key(&t.name)).collect();
+        let names = self.names(indices);
+        let mut keys: Vec<&str> = names.iter().filter_map(|name| calibration.key(name)).collect();
         keys.sort_unstable();
         keys.dedup();
         let made = parallel(keys.len(), self.settings.threads, |i| {
@@ -270,48 +321,63 @@ impl Job<'_> {
         Ok(factors)
     }
 
-    /// A matrix changed, or a tensor's bytes as they are.
+    /// A tensor's matrices changed, or `None` for one that stays as it is.
     fn tensor(
         &self,
         index: usize,
         calibration: &Calibration,
         factors: &HashMap<String, Compensation>,
-    ) -> Result<Result<Done, Vec<u8>>, CompressError> {
+    ) -> Result<Option<Done>, CompressError> {
         let (tensor, dtype) = (&self.source.tensors[index], self.types[index]);
         let head = is_head(tensor) && dtype != tensor.dtype;
         if !head && !is_layer_matrix(tensor) {
-            return self.source.copy(tensor).map(Err);
+            return Ok(None);
         }
-        let before = self.source.matrix(tensor)?;
+        let mut all: Option<Done> = None;
+        for (name, before) in self.source.matrices(tensor)? {
+            let seen = (calibration.moments(&name), calibration.key(&name));
+            let factor = seen.1.and_then(|key| factors.get(key));
+            let importance = seen.0.map(Moments::importance);
+            let done = self.matrix((&name, before), (dtype, head), importance, factor)?;
+            match &mut all {
+                None => all = Some(done),
+                Some(all) => all.add(done),
+            }
+        }
+        Ok(all)
+    }
+
+    /// A matrix changed.
+    fn matrix(
+        &self,
+        (name, before): (&str, Matrix),
+        (dtype, head): (TensorType, bool),
+        importance: Option<Vec<f32>>,
+        factor: Option<&Compensation>,
+    ) -> Result<Done, CompressError> {
         let mut after = before.clone();
-        let moments = calibration.moments(&tensor.name);
-        let importance = moments.map(Moments::importance);
-        let factor = calibration.key(&tensor.name).and_then(|key| factors.get(key));
         let mut changed = Changed::default();
         if !head {
-            changed = self.change(&mut after, &tensor.name, importance.as_deref(), factor)?;
+            changed = self.change(&mut after, name, importance.as_deref(), factor)?;
         }
         let Changed { bytes_format, beyond, scales } = changed;
         let bytes = match dtype {
             TensorType::Q8_0 if !scales.is_empty() => integer::as_q8_0(&after, &scales),
-            _ => self.encode(tensor, dtype, &mut after, importance.as_deref(), factor)?,
+            _ => self.encode(name, dtype, &mut after, importance.as_deref(), factor)?,
         };
-        let report = TensorReport {
-            name: tensor.name.clone(),
-            from: type_name(tensor.dtype),
-            to: type_name(dtype),
-            elements: tensor.elements(),
-            bytes_before: tensor.bytes,
-            bytes_stored: bytes.len() as u64,
+        let elements = after.data.len() as u64;
+        let zeros = (elements - after.nonzero()) as f64;
+        Ok(Done {
             bytes_format: if bytes_format == 0 { bytes.len() as u64 } else { bytes_format },
-            error: before.relative_error(&after),
-            output_error: importance.map(|i| before.weighted_error(&after, &i)),
-            sparsity: 1.0 - after.nonzero() as f64 / (after.data.len().max(1)) as f64,
-            zero_tiles: prune::zero_tiles(&after),
-        };
-        let sample =
-            (report.sparsity > 0.05 && tensor.name == "blk.0.ffn_down.weight").then_some(after);
-        Ok(Ok(Done { bytes, report, beyond, sample }))
+            bytes,
+            beyond,
+            error: before.distance(&after),
+            output_error: importance.map(|i| before.weighted_distance(&after, &i)),
+            zeros,
+            tiles: prune::zero_tiles(&after) * elements as f64,
+            sample: (zeros > 0.05 * elements as f64 && name == "blk.0.ffn_down.weight")
+                .then_some(after),
+        })
     }
 
     /// Changes values.
@@ -323,11 +389,7 @@ impl Job<'_> {
         factor: Option<&Compensation>,
     ) -> Result<Changed, CompressError> {
         let (n, rows) = (m.data.len() as u64, m.rows as u64);
-        let unknown = || {
-            CompressError::Settings(format!(
-                "what '{name}' sees is not known: matrices of experts cannot be calibrated"
-            ))
-        };
+        let unknown = || CompressError::Settings(format!("what '{name}' sees is not known"));
         let pattern = match self.step {
             Step::Quantise { .. } | Step::Mixed { .. } => return Ok(Changed::default()),
             Step::Int8 { per, affine } => {
@@ -336,8 +398,9 @@ impl Job<'_> {
                 let bytes_format = n + parts * if *affine { 4 } else { 2 };
                 return Ok(Changed { bytes_format, scales, ..Changed::default() });
             }
-            Step::FixedPoint { fraction_bits, bits, wrap } => {
-                let beyond = integer::fixed_point(m, *fraction_bits, *bits, *wrap);
+            Step::FixedPoint { fraction_bits, bits, wrap, modulo } => {
+                let modulus = modulo.or(wrap.then_some(1 << bits));
+                let beyond = integer::fixed_point(m, *fraction_bits, *bits, modulus);
                 let bytes_format = (n * u64::from(*bits)).div_ceil(8) + 1;
                 return Ok(Changed { bytes_format, beyond, ..Changed::default() });
             }
@@ -386,7 +449,6 @@ impl Job<'_> {
         let nonzero = m.nonzero();
         let bytes_format = match pattern {
             Pattern::TwoOfFour => formats::two_of_four(n),
-            Pattern::Block => formats::blocks(n, nonzero),
             Pattern::Tile => formats::tiles(n, nonzero),
             _ => formats::sparse(rows, n, nonzero),
         };
@@ -396,7 +458,7 @@ impl Job<'_> {
     /// The bytes of a matrix, which holds afterwards what they say.
     fn encode(
         &self,
-        tensor: &TensorEntry,
+        name: &str,
         dtype: TensorType,
         m: &mut Matrix,
         importance: Option<&[f32]>,
@@ -410,10 +472,15 @@ impl Job<'_> {
             Step::Quantise { gptq: true, .. } if dtype.block_elements() > 1 => factor,
             _ => None,
         };
-        encode(&tensor.name, dtype, m, importance, compensate)
+        encode(name, dtype, m, importance, compensate)
     }
 
-    fn notes(&self, report: &mut StepReport, beyond: u64, sample: Option<&Matrix>) {
+    fn notes(
+        &self,
+        report: &mut StepReport,
+        (beyond, blind): (u64, usize),
+        sample: Option<&Matrix>,
+    ) {
         if report.bytes_format != report.bytes_stored {
             let stored = report.tensors.first().map_or("floats", |t| t.to.as_str());
             let (bytes, format) = (report.bytes_stored, report.bytes_format);
@@ -437,11 +504,10 @@ impl Job<'_> {
         if beyond > 0 {
             report.notes.push(format!("{beyond} weights were beyond the range of the integers"));
         }
-        let blind = report.tensors.iter().filter(|t| t.output_error.is_none());
-        let blind = blind.filter(|t| t.name.starts_with("blk.")).count();
-        if blind > 0 && self.step.needs() > Needs::Nothing {
+        if blind > 0 {
             report.notes.push(format!(
-                "{blind} matrices were rounded as if all inputs were alike: what experts see is not known"
+                "no position of the calibration text went to {blind} matrices of experts, which were \
+                 changed as if all inputs were alike: a longer text may tell more"
             ));
         }
         let other: Vec<&TensorReport> = report

@@ -137,7 +137,7 @@ impl Calibrator {
             turned += rows.map(|(a, b)| 1.0 - cosine(a, b)).sum::<f64>();
             window.copy_from_slice(out);
         }
-        let Watch { moments, first, .. } = stage.backend.observer;
+        let Watch { moments, first, .. } = stage.backend.observer.finish();
         let influence = vec![turned / self.tokens as f64];
         Ok(Some(Calibration { moments, first, influence, tokens: self.tokens }))
     }
@@ -229,7 +229,8 @@ impl Stage {
             .collect();
         let sources = EngineSource::of_tensors(&tensors)?;
         let sources = Sources::new(&files.config, &sources)?;
-        let inner = CpuBackend::new(isa, threads, threads);
+        let mut inner = CpuBackend::new(isa, threads, threads);
+        inner.remember_routed();
         let mut backend = Observed { inner, observer: Watch::new(full, threads) };
         let model = Decoder::load(&mut backend, &spec, &sources, &mut |_| {})?;
         let (tables, batch) = (BlockTables::new(&spec.settings), Batch::new(&spec.settings));

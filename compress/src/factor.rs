@@ -4,7 +4,7 @@
 //! `[q; k; v] x ~ A (B x)`: one decomposition of the matrices one below the other, so that `B` is
 //! stored and multiplied once. `A`'s parts keep the names of the matrices, `B` is `NAME_in` after the
 //! first of them; the engine multiplies both, whatever the family. Ranks are multiples of 32, as its
-//! kernels need. Where factors would be no smaller, matrices stay as they are.
+//! kernels need. Where factors would be no smaller, matrices stay as they are, and so do experts.
 
 use std::path::Path;
 
@@ -71,7 +71,7 @@ struct Job<'a> {
 /// Carries a low-rank step out.
 ///
 /// # Errors
-/// If the family has experts, a decomposition fails, or a file cannot be used.
+/// If the family's matrices cannot be factored, a decomposition fails, or a file cannot be used.
 pub(crate) fn apply(
     source: &Source,
     target: &Path,
@@ -140,10 +140,9 @@ pub(crate) fn apply(
 
 impl Job<'_> {
     fn check(&self) -> Result<(), CompressError> {
-        let f = &self.source.config.features;
-        if f.experts.is_some() || f.transposed {
+        if self.source.config.features.transposed {
             return Err(CompressError::settings(
-                "low rank needs a model without experts, whose matrices lie row by row",
+                "low rank needs a model whose matrices lie row by row",
             ));
         }
         match self.source.joined()? {
@@ -309,8 +308,9 @@ impl Job<'_> {
             .moments(&self.source.tensors[group.tensors[0]].name)
             .map(crate::hessian::Moments::importance);
         for report in &mut reports {
-            report.error = before.relative_error(&after);
-            report.output_error = importance.as_deref().map(|i| before.weighted_error(&after, i));
+            report.error = before.distance(&after).relative();
+            report.output_error =
+                importance.as_deref().map(|i| before.weighted_distance(&after, i).relative());
         }
         Ok((tensors, reports))
     }
@@ -404,6 +404,9 @@ fn notes(report: &mut StepReport, groups: &[Group], source: &Source) {
         mean(&|g| g.rank),
         left / full
     ));
+    if source.config.features.experts.is_some() {
+        report.notes.push("experts stay as they are: only attention is factored".to_owned());
+    }
     report.notes.push(
         "other programs do not know factored matrices: the file is for this engine".to_owned(),
     );

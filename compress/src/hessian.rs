@@ -16,6 +16,10 @@ const STRIPE: usize = 128;
 /// Damping of `H`: this part of the mean of its diagonal is added to it, as GPTQ does.
 const DAMPING: f64 = 0.01;
 
+/// Positions that an expert is taken to have seen beside those that went to it, all their inputs being
+/// alike: so that one that saw few is not judged by chance, nor one that saw none by nothing.
+pub const ALIKE: u64 = 16;
+
 /// Second moments of a matrix's inputs.
 #[derive(Clone, Debug, Default)]
 pub struct Moments {
@@ -62,6 +66,15 @@ impl Moments {
         });
     }
 
+    /// Adds [`ALIKE`] positions whose inputs are as large as the mean of those seen, and independent.
+    pub(crate) fn add_alike(&mut self) {
+        let seen = self.squares.iter().sum::<f64>() / (self.cols as u64 * self.positions) as f64;
+        let square = if seen > 0.0 { seen } else { 1.0 } * ALIKE as f64;
+        self.squares.iter_mut().for_each(|s| *s += square);
+        self.gram.iter_mut().step_by(self.cols + 1).for_each(|g| *g += square as f32);
+        self.positions += ALIKE;
+    }
+
     /// Mean squares of the inputs: the importance of columns.
     pub fn importance(&self) -> Vec<f32> {
         let n = self.positions.max(1) as f64;
@@ -100,9 +113,13 @@ impl Moments {
         if active_first {
             order.sort_by(|&a, &b| self.squares[b].total_cmp(&self.squares[a]));
         }
-        let damped = self.damped();
-        let damped = Mat::from_fn(n, n, |i, j| damped[(order[i], order[j])]);
-        let inverse = damped.llt(Side::Lower).map_err(singular)?.inverse();
+        // Each is large, and goes as soon as the next one is made.
+        let ordered = {
+            let damped = self.damped();
+            Mat::from_fn(n, n, |i, j| damped[(order[i], order[j])])
+        };
+        let inverse = ordered.llt(Side::Lower).map_err(singular)?.inverse();
+        drop(ordered);
         let factor = inverse.llt(Side::Lower).map_err(singular)?;
         let lower = factor.L();
         let at = |i: usize| {
@@ -163,6 +180,23 @@ pub(crate) mod tests {
             let own = f64::from(moments.gram[i * cols + i]);
             assert!((own - moments.squares[i]).abs() < 1e-3);
         }
+    }
+
+    #[test]
+    fn who_saw_nothing_takes_all_inputs_for_alike_and_who_saw_much_what_they_are() {
+        let cols = 4;
+        let mut moments = Moments::new(cols, true);
+        moments.add_alike();
+        assert_eq!((moments.importance(), moments.positions), (vec![1.0; cols], ALIKE));
+        let u = moments.compensation(true).unwrap().u;
+        let apart = |i: usize| !i.is_multiple_of(cols + 1);
+        assert!(u.iter().enumerate().all(|(i, u)| !apart(i) || *u == 0.0), "{u:?}");
+        let mut moments = Moments::new(cols, true);
+        moments.add(&[1.0, 2.0, 0.0, 3.0].repeat(10_000), 1);
+        moments.add_alike();
+        let wanted = [1.0, 4.0, 0.0, 9.0];
+        assert!(moments.importance().iter().zip(wanted).all(|(a, b)| (a - b).abs() < 0.02));
+        assert!((moments.gram[1] - 20_000.0).abs() < 1.0);
     }
 
     #[test]

@@ -160,10 +160,10 @@ mod tests {
     fn all_of_a_matrix_is_the_matrix_and_less_is_as_good_as_its_energy() {
         let w = Matrix::new(12, 20, inputs(12, 20, 3));
         let all = factorise(&w, Rank::Energy(1.0), None).unwrap();
-        assert!(w.relative_error(&all.product()) < 1e-5);
+        assert!(w.distance(&all.product()).relative() < 1e-5);
         let some = factorise(&w, Rank::Energy(0.9), None).unwrap();
         assert!(some.rank() < all.rank() && some.energy >= 0.9);
-        let error = w.relative_error(&some.product());
+        let error = w.distance(&some.product()).relative();
         assert!((error - (1.0 - some.energy).sqrt()).abs() < 1e-4, "{error}");
     }
 
@@ -201,6 +201,6 @@ mod tests {
         };
         assert!(error(&aware) < 0.9 * error(&plain), "{} {}", error(&aware), error(&plain));
         let whole = factorise(&w, Rank::Energy(1.0), Some(&moments)).unwrap();
-        assert!(w.relative_error(&whole.product()) < 1e-4);
+        assert!(w.distance(&whole.product()).relative() < 1e-4);
     }
 }

@@ -53,27 +53,48 @@ impl Matrix {
         Self { rows: self.rows, cols: cols.len(), data: (0..self.rows).flat_map(pick).collect() }
     }
 
-    /// `sqrt(sum (a - b)^2 / sum a^2)`, 0 for a matrix of zeros that stayed so.
-    pub fn relative_error(&self, other: &Self) -> f64 {
-        let (mut error, mut square) = (0f64, 0f64);
-        for (&a, &b) in self.data.iter().zip(&other.data) {
-            error += f64::from(a - b).powi(2);
-            square += f64::from(a).powi(2);
-        }
-        if square == 0.0 { error.sqrt() } else { (error / square).sqrt() }
+    /// How far another is from it.
+    pub fn distance(&self, other: &Self) -> Distance {
+        let mut sum = Distance::default();
+        self.data.iter().zip(&other.data).for_each(|(&a, &b)| sum.add(a, b, 1.0));
+        sum
     }
 
-    /// As [`Matrix::relative_error`], of the outputs for inputs with these second moments (diagonal
-    /// alone: `E[x_j^2]`).
-    pub fn weighted_error(&self, other: &Self, squares: &[f32]) -> f64 {
-        let (mut error, mut square) = (0f64, 0f64);
+    /// As [`Matrix::distance`], of the outputs for inputs with these second moments (diagonal alone:
+    /// `E[x_j^2]`).
+    pub fn weighted_distance(&self, other: &Self, squares: &[f32]) -> Distance {
+        let mut sum = Distance::default();
         for i in 0..self.rows {
-            for ((&a, &b), &s) in self.row(i).iter().zip(other.row(i)).zip(squares) {
-                error += f64::from(s) * f64::from(a - b).powi(2);
-                square += f64::from(s) * f64::from(a).powi(2);
-            }
+            let weights = self.row(i).iter().zip(other.row(i)).zip(squares);
+            weights.for_each(|((&a, &b), &s)| sum.add(a, b, f64::from(s)));
         }
-        if square == 0.0 { error.sqrt() } else { (error / square).sqrt() }
+        sum
+    }
+}
+
+/// How far a changed matrix, or several, are from what they were.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Distance {
+    error: f64,
+    square: f64,
+}
+
+impl Distance {
+    fn add(&mut self, before: f32, after: f32, importance: f64) {
+        self.error += importance * f64::from(before - after).powi(2);
+        self.square += importance * f64::from(before).powi(2);
+    }
+
+    /// `sqrt(sum (a - b)^2 / sum a^2)`, 0 for zeros that stayed so.
+    pub fn relative(&self) -> f64 {
+        if self.square == 0.0 { self.error.sqrt() } else { (self.error / self.square).sqrt() }
+    }
+}
+
+impl std::ops::AddAssign for Distance {
+    fn add_assign(&mut self, other: Self) {
+        self.error += other.error;
+        self.square += other.square;
     }
 }
 
@@ -119,9 +140,12 @@ mod tests {
     fn errors_are_relative_and_weighted_by_inputs() {
         let a = Matrix::new(1, 2, vec![3., 4.]);
         let b = Matrix::new(1, 2, vec![3., 0.]);
-        assert!((a.relative_error(&b) - 0.8).abs() < 1e-9);
-        assert_eq!(a.weighted_error(&b, &[1., 0.]), 0.0);
-        assert!((a.weighted_error(&b, &[0., 2.]) - 1.0).abs() < 1e-9);
+        assert!((a.distance(&b).relative() - 0.8).abs() < 1e-9);
+        assert_eq!(a.weighted_distance(&b, &[1., 0.]).relative(), 0.0);
+        assert!((a.weighted_distance(&b, &[0., 2.]).relative() - 1.0).abs() < 1e-9);
+        let mut both = a.distance(&b);
+        both += a.distance(&a);
+        assert!((both.relative() - 0.32f64.sqrt()).abs() < 1e-9);
     }
 
     #[test]

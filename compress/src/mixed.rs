@@ -8,6 +8,7 @@ use millrace_shared::model::{TensorEntry, TensorType};
 
 use crate::apply::{Settings, encode};
 use crate::hessian::Moments;
+use crate::matrix::Distance;
 use crate::quant::fallback;
 use crate::source::{is_head, is_layer_matrix};
 use crate::{Calibration, Calibrator, CompressError, Needs, Source, parallel};
@@ -67,8 +68,7 @@ pub(crate) fn choose(
         let of_layer = |&i: &usize| Source::layer_of(&source.tensors[i].name) == layer;
         let indices: Vec<usize> = (0..source.tensors.len()).filter(of_layer).collect();
         let found = parallel(indices.len(), settings.threads, |i| {
-            let tensor = &source.tensors[indices[i]];
-            measure(source, tensor, calibration.moments(&tensor.name))
+            measure(source, &source.tensors[indices[i]], calibration)
         });
         for (index, found) in indices.into_iter().zip(found) {
             prices[index] = hull(found?);
@@ -103,23 +103,27 @@ fn sizes(tensor: &TensorEntry) -> Vec<(TensorType, u64)> {
 fn measure(
     source: &Source,
     tensor: &TensorEntry,
-    moments: Option<&Moments>,
+    calibration: &Calibration,
 ) -> Result<Vec<Price<TensorType>>, CompressError> {
     let sizes = sizes(tensor);
     if sizes.is_empty() {
         return Ok(Vec::new());
     }
-    let before = source.matrix(tensor)?;
-    let importance = moments.map(Moments::importance);
+    let matrices = source.matrices(tensor)?;
+    let seen = |name: &str| calibration.moments(name).map(Moments::importance);
+    let importance: Vec<_> = matrices.iter().map(|(name, _)| seen(name)).collect();
     let mut prices = Vec::new();
     for (dtype, bytes) in sizes {
-        let mut after = before.clone();
-        encode(&tensor.name, dtype, &mut after, importance.as_deref(), None)?;
-        let error = match &importance {
-            Some(squares) => before.weighted_error(&after, squares),
-            None => before.relative_error(&after),
-        };
-        prices.push(Price { what: dtype, bytes, error: error * error });
+        let mut error = Distance::default();
+        for ((name, before), importance) in matrices.iter().zip(&importance) {
+            let mut after = before.clone();
+            encode(name, dtype, &mut after, importance.as_deref(), None)?;
+            error += match importance {
+                Some(squares) => before.weighted_distance(&after, squares),
+                None => before.distance(&after),
+            };
+        }
+        prices.push(Price { what: dtype, bytes, error: error.relative().powi(2) });
     }
     Ok(prices)
 }

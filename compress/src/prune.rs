@@ -297,6 +297,24 @@ mod tests {
     }
 
     #[test]
+    fn inputs_of_unlike_size_make_wanda_better_than_magnitudes() {
+        let cols = 64;
+        let mut x = inputs(400, cols, 3);
+        x.iter_mut().enumerate().for_each(|(i, x)| *x *= if i % cols < 16 { 10.0 } else { 0.5 });
+        let mut moments = Moments::new(cols, false);
+        moments.add(&x, 1);
+        let original = Matrix::new(4, cols, inputs(4, cols, 9));
+        let lost = |scores: &[f32]| {
+            let mut m = original.clone();
+            prune(&mut m, scores, Pattern::Row, 0.5);
+            original.weighted_distance(&m, &moments.importance()).relative()
+        };
+        let (plain, aware) =
+            (lost(&magnitude(&original)), lost(&wanda(&original, &moments.importance())));
+        assert!(aware < 0.5 * plain, "{aware} {plain}");
+    }
+
+    #[test]
     fn inputs_tell_wanda_and_sparsegpt_what_matters() {
         let cols = 256;
         let mut x = inputs(600, cols, 5);

@@ -65,8 +65,11 @@ impl Recipe {
             let path = path.display();
             return Err(CompressError::Settings(format!("{path} has no step: write [[step]]")));
         }
-        parse_type(&recipe.store)?;
-        recipe.steps.iter().try_for_each(Step::check)?;
+        let told = |what: String| CompressError::Settings(format!("{}: {what}", path.display()));
+        parse_type(&recipe.store).map_err(|e| told(format!("store: {e}")))?;
+        for (i, step) in recipe.steps.iter().enumerate() {
+            step.check().map_err(|e| told(format!("step {}: {e}", i + 1)))?;
+        }
         Ok(recipe)
     }
 
@@ -274,6 +277,12 @@ mod tests {
             (format!("{head}[[step]]\nmethod = \"random\"\nsparsity = 0.5\nsed = 1\n"), "sed"),
             (format!("{head}step = []\n"), "no step"),
             (format!("{head}store = \"q9\"\n[[step]]\nmethod = \"binary\"\n"), "q9"),
+            (
+                format!(
+                    "{head}[[step]]\nmethod = \"binary\"\n[[step]]\nmethod = \"wanda\"\nsparsity = 2.0\n"
+                ),
+                "step 2: sparsity = 2",
+            ),
             ("output = \"b\"\n[[step]]\nmethod = \"binary\"\n".to_owned(), "model"),
         ];
         for (text, named) in cases {

@@ -76,8 +76,6 @@ impl StepReport {
 pub(crate) mod formats {
     use millrace_engine::cpu::ZERO_TILE;
 
-    use crate::prune::BLOCK;
-
     /// A bit for each weight, and those that are not zero.
     pub(crate) fn bitmap(elements: u64, nonzero: u64) -> u64 {
         elements.div_ceil(8) + 2 * nonzero
@@ -91,11 +89,6 @@ pub(crate) mod formats {
     /// Of every four, two values and two bits each.
     pub(crate) fn two_of_four(elements: u64) -> u64 {
         elements + elements / 8
-    }
-
-    /// A bit for each block, and the blocks that are not zero.
-    pub(crate) fn blocks(elements: u64, nonzero: u64) -> u64 {
-        elements.div_ceil(8 * BLOCK as u64) + 2 * nonzero
     }
 
     /// A bit for each tile, and the tiles that are not zero.

@@ -171,6 +171,27 @@ impl Source {
         Ok(Matrix::new(rows, cols, self.floats(tensor)?))
     }
 
+    /// The matrices of a tensor by their names: itself, or, of three dimensions, those of all experts,
+    /// each called as it would be by itself (gate and up, where they are one, by both).
+    ///
+    /// # Errors
+    /// As [`Source::floats`].
+    pub(crate) fn matrices(
+        &self,
+        tensor: &TensorEntry,
+    ) -> Result<Vec<(String, Matrix)>, CompressError> {
+        let Matrix { cols, data, .. } = self.matrix(tensor)?;
+        let names = matrix_names(tensor);
+        if names.len() == 1 {
+            let rows = data.len() / cols.max(1);
+            return Ok(names.into_iter().zip([Matrix::new(rows, cols, data)]).collect());
+        }
+        let rows = tensor.dims[1] as usize;
+        let parts = data.chunks_exact((rows * cols).max(1));
+        let parts = parts.map(|part| Matrix::new(rows, cols, part.to_vec()));
+        Ok(names.into_iter().zip(parts).collect())
+    }
+
     /// The matrices of layers, those that methods change.
     pub fn layer_matrices(&self) -> impl Iterator<Item = &TensorEntry> {
         self.tensors.iter().filter(|t| is_layer_matrix(t))
@@ -181,13 +202,14 @@ impl Source {
         name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
     }
 
-    /// The first tensor of several matrices: some families' files have such.
+    /// The first tensor of several matrices, but for those of experts: some families' files have such.
     ///
     /// # Errors
     /// As [`Source::files`].
     pub(crate) fn joined(&self) -> Result<Option<&TensorEntry>, CompressError> {
         let apart = self.apart()?;
-        Ok(self.tensors.iter().find(|t| !apart.contains(&t.name)))
+        let one = |t: &&TensorEntry| apart.contains(&t.name) || t.dims.len() == 3;
+        Ok(self.tensors.iter().find(|t| !one(t)))
     }
 
     /// The names of tensors that are one matrix, or vector.
@@ -240,6 +262,16 @@ fn with_zeros(tensors: &[TensorEntry], sparse: &HashMap<String, EngineSource>) -
         None => Some(tensor.clone()).filter(|t| !parts.contains(t.name.as_str())),
     });
     whole.collect()
+}
+
+/// What the matrices of a tensor are called.
+pub(crate) fn matrix_names(tensor: &TensorEntry) -> Vec<String> {
+    match (tensor.dims.get(2), tensor.name.strip_suffix("_exps.weight")) {
+        (Some(experts), Some(stem)) => {
+            (0..*experts).map(|e| format!("{stem}.{e}.weight")).collect()
+        }
+        _ => vec![tensor.name.clone()],
+    }
 }
 
 /// Whether methods change a tensor: a matrix of a layer, but for routers.

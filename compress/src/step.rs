@@ -92,6 +92,8 @@ pub enum Step {
         /// Modulo `2^bits`; else saturating.
         #[serde(default)]
         wrap: bool,
+        /// Modulo this.
+        modulo: Option<u32>,
     },
     /// Signs, and a magnitude.
     Binary {
@@ -334,9 +336,15 @@ impl Step {
                 }
                 Ok(())
             }
-            Self::FixedPoint { fraction_bits, bits, .. } => {
+            Self::FixedPoint { fraction_bits, bits, wrap, modulo } => {
                 if !(2..=24).contains(bits) || !(-24..=24).contains(fraction_bits) {
                     return bad("bits go from 2 to 24, fraction_bits from -24 to 24".to_owned());
+                }
+                if *wrap && modulo.is_some() {
+                    return bad("wrap is modulo 2^bits: leave it or modulo out".to_owned());
+                }
+                if let Some(q) = modulo.filter(|q| !(2..=1 << bits).contains(q)) {
+                    return bad(format!("modulo = {q}: {bits} bits hold from 2 to {}", 1 << bits));
                 }
                 Ok(())
             }
@@ -442,6 +450,11 @@ mod tests {
             ("method = \"low-rank\", rank = 64, size = 0.5", "one of rank"),
             ("method = \"low-rank\"", "one of rank"),
             ("method = \"fixed-point\", fraction_bits = 4, bits = 99", "bits go"),
+            ("method = \"fixed-point\", fraction_bits = 4, bits = 8, modulo = 257", "2 to 256"),
+            (
+                "method = \"fixed-point\", fraction_bits = 4, bits = 8, modulo = 9, wrap = true",
+                "out",
+            ),
             ("method = \"binary\", scale = 2", "scale"),
             ("method = \"storage\", form = \"coo\"", "coo"),
             ("sparsity = 0.5", "method"),

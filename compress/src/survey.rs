@@ -6,13 +6,13 @@
 use std::path::Path;
 
 use millrace_engine::target::io_error;
-use millrace_shared::model::{Dtype, TensorType};
+use millrace_shared::model::{Dtype, ModelFiles, TensorType};
 use serde::{Deserialize, Serialize};
 
 use crate::apply::{Settings, apply};
 use crate::compare::{Entry, Original, Terms, judge};
 use crate::recipe::provenance;
-use crate::{Calibration, CompressError, Needs, Source, Step, calibrate};
+use crate::{Calibration, CompressError, Needs, Source, Step, calibrate, page};
 
 /// A name and the steps that make it.
 #[derive(Clone, Debug)]
@@ -34,7 +34,8 @@ impl Variant {
     }
 }
 
-/// Name and steps, as TOML.
+/// Name and steps, as TOML. `BYTES * x` is that part of the model's own tensors, `HIDDEN * x` of its
+/// width, in multiples of 32.
 const VARIANTS: &[(&str, &[&str])] = &[
     ("same weights, float activations", &["method = 'quantise', type = 'f32', output = 'f32'"]),
     ("q8_0", &["method = 'quantise', type = 'q8_0'"]),
@@ -48,20 +49,23 @@ const VARIANTS: &[(&str, &[&str])] = &[
     ("q4_0 imatrix", &["method = 'quantise', type = 'q4_0', importance = true"]),
     ("q4_0 gptq", &["method = 'quantise', type = 'q4_0', gptq = true"]),
     ("q4_k gptq", &["method = 'quantise', type = 'q4_k', gptq = true"]),
-    ("mixed 90 MB", &["method = 'mixed', bytes = 90000000"]),
-    ("mixed 110 MB", &["method = 'mixed', bytes = 110000000"]),
+    ("mixed 93 %", &["method = 'mixed', bytes = BYTES * 0.93"]),
+    ("mixed 85 %", &["method = 'mixed', bytes = BYTES * 0.85"]),
     ("int8 row", &["method = 'int8'"]),
     ("int8 tensor", &["method = 'int8', per = 'tensor'"]),
     ("int8 row affine", &["method = 'int8', affine = true"]),
     ("int8 tensor affine", &["method = 'int8', per = 'tensor', affine = true"]),
     ("fixed 8.6 saturate", &["method = 'fixed-point', bits = 8, fraction_bits = 6"]),
     ("fixed 8.6 wrap", &["method = 'fixed-point', bits = 8, fraction_bits = 6, wrap = true"]),
+    ("fixed 8.6 mod 251", &["method = 'fixed-point', bits = 8, fraction_bits = 6, modulo = 251"]),
     ("fixed 8.8 saturate", &["method = 'fixed-point', bits = 8, fraction_bits = 8"]),
     ("fixed 8.8 wrap", &["method = 'fixed-point', bits = 8, fraction_bits = 8, wrap = true"]),
+    ("fixed 8.8 mod 251", &["method = 'fixed-point', bits = 8, fraction_bits = 8, modulo = 251"]),
     ("binary row", &["method = 'binary'"]),
     ("binary tensor", &["method = 'binary', per = 'tensor'"]),
     ("magnitude 20 %", &["method = 'magnitude', sparsity = 0.2"]),
     ("magnitude 50 %", &["method = 'magnitude', sparsity = 0.5"]),
+    ("magnitude global 20 %", &["method = 'magnitude', sparsity = 0.2, global = true"]),
     ("magnitude global 50 %", &["method = 'magnitude', sparsity = 0.5, global = true"]),
     ("magnitude > 0.05", &["method = 'magnitude', threshold = 0.05"]),
     ("magnitude > 0.1", &["method = 'magnitude', threshold = 0.1"]),
@@ -127,6 +131,9 @@ const VARIANTS: &[(&str, &[&str])] = &[
     ("svd 50 %", &["method = 'low-rank', size = 0.5"]),
     ("svd aware 80 %", &["method = 'low-rank', size = 0.8, aware = true"]),
     ("svd aware 50 %", &["method = 'low-rank', size = 0.5, aware = true"]),
+    ("svd energy 95 %", &["method = 'low-rank', energy = 0.95"]),
+    ("svd aware energy 95 %", &["method = 'low-rank', energy = 0.95, aware = true"]),
+    ("svd aware, 110 % of bytes", &["method = 'low-rank', bytes = BYTES * 1.1, aware = true"]),
     ("drop 2 layers", &["method = 'drop-layers', count = 2"]),
     ("drop 6 layers", &["method = 'drop-layers', count = 6"]),
     ("merge 2 pairs", &["method = 'merge-layers', count = 2"]),
@@ -135,28 +142,44 @@ const VARIANTS: &[(&str, &[&str])] = &[
     ("drop 2 KV heads", &["method = 'drop-heads', count = 2"]),
     ("drop 10 % channels", &["method = 'drop-channels', fraction = 0.1"]),
     ("drop 30 % channels", &["method = 'drop-channels', fraction = 0.3"]),
-    ("width 512", &["method = 'width', hidden = 512"]),
-    ("width 384", &["method = 'width', hidden = 384"]),
+    ("width 89 %", &["method = 'width', hidden = HIDDEN * 0.89"]),
+    ("width 67 %", &["method = 'width', hidden = HIDDEN * 0.67"]),
     (
         "wanda 20 % + q4_k gptq",
         &["method = 'wanda', sparsity = 0.2", "method = 'quantise', type = 'q4_k', gptq = true"],
     ),
 ];
 
-/// All variants whose names contain a word; all of them without.
+/// All variants of a model whose names contain a word; all of them without.
 ///
 /// # Errors
-/// If none does.
-pub fn variants(only: Option<&str>) -> Result<Vec<Variant>, CompressError> {
+/// If none does, or there is no such model.
+pub fn variants(model: &Path, only: Option<&str>) -> Result<Vec<Variant>, CompressError> {
+    let files = ModelFiles::open(model)?;
+    let sizes = [("BYTES", files.weight_bytes(), 1), ("HIDDEN", files.config.hidden.into(), 32)];
     let mut found = Vec::new();
     for (name, steps) in VARIANTS.iter().filter(|v| only.is_none_or(|word| v.0.contains(word))) {
-        let steps = steps.iter().map(|s| Step::parse(s)).collect::<Result<_, _>>()?;
+        let of_model = |step: &&str| Step::parse(&sized(step, &sizes));
+        let steps = steps.iter().map(of_model).collect::<Result<_, _>>()?;
         found.push(Variant { name: (*name).to_owned(), steps });
     }
     match found.is_empty() {
         true => Err(CompressError::settings("no method has that in its name")),
         false => Ok(found),
     }
+}
+
+/// A step with sizes of a model: each by its name, and what it is a multiple of.
+fn sized(step: &str, sizes: &[(&str, u64, u64)]) -> String {
+    for &(name, size, grain) in sizes {
+        let Some((before, rest)) = step.split_once(&format!("{name} * ")) else { continue };
+        let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+        let (part, after) = rest.split_at(end);
+        let part: f64 = part.parse().expect("invariant: variants state numbers");
+        let n = (size as f64 * part / grain as f64).round() as u64 * grain;
+        return format!("{before}{n}{after}");
+    }
+    step.to_owned()
 }
 
 /// What was done, kept in a file so that another run goes on with it.
@@ -170,10 +193,23 @@ struct State {
 
 impl State {
     /// What the file has, if that is of the same model, texts and settings.
-    fn open(path: Option<&Path>, of: String) -> Self {
-        let kept = path.and_then(|path| std::fs::read(path).ok());
-        let kept: Option<Self> = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        kept.filter(|kept| kept.of == of).unwrap_or(Self { of, done: Vec::new() })
+    ///
+    /// # Errors
+    /// If it is no such file.
+    fn open(path: Option<&Path>, of: String) -> Result<Self, CompressError> {
+        let empty = Self { of, done: Vec::new() };
+        let Some(path) = path else { return Ok(empty) };
+        page::check(path, page::Kind::Json)?;
+        let Some(bytes) = std::fs::read(path).ok().filter(|bytes| !bytes.is_empty()) else {
+            return Ok(empty);
+        };
+        let kept: Self = serde_json::from_slice(&bytes).map_err(|e| {
+            let path = path.display();
+            CompressError::Settings(format!(
+                "{path} is there and has no table ({e}): name another file, or remove it"
+            ))
+        })?;
+        Ok(if kept.of == empty.of { kept } else { empty })
     }
 
     fn has(&self, key: &str) -> bool {
@@ -184,7 +220,7 @@ impl State {
         self.done.push((key.to_owned(), entry.clone()));
         let Some(path) = path else { return Ok(()) };
         let json = serde_json::to_vec(self).expect("invariant: entries can be written");
-        Ok(std::fs::write(path, json).map_err(io_error("write", path))?)
+        page::write(path, page::Kind::Json, &json)
     }
 }
 
@@ -221,7 +257,7 @@ pub fn survey(
 ) -> Result<Vec<Entry>, CompressError> {
     let at = std::env::temp_dir();
     let folder = tempfile::tempdir().map_err(io_error("make a folder in", &at))?;
-    let mut kept = State::open(state, key(model, text, settings, terms)?);
+    let mut kept = State::open(state, key(model, text, settings, terms)?)?;
     let left = variants.iter().filter(|v| !kept.has(&v.key()));
     let seen = known(model, left, settings)?;
     let settings = &Settings { known: seen.as_ref(), ..*settings };
@@ -332,9 +368,16 @@ mod tests {
 
     #[test]
     fn every_variant_is_a_sound_step() {
-        let all = variants(None).unwrap();
-        assert_eq!(all.len(), VARIANTS.len());
-        assert!(variants(Some("wanda")).unwrap().len() >= 5);
-        assert!(variants(Some("no such")).is_err());
+        let sizes = [("BYTES", 1000, 1), ("HIDDEN", 576, 32)];
+        for (name, steps) in VARIANTS {
+            for step in *steps {
+                let step = Step::parse(&sized(step, &sizes));
+                assert!(step.is_ok(), "{name}: {step:?}");
+            }
+        }
+        let of = |step: &str| sized(step, &sizes);
+        assert_eq!(of("bytes = BYTES * 0.93, aware = true"), "bytes = 930, aware = true");
+        assert_eq!(of("hidden = HIDDEN * 0.89"), "hidden = 512");
+        assert_eq!(of("sparsity = 0.5"), "sparsity = 0.5");
     }
 }

@@ -12,6 +12,8 @@ mod tiny;
 use std::path::Path;
 
 use case::{CASES, Case};
+use millrace_compress::hessian::ALIKE;
+use millrace_compress::{Source, calibrate};
 use millrace_shared::model::{ModelFiles, TensorType};
 use tiny::{names, step, through};
 
@@ -23,7 +25,7 @@ const STEPS: [&str; 27] = [
     "method = 'int8', per = 'row'",
     "method = 'int8', per = 'tensor', affine = true",
     "method = 'fixed-point', fraction_bits = 6, bits = 8",
-    "method = 'fixed-point', fraction_bits = 6, bits = 6, wrap = true",
+    "method = 'fixed-point', fraction_bits = 6, bits = 6, modulo = 61",
     "method = 'binary', per = 'row'",
     "method = 'magnitude', sparsity = 0.5",
     "method = 'magnitude', sparsity = 0.5, global = true",
@@ -49,7 +51,7 @@ fn tokens(n: u32) -> Vec<u32> {
     (0..n).map(|i| (i * 37 + i * i % 11) % 64).collect()
 }
 
-fn original(path: &Path) -> Vec<u32> {
+fn logits(path: &Path) -> Vec<u32> {
     through(path, &[0, ModelFiles::open(path).unwrap().config.layers], &tokens(24))
 }
 
@@ -68,7 +70,6 @@ fn outcome(from: &Path, to: &Path, text: &str) -> Result<Vec<u32>, String> {
 fn expected(name: &str, folder: bool, text: &str) -> Option<&'static str> {
     let is =
         |methods: &[&str]| methods.iter().any(|m| text.starts_with(&format!("method = '{m}'")));
-    let experts = name == "mixtral" || name.ends_with("_moe");
     let joined = name.starts_with("phi");
     let whole = is(&["drop-heads", "drop-channels", "width"]);
     match name {
@@ -77,14 +78,22 @@ fn expected(name: &str, folder: bool, text: &str) -> Option<&'static str> {
         "gemma2" | "gemma3" if is(&["merge-layers"]) => Some("keep that rhythm"),
         "mixtral" if is(&["mixed"]) => Some("cannot be met: with the cheapest types"),
         _ if folder && is(&["storage"]) => Some("only GGUF files"),
-        _ if experts && is(&["wanda", "sparsegpt"]) => Some("experts cannot be calibrated"),
-        _ if experts && is(&["low-rank"]) => Some("without experts"),
-        _ if experts && is(&["drop-channels", "width"]) => Some("experts; drop-layers works"),
         _ if joined && is(&["low-rank", "drop-heads", "drop-channels"]) => {
             Some("holds several matrices")
         }
         _ => None,
     }
+}
+
+fn has_experts(name: &str) -> bool {
+    name == "mixtral" || name.ends_with("_moe")
+}
+
+/// Root of the mean square of what is between logits.
+fn error(a: &[u32], b: &[u32]) -> f64 {
+    let float = |bits: &u32| f64::from(f32::from_bits(*bits));
+    let sum: f64 = a.iter().zip(b).map(|(a, b)| (float(a) - float(b)).powi(2)).sum();
+    (sum / a.len() as f64).sqrt()
 }
 
 /// Greatest difference, as part of the greatest logit.
@@ -94,10 +103,79 @@ fn difference(a: &[u32], b: &[u32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (float(a) - float(b)).abs()).fold(0.0, f64::max) / size
 }
 
-/// Whether file and folder lose the same: not where weights compete with those of other experts, or are
-/// chosen by their place.
+/// Whether file and folder lose the same: not where tensors compete for a budget, weights, or equal ones,
+/// are chosen by their place, or gate and up, which some folders have in one tensor, share a scale.
 fn is_alike(text: &str) -> bool {
-    !["random", "magnitude", "mixed", "int8"].iter().any(|m| text.contains(&format!("'{m}'")))
+    let not = ["'random'", "'mixed'", "'magnitude'", "per = 'tensor'"];
+    !not.iter().any(|part| text.contains(part))
+}
+
+/// What each expert saw adds up to what the router sent, from files with all experts in a tensor and
+/// from folders with a tensor for each.
+#[test]
+fn experts_see_the_rows_that_the_router_sends_them() {
+    for name in CASES.into_iter().filter(|name| has_experts(name)) {
+        let dir = tempfile::tempdir().unwrap();
+        let case = Case::read(name);
+        let (folder, file) = (case.folder(TensorType::F32, 1), gguf::write(&case, dir.path()));
+        for path in [&*file, folder.path()] {
+            let source = Source::open(path).unwrap();
+            let seen = calibrate(&source, &tokens(600), 2, true, &mut |_| {}).unwrap();
+            let experts = source.config.features.experts.unwrap();
+            for layer in 0..source.config.layers {
+                let of = |part: &str| seen.moments(&format!("blk.{layer}.{part}.weight")).unwrap();
+                let sent = of("ffn_gate_inp");
+                let (mut positions, mut squares) = (0, 0f64);
+                for expert in 0..experts.count {
+                    let [outer, up, inner] = ["ffn_gate", "ffn_up", "ffn_down"]
+                        .map(|part| of(&format!("{part}.{expert}")));
+                    assert_eq!((outer.positions, &outer.gram), (inner.positions, &up.gram));
+                    positions += outer.positions - ALIKE;
+                    // What an expert is taken to have seen beside it is as large on average.
+                    let real = (outer.positions - ALIKE) as f64 / outer.positions as f64;
+                    squares += outer.squares.iter().sum::<f64>() * real;
+                    assert!(inner.squares.iter().all(|s| s.is_finite() && *s > 0.0));
+                }
+                assert_eq!(positions, sent.positions * u64::from(experts.used), "{name}");
+                let wanted = sent.squares.iter().sum::<f64>() * f64::from(experts.used);
+                assert!((squares / wanted - 1.0).abs() < 1e-5, "{name}: {squares}, not {wanted}");
+            }
+        }
+    }
+}
+
+/// Compensation knows what each expert sees: outputs are nearer to the original's.
+#[test]
+fn experts_are_compensated_for() {
+    for name in CASES.into_iter().filter(|name| has_experts(name)) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = gguf::write(&Case::read(name), dir.path());
+        let wanted = logits(&file);
+        let lost = |text: &str| {
+            let to = dir.path().join("x.gguf");
+            step(&file, &to, text, &tokens(2000)).unwrap();
+            let lost = error(&logits(&to), &wanted);
+            std::fs::remove_file(&to).unwrap();
+            lost
+        };
+        for (naive, better) in [
+            (
+                "method = 'quantise', type = 'q4_0'",
+                "method = 'quantise', type = 'q4_0', gptq = true",
+            ),
+            (
+                "method = 'magnitude', sparsity = 0.5, pattern = 'row'",
+                "method = 'wanda', sparsity = 0.5",
+            ),
+            ("method = 'wanda', sparsity = 0.5", "method = 'sparsegpt', sparsity = 0.5"),
+        ] {
+            let (naive_lost, better_lost) = (lost(naive), lost(better));
+            assert!(
+                better_lost < naive_lost,
+                "{name}: {better_lost} {better}, {naive_lost} {naive}"
+            );
+        }
+    }
 }
 
 #[test]
@@ -108,7 +186,7 @@ fn every_step_makes_a_model_of_every_family_or_says_why_not() {
         let case = Case::read(name);
         let (folder, file) = (case.folder(TensorType::F32, 1), gguf::write(&case, dir.path()));
         // Some folders state what GGUF has no key for.
-        let same = difference(&original(&file), &original(folder.path())) < 1e-3;
+        let same = difference(&logits(&file), &logits(folder.path())) < 1e-3;
         for text in STEPS {
             let [a, b] = ["x.gguf", "x"].map(|x| dir.path().join(x));
             let found =

@@ -19,17 +19,18 @@ use tiny::{
 fn every_variant_of_the_table_computes() {
     let dir = tempfile::tempdir().unwrap();
     let path = model(dir.path(), None);
-    // Budgets and widths of the table are those of a larger model.
-    let fits = |name: &str| {
-        let large = ["mixed", "width", "drop 2 KV heads"];
-        !large.iter().any(|word| name.starts_with(word)) && !name.contains("6 ")
-    };
-    let chosen: Vec<_> = variants(None).unwrap().into_iter().filter(|v| fits(&v.name)).collect();
+    // It has four layers, two KV heads, and a width that is no multiple of 32 when narrower by so little.
+    let too_much = ["drop 6 layers", "merge 6 pairs", "drop 2 KV heads", "width 89 %"];
+    let chosen = variants(&path, None).unwrap();
     let (calibration, text) = (tokens(300), tokens(100));
     let all = survey(&path, &chosen, &text, &settings(&calibration), (TERMS, None), &mut |_, _| {})
         .unwrap();
     assert_eq!(all.len(), chosen.len() + 2);
     for entry in &all {
+        if too_much.contains(&&*entry.name) {
+            assert!(entry.failed.is_some(), "{}", entry.name);
+            continue;
+        }
         assert_eq!(entry.failed, None, "{}", entry.name);
         assert!(entry.quality.mean_nll.is_finite() && entry.quality.mean_nll > 0.0);
     }
@@ -118,6 +119,73 @@ fn shapes_change_as_asked() {
     assert_eq!(config(4, "method = 'drop-channels', fraction = 0.5").ffn, 64);
     let narrow = config(5, "method = 'width', hidden = 32");
     assert_eq!((narrow.hidden, narrow.head_dim, narrow.heads), (32, 16, 4));
+}
+
+/// Which weights are zeros: by tensor, output and input.
+type Zeros<'a> = &'a dyn Fn(&str, u64, u64) -> bool;
+
+/// A model some of whose weights are zeros.
+fn with_zeros(dir: &Path, zeros: Zeros<'_>) -> std::path::PathBuf {
+    let path = model(dir, None);
+    let source = Source::open(&path).expect("a model");
+    let mut bytes = std::fs::read(&path).expect("the model is read");
+    for tensor in source.tensors.iter().filter(|t| t.dims.len() == 2) {
+        for i in 0..tensor.elements() {
+            if zeros(&tensor.name, i / tensor.dims[0], i % tensor.dims[0]) {
+                let at = (tensor.offset + 4 * i) as usize;
+                bytes[at..at + 4].fill(0);
+            }
+        }
+    }
+    std::fs::write(&path, bytes).expect("the model is written");
+    path
+}
+
+/// What does nothing is what goes: the model says the same without it.
+#[test]
+fn what_does_nothing_goes_first() {
+    let logits = |path: &Path| -> Vec<f32> {
+        let layers = ModelFiles::open(path).unwrap().config.layers;
+        through(path, &[0, layers], &tokens(24)).iter().map(|b| f32::from_bits(*b)).collect()
+    };
+    let zeros: [(&str, Zeros<'_>); 3] = [
+        ("method = 'drop-layers', count = 1", &|name, _, _| {
+            name == "blk.2.attn_output.weight" || name == "blk.2.ffn_down.weight"
+        }),
+        // The first of two KV heads with its two query heads of 16; another one in odd layers.
+        ("method = 'drop-heads', count = 1", &|name, _, input| {
+            let odd = Source::layer_of(name).is_some_and(|layer| layer % 2 == 1);
+            name.ends_with("attn_output.weight") && (input / 32 == 0) != odd
+        }),
+        ("method = 'drop-channels', fraction = 0.5", &|name, _, input| {
+            name.ends_with("ffn_down.weight") && input.is_multiple_of(2)
+        }),
+    ];
+    for (text, zeros) in zeros {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, target) = (with_zeros(dir.path(), zeros), dir.path().join("out.gguf"));
+        step(&path, &target, text, &tokens(300)).unwrap();
+        let (before, after) = (logits(&path), logits(&target));
+        let far = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(far < 1e-2, "{text}: {far}");
+    }
+    // Elements of the residual stream that are always zero.
+    let dir = tempfile::tempdir().unwrap();
+    let zeros = |name: &str, output: u64, input: u64| match name {
+        "token_embd.weight" => input.is_multiple_of(2),
+        _ => {
+            let ends = name.ends_with("attn_output.weight") || name.ends_with("ffn_down.weight");
+            ends && output.is_multiple_of(2)
+        }
+    };
+    let (path, target) = (with_zeros(dir.path(), &zeros), dir.path().join("out.gguf"));
+    step(&path, &target, "method = 'width', hidden = 32", &tokens(300)).unwrap();
+    let table = |path: &Path| {
+        let source = Source::open(path).unwrap();
+        source.matrix(source.tensor("token_embd.weight").unwrap()).unwrap()
+    };
+    let odd: Vec<usize> = (0..HIDDEN as usize).filter(|i| i % 2 == 1).collect();
+    assert_eq!(table(&target), table(&path).keep_cols(&odd));
 }
 
 #[test]
@@ -263,7 +331,7 @@ fn a_table_goes_on_with_what_was_done() {
     let dir = tempfile::tempdir().unwrap();
     let path = model(dir.path(), None);
     let state = dir.path().join("state.json");
-    let (chosen, text) = (variants(Some("int8")).unwrap(), tokens(100));
+    let (chosen, text) = (variants(&path, Some("int8")).unwrap(), tokens(100));
     let run = |count: usize, text: &[u32]| {
         let how = (TERMS, Some(&*state));
         let chosen = &chosen[..count];

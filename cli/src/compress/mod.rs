@@ -29,22 +29,30 @@ STEP is a line of TOML, as in a recipe's [[step]]:
                                                importance = true or gptq = true; output = \"q6_k\"
   method = \"mixed\", bytes = 90000000            a type for each matrix, within a budget
   method = \"int8\"                              per = \"row\" or \"tensor\", affine = true
-  method = \"fixed-point\", bits = 8, fraction_bits = 6      wrap = true for modulo 2^bits
+  method = \"fixed-point\", bits = 8, fraction_bits = 6      saturating; wrap = true is modulo 2^bits,
+                                               modulo = 251 modulo that
   method = \"binary\"                            signs; per = \"row\" or \"tensor\" shares a magnitude
   method = \"magnitude\", sparsity = 0.5          or threshold = 0.05; pattern = \"tensor\" \"row\" \"2:4\"
                                                \"block\" or \"tile\", which the engine passes over;
                                                global = true
   method = \"signed-threshold\", theta = 0.0      w I(w > theta), as it reads
   method = \"clip\", min = -0.5, max = 0.5
-  method = \"random\", sparsity = 0.5, seed = 1   the baseline
-  method = \"wanda\" | \"sparsegpt\", sparsity = 0.5         pattern = \"2:4\"
-  method = \"low-rank\", size = 0.5               or energy = 0.9; aware = true
-  method = \"drop-layers\" | \"merge-layers\" | \"drop-heads\", count = 2
+  method = \"random\", sparsity = 0.5, seed = 1   the baseline; patterns as for magnitude
+  method = \"wanda\", sparsity = 0.5              patterns as for magnitude; of a row, if none is said
+  method = \"sparsegpt\", sparsity = 0.5          pattern = \"row\" or \"2:4\"
+  method = \"low-rank\", size = 0.5               of the weights; or rank = 128, energy = 0.9, or
+                                               bytes = 90000000 for all tensors; aware = true
+  method = \"drop-layers\", count = 2             those of least influence
+  method = \"merge-layers\", count = 2            pairs of neighbours
   method = \"keep-layers\", layers = [0, 1, 5]
+  method = \"drop-heads\", count = 1              KV heads of each layer, with their query heads
   method = \"drop-channels\", fraction = 0.1
   method = \"width\", hidden = 512
-  method = \"storage\"                           leaves zeros out of the file, each matrix in the smallest
+  method = \"storage\"                           leaves zeros out of the file, each matrix in its smallest
                                                form; form = \"csr\" \"bitmask\" \"tiles\" or \"dense\"
+
+For example, in a shell (TOML takes text in either kind of quotes):
+  millrace compress apply model.gguf small.gguf \"method = 'quantise', type = 'q4_k', gptq = true\"
 
 Methods without a GGUF type of their own are written as if: the file holds the values that such a
 format would give, as f16 (--store) or q8_0, and is larger than the format; the report tells both.";
@@ -107,8 +115,9 @@ pub(crate) fn threads(given: Option<u16>) -> usize {
 }
 
 /// Token ids of a text, by the model's own tokenizer, for windows of so many positions: each begins as
-/// prompts of that model do.
+/// prompts of that model do. A model with less context has smaller windows.
 fn tokenize(model: &Path, text: &str, window: usize) -> anyhow::Result<Vec<u32>> {
+    let window = window.min(ModelFiles::open(model)?.config.context as usize);
     let told = || model.display().to_string();
     let tokenizer = TextModel::of(&Description::open(model)?).with_context(told)?.tokenizer;
     let ids = tokenizer.encode(text, true)?;
@@ -126,9 +135,7 @@ fn windows(ids: Vec<u32>, bos: Option<u32>, window: usize) -> Vec<u32> {
 
 /// Token ids of a text to judge by, for windows of so many positions.
 pub(crate) fn judged_by(model: &Path, text: &str, window: usize) -> anyhow::Result<Vec<u32>> {
-    // A model with less context has smaller windows.
-    let context = ModelFiles::open(model)?.config.context as usize;
-    let ids = tokenize(model, text, window.min(context))?;
+    let ids = tokenize(model, text, window)?;
     match ids.len() {
         0..=2 => Err(usage("the text to judge by has hardly a token: give a longer one")),
         _ => Ok(ids),

@@ -4,14 +4,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
-use millrace_compress::compare::{Entry, Original, Terms, judge, page};
+use millrace_compress::compare::{self, Entry, Original, Terms, judge};
 use millrace_compress::recipe::{self, Provenance, Recipe, RunReport};
-use millrace_compress::{Settings, parse_type, texts};
+use millrace_compress::{Settings, page, parse_type, texts};
 use millrace_coordinator::plan::report::PlanReport;
 use millrace_shared::model::Dtype;
 use serde::Serialize;
 
 use super::{Bar, calibrating, failed, judged_by, print, table, threads};
+use crate::error::usage;
 use crate::plan::fewest;
 use crate::table::bytes;
 use crate::{input, output};
@@ -108,12 +109,22 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
         true => Vec::new(),
         false => {
             let text = read(&recipe.evaluation, texts::HELD_OUT)?;
+            if recipe.calibration.is_some() && text == read(&recipe.calibration, "")? {
+                return Err(usage(format!(
+                    "{}: evaluation is the calibration text, which flatters: judge by another, or leave \
+                     evaluation out",
+                    args.recipe.display()
+                )));
+            }
             judged_by(&model, &text, terms.window)?
         }
     };
     let output = folder.join(&recipe.output);
     let settings =
         Settings { calibration: &calibration, known: None, store, threads, overwrite: args.force };
+    let [as_json, as_page] = reports(&output);
+    page::check(&as_json, page::Kind::Json).map_err(failed)?;
+    page::check(&as_page, page::Kind::Html).map_err(failed)?;
     // Before any work: a kind that there is.
     let before = Suffices::of(&model, args)?;
     let mut bar = Bar::default();
@@ -141,6 +152,16 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
     table::print(&report.entries())?;
     report.remarks().iter().try_for_each(|told| output::write(format_args!("{told}\n")))?;
     output::write(format_args!("report: {}, {}\n", beside[0].display(), beside[1].display()))
+}
+
+/// Where reports of a model go: beside it, under all of its name, so that those of others are not theirs.
+fn reports(output: &Path) -> [PathBuf; 2] {
+    let plain: PathBuf = output.components().collect();
+    ["report.json", "report.html"].map(|end| {
+        let mut name = plain.clone().into_os_string();
+        name.push(format!(".{end}"));
+        name.into()
+    })
 }
 
 impl Report {
@@ -174,13 +195,12 @@ impl Report {
     fn write(&self, output: &Path) -> anyhow::Result<[PathBuf; 2]> {
         let json = serde_json::to_vec_pretty(self).context("the report cannot be written")?;
         let name = self.run.recipe.output.display();
-        let html = page(&format!("{name}: what a recipe made"), &self.entries(), &self.remarks());
-        let paths = ["report.json", "report.html"].map(|end| output.with_extension(end));
-        for (path, bytes) in paths.iter().zip([&json[..], html.as_bytes()]) {
-            std::fs::write(path, bytes)
-                .with_context(|| format!("cannot write {}", path.display()))?;
-        }
-        Ok(paths)
+        let html =
+            compare::page(&format!("{name}: what a recipe made"), &self.entries(), &self.remarks());
+        let [as_json, as_page] = reports(output);
+        page::write(&as_json, page::Kind::Json, &json).map_err(failed)?;
+        page::write(&as_page, page::Kind::Html, html.as_bytes()).map_err(failed)?;
+        Ok([as_json, as_page])
     }
 
     /// Where the model comes from, what was done, and how many machines it needs.

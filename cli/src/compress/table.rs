@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use millrace_compress::compare::{Entry, Terms, page};
+use millrace_compress::compare::{self, Entry, Terms};
 use millrace_compress::survey::{survey, variants};
-use millrace_compress::{Settings, parse_type, texts};
+use millrace_compress::{Settings, page, parse_type, texts};
 use millrace_shared::model::Dtype;
 
 use super::{Common, failed, judged_by};
@@ -41,9 +41,12 @@ pub(crate) struct TableArgs {
 }
 
 pub(super) fn run(args: &TableArgs) -> anyhow::Result<()> {
-    let chosen = variants(args.only.as_deref()).map_err(failed)?;
     check_page(args.html.as_deref())?;
+    if let Some(state) = &args.state {
+        page::check(state, page::Kind::Json).map_err(|e| usage(format!("--state: {e}")))?;
+    }
     let model = input::model(&args.model)?;
+    let chosen = variants(&model, args.only.as_deref()).map_err(failed)?;
     let text = match &args.file {
         Some(path) => input::text(path)?,
         None => texts::HELD_OUT.to_owned(),
@@ -71,19 +74,16 @@ pub(super) fn run(args: &TableArgs) -> anyhow::Result<()> {
     if args.json { output::json(&entries) } else { print(&entries) }
 }
 
-/// What a model is called: its file's name.
+/// What a model is called: its file's or folder's name.
 pub(crate) fn short(path: &Path) -> String {
-    path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+    name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
 }
 
 /// Before any work: whether a page can be where it is wanted.
 pub(crate) fn check_page(path: Option<&Path>) -> anyhow::Result<()> {
     let Some(path) = path else { return Ok(()) };
-    let folder = path.parent().filter(|p| *p != Path::new("")).unwrap_or_else(|| Path::new("."));
-    match folder.is_dir() && !path.is_dir() {
-        true => Ok(()),
-        false => Err(usage(format!("--html {}: there can be no such file", path.display()))),
-    }
+    page::check(path, page::Kind::Html).map_err(|e| usage(format!("--html: {e}")))
 }
 
 /// Writes the page, if one is wanted.
@@ -97,8 +97,8 @@ pub(crate) fn write_page(
         "Bytes are those of the method's own format; a file may be larger, where GGUF has no such type.",
         "Speeds are those of this machine at that moment, and of the file as it is stored; beside them how many times as fast as the original, both timed in turns.",
     ];
-    std::fs::write(path, page(title, entries, &remarks.map(str::to_owned)))
-        .map_err(|e| usage(format!("cannot write {}: {e}", path.display())))
+    let html = compare::page(title, entries, &remarks.map(str::to_owned));
+    page::write(path, page::Kind::Html, html.as_bytes()).map_err(failed)
 }
 
 /// The table.

@@ -108,7 +108,10 @@ pub(super) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
     let mut entries: Vec<Entry> = Vec::new();
     for (name, path) in args.models.iter().zip(&paths) {
         bar.judging(name);
-        let judged = judge(&short(path), path, &tokens, Some(&mut original), terms);
+        // Models of the same name in several folders are told apart by all of it.
+        let alike = paths.iter().filter(|other| short(other) == short(path)).count();
+        let told = if alike > 1 { name.clone() } else { short(path) };
+        let judged = judge(&told, path, &tokens, Some(&mut original), terms);
         entries.push(judged.map_err(failed).with_context(|| name.clone())?);
     }
     bar.end();

@@ -58,20 +58,21 @@ fn int8_affine(x: &mut [f32]) {
 }
 
 /// `round(w * 2^p) * 2^-p`, the integers being of `bits` bits, two's complement: beyond their range
-/// they stay at its end, or, with `wrap`, come again at the other end (modulo `2^bits`). Returns how
-/// many weights were beyond.
-pub fn fixed_point(m: &mut Matrix, fraction_bits: i32, bits: u32, wrap: bool) -> u64 {
+/// they stay at its end, or, with a `modulus`, come again at the other end of its residues, which are
+/// those nearest to zero (from `-floor(q / 2)` on). Returns how many weights were beyond.
+pub fn fixed_point(m: &mut Matrix, fraction_bits: i32, bits: u32, modulus: Option<u32>) -> u64 {
     let unit = 2f64.powi(fraction_bits);
-    let half = 2f64.powi(bits as i32 - 1);
+    let count = modulus.unwrap_or(1 << bits);
+    let least = -f64::from(count / 2);
+    let most = least + f64::from(count - 1);
     let mut beyond = 0;
     for x in &mut m.data {
         let mut q = (f64::from(*x) * unit).round_ties_even();
-        if q < -half || q > half - 1.0 {
+        if q < least || q > most {
             beyond += 1;
-            q = if wrap {
-                (q + half).rem_euclid(2.0 * half) - half
-            } else {
-                q.clamp(-half, half - 1.0)
+            q = match modulus {
+                Some(_) => (q - least).rem_euclid(f64::from(count)) + least,
+                None => q.clamp(least, most),
             };
         }
         *x = (q / unit) as f32;
@@ -126,7 +127,7 @@ mod tests {
         #[test]
         fn fixed_point_in_range_is_exact_to_half_a_unit(m in matrix(), p in 0i32..12) {
             let (mut saturated, mut wrapped) = (m.clone(), m.clone());
-            let (a, b) = (fixed_point(&mut saturated, p, 24, false), fixed_point(&mut wrapped, p, 24, true));
+            let (a, b) = (fixed_point(&mut saturated, p, 24, None), fixed_point(&mut wrapped, p, 24, Some(1 << 24)));
             prop_assert_eq!((a, b), (0, 0));
             prop_assert_eq!(&saturated, &wrapped);
             let unit = 2f32.powi(-p);
@@ -176,9 +177,20 @@ mod tests {
         let m = Matrix::new(1, 4, vec![1.0, 2.0, -2.0, -2.25]);
         let (mut saturated, mut wrapped) = (m.clone(), m);
         // Four bits, two of them behind the point: -2 to 1.75.
-        assert_eq!(fixed_point(&mut saturated, 2, 4, false), 2);
+        assert_eq!(fixed_point(&mut saturated, 2, 4, None), 2);
         assert_eq!(saturated.data, [1.0, 1.75, -2.0, -2.0]);
-        assert_eq!(fixed_point(&mut wrapped, 2, 4, true), 2);
+        assert_eq!(fixed_point(&mut wrapped, 2, 4, Some(16)), 2);
         assert_eq!(wrapped.data, [1.0, -2.0, -2.0, 1.75]);
+    }
+
+    #[test]
+    fn residues_are_those_nearest_to_zero() {
+        let residues = |q: u32| {
+            let mut m = Matrix::new(1, 9, (-4..5i8).map(f32::from).collect());
+            fixed_point(&mut m, 0, 8, Some(q));
+            m.data
+        };
+        assert_eq!(residues(5), [1.0, 2.0, -2.0, -1.0, 0.0, 1.0, 2.0, -2.0, -1.0]);
+        assert_eq!(residues(4), [0.0, 1.0, -2.0, -1.0, 0.0, 1.0, -2.0, -1.0, 0.0]);
     }
 }

@@ -7,7 +7,7 @@ use millrace_shared::model::{Activation, Dtype, Experts, ModelConfig};
 use millrace_shared::wire::control::EngineSettings;
 
 use super::buffer::{Arena, Buf, Frozen, Shared};
-use super::experts::{self, Routes};
+use super::experts::{self, Routed, Routes};
 use super::kernels::best::{self, Best};
 use super::kernels::elementwise;
 use super::kernels::paged::Rule;
@@ -62,6 +62,8 @@ pub struct CpuBackend {
     /// Keeps packed weights.
     saver: Option<Saver>,
     held: InUse,
+    /// What experts were applied to, where somebody wants to know.
+    routed: Option<Vec<Routed>>,
 }
 
 impl CpuBackend {
@@ -79,7 +81,18 @@ impl CpuBackend {
             packing: PackingReport::default(),
             saver: None,
             held: InUse::default(),
+            routed: None,
         }
+    }
+
+    /// Remembers what experts are applied to from now on, for [`CpuBackend::take_routed`].
+    pub fn remember_routed(&mut self) {
+        self.routed = Some(Vec::new());
+    }
+
+    /// What experts were applied to since the last time, if that is remembered.
+    pub fn take_routed(&mut self) -> Vec<Routed> {
+        self.routed.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Keeps packed weights in this folder, and finds them there.
@@ -302,7 +315,8 @@ impl Backend for CpuBackend {
     ) where
         Matrices: 'w,
     {
-        experts::mix(&mut self.compute, (x, scores), weights, rule, routes, out);
+        let routed = self.routed.as_mut();
+        experts::mix(&mut self.compute, (x, scores), weights, rule, routes, routed, out);
     }
 
     fn add_gated(&mut self, x: &Tensor, scores: &Tensor, column: usize, out: &mut Tensor) {

@@ -22,6 +22,17 @@ struct Pick {
     weight: f32,
 }
 
+/// What an expert's matrices were applied to in a step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Routed {
+    /// Its number.
+    pub expert: usize,
+    /// Inputs of gate and up, `n x hidden`.
+    pub outer: Vec<f32>,
+    /// Inputs of down, `n x ffn`.
+    pub inner: Vec<f32>,
+}
+
 /// Room to send rows to experts.
 #[derive(Debug)]
 pub struct Routes {
@@ -136,13 +147,15 @@ fn choose(scores: &[f32], picks: &mut [Pick]) {
     }
 }
 
-/// `out += sum of weight_e down_e (activation(gate_e x) * up_e x)`, by the router's `scores`.
+/// `out += sum of weight_e down_e (activation(gate_e x) * up_e x)`, by the router's `scores`. Whoever
+/// wants to know what went where gets it in `routed`.
 pub(super) fn mix<'w>(
     compute: &mut Compute,
     (x, scores): (&Tensor, &Tensor),
     weights: &dyn Fn(usize) -> [&'w Matrices; 2],
     (rule, activation): (&Experts, Activation),
     routes: &mut Routes,
+    mut routed: Option<&mut Vec<Routed>>,
     out: &mut Tensor,
 ) {
     routes.pick(compute, scores, rule);
@@ -158,6 +171,10 @@ pub(super) fn mix<'w>(
         gather(compute, x, (mine, used), gathered);
         let Compute { pool, isa } = &mut *compute;
         matmul::gated(pool, *isa, &gate_up.0, gathered, activation, act);
+        if let Some(routed) = &mut routed {
+            let all = |x: &Tensor| x.data[..mine.len() * x.width].to_vec();
+            routed.push(Routed { expert, outer: all(gathered), inner: all(act) });
+        }
         given.rows = mine.len();
         let to =
             matmul::Output { stride: given.width, data: Shared::new(&mut given.data), add: false };

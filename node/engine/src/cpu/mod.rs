@@ -41,6 +41,7 @@ mod tensor;
 
 pub use backend::CpuBackend;
 pub use engine::CpuEngine;
+pub use experts::Routed;
 pub use memory::available_bytes;
 pub use pack::{ZERO_TILE, ZEROS_WORTH, ZEROS_WORTH_FEW, dequantise_row, packed_bytes};
 pub use rope::rope_tables;

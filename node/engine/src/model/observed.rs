@@ -3,7 +3,8 @@
 //!
 //! [`Observed`] passes every operation on and changes nothing; an [`Observer`] stands around each of
 //! them. The decoder knows nothing of it, so every family can be timed, or calibrated. Which experts a
-//! row goes to is chosen inside the backend: of those there is one operation for all.
+//! row goes to is chosen inside the backend: of those there is one operation for all, and the backend
+//! may tell afterwards what went where.
 
 use std::ops::Range;
 
@@ -64,6 +65,14 @@ pub struct Work<'a, B: Backend> {
     pub operation: Operation,
     /// Of products: the matrices, what they are applied to, and how many rows of that.
     pub product: Option<(&'a About, &'a B::Tensor, usize)>,
+    /// Of experts, by number: the matrices that see a row, and the one that sees what they make of it.
+    pub experts: Vec<[&'a About; 2]>,
+}
+
+impl<'a, B: Backend> Work<'a, B> {
+    fn of(operation: Operation, product: Option<(&'a About, &'a B::Tensor, usize)>) -> Self {
+        Self { operation, product, experts: Vec::new() }
+    }
 }
 
 /// Somebody who looks on.
@@ -99,7 +108,7 @@ pub struct Counted<T> {
 
 impl<B: Backend, O: Observer<B>> Observed<B, O> {
     fn plain<R>(&mut self, operation: Operation, run: impl FnOnce(&mut B) -> R) -> R {
-        self.observer.around(&mut self.inner, Work { operation, product: None }, run)
+        self.observer.around(&mut self.inner, Work::of(operation, None), run)
     }
 
     fn product(
@@ -109,7 +118,7 @@ impl<B: Backend, O: Observer<B>> Observed<B, O> {
         run: impl FnOnce(&mut B, &B::Tensor, &B::Weight),
     ) {
         let product = Some((&w.about, &x.inner, x.rows));
-        let work = Work { operation: Operation::Product, product };
+        let work = Work::of(Operation::Product, product);
         self.observer.around(&mut self.inner, work, |b| run(b, &x.inner, &w.inner));
     }
 }
@@ -281,8 +290,10 @@ impl<B: Backend, O: Observer<B>> Backend for Observed<B, O> {
     ) where
         Self::Weight: 'w,
     {
+        let experts = (0..rule.0.count as usize).map(|e| weights(e).map(|w| &w.about)).collect();
         let weights = |expert: usize| weights(expert).map(|w| &w.inner);
-        self.plain(Operation::Experts, |b| {
+        let work = Work { experts, ..Work::of(Operation::Experts, None) };
+        self.observer.around(&mut self.inner, work, |b| {
             b.experts(&x.inner, &scores.inner, &weights, rule, routes, &mut out.inner);
         });
     }
@@ -372,7 +383,7 @@ impl<B: Backend, O: Observer<B>> Backend for Observed<B, O> {
         out: &'t mut Self::Tensor,
     ) -> &'t mut [f32] {
         let product = Some((&head.about, &x.inner, rows.len()));
-        let work = Work { operation: Operation::Head, product };
+        let work = Work::of(Operation::Head, product);
         let run = |b: &mut B| b.logits(&x.inner, rows, &head.inner, softcap, &mut out.inner);
         self.observer.around(&mut self.inner, work, run)
     }
@@ -391,7 +402,7 @@ impl<B: Backend, O: Observer<B>> Backend for Observed<B, O> {
         take: &mut dyn FnMut(usize, TopLogits<'_>),
     ) {
         let product = Some((&head.about, &x.inner, rows.len()));
-        let work = Work { operation: Operation::Head, product };
+        let work = Work::of(Operation::Head, product);
         let run = |b: &mut B| b.top_logits(&x.inner, rows, &head.inner, k, best, take);
         self.observer.around(&mut self.inner, work, run);
     }

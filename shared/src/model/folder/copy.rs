@@ -17,10 +17,11 @@ use crate::model::{TensorEntry, TensorType};
 const KEPT: [&str; 4] = ["json", "jinja", "model", "txt"];
 /// Dimensions as GGUF's keys have them behind the architecture's name, and as `config.json` has them;
 /// what it has no key for follows from the others.
-const SHAPE: [(&str, Option<&str>); 8] = [
+const SHAPE: [(&str, Option<&str>); 9] = [
     ("block_count", Some("num_hidden_layers")),
     ("embedding_length", Some("hidden_size")),
     ("feed_forward_length", Some("intermediate_size")),
+    ("expert_feed_forward_length", Some("moe_intermediate_size")),
     ("attention.head_count", Some("num_attention_heads")),
     ("attention.head_count_kv", Some("num_key_value_heads")),
     ("attention.key_length", Some("head_dim")),
