@@ -17,8 +17,8 @@ KINDS = {
     "q6_k": ["method = 'quantise', type = 'q6_k'"],
     "q4_k with importance": ["method = 'quantise', type = 'q4_k', importance = true"],
     "q4_1": ["method = 'quantise', type = 'q4_1'"],
-    "q4_0 by gptq": ["method = 'quantise', type = 'q4_0', gptq = true"],
-    "mixed": ["method = 'mixed', bytes = 84000000"],
+    "q4_0": ["method = 'quantise', type = 'q4_0'"],
+    "q5_0 beside q8_0": ["method = 'quantise', type = 'q5_0', output = 'q8_0'"],
     "int8": ["method = 'int8'"],
     "tiles and back": [WANDA_TILES, "method = 'storage'", "method = 'storage', form = 'dense'"],
     "fewer layers": ["method = 'drop-layers', count = 2"],
@@ -32,6 +32,7 @@ def compressed(folder, source, steps):
     for i, step in enumerate(steps):
         target = folder / f"{len(list(folder.iterdir()))}.gguf"
         command = [os.environ["MILLRACE_BIN"], "compress", "apply", str(source), str(target), step]
+        command += ["--calibration-tokens", "512"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         source = target
