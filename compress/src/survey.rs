@@ -133,7 +133,7 @@ const VARIANTS: &[(&str, &[&str])] = &[
     ("svd aware 50 %", &["method = 'low-rank', size = 0.5, aware = true"]),
     ("svd energy 95 %", &["method = 'low-rank', energy = 0.95"]),
     ("svd aware energy 95 %", &["method = 'low-rank', energy = 0.95, aware = true"]),
-    ("svd aware, 110 % of bytes", &["method = 'low-rank', bytes = BYTES * 1.1, aware = true"]),
+    ("svd aware, 93 % of bytes", &["method = 'low-rank', bytes = BYTES * 0.93, aware = true"]),
     ("drop 2 layers", &["method = 'drop-layers', count = 2"]),
     ("drop 6 layers", &["method = 'drop-layers', count = 6"]),
     ("merge 2 pairs", &["method = 'merge-layers', count = 2"]),

@@ -48,8 +48,8 @@ STEP is a line of TOML, as in a recipe's [[step]]:
   method = \"drop-heads\", count = 1              KV heads of each layer, with their query heads
   method = \"drop-channels\", fraction = 0.1
   method = \"width\", hidden = 512
-  method = \"storage\"                           leaves zeros out of the file, each matrix in its smallest
-                                               form; form = \"csr\" \"bitmask\" \"tiles\" or \"dense\"
+  method = \"storage\"                           leaves zeros out of the file, in the smallest form;
+                                               form = \"csr\" \"bitmask\" \"tiles\" or \"dense\"
 
 For example, in a shell (TOML takes text in either kind of quotes):
   millrace compress apply model.gguf small.gguf \"method = 'quantise', type = 'q4_k', gptq = true\"
