@@ -1,8 +1,10 @@
 """Compressed files as llama.cpp's own Python package reads them: the same tensors, of the same values."""
 
 import os
+import pathlib
 import re
 import subprocess
+import tempfile
 
 import gguf
 import numpy as np
@@ -27,6 +29,13 @@ KINDS = {
 }
 
 
+@pytest.fixture
+def folder():
+    """One that goes with its gigabytes when the test is over, which pytest's own does not."""
+    with tempfile.TemporaryDirectory() as path:
+        yield pathlib.Path(path)
+
+
 def compressed(folder, source, steps):
     """A model made of another by some steps."""
     for i, step in enumerate(steps):
@@ -45,10 +54,10 @@ def values(tensor):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_programs_read_what_was_made(kind, tmp_path):
-    made = compressed(tmp_path, MODEL, KINDS[kind])
+def test_other_programs_read_what_was_made(kind, folder):
+    made = compressed(folder, MODEL, KINDS[kind])
     reader = gguf.GGUFReader(made)
-    ours = {t.name: t for t in gguf.GGUFReader(compressed(tmp_path, made, [FLOATS])).tensors}
+    ours = {t.name: t for t in gguf.GGUFReader(compressed(folder, made, [FLOATS])).tensors}
     assert {t.name for t in reader.tensors} == set(ours)
     for tensor in reader.tensors:
         same = np.array_equal(values(tensor), values(ours[tensor.name]))
