@@ -16,7 +16,7 @@ use crate::apply::{Settings, apply};
 use crate::report::StepReport;
 use crate::sink::check_target;
 use crate::step::{Needs, Step, parse_type};
-use crate::{CompressError, Source};
+use crate::{CompressError, Source, page};
 
 /// A recipe as it is written.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -149,6 +149,17 @@ pub fn run(
     if output.exists() && !settings.overwrite {
         return Err(TargetError::Exists(output.to_owned()).into());
     }
+    for i in 0..recipe.steps.len() {
+        let [path, mark] = step_paths(output, i);
+        check_target(model, &path, true)?;
+        if path.exists() && !mark.exists() {
+            let path = path.display();
+            return Err(CompressError::Settings(format!(
+                "{path} is there and of no recipe, whose first steps go there: give the output another \
+                 name, or move it"
+            )));
+        }
+    }
     let (mut current, mut of) = (model.to_owned(), source.blake3.clone());
     let (mut steps, mut resumed, mut made) = (Vec::new(), 0, Vec::new());
     for (i, step) in recipe.steps.iter().enumerate() {
@@ -159,23 +170,27 @@ pub fn run(
         }
         hash.update(env!("CARGO_PKG_VERSION").as_bytes());
         of = hash.finalize().to_hex().to_string();
-        let path = beside(output, &format!("step{}", i + 1));
-        let mark_path = beside(output, &format!("step{}.json", i + 1));
+        let [path, mark_path] = step_paths(output, i);
         let report = match found(&path, &mark_path, &of) {
             Some(report) => {
                 resumed += 1;
                 report
             }
             None => {
-                let _ = fs::remove_file(&mark_path);
+                // Whose the file is, is known before it is there.
+                page::write(&mark_path, page::Kind::Json, b"{}")?;
                 let source = Source::open(&current)?;
                 let bytes = source.weight_bytes() * step.passes();
                 progress.begin(i + 1, recipe.steps.len(), &step.describe(), bytes);
                 let settings = Settings { known: None, overwrite: true, ..*settings };
-                let report = apply(&source, &path, step, &settings, &mut |b| progress.advance(b))?;
+                let report = apply(&source, &path, step, &settings, &mut |b| progress.advance(b));
+                let report = report.inspect_err(|_| {
+                    // Of nothing there is no mark.
+                    let _ = if path.exists() { Ok(()) } else { fs::remove_file(&mark_path) };
+                })?;
                 let mark = Mark { of: of.clone(), report };
                 let json = serde_json::to_vec(&mark).expect("invariant: reports can be written");
-                fs::write(&mark_path, json).map_err(io_error("write", &mark_path))?;
+                page::write(&mark_path, page::Kind::Json, &json)?;
                 mark.report
             }
         };
@@ -227,6 +242,12 @@ pub fn finished(output: &Path) {
     let Ok(output) = named(output) else { return };
     // Where it stays, the next run has less to do.
     let _ = fs::remove_file(beside(&output, "run.json"));
+}
+
+/// Where the result of a step goes, and its mark.
+fn step_paths(output: &Path, step: usize) -> [PathBuf; 2] {
+    [format!("step{}", step + 1), format!("step{}.json", step + 1)]
+        .map(|name| beside(output, &name))
 }
 
 fn beside(output: &Path, what: &str) -> PathBuf {

@@ -122,8 +122,11 @@ impl Sink {
     }
 }
 
+/// A model's folder: one that has nothing else in it, which would go with it.
 fn is_model(folder: &Path) -> bool {
+    let inner = |entry: std::io::Result<fs::DirEntry>| entry.is_ok_and(|e| e.path().is_dir());
     folder.join(FolderSource::config_name()).is_file()
+        && !fs::read_dir(folder).is_ok_and(|mut all| all.any(inner))
 }
 
 /// Before any work: whether a model made of `source` can be put at `path`. A file takes the place of a
@@ -151,11 +154,15 @@ pub(crate) fn check_target(
     if (own.dev(), own.ino()) == (there.dev(), there.ino()) {
         return Err(TargetError::SameFile(path.to_owned()).into());
     }
+    let whole = |path: &Path| path.canonicalize().map_err(io_error("read", path));
+    if whole(source)?.starts_with(whole(path)?) {
+        return refused("has the model in it that is to be read");
+    }
     match (own.is_dir(), there.is_dir()) {
         (false, true) => return refused("is a folder, which a file does not replace"),
         (true, false) => return refused("is no folder, and a folder does not replace it"),
         (true, true) if !is_model(path) => {
-            return refused("is a folder without a model, which is not replaced");
+            return refused("is a folder without a model, or with more, which is not replaced");
         }
         (false, false) if !there.is_file() => return refused("is no ordinary file"),
         _ => {}

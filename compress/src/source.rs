@@ -220,7 +220,11 @@ impl Source {
         let known = self.files()?.tensors;
         let known: HashMap<&str, &[u64]> =
             known.iter().map(|t| (t.name.as_str(), &t.dims[..])).collect();
-        let apart = self.tensors.iter().filter(|t| known.get(&*t.name) == Some(&&t.dims[..]));
+        // A matrix of one output may be a vector in files.
+        let plain = |dims: &[u64]| dims.iter().copied().filter(|n| *n > 1).collect::<Vec<_>>();
+        let same =
+            |t: &&TensorEntry| known.get(&*t.name).is_some_and(|d| plain(d) == plain(&t.dims));
+        let apart = self.tensors.iter().filter(same);
         Ok(apart.map(|t| t.name.clone()).collect())
     }
 

@@ -271,7 +271,10 @@ pub fn survey(
             Some(entry) => entry,
             None => {
                 let entry = make()?;
-                kept.add(state, key, &entry)?;
+                // What failed may do better another time.
+                if entry.failed.is_none() {
+                    kept.add(state, key, &entry)?;
+                }
                 entry
             }
         };
@@ -309,8 +312,12 @@ fn known<'a>(
 ) -> Result<Option<Calibration>, CompressError> {
     let source = Source::open(model)?;
     let needs = left.filter_map(|v| v.steps.first()).map(Step::needs).max();
-    let (hidden, ffn) = (u64::from(source.config.hidden), u64::from(source.config.ffn));
-    let bytes = 4 * u64::from(source.config.layers) * (3 * hidden * hidden + ffn * ffn);
+    // One of each input, experts' too.
+    let sees = |name: &str| !["attn_k", "attn_v", "ffn_up"].iter().any(|of| name.starts_with(of));
+    let matrices = source.config.layer_matrices();
+    let inputs = matrices.iter().filter(|(name, _)| source.config.features.ungated || sees(name));
+    let bytes: u64 = inputs.map(|(_, [cols, _])| 4 * cols * cols).sum();
+    let bytes = bytes.saturating_mul(source.config.layers.into());
     match needs {
         None | Some(Needs::Nothing) => Ok(None),
         Some(Needs::Products) if bytes > KNOWN_BYTES => Ok(None),

@@ -193,6 +193,20 @@ fn a_recipe_goes_from_folder_to_folder() {
     let nameless = dir.path().join("small/..");
     let refused = recipe::run(&recipe, folder.path(), &nameless, &settings, &mut Deaf).unwrap_err();
     assert!(refused.to_string().contains("no name"), "{refused}");
+    // What else is in it would go with it.
+    std::fs::create_dir(output.join("checkpoint")).unwrap();
+    let refused = recipe::run(&recipe, folder.path(), &output, &settings, &mut Deaf).unwrap_err();
+    assert!(refused.to_string().contains("or with more"), "{refused}");
+    assert!(output.join("checkpoint").is_dir());
+    let (outer, inner) = (dir.path().join("outer"), dir.path().join("outer/inner"));
+    std::fs::create_dir_all(&inner).unwrap();
+    for entry in std::fs::read_dir(folder.path()).unwrap().flatten() {
+        std::fs::copy(entry.path(), inner.join(entry.file_name())).unwrap();
+    }
+    std::fs::copy(inner.join("config.json"), outer.join("config.json")).unwrap();
+    let refused = recipe::run(&recipe, &inner, &outer, &settings, &mut Deaf).unwrap_err();
+    assert!(refused.to_string().contains("has the model in it"), "{refused}");
+    assert!(inner.join("config.json").is_file());
 }
 
 /// Every type that the step makes, alone and as a mixture, is one that the engine reads.

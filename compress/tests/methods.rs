@@ -431,7 +431,11 @@ fn only_files_take_the_place_of_files() {
     assert!(recipe(&folder).unwrap_err().contains("is a folder, which a file does not replace"));
     assert!(recipe(&path).unwrap_err().contains("read and written at once"));
     assert_eq!(std::fs::read(&path).unwrap(), before);
-    assert_eq!(names(dir.path()), ["folder", "r.toml", "socket", "tiny.gguf"]);
+    let other = dir.path().join("x.gguf.step1");
+    std::fs::write(&other, "somebody's").unwrap();
+    assert!(recipe(&dir.path().join("x.gguf")).unwrap_err().contains("x.gguf.step1 is there"));
+    assert_eq!(std::fs::read(&other).unwrap(), b"somebody's");
+    assert_eq!(names(dir.path()), ["folder", "r.toml", "socket", "tiny.gguf", "x.gguf.step1"]);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use millrace_shared::model::{Family, FolderShape, ModelConfig, TensorEntry};
 
 use super::{Kept, New, Shape, check_left, lowest};
-use crate::source::matrix_names;
+use crate::source::{Kind, matrix_names};
 use crate::{Calibration, CompressError, Matrix, Source};
 
 /// Widths that the engine's kernels compute with are multiples of this.
@@ -191,9 +191,18 @@ pub(super) fn channels(
     });
     let of = if c.features.experts.is_some() { " of each expert" } else { "" };
     let note = format!("{left} of {ffn} inner channels{of} stay in each layer");
+    const OF_EXPERT: &str = "expert_feed_forward_length";
+    let states = match &source.kind {
+        Kind::Gguf(gguf) => {
+            let family = gguf.str("general.architecture")?;
+            gguf.opt_u32(&format!("{family}.{OF_EXPERT}"))?.is_some()
+        }
+        Kind::Folder(_) => false,
+    };
     let key = match (&c.features.experts, c.family) {
-        (None, _) | (_, Family::Mixtral) => "feed_forward_length",
-        _ => "expert_feed_forward_length",
+        (None, _) => "feed_forward_length",
+        (_, Family::Mixtral) if !states => "feed_forward_length",
+        _ => OF_EXPERT,
     };
     let dimensions = vec![(key, left as u32)];
     Ok((news, FolderShape { dimensions, layers: None }, note))

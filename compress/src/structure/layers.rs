@@ -2,20 +2,31 @@
 
 use millrace_shared::model::FolderShape;
 
-use super::{New, Shape, lowest};
+use super::{New, Shape};
 use crate::{CompressError, Source};
 
-/// Disjoint pairs of neighbours, those of least influence first.
+/// `count` disjoint pairs of neighbours, of the least sum of influences (by dynamic programming over
+/// layers).
 pub(super) fn merged(influence: &[f64], count: usize) -> Vec<Vec<u32>> {
-    let pairs: Vec<f64> = influence.windows(2).map(|w| w[0] + w[1]).collect();
-    let mut with_next = vec![false; influence.len()];
-    let mut made = 0;
-    for first in lowest(&pairs, pairs.len()) {
-        let free =
-            !with_next[first] && !with_next[first + 1] && (first == 0 || !with_next[first - 1]);
-        if free && made < count {
-            with_next[first] = true;
-            made += 1;
+    let n = influence.len();
+    let pair = |last: usize| influence[last - 1] + influence[last];
+    // Of the first layers, with so many pairs.
+    let mut least = vec![vec![f64::INFINITY; count + 1]; n + 1];
+    least.iter_mut().for_each(|of| of[0] = 0.0);
+    for layers in 2..=n {
+        for pairs in 1..=count {
+            let with = least[layers - 2][pairs - 1] + pair(layers - 1);
+            least[layers][pairs] = with.min(least[layers - 1][pairs]);
+        }
+    }
+    let mut with_next = vec![false; n];
+    let (mut layers, mut pairs) = (n, count);
+    while layers >= 2 && pairs > 0 {
+        if least[layers - 2][pairs - 1] + pair(layers - 1) <= least[layers - 1][pairs] {
+            with_next[layers - 2] = true;
+            (layers, pairs) = (layers - 2, pairs - 1);
+        } else {
+            layers -= 1;
         }
     }
     let mut layers = Vec::new();
@@ -79,6 +90,8 @@ mod tests {
     fn pairs_are_disjoint_and_of_least_influence() {
         let all = merged(&[9.0, 1.0, 1.0, 2.0, 9.0], 2);
         assert_eq!(all, [vec![0], vec![1, 2], vec![3, 4]]);
-        assert_eq!(merged(&[1.0, 1.0, 1.0], 1), [vec![0, 1], vec![2]]);
+        assert_eq!(merged(&[1.0, 1.0, 1.0], 1), [vec![0], vec![1, 2]]);
+        // The least pair alone would leave no second one.
+        assert_eq!(merged(&[9.0, 1.0, 1.0, 9.0], 2), [vec![0, 1], vec![2, 3]]);
     }
 }
