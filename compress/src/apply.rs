@@ -10,12 +10,12 @@ use std::path::Path;
 use millrace_engine::quantize::BadWeight;
 use millrace_shared::model::{TensorEntry, TensorType};
 
+use crate::changed::{Changed, Done};
 use crate::hessian::{ALIKE, Compensation, Moments};
-use crate::matrix::Distance;
 use crate::mixed;
 use crate::prune::{self, Histogram, Pattern};
 use crate::quant::{encode_row, fallback, gptq, integer};
-use crate::report::{StepReport, TensorReport, formats, skipped, type_name};
+use crate::report::{StepReport, TensorReport, formats, skipped};
 use crate::sink::check_target;
 use crate::source::{is_head, is_layer_matrix, matrix_names, row_bytes};
 use crate::sparse::race;
@@ -172,64 +172,6 @@ struct Job<'a> {
     settings: &'a Settings<'a>,
     types: Vec<TensorType>,
     global: Option<f32>,
-}
-
-/// What changing a matrix told.
-#[derive(Default)]
-struct Changed {
-    /// Bytes of the method's own format; 0: those of the file.
-    bytes_format: u64,
-    /// Weights that were out of range.
-    beyond: u64,
-    /// Of integers that are whole multiples of it: one, or one for each row.
-    scales: Vec<f32>,
-}
-
-/// A changed matrix, or all of a tensor.
-#[derive(Default)]
-struct Done {
-    bytes: Vec<u8>,
-    bytes_format: u64,
-    beyond: u64,
-    error: Distance,
-    output_error: Option<Distance>,
-    /// Weights that are zero, and those of them that lie in tiles of zeros.
-    zeros: f64,
-    tiles: f64,
-    /// The matrix itself, of the one that is timed as a sparse one.
-    sample: Option<Matrix>,
-}
-
-impl Done {
-    /// Another matrix of the same tensor.
-    fn add(&mut self, next: Self) {
-        self.bytes.extend(next.bytes);
-        self.bytes_format += next.bytes_format;
-        self.beyond += next.beyond;
-        self.error += next.error;
-        if let (Some(sum), Some(next)) = (&mut self.output_error, next.output_error) {
-            *sum += next;
-        }
-        self.zeros += next.zeros;
-        self.tiles += next.tiles;
-    }
-
-    fn report(&self, tensor: &TensorEntry, dtype: TensorType) -> TensorReport {
-        let elements = tensor.elements();
-        TensorReport {
-            name: tensor.name.clone(),
-            from: type_name(tensor.dtype),
-            to: type_name(dtype),
-            elements,
-            bytes_before: tensor.bytes,
-            bytes_stored: self.bytes.len() as u64,
-            bytes_format: self.bytes_format,
-            error: self.error.relative(),
-            output_error: self.output_error.map(|e| e.relative()),
-            sparsity: self.zeros / elements.max(1) as f64,
-            zero_tiles: self.tiles / elements.max(1) as f64,
-        }
-    }
 }
 
 impl Job<'_> {

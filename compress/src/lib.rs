@@ -8,6 +8,7 @@
 
 mod apply;
 mod calibrate;
+mod changed;
 pub mod compare;
 mod error;
 mod factor;
