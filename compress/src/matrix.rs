@@ -34,6 +34,20 @@ impl Matrix {
         &mut self.data[i * self.cols..][..self.cols]
     }
 
+    /// So many matrices of the same height that lie one below the other.
+    ///
+    /// # Panics
+    /// If the rows cannot be shared out.
+    pub fn split(self, count: usize) -> Vec<Self> {
+        if count == 1 {
+            return vec![self];
+        }
+        assert!(count > 0 && self.rows.is_multiple_of(count), "{count} of {} rows", self.rows);
+        let (rows, cols) = (self.rows / count, self.cols);
+        let part = |i: usize| self.data[i * rows * cols..][..rows * cols].to_vec();
+        (0..count).map(|i| Self { rows, cols, data: part(i) }).collect()
+    }
+
     /// Weights that are not zero.
     pub fn nonzero(&self) -> u64 {
         self.data.iter().filter(|&&x| x != 0.0).count() as u64
@@ -134,6 +148,9 @@ mod tests {
         assert_eq!(m.keep_rows(&[1, 0]).data, [4., 5., 6., 1., 2., 3.]);
         assert_eq!(m.keep_cols(&[2, 0]).data, [3., 1., 6., 4.]);
         assert_eq!(m.nonzero(), 6);
+        let [upper, lower] = m.clone().split(2).try_into().unwrap();
+        assert_eq!((upper.data, lower.data), (vec![1., 2., 3.], vec![4., 5., 6.]));
+        assert_eq!(m.clone().split(1), [m]);
     }
 
     #[test]

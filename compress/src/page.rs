@@ -6,7 +6,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-use millrace_engine::target::io_error;
+use millrace_engine::target::{io_error, parent};
 
 use crate::CompressError;
 
@@ -41,7 +41,7 @@ impl Kind {
 /// If there is no such folder, or the file is there and is something else.
 pub fn check(path: &Path, kind: Kind) -> Result<(), CompressError> {
     let named = path.display();
-    let folder = path.parent().filter(|p| *p != Path::new("")).unwrap_or_else(|| Path::new("."));
+    let folder = parent(path);
     if !folder.is_dir() {
         let folder = folder.display();
         return Err(CompressError::Settings(format!("cannot write {named}: there is no {folder}")));
@@ -75,11 +75,10 @@ pub fn write(path: &Path, kind: Kind, bytes: &[u8]) -> Result<(), CompressError>
     if path.exists() && !path.is_file() {
         return Ok(fs::write(path, bytes).map_err(io_error("write", path))?);
     }
-    let folder = path.parent().filter(|p| *p != Path::new("")).unwrap_or_else(|| Path::new("."));
     let put = || {
         let mut file = tempfile::Builder::new()
             .permissions(Permissions::from_mode(0o666))
-            .tempfile_in(folder)?;
+            .tempfile_in(parent(path))?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
         file.persist(path).map_err(|e| e.error).map(|_| ())

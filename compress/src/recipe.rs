@@ -250,8 +250,10 @@ fn step_paths(output: &Path, step: usize) -> [PathBuf; 2] {
         .map(|name| beside(output, &name))
 }
 
-fn beside(output: &Path, what: &str) -> PathBuf {
-    let mut name = output.as_os_str().to_owned();
+/// `OUT.what`: what goes with an output lies beside it, under all of its name.
+pub fn beside(output: &Path, what: &str) -> PathBuf {
+    let plain: PathBuf = output.components().collect();
+    let mut name = plain.into_os_string();
     name.push(format!(".{what}"));
     name.into()
 }

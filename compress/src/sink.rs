@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use millrace_engine::target::{Target, TargetError, io_error, named};
+use millrace_engine::target::{Target, TargetError, io_error, named, parent};
 use millrace_shared::model::gguf::{Gguf, Metadata, Value};
 use millrace_shared::model::{
     FolderShape, FolderSource, SPARSE_SHAPES, SPARSE_TENSORS, TensorEntry, TensorType,
@@ -144,10 +144,10 @@ pub(crate) fn check_target(
         let path = path.display();
         Err(CompressError::Settings(format!("{path} {why}: give the result another name")))
     };
-    let parent = path.parent().filter(|p| *p != Path::new("")).unwrap_or_else(|| Path::new("."));
-    if !parent.is_dir() {
-        let parent = parent.display();
-        return Err(CompressError::Settings(format!("there is no folder {parent}: make it first")));
+    let folder = parent(path);
+    if !folder.is_dir() {
+        let folder = folder.display();
+        return Err(CompressError::Settings(format!("there is no folder {folder}: make it first")));
     }
     let Ok(there) = fs::metadata(path) else { return Ok(()) };
     let own = fs::metadata(source).map_err(io_error("read", source))?;

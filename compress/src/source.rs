@@ -180,16 +180,9 @@ impl Source {
         &self,
         tensor: &TensorEntry,
     ) -> Result<Vec<(String, Matrix)>, CompressError> {
-        let Matrix { cols, data, .. } = self.matrix(tensor)?;
         let names = matrix_names(tensor);
-        if names.len() == 1 {
-            let rows = data.len() / cols.max(1);
-            return Ok(names.into_iter().zip([Matrix::new(rows, cols, data)]).collect());
-        }
-        let rows = tensor.dims[1] as usize;
-        let parts = data.chunks_exact((rows * cols).max(1));
-        let parts = parts.map(|part| Matrix::new(rows, cols, part.to_vec()));
-        Ok(names.into_iter().zip(parts).collect())
+        let matrices = self.matrix(tensor)?.split(names.len());
+        Ok(names.into_iter().zip(matrices).collect())
     }
 
     /// The matrices of layers, those that methods change.

@@ -154,14 +154,9 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
     output::write(format_args!("report: {}, {}\n", beside[0].display(), beside[1].display()))
 }
 
-/// Where reports of a model go: beside it, under all of its name, so that those of others are not theirs.
+/// Where reports of a model go.
 fn reports(output: &Path) -> [PathBuf; 2] {
-    let plain: PathBuf = output.components().collect();
-    ["report.json", "report.html"].map(|end| {
-        let mut name = plain.clone().into_os_string();
-        name.push(format!(".{end}"));
-        name.into()
-    })
+    ["report.json", "report.html"].map(|what| recipe::beside(output, what))
 }
 
 impl Report {

@@ -32,6 +32,18 @@ enum Cut {
     Both,
 }
 
+/// That a step can cut what it is to cut.
+fn check(source: &Source, what: Cut) -> Result<(), CompressError> {
+    check_plain(&source.config, what)?;
+    check_whole(source)?;
+    match what {
+        Cut::Attention => check_apart(source, "attn"),
+        Cut::FeedForward => check_apart(source, "ffn"),
+        // What goes of all matrices alike may go of several in one.
+        Cut::Both => Ok(()),
+    }
+}
+
 /// That the steps know the layers' parts that they cut.
 fn check_plain(config: &ModelConfig, what: Cut) -> Result<(), CompressError> {
     let f = &config.features;
@@ -117,9 +129,7 @@ pub(super) fn heads(
     seen: &Calibration,
 ) -> Result<Shape, CompressError> {
     let c = &source.config;
-    check_plain(c, Cut::Attention)?;
-    check_whole(source)?;
-    check_apart(source, "attn")?;
+    check(source, Cut::Attention)?;
     check_left(count, c.kv_heads, "KV heads of a layer")?;
     let (kv, dim) = (c.kv_heads as usize, c.head_dim as usize);
     let group = (c.heads / c.kv_heads) as usize;
@@ -165,9 +175,7 @@ pub(super) fn channels(
     seen: &Calibration,
 ) -> Result<Shape, CompressError> {
     let c = &source.config;
-    check_plain(c, Cut::FeedForward)?;
-    check_whole(source)?;
-    check_apart(source, "ffn")?;
+    check(source, Cut::FeedForward)?;
     let ffn = c.ffn as usize;
     let left = (((1.0 - fraction) * ffn as f64 / GRAIN as f64).round() as usize).max(1) * GRAIN;
     let mut kept = HashMap::new();
@@ -227,8 +235,7 @@ pub(super) fn width(
     seen: &Calibration,
 ) -> Result<Shape, CompressError> {
     let c = &source.config;
-    check_plain(c, Cut::Both)?;
-    check_whole(source)?;
+    check(source, Cut::Both)?;
     if hidden == 0 || hidden >= c.hidden as usize || !hidden.is_multiple_of(GRAIN) {
         return Err(CompressError::Settings(format!(
             "hidden = {hidden}: a narrower model has a multiple of 32 below {}",

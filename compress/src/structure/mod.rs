@@ -188,23 +188,20 @@ fn make(source: &Source, new: &New, dtype: TensorType) -> Result<Vec<u8>, Compre
     let parts = new.from.len() as f32;
     m.data.iter_mut().for_each(|x| *x /= parts);
     if new.rows.is_some() || new.cols.is_some() {
-        m = cut_each(&m, matrix_names(first).len(), new);
+        m = cut_each(m.split(matrix_names(first).len()), new);
     }
     encode(&first.name, dtype, &mut m, None, None)
 }
 
-/// Of so many matrices one below the other, what stays of each.
-fn cut_each(all: &Matrix, count: usize, new: &New) -> Matrix {
-    let rows = all.rows / count;
-    let kept = |kept: &Kept, i: usize| kept[i.min(kept.len() - 1)].clone();
+/// What stays of each matrix, one below the other.
+fn cut_each(matrices: Vec<Matrix>, new: &New) -> Matrix {
     let mut whole = Matrix::new(0, 0, Vec::new());
-    for i in 0..count {
-        let mut part = all.keep_rows(&(i * rows..(i + 1) * rows).collect::<Vec<_>>());
+    for (i, mut part) in matrices.into_iter().enumerate() {
         if let Some(rows) = &new.rows {
-            part = part.keep_rows(&kept(rows, i));
+            part = part.keep_rows(&rows[i.min(rows.len() - 1)]);
         }
         if let Some(cols) = &new.cols {
-            part = part.keep_cols(&kept(cols, i));
+            part = part.keep_cols(&cols[i.min(cols.len() - 1)]);
         }
         whole.rows += part.rows;
         whole.cols = part.cols;
@@ -272,7 +269,7 @@ mod tests {
     fn of_each_matrix_its_own_places_stay() {
         let all = Matrix::new(4, 2, (0..8).map(|x| x as f32).collect());
         let cut = |rows: Option<Kept>, cols: Option<Kept>| {
-            cut_each(&all, 2, &New { name: String::new(), from: vec![0], rows, cols })
+            cut_each(all.clone().split(2), &New { name: String::new(), from: vec![0], rows, cols })
         };
         assert_eq!(cut(Some(vec![vec![1]]), None).data, [2., 3., 6., 7.]);
         assert_eq!(cut(None, Some(vec![vec![0], vec![1]])).data, [0., 2., 5., 7.]);

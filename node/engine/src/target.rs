@@ -341,7 +341,8 @@ fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
     builder
 }
 
-fn parent(path: &Path) -> &Path {
+/// The folder that a path lies in: `.` for a name alone.
+pub fn parent(path: &Path) -> &Path {
     path.parent().filter(|folder| *folder != Path::new("")).unwrap_or_else(|| Path::new("."))
 }
 
